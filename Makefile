@@ -1,0 +1,51 @@
+# `make train` and `make test` set up everything on a fresh machine with Python 3.11 or later.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: train test test-slow test-gpu check format bench setup clean help
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; install one, or pass PYTHON=..."; exit 3; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench,check]'
+	@rm -f .venv/.ready-* && touch $(STAMP)
+
+train: setup     ## fine-tune the built-in demo in 4 bits and show what it learnt
+	$(BIN)/qlora-kit evaluate --model demo --exact-match
+	$(BIN)/qlora-kit train --model demo --bits 4 --output runs/demo --overwrite
+	$(BIN)/qlora-kit evaluate --adapter runs/demo --exact-match
+	$(BIN)/qlora-kit export runs/demo --to merged/demo --overwrite
+	$(BIN)/qlora-kit evaluate --model merged/demo --bits 16 --exact-match
+
+test: setup      ## the default tests, under ten minutes
+	$(BIN)/python -m pytest
+
+test-slow: setup ## the long ones
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup  ## those that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: setup     ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup    ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup     ## peak memory and the comparison with peers
+	$(BIN)/python benchmarks/peak_vram.py --model deepseek-7b --bits 4
+	$(BIN)/python benchmarks/versus_peers.py
+
+clean:           ## remove what the targets made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

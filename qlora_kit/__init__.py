@@ -1,0 +1,76 @@
+"""qlora-kit: fine-tune large language models on small GPUs.
+
+The base is frozen in 4 or 8 bits, small LoRA matrices are trained on it, and the result
+leaves as a PEFT adapter or as a merged fp16 model. What the commands do is importable:
+
+    import qlora_kit as qk
+
+    opened = qk.open_base(qk.BaseModelOptions(model="demo", bits=4))
+    adapter = qk.attach(opened.base, qk.LoraSpec(rank=16, targets=("all-linear",)))
+    data = qk.load_data("my.jsonl", opened.tokenizer, qk.TokenOptions(max_length=512))
+    qk.train_adapter(adapter, data.rows, qk.TrainConfig(max_steps=100))
+    qk.save_adapter(adapter, folder, qk.BaseRecord.of(opened.base))
+
+Names are loaded when they are first used: importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_kit.config import (
+        BaseModelOptions,
+        EvaluateConfig,
+        ExportConfig,
+        GenerateConfig,
+        TokenOptions,
+        TrainConfig,
+    )
+    from qlora_kit.errors import QloraKitError
+    from qlora_kit.export.merge import merge_to
+    from qlora_kit.infer.evaluate import evaluate
+    from qlora_kit.infer.generate import Sampling, generate
+    from qlora_kit.lora.adapter import BaseRecord, load_adapter, read_adapter, save_adapter
+    from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach, merge
+    from qlora_kit.model.hardware import choose_hardware
+    from qlora_kit.model.load import Base, BaseSpec, load_base
+    from qlora_kit.model.names import find_model, known_models
+    from qlora_kit.model.quantize import Quantization
+    from qlora_kit.recipe import load_data, open_base
+    from qlora_kit.train.loop import TrainResult, train_adapter
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "config": (
+        "BaseModelOptions",
+        "EvaluateConfig",
+        "ExportConfig",
+        "GenerateConfig",
+        "TokenOptions",
+        "TrainConfig",
+    ),
+    "errors": ("QloraKitError",),
+    "export.merge": ("merge_to",),
+    "infer.evaluate": ("evaluate",),
+    "infer.generate": ("Sampling", "generate"),
+    "lora.adapter": ("BaseRecord", "load_adapter", "read_adapter", "save_adapter"),
+    "lora.attach": ("Adapter", "LoraSpec", "attach", "detach", "merge"),
+    "model.hardware": ("choose_hardware",),
+    "model.load": ("Base", "BaseSpec", "load_base"),
+    "model.names": ("find_model", "known_models"),
+    "model.quantize": ("Quantization",),
+    "recipe": ("load_data", "open_base"),
+    "train.loop": ("TrainResult", "train_adapter"),
+}
+_HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'qlora_kit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"qlora_kit.{_HOME_OF[name]}"), name)

@@ -1,0 +1,408 @@
+"""What can be asked for: every option, its default, its unit and its other names.
+
+One frozen class a command, composed of groups. The command line is built from these fields
+(`cli/options.py`), so a flag, its configuration key and its default cannot disagree. The
+class is filled by `resolve` from layers, the later winning:
+
+    defaults here  <  configs/NAME.yaml  <  --config FILE  <  flags
+
+Imports neither torch nor anything that does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qlora_kit.errors import ConfigError
+
+# ---------------------------------------------------------------- field types
+
+
+def _number_from_text(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+
+
+def _list_from_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _pairs_from_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return dict(part.strip().split("=", 1) for part in value.split(",") if "=" in part)
+    return value
+
+
+_OPTIMIZER_NAMES = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_8bit": "adamw8bit",
+    "adamw_bnb_8bit": "adamw8bit",
+    "paged_adamw_32bit": "paged-adamw",
+    "paged_adamw": "paged-adamw",
+    "paged_adamw_8bit": "paged-adamw8bit",
+}
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SCHEDULER_NAMES = {"constant_with_warmup": "constant"}
+
+
+def _renamed(names: Mapping[str, str]) -> BeforeValidator:
+    return BeforeValidator(
+        lambda value: names.get(value, value) if isinstance(value, str) else value
+    )
+
+
+Bits = Annotated[Literal[4, 8, 16], BeforeValidator(_number_from_text)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_list_from_text)]
+IntegerByPattern = Annotated[dict[str, int], BeforeValidator(_pairs_from_text)]
+NumberByPattern = Annotated[dict[str, float], BeforeValidator(_pairs_from_text)]
+OptimizerName = Annotated[
+    Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"], _renamed(_OPTIMIZER_NAMES)
+]
+SchedulerName = Annotated[Literal["linear", "cosine", "constant"], _renamed(_SCHEDULER_NAMES)]
+DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], _renamed(_DTYPE_NAMES)]
+ExportDtypeName = Annotated[Literal["float16", "bfloat16", "float32"], _renamed(_DTYPE_NAMES)]
+
+
+def option(default: Any, text: str, *, also: Sequence[str] = (), **bounds: Any) -> Any:
+    """Declare one option: default, help text with unit, and the names peers give it."""
+    return Field(default, description=text, json_schema_extra={"also": list(also)}, **bounds)
+
+
+class Options(BaseModel):
+    """Base of all groups: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# ---------------------------------------------------------------- groups
+
+
+class BaseModelOptions(Options):
+    """Which frozen base, and how it is held in memory."""
+
+    model: str = option(
+        "demo", "name in configs/, folder, or hub id of a causal language model",
+        also=["model_name_or_path", "base_model"],
+    )  # fmt: skip
+    weights: Literal["pretrained", "random"] = option(
+        "pretrained", "random: the real architecture with random weights, no download"
+    )
+    bits: Bits = option(4, "bits a frozen weight is held in; 16: unquantised")
+    quant_type: Literal["nf4", "fp4"] = option(
+        "nf4", "code book of the 4-bit weights", also=["bnb_4bit_quant_type"]
+    )
+    double_quant: bool = option(
+        True, "quantise the 4-bit constants as well", also=["bnb_4bit_use_double_quant"]
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
+    dtype: DtypeName = option(
+        "auto", "compute dtype; auto: bfloat16 where the GPU has it, else float32",
+        also=["bnb_4bit_compute_dtype", "torch_dtype"],
+    )  # fmt: skip
+
+
+class AdapterOption(Options):
+    """A trained adapter to put on the base."""
+
+    adapter: Path | None = option(
+        None, "folder of a trained adapter", also=["adapter_name_or_path", "lora_model_dir"]
+    )
+
+
+class LoraOptions(Options):
+    """The trained part."""
+
+    rank: int = option(16, "rank of the LoRA matrices", also=["lora_r", "r"], ge=1)
+    alpha: float = option(32, "LoRA numerator: scaling = alpha / rank", also=["lora_alpha"], gt=0)
+    lora_dropout: float = option(0.0, "dropout on the input of A, 0 to 1", ge=0, lt=1)
+    targets: Names = option(
+        ("attention",),
+        "comma-separated: attention, mlp, all-linear, names, or regular expressions of paths",
+        also=["lora_target_modules", "target_modules", "lora_target"],
+    )
+    rslora: bool = option(False, "scaling = alpha / sqrt(rank)", also=["use_rslora"])
+    rank_pattern: IntegerByPattern = option(
+        {}, "rank by name, such as down_proj=8,layers.0.self_attn.q_proj=32"
+    )
+    alpha_pattern: NumberByPattern = option({}, "alpha by name, such as down_proj=16")
+
+
+class DataOptions(Options):
+    """What is learnt."""
+
+    data: str | None = option(
+        None, "training file or hub id; without it the built-in sample data",
+        also=["dataset", "train_file", "data_path"],
+    )  # fmt: skip
+    validation: str | None = option(
+        None, "validation file", also=["validation_file", "eval_dataset"]
+    )
+    validation_fraction: float = option(
+        0.05, "share of the data held out when no validation file is given and rows >= 200",
+        also=["val_size", "val_set_size"], ge=0, lt=1,
+    )  # fmt: skip
+
+
+class TokenOptions(Options):
+    """How a record becomes tokens."""
+
+    max_length: int = option(
+        1024, "tokens a sample may have",
+        also=["cutoff_len", "sequence_len", "max_seq_length"], ge=2,
+    )  # fmt: skip
+    long_samples: Literal["auto", "drop", "truncate", "split", "error"] = option(
+        "auto", "samples over max_length; auto: truncate pairs and chats, split plain text"
+    )
+    train_on: Literal["completion", "all"] = option(
+        "completion", "tokens that are supervised: the answers, or everything"
+    )
+
+
+class StepOptions(Options):
+    """How one optimiser step is computed."""
+
+    batch_size: int = option(
+        1, "rows a micro-batch", also=["per_device_train_batch_size", "micro_batch_size"], ge=1
+    )
+    gradient_accumulation_steps: int = option(
+        16, "micro-batches an optimiser step", also=["gradient_accumulation"], ge=1
+    )
+    recompute: bool = option(
+        True, "recompute activations in backward (gradient checkpointing)",
+        also=["gradient_checkpointing"],
+    )  # fmt: skip
+    loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
+
+
+class OptimizerOptions(Options):
+    """How the adapter moves."""
+
+    epochs: float = option(
+        1.0, "passes over the data", also=["num_train_epochs", "num_epochs"], gt=0
+    )
+    max_steps: int | None = option(None, "optimiser steps; overrides epochs", ge=1)
+    learning_rate: float = option(2e-4, "peak learning rate", also=["lr"], gt=0)
+    scheduler: SchedulerName = option(
+        "linear",
+        "shape of the learning rate after warm-up",
+        also=["lr_scheduler_type", "lr_scheduler"],
+    )
+    warmup_ratio: float = option(0.03, "share of the steps that warm up", ge=0, le=1)
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW", ge=0)
+    max_grad_norm: float = option(0.3, "gradient norm that is clipped to; 0: no clipping", ge=0)
+    optimizer: OptimizerName = option("adamw", "adamw keeps fp32 state", also=["optim"])
+    seed: int = option(42, "seed of initialisation, data order and dropout", ge=0)
+
+
+class RunOptions(Options):
+    """Where a run lives, and when it saves and evaluates."""
+
+    output: Path | None = option(
+        None, "folder of the run; default runs/<model>-<n>", also=["output_dir"]
+    )
+    overwrite: bool = option(
+        False, "replace a run already in the folder", also=["overwrite_output_dir"]
+    )
+    resume: str | None = option(
+        None, "continue from `latest` or a checkpoint folder", also=["resume_from_checkpoint"]
+    )
+    save_steps: int | None = option(None, "optimiser steps between checkpoints", ge=1)
+    save_total_limit: int | None = option(None, "checkpoints kept besides the best", ge=1)
+    eval_steps: int | None = option(
+        None, "optimiser steps between evaluations; default: at each epoch's end", ge=1
+    )
+    eval_batch_size: int = option(
+        8, "rows a batch in evaluation", also=["per_device_eval_batch_size"], ge=1
+    )
+    early_stopping_patience: int | None = option(
+        None, "evaluations without improvement before the run stops", ge=1
+    )
+    logging_steps: int = option(1, "optimiser steps between rows of the log", ge=1)
+
+
+# ---------------------------------------------------------------- commands
+
+
+class TrainConfig(
+    RunOptions,
+    OptimizerOptions,
+    StepOptions,
+    TokenOptions,
+    DataOptions,
+    LoraOptions,
+    BaseModelOptions,
+):
+    """Options of `qlora-kit train`."""
+
+
+class EvaluateConfig(TokenOptions, AdapterOption, BaseModelOptions):
+    """Options of `qlora-kit evaluate`."""
+
+    data: str | None = option(None, "file with the rows to measure", also=["dataset", "test_file"])
+    batch_size: int = option(8, "rows a batch", also=["per_device_eval_batch_size"], ge=1)
+    loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
+    exact_match: bool = option(
+        False, "also generate every answer and compare it with the completion"
+    )
+    max_new_tokens: int = option(256, "tokens an answer may have", ge=1)
+    max_rows: int | None = option(None, "measure only the first rows", ge=1)
+
+
+class GenerateConfig(AdapterOption, BaseModelOptions):
+    """Options of `qlora-kit generate`."""
+
+    prompt: str | None = option(
+        None, "text to continue, or a chat turn where the model has a template"
+    )
+    raw: bool = option(False, "continue the prompt as it is, without a chat template")
+    max_new_tokens: int = option(256, "tokens to generate at most", ge=1)
+    temperature: float = option(0.0, "0: greedy; above: sampling", ge=0)
+    top_p: float = option(1.0, "share of the probability kept when sampling", gt=0, le=1)
+    seed: int = option(42, "seed of sampling", ge=0)
+
+
+class ExportConfig(Options):
+    """Options of `qlora-kit export`."""
+
+    adapter: Path = option(..., "run or adapter folder")
+    to: Path = option(..., "new folder for the merged model")
+    model: str | None = option(
+        None, "base to merge into; default: the one the adapter names",
+        also=["model_name_or_path", "base_model"],
+    )  # fmt: skip
+    dtype: ExportDtypeName = option("float16", "dtype of the merged weights")
+    max_shard_size: str = option("4GB", "largest file, such as 4GB or 500MB (10^9 and 10^6 bytes)")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the merge is computed")
+    overwrite: bool = option(False, "replace the folder if it exists")
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Options)
+
+# Peers' switches whose value becomes another key's value.
+_SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
+    "load_in_4bit": {True: ("bits", 4)},
+    "load_in_8bit": {True: ("bits", 8)},
+    "completion_only_loss": {True: ("train_on", "completion"), False: ("train_on", "all")},
+}
+
+
+# ---------------------------------------------------------------- resolving
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place, and what to call that place in an error."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
+def read_config_file(path: Path) -> Layer:
+    """Read a YAML configuration file.
+
+    Raises:
+        ConfigError: missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{path}: {reason}; expected a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML; write `key: value` lines") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: found a {type(content).__name__}; expected `key: value` lines")
+    return Layer(str(path), {str(key).replace("-", "_"): value for key, value in content.items()})
+
+
+def resolve(config_class: type[AnyConfig], layers: Sequence[Layer]) -> AnyConfig:
+    """Fill `config_class` from `layers`, the later winning, and report every fault at once.
+
+    Raises:
+        ConfigError: with one fault a line: unknown keys (with the nearest known one), one
+            option given twice in a layer, and values that are not usable.
+    """
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for name, (value, origin) in _canonical(config_class, layer, faults).items():
+            values[name], origins[name] = value, origin
+    try:
+        config = config_class.model_validate(values)
+    except ValidationError as error:
+        faults += _value_faults(error, origins)
+    if faults:
+        raise ConfigError(*faults)
+    return config
+
+
+def _canonical(
+    config_class: type[Options], layer: Layer, faults: list[str]
+) -> dict[str, tuple[Any, str]]:
+    """Translate a layer's keys to field names; add unknown and doubled keys to `faults`."""
+    names = field_names(config_class)
+    found: dict[str, tuple[Any, str]] = {}
+    for key, value in layer.values.items():
+        origin = f"{layer.origin}: {key}" if layer.origin else _as_flag(key)
+        if key in _SWITCHES and _SWITCHES[key].get(value, ("",))[0] in names:
+            name, value = _SWITCHES[key][value]
+        elif key in names:
+            name = names[key]
+        elif not (key in _SWITCHES and value is False):
+            faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
+            continue
+        else:
+            continue
+        if name in found and found[name][0] != value:
+            faults.append(f"{origin}: {name} is given twice; keep one of the two")
+        found[name] = (value, origin)
+    return found
+
+
+def field_names(config_class: type[Options]) -> dict[str, str]:
+    """Return every accepted key of a configuration, synonyms included, with its field."""
+    names = {}
+    for name, field in config_class.model_fields.items():
+        extra = field.json_schema_extra
+        also = extra.get("also", []) if isinstance(extra, dict) else []
+        assert isinstance(also, list)
+        names.update(dict.fromkeys([name, *map(str, also)], name))
+    return names
+
+
+def _did_you_mean(key: str, names: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(key, [*names, *_SWITCHES], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; see `qlora-kit train --help` for the keys"
+
+
+def _value_faults(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
+    faults: dict[str, str] = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        origin = origins.get(name, _as_flag(name))
+        if problem["type"] == "missing":
+            faults[name] = f"{origin}: missing; give one"
+            continue
+        message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+        found = "" if isinstance(problem["input"], dict) else f"found {problem['input']}; "
+        faults[name] = f"{origin}: {found}{message[0].lower()}{message[1:]}"
+    return list(faults.values())
+
+
+def _as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,121 @@
+"""What the stages announce while they run.
+
+A stage receives an `Announce` callable and passes it events; `report/` turns them into a
+progress bar, a log and a plot. Stages never print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something the user should read once: a choice made for them, a number of rows lost."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Facts(Event):
+    """A small table the user should see: a title and rows of name and value."""
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Closing(Event):
+    """The command is done: the files it wrote and the commands to type next."""
+
+    written: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoadProgress(Event):
+    """The base is being read: `done` of `total` tensors are in place."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """Training is about to begin."""
+
+    first_step: int
+    total_steps: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class StepFinished(Event):
+    """One optimiser step is done."""
+
+    optimizer_step: int
+    epoch: float
+    loss: float
+    """mean over the supervised tokens of the whole accumulation window, nats per token"""
+    learning_rate: float
+    grad_norm: float
+    """before clipping"""
+    supervised_tokens: int
+    tokens: int
+    """tokens run through the model, padding not counted"""
+    step_seconds: float
+    memory_bytes: int
+    """peak allocated on the device since the run began; resident size on a CPU"""
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The validation rows were measured."""
+
+    optimizer_step: int
+    epoch: float
+    loss: float
+    """nats per supervised token"""
+    is_best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A resumable state is on disk."""
+
+    optimizer_step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """Training ended; `reason` says why."""
+
+    optimizer_step: int
+    reason: str
+    seconds: float
+
+
+Announce = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Drop the event: the listener of callers who want none."""
+
+
+def announce_to(listeners: Iterable[Announce]) -> Announce:
+    """Return one listener that passes each event to all of `listeners`, in order."""
+    listeners = tuple(listeners)
+
+    def announce(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return announce
