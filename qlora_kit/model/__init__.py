@@ -1,0 +1,1 @@
+"""Names and architectures, tokenizer, weights: a base loaded quantised and frozen."""

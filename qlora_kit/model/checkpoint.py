@@ -1,0 +1,140 @@
+"""The tensors of a checkpoint on disk, one at a time.
+
+Takes a folder; returns a `TensorSource` that reads each tensor when asked, mapped from the
+file, so that a checkpoint never stands in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qlora_kit.errors import DataError, ModelError
+from qlora_kit.storage import read_json
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names, in the order that reads fastest."""
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor; its memory is the file's until it is copied."""
+
+
+class SafetensorsShards:
+    """A checkpoint in one or more safetensors files."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._shards: dict[str, Any] = {}
+        for path in files:
+            try:
+                shard = safe_open(path, framework="pt")
+                self._shards.update(dict.fromkeys(shard.keys(), shard))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{path}: not a complete safetensors file ({error}); download it again"
+                ) from error
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names, file by file."""
+        return list(self._shards)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, mapped from its file."""
+        tensor: Tensor = self._shards[name].get_tensor(name)
+        return tensor
+
+
+class PickledShards:
+    """A checkpoint in `.bin` files, read without running what they contain.
+
+    A shard is mapped when its first tensor is read and let go when another's is.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._file_of: dict[str, Path] = {}
+        self._open_path: Path | None = None
+        self._open: dict[str, Tensor] = {}
+        for path in files:
+            self._file_of.update(dict.fromkeys(_load_pickle(path), path))
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names, file by file."""
+        return list(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, mapped from its file."""
+        path = self._file_of[name]
+        if path != self._open_path:
+            self._open = {}
+            self._open_path, self._open = path, _load_pickle(path)
+        return self._open[name]
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            # Files from before torch 1.6 are not zip archives and cannot be mapped.
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+        raise ModelError(f"{path}: not a checkpoint of plain tensors ({reason[:120]})") from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ModelError(f"{path}: not a checkpoint of plain tensors; expected name: tensor")
+    return content
+
+
+def open_checkpoint(folder: Path) -> TensorSource:
+    """Find and open the weights in a folder; safetensors first, then `.bin`.
+
+    Raises:
+        ModelError: no weights there, a shard of the index missing, or a damaged file.
+    """
+    files = _weight_files(folder)
+    if files[0].suffix == ".safetensors":
+        return SafetensorsShards(files)
+    return PickledShards(files)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for index, single in zip(_INDEXES, _SINGLES, strict=True):
+        if (folder / index).is_file():
+            return list(_indexed_files(folder / index))
+        if (folder / single).is_file():
+            return [folder / single]
+    raise ModelError(
+        f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or their index "
+        "with shards (or pass --weights random)"
+    )
+
+
+def _indexed_files(index: Path) -> Iterator[Path]:
+    try:
+        names = dict.fromkeys(read_json(index)["weight_map"].values())
+    except (DataError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f'{index}: not an index; expected a "weight_map" of file names') from error
+    for name in names:
+        path = index.parent / name
+        if Path(name).name != name:
+            raise ModelError(f"{index}: names {name!r}; expected a file in the same folder")
+        if not path.is_file():
+            raise ModelError(f"{path}: missing, though the index names it; download it again")
+        yield path

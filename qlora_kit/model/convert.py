@@ -1,0 +1,90 @@
+"""Which tensors of a checkpoint make up which parameter of the model.
+
+Takes the names in a checkpoint; returns `Assembly` records: a parameter, the tensors it is
+made of, and how. The renamings and merges are transformers' own; the parts of a weight that
+bitsandbytes already quantised are kept together. Reads no tensor itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+# What bitsandbytes stores beside a packed weight; `weight_format` only says "row".
+_QUANTIZED_PARTS = re.compile(
+    r"\.(SCB|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))$"
+)
+_IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|weight_format)$")
+
+
+@dataclass
+class Assembly:
+    """One target and the stored tensors it is made of.
+
+    Attributes:
+        target: name of the parameter; for a converter, of its first product.
+        sources: names in the checkpoint, by the name that transformers gives them.
+        converter: transformers' operation where tensors are merged or split.
+    """
+
+    target: str
+    sources: dict[str, str] = field(default_factory=dict)
+    converter: WeightConverter | None = None
+    pattern_of: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the parts are a weight that bitsandbytes packed."""
+        return any(_QUANTIZED_PARTS.search(name) for name in self.sources)
+
+    def parts(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Read the parts of a packed weight, by the rest of their name ("weight", "SCB")."""
+        owner = self.target.removesuffix("weight")
+        return {name.removeprefix(owner): read(stored) for name, stored in self.sources.items()}
+
+    def tensors(self, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        """Read the sources and return the parameters they make, by name."""
+        if self.converter is None:
+            (stored,) = self.sources.values()
+            return {self.target: read(stored)}
+        converter = copy.copy(self.converter)
+        converter.collected_tensors = {}
+        for stored, pattern in self.pattern_of.items():
+            converter.collected_tensors.setdefault(pattern, []).append(read(stored))  # type: ignore[arg-type]
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
+    """Group the names of a checkpoint by the parameter they make, in the order of the names."""
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    state = skeleton.state_dict()
+    assemblies: dict[str, Assembly] = {}
+    for stored in names:
+        name, pattern = rename_source_key(
+            stored, renamings, converters, skeleton.base_model_prefix, state
+        )
+        if name not in state and _is_ignored(name, skeleton):
+            continue
+        target = _QUANTIZED_PARTS.sub(".weight", name)
+        assembly = assemblies.setdefault(target, Assembly(target))
+        assembly.sources[name if pattern is None else stored] = stored
+        if pattern is not None:
+            assembly.converter = by_pattern[pattern]
+            assembly.pattern_of[stored] = pattern
+    return list(assemblies.values())
+
+
+def _is_ignored(name: str, skeleton: PreTrainedModel) -> bool:
+    patterns = skeleton._keys_to_ignore_on_load_unexpected or ()
+    return bool(_IGNORED.search(name)) or any(re.search(p, name) for p in patterns)

@@ -1,0 +1,105 @@
+"""Examine this machine: versions, devices, and whether 4 and 8 bits compute rightly here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_PACKAGES = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "safetensors")
+_MINIMUM = {"transformers": (5, 22)}
+# NF4 keeps about 90 % of a normal weight's norm, int8 above 99 %.
+_TOLERANCE = {4: 0.12, 8: 0.02}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        found: what was found.
+        ok: whether training can work with it.
+        remedy: what to do where it cannot, or what to know.
+    """
+
+    name: str
+    found: str
+    ok: bool = True
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Return all findings; imports torch and bitsandbytes, and survives their absence."""
+    return [*_versions(), *_devices(), *_bits()]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("python", platform.python_version())
+    for package in _PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(package, "not installed", False, f"pip install {package}")
+            continue
+        numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
+        least = _MINIMUM.get(package, (0,))
+        remedy = "" if numbers >= least else f"pip install '{package}>={'.'.join(map(str, least))}'"
+        yield Finding(package, version, numbers >= least, remedy)
+
+
+def _devices() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    yield Finding(
+        "cpu",
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+    )
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "none visible to torch", remedy="training runs on the CPU, slowly")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        yield Finding(
+            f"gpu {index}",
+            f"{torch.cuda.get_device_name(index)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
+        )
+
+
+def _bits() -> Iterator[Finding]:
+    import torch
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for bits in (4, 8):
+            yield _try_bits(bits, device)
+
+
+def _try_bits(bits: int, device: str) -> Finding:
+    """Quantise a weight, multiply through it, and compare with the weight itself."""
+    name = f"{bits}-bit on {device}"
+    try:
+        import torch
+
+        from qlora_kit.model.linear import FrozenLinear
+        from qlora_kit.model.quantize import Quantization
+
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(192, 320, generator=generator).to(device)
+        x = torch.randn(8, 320, generator=generator).to(device)
+        layer = FrozenLinear(320, 192, bias=False)
+        layer.weight = Quantization(bits=bits).freeze(weight)  # type: ignore[arg-type]
+        exact = x @ weight.T
+        error = float((layer(x) - exact).norm() / exact.norm())
+    except Exception as error_:  # a broken installation may raise anything
+        reason = str(error_).strip().splitlines()[0] if str(error_).strip() else ""
+        return Finding(
+            name, f"{type(error_).__name__}: {reason[:120]}", False,
+            "reinstall bitsandbytes for this CPU or CUDA version: `python -m bitsandbytes`",
+        )  # fmt: skip
+    ok = error < _TOLERANCE[bits]
+    remedy = "" if ok else "wrong numbers: reinstall bitsandbytes"
+    return Finding(name, f"works, output error {error:.1%}", ok, remedy)

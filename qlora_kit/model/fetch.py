@@ -1,0 +1,112 @@
+"""Bring a model's files onto this machine.
+
+Takes a `ModelSource`; returns the folder its files are in, downloading through
+huggingface_hub where they are not here yet. Only tensors, configuration and tokenizer files
+are fetched, never code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.errors import HubError, ModelError
+from qlora_kit.model.names import DEMO, ModelSource, known_models
+
+_TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A model's files on this machine.
+
+    Attributes:
+        folder: with config.json and the weights; None where random weights need none.
+        tokenizer_folder: with the tokenizer.
+        revision: commit of the hub repository, or None.
+    """
+
+    folder: Path | None
+    tokenizer_folder: Path
+    revision: str | None = None
+
+
+def fetch(source: ModelSource, *, random: bool = False) -> Fetched:
+    """Return where the files of `source` are, downloading them if need be.
+
+    Random weights of a known architecture need no network: the demo's tokenizer, whose 1,024
+    or fewer entries fit every vocabulary, stands in for the model's own.
+
+    Raises:
+        HubError: the hub is out of reach and nothing is cached, or it does not grant access.
+        ModelError: the hub has no such model.
+    """
+    if source.folder is not None:
+        return Fetched(source.folder, source.folder)
+    if random and source.architecture is not None:
+        demo = known_models()[DEMO].folder
+        assert demo is not None
+        return Fetched(None, demo)
+    assert source.hub_id is not None
+    folder = _download(source.hub_id, with_weights=not random)
+    # snapshot_download names the folder after the commit.
+    return Fetched(folder, folder, revision=folder.name)
+
+
+def _download(hub_id: str, *, with_weights: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        patterns = _TEXT_FILES + (_weight_patterns(hub_id) if with_weights else [])
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{hub_id}: its owner grants access on request; ask for it on the model's page, then "
+            "run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{hub_id}: the hub has no such model, or it is private; check the name, or run "
+            "`hf auth login`"
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, *_network()) as error:
+        return _cached(hub_id, error)
+
+
+def _weight_patterns(hub_id: str) -> list[str]:
+    """Prefer safetensors; some repositories, DeepSeek-7B among them, have `.bin` only."""
+    import huggingface_hub
+
+    info = huggingface_hub.HfApi().model_info(hub_id)
+    names = [file.rfilename for file in info.siblings or []]
+    suffix = "safetensors" if any(n.endswith(".safetensors") for n in names) else "bin"
+    return [f"model*.{suffix}" if suffix == "safetensors" else "pytorch_model*.bin"]
+
+
+def _network() -> tuple[type[Exception], ...]:
+    from huggingface_hub import errors
+
+    found: list[type[Exception]] = [errors.OfflineModeIsEnabled]
+    for package in ("httpx2", "httpx"):
+        try:
+            module: Any = __import__(package)
+        except ImportError:
+            continue
+        found.append(module.HTTPError)
+    return tuple(found)
+
+
+def _cached(hub_id: str, error: Exception) -> Path:
+    """Return a copy downloaded earlier."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+        raise HubError(
+            f"{hub_id}: the model hub is out of reach ({type(error).__name__}) and no copy is "
+            "cached; check the network, or give --model a folder"
+        ) from error

@@ -1,0 +1,65 @@
+"""The frozen linear layer: y = x Wᵀ + b, with W stored packed.
+
+One autograd function for 4, 8 and 16 bits: it saves the packed tensors, not the unpacked
+weight and not x (a frozen weight has no gradient), and unpacks again in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_kit.model.quantize import FrozenWeight
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight never changes; the weight arrives after construction.
+
+    Args:
+        in_features: D.
+        out_features: K.
+        bias: whether a bias (K,) will arrive too.
+    """
+
+    weight: FrozenWeight
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        placeholder = torch.empty(out_features, device="meta") if bias else None
+        self.register_buffer("bias", placeholder)
+        self.bias: Tensor | None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> FrozenLinear:
+        """Return an empty frozen layer of the shape of `linear`."""
+        return cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., D) to (..., K) in the dtype of x."""
+        y: Tensor = _FrozenMatmul.apply(x, self.weight, *self.weight.packed())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Show shape and bits when the model is printed."""
+        bits = self.weight.bits if "weight" in self._modules else "empty"
+        return f"{self.in_features}, {self.out_features}, bits={bits}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, *packed: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(*packed)
+        return F.linear(x, weight.unpack(packed, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grads
+        packed = ctx.saved_tensors
+        grad_x = grad_y @ ctx.weight.unpack(packed, grad_y.dtype)
+        return (grad_x, None, *(None for _ in packed))

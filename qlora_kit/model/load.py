@@ -1,0 +1,319 @@
+"""Load a base: frozen, quantised tensor by tensor, every parameter filled exactly once.
+
+`frozen_tensors` is the one stream of weights. `load_base` fills a model from it; the export
+reads it again to merge. Never holds the checkpoint as a whole, never upcasts in bulk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qlora_kit.errors import ModelError
+from qlora_kit.events import Announce, LoadProgress, silent
+from qlora_kit.model.architecture import (
+    architecture_from,
+    build_skeleton,
+    linear_layers,
+    read_architecture,
+    unquantized_share,
+)
+from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
+from qlora_kit.model.convert import Assembly, assemble
+from qlora_kit.model.hardware import Hardware, memory_returned
+from qlora_kit.model.head import verify_head
+from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.names import ModelSource
+from qlora_kit.model.quantize import FrozenWeight, PlainWeight, Quantization, read_quantized
+from qlora_kit.model.random_weights import RandomWeights
+
+RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """All that decides the bits of a frozen base.
+
+    Attributes:
+        source: which model.
+        folder: where its files are; None for random weights of a known architecture.
+        quantization: how its weights are held.
+        random: random weights instead of the stored ones.
+    """
+
+    source: ModelSource
+    folder: Path | None
+    quantization: Quantization
+    random: bool = False
+
+    def architecture(self) -> PreTrainedConfig:
+        """Return the architecture, from the folder or from `configs/`."""
+        if self.folder is not None:
+            return read_architecture(self.folder)
+        if self.source.architecture is None:
+            raise ModelError(f"{self.source.name}: its architecture is not known; give a folder")
+        return architecture_from(dict(self.source.architecture))
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: frozen, ready for LoRA.
+
+    Attributes:
+        model: transformers' model; its linear layers are `FrozenLinear`.
+        spec: what it was loaded from.
+        hardware: where and in which dtype it computes.
+        digest: of every stored tensor; two bases with the same digest are the same.
+        parameters: number of weights, tied ones counted once, however they are packed.
+        unquantized_share: of the weights outside embeddings and head.
+    """
+
+    model: PreTrainedModel
+    spec: BaseSpec
+    hardware: Hardware
+    digest: str
+    parameters: int
+    unquantized_share: float
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the weights are held."""
+        return self.spec.quantization
+
+
+class Digest:
+    """A fast hash of named tensors that does not depend on their order."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Hash one stored tensor (128 bits, about 10 GB/s)."""
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._hashes[name] = xxhash.xxh3_128_hexdigest(raw.data)
+
+    def hexdigest(self) -> str:
+        """Return the hash of all that was added."""
+        lines = "\n".join(f"{name} {value}" for name, value in sorted(self._hashes.items()))
+        return xxhash.xxh3_128_hexdigest(lines.encode())
+
+
+def open_tensors(spec: BaseSpec, skeleton: PreTrainedModel, device: torch.device) -> TensorSource:
+    """Open the stored or the random tensors of a base."""
+    if spec.random:
+        return RandomWeights(skeleton, RANDOM_SEED, device)
+    assert spec.folder is not None
+    return open_checkpoint(spec.folder)
+
+
+def stored_quantization(architecture: PreTrainedConfig) -> Quantization | None:
+    """Return how a checkpoint is already quantised by bitsandbytes, or None.
+
+    Raises:
+        ModelError: quantised by something else.
+    """
+    stored = getattr(architecture, "quantization_config", None)
+    if stored is None:
+        return None
+    values: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    method = values.get("quant_method")
+    if method != "bitsandbytes":
+        raise ModelError(f"the checkpoint is quantised by {method}; expected bitsandbytes or none")
+    if values.get("load_in_8bit"):
+        return Quantization(bits=8)
+    return Quantization(
+        bits=4,
+        quant_type=values.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=bool(values.get("bnb_4bit_use_double_quant", False)),
+    )
+
+
+# ---------------------------------------------------------------- the stream
+
+
+def frozen_tensors(
+    spec: BaseSpec,
+    skeleton: PreTrainedModel,
+    device: torch.device,
+    digest: Digest,
+    announce: Announce = silent,
+) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
+    """Yield every parameter of the skeleton once: linear weights frozen, the rest as stored.
+
+    Tied copies are not yielded. What is yielded lies on `device` in memory of its own.
+
+    Raises:
+        ModelError: a tensor missing, surplus, of another shape, or not finite; all missing
+            and surplus names at once.
+    """
+    source = open_tensors(spec, skeleton, device)
+    expected = dict(skeleton.state_dict())
+    tied = skeleton.all_tied_weights_keys or {}
+    linear = {f"{path}.weight" for path in linear_layers(skeleton)}
+    assemblies = assemble(source.names, skeleton)
+    _check_names(assemblies, expected, tied, spec)
+
+    def read(name: str) -> Tensor:
+        tensor = source.read(name)
+        digest.add(name, tensor)
+        return tensor
+
+    for done, assembly in enumerate(assemblies, 1):
+        if assembly.target in tied:
+            continue
+        if assembly.is_quantized:
+            parts = {n: t.to(device, copy=True) for n, t in assembly.parts(read).items()}
+            shape = expected[assembly.target].shape
+            yield assembly.target, read_quantized(parts, (shape[0], shape[1]))
+        else:
+            for name, tensor in assembly.tensors(read, skeleton).items():
+                _check_tensor(name, tensor, expected)
+                yield name, _freeze(name, tensor, name in linear, spec.quantization, device)
+        announce(LoadProgress(done, len(assemblies)))
+
+
+def _freeze(
+    name: str, tensor: Tensor, is_linear: bool, quantization: Quantization, device: torch.device
+) -> FrozenWeight | Tensor:
+    if not is_linear or quantization.bits == 16:
+        own = tensor.to(device, copy=True)
+        return PlainWeight(own) if is_linear else own
+    try:
+        return quantization.freeze(tensor.to(device))
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+
+
+def _check_names(
+    assemblies: list[Assembly], expected: dict[str, Tensor], tied: dict[str, str], spec: BaseSpec
+) -> None:
+    found = {a.target for a in assemblies if a.converter is None}
+    made = [a.target for a in assemblies if a.converter is not None]
+    surplus = sorted(found - expected.keys())
+    missing = sorted(expected.keys() - found - tied.keys()) if not made else []
+    faults = [
+        f"{spec.source.name}: {what} tensors in the checkpoint ({len(names)}): "
+        f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}; {remedy}"
+        for what, names, remedy in (
+            ("missing", missing, "download it again, or name another model"),
+            ("surplus", surplus, "it does not fit its config.json"),
+        )
+        if names
+    ]
+    if faults:
+        raise ModelError(*faults)
+
+
+def _check_tensor(name: str, tensor: Tensor, expected: dict[str, Tensor]) -> None:
+    if name not in expected or tensor.shape != expected[name].shape:
+        wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
+        raise ModelError(
+            f"{name}: shape {tuple(tensor.shape)} in the checkpoint; expected {wanted}"
+        )
+    # The extremes of a tensor with NaN are NaN; this needs no temporary of the tensor's size.
+    low, high = tensor.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ModelError(
+            f"{name}: holds NaN or infinity, which would spoil every block it is in; refuse it"
+        )
+
+
+# ---------------------------------------------------------------- the model
+
+
+def load_base(spec: BaseSpec, hardware: Hardware, announce: Announce = silent) -> Base:
+    """Load a base, frozen and quantised, onto its device.
+
+    Embeddings and head stay in 16 bits: the compute dtype where that has 16 bits, else the
+    checkpoint's. Nothing requires a gradient.
+
+    Raises:
+        ModelError: the checkpoint does not fit its architecture, or the architecture would
+            stay largely unquantised, or computes its logits in an unknown way.
+    """
+    model = build_skeleton(spec.architecture())
+    share = unquantized_share(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    head_path = _path_of(model, model.get_output_embeddings())
+    digest = Digest()
+    with memory_returned(), torch.no_grad():
+        for name, value in frozen_tensors(spec, model, hardware.device, digest, announce):
+            _place(model, name, value, hardware)
+        _share_tied(model, head_path)
+    _check_filled(model)
+    model.to(hardware.device)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.config.dtype = hardware.dtype
+    _cast_embedding_output(model, hardware.dtype)
+    verify_head(model, hardware)
+    return Base(model.eval(), spec, hardware, digest.hexdigest(), parameters, share)
+
+
+def _place(
+    model: PreTrainedModel, name: str, value: FrozenWeight | Tensor, hardware: Hardware
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        module = FrozenLinear.of(module)
+        model.set_submodule(path, module)
+    if isinstance(value, FrozenWeight):
+        module.weight = value
+        return
+    value = _stored_dtype(value, hardware.dtype)
+    if isinstance(module, FrozenLinear):
+        if leaf == "weight":
+            module.weight = PlainWeight(value)
+        else:
+            module.bias = value
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _stored_dtype(tensor: Tensor, compute: torch.dtype) -> Tensor:
+    # A 16-bit checkpoint on a 16-bit device is stored in what it computes in, or each use of
+    # fp16 norms and biases would promote bf16 activations to fp32. Norms and biases are so on
+    # every device: a layer norm refuses weights of another dtype than its input.
+    is_cast = compute.itemsize == 2 or tensor.dim() == 1
+    return tensor.to(compute) if is_cast and tensor.is_floating_point() else tensor
+
+
+def _share_tied(model: PreTrainedModel, head_path: str) -> None:
+    head = model.get_submodule(head_path)
+    if isinstance(head, nn.Linear):
+        empty = FrozenLinear.of(head)
+        if head.bias is not None and not head.bias.is_meta:
+            empty.bias = head.bias
+        model.set_submodule(head_path, empty)
+        embedding = model.get_input_embeddings().weight
+        empty.weight = PlainWeight(embedding.detach())
+
+
+def _check_filled(model: PreTrainedModel) -> None:
+    empty = [name for name, t in model.state_dict(keep_vars=True).items() if t.is_meta]
+    if empty:
+        raise ModelError(f"not filled by the checkpoint: {', '.join(empty[:5])}")
+
+
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    for path, module in model.named_modules():
+        if module is wanted:
+            return str(path)
+    raise ModelError("the model has no output head; expected a causal language model")
+
+
+def _cast_embedding_output(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the layers their compute dtype without upcasting the embedding itself."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight.dtype != dtype:
+        embedding.register_forward_hook(lambda module, args, output: output.to(dtype))

@@ -1,0 +1,96 @@
+"""Find a model by name, folder or hub id: where its weights are, what it is built of.
+
+Takes the value of `--model`; returns a `ModelSource`. Reads the small YAML files in
+`configs/`; never imports torch and never uses the network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_kit.errors import ModelError
+
+DEMO = "demo"
+_PACKAGE = Path(__file__).parent.parent
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model before anything of it is read.
+
+    Attributes:
+        name: what the user called it, and what a run folder is named after.
+        hub_id: repository on the hub, or None for a local folder.
+        folder: local folder with its files, or None for a hub id.
+        architecture: the numbers of its config.json where `configs/` knows them.
+        parameters: number of parameters where `configs/` knows it.
+        settings: what its file in `configs/` changes of the defaults.
+    """
+
+    name: str
+    hub_id: str | None = None
+    folder: Path | None = None
+    architecture: Mapping[str, Any] | None = None
+    parameters: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """What an adapter records as its base: the hub id, the name `demo`, or the folder."""
+        if self.name == DEMO:
+            return DEMO
+        return self.hub_id or str(self.folder)
+
+
+def configs_folder() -> Path:
+    """Return the folder of model files: inside an installed package, beside it in a checkout."""
+    packaged = _PACKAGE / "configs"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / "configs"
+
+
+@functools.cache
+def known_models() -> Mapping[str, ModelSource]:
+    """Return the models of `configs/`, by name."""
+    sources = {}
+    for path in sorted(configs_folder().glob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sources[path.stem] = ModelSource(
+            name=path.stem,
+            hub_id=content.get("hub_id"),
+            folder=_PACKAGE / content["folder"] if "folder" in content else None,
+            architecture=content["architecture"],
+            parameters=content["parameters"],
+            settings=content["settings"] or {},
+        )
+    return sources
+
+
+def find_model(name: str) -> ModelSource:
+    """Resolve the value of `--model`: a known name, then a folder, then a hub id.
+
+    Raises:
+        ModelError: none of the three; with the nearest known name.
+    """
+    known = known_models()
+    if name in known:
+        return known[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return ModelSource(name=folder.resolve().name, folder=folder.resolve())
+    by_hub_id = {source.hub_id: source for source in known.values() if source.hub_id}
+    if name in by_hub_id:
+        return by_hub_id[name]
+    if _HUB_ID.fullmatch(name):
+        return ModelSource(name=name.rsplit("/", 1)[1], hub_id=name)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "`qlora-kit models` lists the names"
+    raise ModelError(f"model {name!r}: no such name, folder or hub id (owner/name); {hint}")

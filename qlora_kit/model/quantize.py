@@ -1,0 +1,242 @@
+"""A weight that no longer changes, in 4, 8 or 16 bits, as plain tensors.
+
+`Quantization.freeze` turns a weight into a `FrozenWeight`; that one answers `dequantize`.
+The tensors are what bitsandbytes' kernels produce and are read back by bitsandbytes' ops,
+but they are ordinary buffers: no state hides in a tensor subclass, so fake tensors, strict
+state dicts, sharding and recomputation all see the whole weight.
+
+This file and `train/optimizer.py` are the only importers of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.errors import ModelError
+
+# Without the optional `kernels` package bitsandbytes logs a failed import at every start.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from bitsandbytes import functional as bnb  # noqa: E402
+
+QuantType = Literal["nf4", "fp4"]
+
+BLOCK_SIZE = 64
+_ABSMAX_BLOCK_SIZE = 256
+_FLOAT16_MAX = 65504.0
+_INT8_STEP = 1 / 127
+
+
+class FrozenWeight(nn.Module):
+    """A weight of shape (K, D) that is stored packed and multiplied unpacked.
+
+    An autograd function saves `packed()` and calls `unpack` on the saved tensors in its
+    backward, so nothing else keeps the packed tensors alive.
+    """
+
+    bits: int
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """Return the stored tensors, in the order that `unpack` takes them."""
+        return tuple(self.buffers(recurse=False))
+
+    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return the weight (K, D) in `dtype` from tensors that `packed` returned."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (K, D) in `dtype`."""
+        return self.unpack(self.packed(), dtype)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes the stored tensors take."""
+        return sum(tensor.nbytes for tensor in self.packed())
+
+
+class PlainWeight(FrozenWeight):
+    """16 bits: the weight as the checkpoint has it."""
+
+    bits = 16
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        self.register_buffer("values", weight)
+
+    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return the values, cast when the compute dtype is another one."""
+        return packed[0].to(dtype)
+
+
+class Int8Weight(FrozenWeight):
+    """8 bits: int8 codes and one scale a row.
+
+    Dequantised and multiplied, it is more exact than LLM.int8's matmul, which also rounds
+    the activations, and it is what a merge reproduces.
+
+    Source: LLM.int8() (arXiv:2208.07339), section 2.2, vector-wise quantisation.
+    """
+
+    bits = 8
+
+    def __init__(self, codes: Tensor, absmax: Tensor) -> None:
+        super().__init__((codes.shape[0], codes.shape[1]))
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+
+    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return codes · absmax / 127, computed in fp32 and rounded once."""
+        codes, absmax = packed
+        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        return torch.mul(codes, (absmax * _INT8_STEP).unsqueeze(1), out=weight)
+
+
+class FourBitWeight(FrozenWeight):
+    """4 bits: two codes a byte, one absmax a block of 64, itself in 8 bits if `double_quant`.
+
+    Source: QLoRA (arXiv:2305.14314), section 3: NF4 and double quantisation.
+    """
+
+    bits = 4
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        codes: Tensor,
+        constants: Mapping[str, Tensor],
+        *,
+        quant_type: QuantType,
+        block_size: int = BLOCK_SIZE,
+        constants_block_size: int = _ABSMAX_BLOCK_SIZE,
+    ) -> None:
+        """Hold what a kernel produced.
+
+        Args:
+            shape: (K, D).
+            codes: uint8, two weights a byte.
+            constants: `absmax` alone (fp32), or `absmax` (uint8) with `absmax_scale`,
+                `absmax_code` and `absmax_offset` for double quantisation.
+            quant_type: code book of the weights.
+            block_size: weights that share one absmax.
+            constants_block_size: absmax values that share one absmax_scale.
+        """
+        super().__init__(shape)
+        self.quant_type: QuantType = quant_type
+        self.block_size = block_size
+        self.constants_block_size = constants_block_size
+        self.double_quant = len(constants) > 1
+        self.register_buffer("codes", codes)
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor)
+
+    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return code book values · absmax."""
+        codes, absmax = packed[:2]
+        if self.double_quant:
+            scale, code, offset = packed[2:]
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+                absmax, scale, code, self.constants_block_size, torch.float32
+            ).add_(offset)
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            codes, absmax, self.block_size, self.quant_type, self.shape, dtype
+        )
+        return weight
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen weights of a base are held."""
+
+    bits: Literal[4, 8, 16] = 4
+    quant_type: QuantType = "nf4"
+    double_quant: bool = True
+
+    def freeze(self, weight: Tensor) -> FrozenWeight:
+        """Quantise a weight (K, D) on the device where it lies.
+
+        Raises:
+            ModelError: at 8 bits, a value beyond float16, through which int8 goes.
+        """
+        if self.bits == 16:
+            return PlainWeight(weight)
+        if self.bits == 8:
+            return _freeze_int8(weight)
+        return _freeze_4bit(weight, self.quant_type, self.double_quant)
+
+    def describe(self) -> str:
+        """Return the scheme in a few words, such as "4-bit nf4, double quantisation"."""
+        if self.bits != 4:
+            return f"{self.bits}-bit"
+        return f"4-bit {self.quant_type}" + (", double quantisation" if self.double_quant else "")
+
+
+def _freeze_int8(weight: Tensor) -> Int8Weight:
+    if weight.dtype != torch.float16 and weight.abs().amax() > _FLOAT16_MAX:
+        raise ModelError("a weight beyond 65504 does not fit 8 bits; use --bits 4 or 16")
+    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.to(torch.float16))
+    return Int8Weight(codes, absmax)
+
+
+def _freeze_4bit(weight: Tensor, quant_type: QuantType, double_quant: bool) -> FourBitWeight:
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=BLOCK_SIZE, quant_type=quant_type, compress_statistics=double_quant
+    )
+    shape = (weight.shape[0], weight.shape[1])
+    return FourBitWeight(shape, codes, _constants(state), quant_type=quant_type)
+
+
+def _constants(state: Any) -> dict[str, Tensor]:
+    """Return the constants of a bitsandbytes quantisation state as plain tensors."""
+    if not state.nested:
+        return {"absmax": state.absmax}
+    return {
+        "absmax": state.absmax,
+        "absmax_scale": state.state2.absmax,
+        "absmax_code": state.state2.code,
+        "absmax_offset": state.offset,
+    }
+
+
+def read_quantized(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> FrozenWeight:
+    """Rebuild a frozen weight from what a bitsandbytes checkpoint stores of it.
+
+    Args:
+        parts: the stored tensors by the rest of their name: "weight" with "SCB" for 8 bits;
+            "weight" with "weight.absmax", "weight.quant_map",
+            "weight.quant_state.bitsandbytes__nf4" and, double-quantised,
+            "weight.nested_absmax", "weight.nested_quant_map" for 4 bits.
+        shape: (K, D) of the layer.
+
+    Raises:
+        ModelError: the parts are neither of the two, or of another shape.
+    """
+    codes = parts["weight"]
+    if "SCB" in parts:
+        if tuple(codes.shape) != shape:
+            raise ModelError(f"8-bit weight of shape {tuple(codes.shape)}; expected {shape}")
+        return Int8Weight(codes, parts["SCB"])
+    state_parts = {name: tensor for name, tensor in parts.items() if name.startswith("weight.")}
+    try:
+        state = bnb.QuantState.from_dict(state_parts, device=codes.device)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ModelError(f"not the parts of a 4-bit weight ({sorted(parts)})") from error
+    if tuple(state.shape) != shape:
+        raise ModelError(f"4-bit weight of shape {tuple(state.shape)}; expected {shape}")
+    return FourBitWeight(
+        shape,
+        codes,
+        _constants(state),
+        quant_type=state.quant_type,
+        block_size=state.blocksize,
+        constants_block_size=state.state2.blocksize if state.nested else _ABSMAX_BLOCK_SIZE,
+    )

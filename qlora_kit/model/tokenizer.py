@@ -1,0 +1,95 @@
+"""The tokenizer of a model, checked before it is trusted.
+
+Takes a folder; returns transformers' tokenizer with a padding token set. A tokenizer that
+does not give back the text it was given (spaces lost, bytes replaced) is refused: a model
+trained through it would be silently damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_kit.errors import ModelError
+
+# Text that has lost characters in released tokenizers: leading and double spaces, newlines
+# and tabs, digits, accents, CJK, an emoji made of several code points.
+_ROUND_TRIP_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def f(x):\n    return x  + 1\t# two spaces, a tab",
+    "1234567890 3.14 -7",
+    "café naïve 你好，世界 こんにちは",
+    "👩‍🚀 flies",
+)  # fmt: skip
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load and check the tokenizer of a model folder.
+
+    The padding token is the tokenizer's own, else its unknown token, else its end token:
+    padding is masked by position, never by value, so an end token stays supervised.
+
+    Raises:
+        ModelError: no tokenizer there, no end-of-sequence token, or it fails `check_round_trip`.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: no usable tokenizer ({reason})") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    check_round_trip(tokenizer, str(folder))
+    return tokenizer
+
+
+def check_round_trip(tokenizer: Any, name: str) -> None:
+    """Encode and decode sample texts and compare.
+
+    A byte-less vocabulary may drop a character it lacks (it becomes the unknown token);
+    only texts that it can express are compared.
+
+    Raises:
+        ModelError: a text comes back changed.
+    """
+    for text in _ROUND_TRIP_TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            continue
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if back.lstrip(" ") != text.lstrip(" "):
+            raise ModelError(
+                f"{name}: the tokenizer turns {text!r} into {back!r}; expected the same text; "
+                "update transformers (5.22 or later) or restore tokenizer.json"
+            )
+
+
+def lossy_characters(tokenizer: Any) -> str:
+    """Return the Latin letters that do not survive encoding and decoding.
+
+    DeepSeek-LLM's tokenizer lists "ü", "ö", "ø" and ten others as added tokens but decodes
+    them as single bytes. That is how the model was trained, so it is worth a notice, not a
+    refusal.
+    """
+    lost = []
+    for letter in map(chr, range(0xC0, 0x100)):
+        ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
+        if tokenizer.unk_token_id not in ids and tokenizer.decode(ids).strip() != letter:
+            lost.append(letter)
+    return "".join(lost)
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """Return the SHA-256 of the chat template, or None where there is none."""
+    template = tokenizer.chat_template
+    if template is None:
+        return None
+    return hashlib.sha256(str(template).encode()).hexdigest()
