@@ -1,0 +1,307 @@
+"""Adapter files: PEFT's exact format, and `qlora_kit.json` beside it.
+
+`save_adapter` writes them, `load_adapter` reads any PEFT LoRA adapter whose features the kit
+has. `qlora_kit.json` says what the adapter was trained on, so that a merge can quantise the
+base in just the same way.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.errors import AdapterError, DataError, StorageError
+from qlora_kit.lora.attach import Adapter, LoraSpec, attach, frozen_layers
+from qlora_kit.model.load import Base
+from qlora_kit.model.quantize import BLOCK_SIZE
+from qlora_kit.storage import load_tensors, read_json, save_tensors, write_json
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+RECORD = "qlora_kit.json"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_VERSIONED = ("torch", "transformers", "bitsandbytes")
+
+# PEFT options the kit does not have, with the values that mean "not used".
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (None, False),
+    "lora_bias": (None, False),
+    "bias": (None, "none"),
+    "fan_in_fan_out": (None, False),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "use_qalora": (None, False),
+    "alora_invocation_tokens": (None, []),
+}
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What an adapter was trained on: the content of `qlora_kit.json`.
+
+    Attributes:
+        base: hub id, known name, or folder.
+        revision: commit of the hub repository, if it came from there.
+        digest: of the base's tensors, see `model.load.Digest`.
+        weights: "pretrained" or "random".
+        bits, quant_type, double_quant, block_size: how the base was held.
+        compute_dtype, dequantization_dtype: what activations and unpacked weights were in.
+        template_hash: of the chat template the data went through, or None.
+        versions: of the kit and what it computes with.
+    """
+
+    base: str
+    digest: str
+    bits: int
+    quant_type: str
+    double_quant: bool
+    compute_dtype: str
+    dequantization_dtype: str
+    weights: str = "pretrained"
+    block_size: int = BLOCK_SIZE
+    revision: str | None = None
+    template_hash: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, base: Base, revision: str | None = None, template_hash: str | None = None
+    ) -> BaseRecord:
+        """Describe a loaded base."""
+        dtype = base.hardware.dtype_name
+        return cls(
+            base=base.spec.source.identity,
+            digest=base.digest,
+            weights="random" if base.spec.random else "pretrained",
+            bits=base.quantization.bits,
+            quant_type=base.quantization.quant_type,
+            double_quant=base.quantization.double_quant,
+            compute_dtype=dtype,
+            dequantization_dtype=dtype,
+            revision=revision,
+            template_hash=template_hash,
+            versions={
+                "qlora-kit": _version("qlora-kit"),
+                **{name: _version(name) for name in _VERSIONED},
+            },
+        )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
+    """Write the adapter into an existing folder.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    tensors = {}
+    for path, layer in adapter.layers.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    save_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, peft_config(adapter, record))
+    write_json(folder / RECORD, asdict(record))
+
+
+def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`."""
+    spec = adapter.spec
+    alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": record.base,
+        "revision": record.revision,
+        "r": spec.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": dict(spec.alpha_pattern),
+        "target_modules": _target_modules(adapter),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _target_modules(adapter: Adapter) -> list[str]:
+    """Return the last parts of the paths where they name just these layers, else the paths."""
+    targeted = set(adapter.layers)
+    endings = sorted({path.rsplit(".", 1)[-1] for path in targeted})
+    every = frozen_layers(adapter.base.model)
+    named = {path for path in every if path.rsplit(".", 1)[-1] in endings}
+    return endings if named == targeted else sorted(targeted)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as it lies on disk, checked but not attached.
+
+    Attributes:
+        folder: where.
+        spec: rank, alpha and patterns; its targets are the paths of the tensors.
+        tensors: (A, B) by path, fp32.
+        base: what `adapter_config.json` names as its base.
+        record: `qlora_kit.json`, or None for an adapter of another tool.
+    """
+
+    folder: Path
+    spec: LoraSpec
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
+    base: str | None
+    record: BaseRecord | None
+
+    def delta(self, path: str) -> Tensor:
+        """Return scaling · B A of one layer, (K, D), fp32."""
+        a, b = self.tensors[path]
+        return self.spec.scaling_of(path) * (b @ a)
+
+
+def read_record(folder: Path) -> BaseRecord | None:
+    """Read `qlora_kit.json`, or return None where there is none.
+
+    Raises:
+        AdapterError: it is there and not readable.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return BaseRecord(**read_json(path))
+    except (DataError, TypeError) as error:
+        raise AdapterError(f"{path}: not a record of this kit ({error}); restore it") from error
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read an adapter folder and check that it is whole.
+
+    Raises:
+        AdapterError: no adapter there; a feature the kit does not have; A without B, ranks
+            that do not fit, or a value that is not finite.
+    """
+    config = _read_config(folder)
+    try:
+        raw = load_tensors(folder / WEIGHTS)
+    except StorageError as error:
+        raise AdapterError(f"{error}; expected the weights of a LoRA adapter") from error
+    tensors = _pair(raw, folder)
+    spec = LoraSpec(
+        rank=int(config.get("r", 8)),
+        alpha=float(config.get("lora_alpha", 8)),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        targets=tuple(tensors),
+        rslora=bool(config.get("use_rslora", False)),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+    )
+    for path, (a, b) in tensors.items():
+        _check_pair(folder, path, a, b, spec.rank_of(path))
+    return StoredAdapter(
+        folder, spec, tensors, config.get("base_model_name_or_path"), read_record(folder)
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder; expected an adapter or run folder")
+    if not path.is_file():
+        raise AdapterError(f"{folder}: no {CONFIG}; expected an adapter or run folder")
+    try:
+        config = read_json(path)
+    except DataError as error:
+        raise AdapterError(str(error)) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f'{path}: not a LoRA adapter; expected "peft_type": "LORA"')
+    for name, unused in _UNSUPPORTED.items():
+        if config.get(name) not in unused:
+            raise AdapterError(
+                f"{path}: {name} is set, which the kit does not have; expected it unset"
+            )
+    return config
+
+
+def _pair(raw: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in raw.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise AdapterError(
+                f"{folder / WEIGHTS}: unknown tensor {key}; expected lora_A and lora_B"
+            )
+        sides.setdefault(match["path"], {})[match["side"]] = tensor.float()
+    for path, pair in sides.items():
+        if len(pair) != 2:
+            raise AdapterError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B")
+    return {path: (pair["A"], pair["B"]) for path, pair in sides.items()}
+
+
+def _check_pair(folder: Path, path: str, a: Tensor, b: Tensor, rank: int) -> None:
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(
+            f"{folder}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}; expected rank {rank}"
+        )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise AdapterError(f"{folder}: {path} holds NaN or infinity; train it again")
+
+
+def load_adapter(base: Base, folder: Path) -> Adapter:
+    """Attach a stored adapter to `base`.
+
+    Raises:
+        AdapterError: see `read_adapter`; or it does not fit the layers of this base.
+    """
+    stored = read_adapter(folder)
+    check_fits(stored, base)
+    adapter = attach(base, stored.spec)
+    with torch.no_grad():
+        for path, (a, b) in stored.tensors.items():
+            adapter.layers[path].lora_A.copy_(a)
+            adapter.layers[path].lora_B.copy_(b)
+    return adapter
+
+
+def check_fits(stored: StoredAdapter, base: Base) -> None:
+    """Check that an adapter was made for this base.
+
+    Raises:
+        AdapterError: a layer is missing or of another shape, or the base's weights differ
+            from those it was trained on.
+    """
+    shapes = {p: (m.out_features, m.in_features) for p, m in frozen_layers(base.model).items()}
+    for path, (a, b) in stored.tensors.items():
+        if shapes.get(path) != (b.shape[0], a.shape[1]):
+            found = f"of shape {shapes[path]}" if path in shapes else "missing"
+            raise AdapterError(
+                f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is {found} in "
+                f"{base.spec.source.name}; expected the base {stored.base}"
+            )
+    if stored.record is not None and stored.record.digest != base.digest:
+        raise AdapterError(
+            f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "
+            f"expected {stored.record.base} with digest {stored.record.digest}"
+        )

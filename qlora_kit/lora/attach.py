@@ -1,0 +1,231 @@
+"""Put LoRA layers on a base, and take them off again.
+
+Takes a loaded base and a `LoraSpec`; returns an `Adapter`, which knows the layers. The
+target names are resolved on paths alone, so that a wrong name is found before any weight is
+read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from qlora_kit.errors import ConfigError
+from qlora_kit.lora.layer import LoRALinear
+from qlora_kit.model.architecture import group_of
+from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.load import Base
+from qlora_kit.model.quantize import PlainWeight
+
+ALL_LINEAR = "all-linear"
+Number = TypeVar("Number", int, float)
+
+_GROUPS = ("attention", "mlp")
+_IS_PATTERN = re.compile(r"[\\*+?()\[\]|^$]")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What is trained, and where it is attached.
+
+    Attributes:
+        rank: R, where `rank_pattern` names no other.
+        alpha: numerator of the scaling, where `alpha_pattern` names no other.
+        dropout: on the input of A.
+        targets: groups, names or regular expressions, see `resolve_targets`.
+        rslora: scaling = alpha / √rank instead of alpha / rank.
+        rank_pattern: rank by the end of a path or a regular expression, as in PEFT.
+        alpha_pattern: alpha likewise.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attention",)
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the layer at `path`."""
+        return _by_pattern(self.rank_pattern, path, self.rank)
+
+    def scaling_of(self, path: str) -> float:
+        """Return the scaling of the layer at `path`."""
+        rank = self.rank_of(path)
+        alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _by_pattern(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The trained part of a model.
+
+    Attributes:
+        base: what it is attached to.
+        spec: how.
+        layers: the LoRA layers by path.
+    """
+
+    base: Base
+    spec: LoraSpec
+    layers: Mapping[str, LoRALinear]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name, in a stable order."""
+        named = {}
+        for path, layer in self.layers.items():
+            named[f"{path}.lora_A"] = layer.lora_A
+            named[f"{path}.lora_B"] = layer.lora_B
+        return named
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters().values())
+
+
+def resolve_targets(paths: Sequence[str], targets: Iterable[str]) -> list[str]:
+    """Return the paths of linear layers that `targets` name, in the order of `paths`.
+
+    Args:
+        paths: all linear layers of the model, the head left out.
+        targets: each "attention", "mlp", "all-linear", the last part of a path (`q_proj`), a
+            whole path, or a regular expression of a whole path.
+
+    Raises:
+        ConfigError: one of the targets matches nothing; the layers that exist are listed.
+    """
+    chosen: set[str] = set()
+    faults = []
+    for target in targets:
+        matched = [path for path in paths if _matches(target, path)]
+        if not matched:
+            faults.append(
+                f"--targets: {target!r} matches no linear layer; expected attention, mlp, "
+                f"all-linear, or one of {', '.join(_endings(paths))}"
+            )
+        chosen.update(matched)
+    if not chosen and not faults:
+        faults.append("--targets: empty; expected attention, mlp, all-linear or names")
+    if faults:
+        raise ConfigError(*faults)
+    return [path for path in paths if path in chosen]
+
+
+def _matches(target: str, path: str) -> bool:
+    if target == ALL_LINEAR:
+        return True
+    if target in _GROUPS:
+        return group_of(path) == target
+    if _IS_PATTERN.search(target):
+        try:
+            return re.fullmatch(target, path) is not None
+        except re.error as error:
+            raise ConfigError(
+                f"--targets: {target!r} is no regular expression ({error})"
+            ) from error
+    return path == target or path.endswith(f".{target}")
+
+
+def _endings(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+
+
+def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
+    """Check that every rank and alpha pattern names a targeted layer.
+
+    Raises:
+        ConfigError: one fault a pattern that names none.
+    """
+    faults = [
+        f"--{kind}-pattern: {pattern!r} names no targeted layer; expected one of "
+        f"{', '.join(_endings(paths))}"
+        for kind, patterns in (("rank", spec.rank_pattern), ("alpha", spec.alpha_pattern))
+        for pattern in patterns
+        if not any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in paths)
+    ]
+    if faults:
+        raise ConfigError(*faults)
+
+
+def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
+    """Return the linear layers of a loaded base by path, the output head left out."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    wrapped = {
+        path: module.frozen if isinstance(module, LoRALinear) else module
+        for path, module in model.named_modules()
+        if isinstance(module, (LoRALinear, FrozenLinear)) and module is not head
+    }
+    inner = {f"{path}.frozen" for path in wrapped}
+    return {path: layer for path, layer in wrapped.items() if path not in inner}
+
+
+def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
+    """Wrap the targeted layers of `base` in LoRA layers; its output does not change yet.
+
+    Raises:
+        ConfigError: a target or pattern matches nothing, or LoRA is attached already.
+    """
+    if attached_layers(base):
+        raise ConfigError("the base carries an adapter already; detach it first")
+    frozen = frozen_layers(base.model)
+    paths = resolve_targets(list(frozen), spec.targets)
+    check_patterns(paths, spec)
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for path in paths:
+        layers[path] = LoRALinear(
+            frozen[path],
+            rank=spec.rank_of(path),
+            scaling=spec.scaling_of(path),
+            dropout=spec.dropout,
+            generator=generator,
+        )
+        base.model.set_submodule(path, layers[path])
+    return Adapter(base, spec, layers)
+
+
+def attached_layers(base: Base) -> dict[str, LoRALinear]:
+    """Return the LoRA layers that `base` carries, by path."""
+    modules = base.model.named_modules()
+    return {path: module for path, module in modules if isinstance(module, LoRALinear)}
+
+
+def detach(adapter: Adapter) -> Base:
+    """Take the LoRA layers off: the base is again what it was, bit for bit."""
+    for path, layer in adapter.layers.items():
+        adapter.base.model.set_submodule(path, layer.frozen)
+    return adapter.base
+
+
+@torch.no_grad()
+def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
+    """Fold each low-rank term into its weight, which is then held unquantised in `dtype`.
+
+    Inverse of `attach` in effect: the layers are frozen again and the output stays. The
+    weight is dequantised, the delta added in fp32, and the sum rounded once; it is never
+    quantised again.
+    """
+    for path, layer in adapter.layers.items():
+        merged = layer.frozen.weight.dequantize(torch.float32) + layer.delta()
+        frozen = FrozenLinear(
+            layer.frozen.in_features, layer.frozen.out_features, bias=layer.frozen.bias is not None
+        )
+        frozen.bias = layer.frozen.bias
+        frozen.weight = PlainWeight(merged.to(dtype))
+        adapter.base.model.set_submodule(path, frozen)
+    return adapter.base
