@@ -1,0 +1,1 @@
+"""One forward and backward pass: hidden states, chunked loss, recomputation. No loop, no files."""

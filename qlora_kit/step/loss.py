@@ -1,0 +1,234 @@
+"""The head and the loss as one chunked operation: no logits matrix ever exists.
+
+Takes hidden states (N, D) and their targets (N,); returns a sum over the tokens. The logits
+of a few hundred tokens exist at one time, in fp32, and are turned into the gradient in
+place. The head is frozen, so the gradient of the hidden states is all that backward needs
+and is computed in the same pass.
+
+Shapes: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_kit.model.head import Head
+
+CHUNK_TOKENS = 256
+
+ChunkLoss = Callable[[Tensor, Tensor], Tensor]
+"""Takes fp32 logits (n, V) and targets (n,) of a chunk; returns the sum of its loss."""
+
+
+def cross_entropy_sum(
+    hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """Return the sum of −log p(target) over all tokens, a scalar in fp32.
+
+    Args:
+        hidden: (N, D), in the compute dtype.
+        targets: (N,), int64, each in 0 … V−1.
+        head: formula of the logits.
+        chunk_tokens: tokens whose logits exist at one time.
+
+    Source: the online form of Cut Your Losses (arXiv:2411.09009), section 4, by rows.
+    """
+    weight = head.linear.weight
+    total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens, *weight.packed())
+    return total
+
+
+def chunked_loss_sum(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    loss: ChunkLoss,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Return the sum of a custom loss over all tokens, a scalar.
+
+    Args:
+        hidden: (N, D), in the compute dtype.
+        targets: (N,), int64.
+        head: formula of the logits.
+        loss: receives the logits and targets of each chunk in turn and returns a sum; it
+            must be differentiable in the logits and must not depend on other chunks.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
+    weight = head.linear.weight
+    total: Tensor = _CustomLossSum.apply(
+        hidden, targets, head, loss, chunk_tokens, *weight.packed()
+    )
+    return total
+
+
+def token_logprobs(
+    hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """Return log p(target) of each token, (N,) in fp32, differentiable in `hidden`.
+
+    The primitive of losses that weigh tokens or compare sequences. Backward computes the
+    logits again, so this costs one matmul more than `cross_entropy_sum`.
+    """
+    weight = head.linear.weight
+    logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens, *weight.packed())
+    return logprobs
+
+
+class TokenScores(NamedTuple):
+    """What evaluation needs of each token: both (N,)."""
+
+    logprobs: Tensor
+    is_top: Tensor
+
+
+@torch.no_grad()
+def score_tokens(
+    hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS
+) -> TokenScores:
+    """Return log p(target) of each token, and whether it is the most likely one."""
+    weight = head.linear.weight.dequantize(hidden.dtype)
+    logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    is_top = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    for rows in _chunks(len(hidden), chunk_tokens):
+        chunk = _Chunk(hidden[rows], targets[rows], head, weight)
+        logprobs[rows] = chunk.logprobs
+        is_top[rows] = chunk.is_top
+    return TokenScores(logprobs, is_top)
+
+
+# ---------------------------------------------------------------- one chunk
+
+
+def _chunks(tokens: int, size: int) -> Iterator[slice]:
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+class _Chunk:
+    """The logits of a few tokens, first turned into log-probabilities, then into a gradient.
+
+    All in one fp32 buffer (n, V): each pass over it is a pass over memory.
+    """
+
+    def __init__(self, hidden: Tensor, targets: Tensor, head: Head, weight: Tensor) -> None:
+        self._head, self._weight = head, weight
+        self._targets = targets.unsqueeze(1)
+        logits = (hidden @ weight.T).float()
+        if head.linear.bias is not None:
+            logits += head.linear.bias
+        if head.scale != 1.0:
+            logits *= head.scale
+        self._capped: Tensor | None = None
+        if head.softcap is not None:
+            self._capped = (logits / head.softcap).tanh_()
+            torch.mul(self._capped, head.softcap, out=logits)
+        top, index = logits.max(dim=1, keepdim=True)
+        self.is_top = (index == self._targets).squeeze(1)
+        logits -= top
+        picked = logits.gather(1, self._targets)
+        self._exp = logits.exp_()
+        self._sum = self._exp.sum(dim=1, keepdim=True)
+        self.logprobs = (picked - self._sum.log()).squeeze(1)
+
+    def hidden_grad(self, token_grads: Tensor | float, out: Tensor) -> None:
+        """Write the gradient of Σ token_grads · (−log p) into `out` (n, D); uses up the buffer.
+
+        The gradient of the logits is softmax − onehot = (exp − sum · onehot) / sum. The
+        division is left to the product's rows, which are D wide instead of V.
+        """
+        grad, factor = self._exp, token_grads * self._head.scale / self._sum
+        if self._weight.dtype == torch.float16:
+            # Sums reach V, beyond float16's 65504: divide before the cast.
+            grad /= self._sum
+            factor, self._sum = factor * self._sum, torch.ones_like(self._sum)
+        grad.scatter_add_(1, self._targets, -self._sum)
+        if self._capped is not None:
+            grad *= self._capped.square_().neg_().add_(1)
+        out.copy_((grad.to(self._weight.dtype) @ self._weight) * factor)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *packed: Tensor
+    ) -> Tensor:
+        weight = head.linear.weight.unpack(packed, hidden.dtype)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # fp64: a sum over many thousand tokens must not depend on how they are batched.
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for rows in _chunks(len(hidden), chunk_tokens):
+            chunk = _Chunk(hidden[rows], targets[rows], head, weight)
+            total -= chunk.logprobs.double().sum()
+            if grad is not None:
+                chunk.hidden_grad(1.0, out=grad[rows])
+        ctx.save_for_backward(grad)
+        ctx.extra_inputs = 3 + len(packed)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grads[0].to(grad.dtype), *(None for _ in range(ctx.extra_inputs)))
+
+
+class _CustomLossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        loss: ChunkLoss,
+        chunk_tokens: int,
+        *packed: Tensor,
+    ) -> Tensor:
+        weight = head.linear.weight.unpack(packed, hidden.dtype)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for rows in _chunks(len(hidden), chunk_tokens):
+            part = hidden[rows].detach().requires_grad_(grad is not None)
+            with torch.set_grad_enabled(grad is not None):
+                value = loss(head.logits(part, weight), targets[rows])
+            total += value.detach().double()
+            if grad is not None:
+                (grad[rows],) = torch.autograd.grad(value, part)
+        ctx.save_for_backward(grad)
+        ctx.extra_inputs = 4 + len(packed)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grads[0].to(grad.dtype), *(None for _ in range(ctx.extra_inputs)))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *packed: Tensor
+    ) -> Tensor:
+        ctx.head, ctx.chunk_tokens = head, chunk_tokens
+        ctx.save_for_backward(hidden, targets, *packed)
+        weight = head.linear.weight.unpack(packed, hidden.dtype)
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for rows in _chunks(len(hidden), chunk_tokens):
+            logprobs[rows] = _Chunk(hidden[rows], targets[rows], head, weight).logprobs
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets, *packed = ctx.saved_tensors
+        weight = ctx.head.linear.weight.unpack(tuple(packed), hidden.dtype)
+        grad = torch.empty_like(hidden)
+        for rows in _chunks(len(hidden), ctx.chunk_tokens):
+            chunk = _Chunk(hidden[rows], targets[rows], ctx.head, weight)
+            chunk.hidden_grad(-grads[0][rows].unsqueeze(1), out=grad[rows])
+        return (grad, *(None for _ in range(3 + len(packed))))
