@@ -1,0 +1,1 @@
+"""The training loop, its optimiser and schedule, and the checkpoints of a run."""

@@ -1,0 +1,117 @@
+"""The optimiser: AdamW with fp32, 8-bit or paged state, and the learning rate of each step.
+
+The learning rate is a function of the step alone, so a resumed run needs no scheduler state.
+This file and `model/quantize.py` are the only importers of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.config import OptimizerOptions
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], options: OptimizerOptions
+) -> torch.optim.Optimizer:
+    """Return AdamW over the trained parameters.
+
+    Source: Decoupled Weight Decay Regularization (arXiv:1711.05101); 8-bit Optimizers via
+    Block-wise Quantization (arXiv:2110.02861). bitsandbytes keeps tensors under 4,096
+    elements in fp32 even at 8 bits.
+    """
+    common: dict[str, Any] = {
+        "lr": options.learning_rate,
+        "betas": _BETAS,
+        "eps": _EPSILON,
+        "weight_decay": options.weight_decay,
+    }
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(list(parameters), **common)
+    from bitsandbytes import optim
+
+    parameters = list(parameters)
+    bits = 8 if options.optimizer.endswith("8bit") else 32
+    # Pages move between GPU and host; on a CPU the state is in host memory anyway.
+    paged = options.optimizer.startswith("paged") and parameters[0].device.type == "cuda"
+    adamw: torch.optim.Optimizer = optim.AdamW(
+        parameters, optim_bits=bits, is_paged=paged, **common
+    )
+    return adamw
+
+
+def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> float:
+    """Return the learning rate of optimiser step `step`, counted from 1.
+
+    Rises linearly over the warm-up, then stays (constant), falls linearly to zero (linear)
+    or along half a cosine (cosine). The last step still has a rate above zero.
+    """
+    warmup = math.ceil(options.warmup_ratio * total_steps)
+    if step <= warmup:
+        return options.learning_rate * step / warmup
+    progress = (step - 1 - warmup) / max(1, total_steps - warmup)
+    if options.scheduler == "linear":
+        return options.learning_rate * max(0.0, 1 - progress)
+    if options.scheduler == "cosine":
+        return options.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return options.learning_rate
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+# ---------------------------------------------------------------- state on disk
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Split the optimiser's state into tensors and plain values, both by parameter name."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        for entry, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                # Code books are shared between parameters; safetensors wants each its own.
+                tensors[f"{name}/{entry}"] = value.detach().cpu().contiguous().clone()
+            else:
+                values.setdefault(name, {})[entry] = value
+    return tensors, values
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Fill a fresh optimiser with what `optimizer_tensors` returned."""
+    for index, (name, parameter) in enumerate(parameters.items()):
+        state = optimizer.state[parameter]
+        if hasattr(optimizer, "init_state"):
+            # bitsandbytes: let it allocate as it would, in paged memory too, and fill that.
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+        prefix = f"{name}/"
+        for key in (key for key in tensors if key.startswith(prefix)):
+            _restore_entry(state, key.removeprefix(prefix), tensors[key], parameter.device)
+        state.update(values.get(name, {}))
+
+
+def _restore_entry(state: dict[str, Any], entry: str, stored: Tensor, device: torch.device) -> None:
+    if isinstance(state.get(entry), Tensor):
+        state[entry].copy_(stored)
+    else:
+        # torch keeps the step count of AdamW on the CPU.
+        state[entry] = stored if stored.dim() == 0 else stored.to(device)

@@ -1,0 +1,273 @@
+"""Training: weighing by tokens, resuming bit for bit, what is saved and what is announced."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qlora_kit as qk
+from qlora_kit.errors import ConfigError, EnvironmentFault, NumericsError
+from qlora_kit.events import CheckpointSaved, Evaluated, Event, StepFinished
+from qlora_kit.train.checkpoint import Resumable, checkpoints, find_checkpoint
+from qlora_kit.train.loop import Saving
+from qlora_kit.train.optimizer import learning_rate_at
+
+Rows = list[dict[str, Any]]
+
+
+def make_adapter(folder: Path, bits: int = 4, dropout: float = 0.0) -> qk.Adapter:
+    source = qk.find_model(str(folder))
+    spec = qk.BaseSpec(source, folder, qk.Quantization(bits))
+    base = qk.load_base(spec, qk.choose_hardware("cpu"))
+    return qk.attach(base, qk.LoraSpec(rank=4, dropout=dropout, targets=("all-linear",)), seed=1)
+
+
+def make_rows(count: int, seed: int = 0) -> Rows:
+    """Rows of unequal length, with prompts of unequal length that are not supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in range(count):
+        length = int(torch.randint(3, 24, (), generator=generator))
+        ids = torch.randint(3, 96, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(0, length - 1, (), generator=generator))
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "row": row})
+    return rows
+
+
+def options(**changes: Any) -> qk.TrainConfig:
+    defaults = {"max_steps": 4, "learning_rate": 5e-3, "gradient_accumulation_steps": 1}
+    return qk.TrainConfig(**{**defaults, **changes})
+
+
+def weights_of(adapter: qk.Adapter) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in adapter.parameters().items()}
+
+
+def record(events: list[Event]) -> Callable[[Event], None]:
+    return events.append
+
+
+def losses(events: list[Event]) -> list[float]:
+    return [event.loss for event in events if isinstance(event, StepFinished)]
+
+
+def test_one_row_eight_times_equals_eight_rows_once(save_tiny: Callable[..., Path]) -> None:
+    rows, found = make_rows(8), []
+    for batch_size in (1, 2, 8):
+        adapter, events = make_adapter(save_tiny()), []
+        config = options(
+            batch_size=batch_size, gradient_accumulation_steps=8 // batch_size, max_steps=3
+        )
+        qk.train_adapter(adapter, rows, config, announce=record(events))
+        found.append((losses(events), weights_of(adapter)))
+    for other_losses, other_weights in found[1:]:
+        assert other_losses == pytest.approx(found[0][0], rel=1e-6)
+        for name, weight in found[0][1].items():
+            assert torch.allclose(weight, other_weights[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_the_loss_falls_on_rows_seen_again_and_again(save_tiny: Callable[..., Path]) -> None:
+    events: list[Event] = []
+    adapter = make_adapter(save_tiny())
+    qk.train_adapter(
+        adapter, make_rows(2), options(max_steps=40, batch_size=2), announce=record(events)
+    )
+    assert losses(events)[-1] < 0.7 * losses(events)[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"])
+def test_every_optimizer_trains_and_moves_every_matrix(
+    save_tiny: Callable[..., Path], optimizer: str
+) -> None:
+    adapter = make_adapter(save_tiny())
+    before = weights_of(adapter)
+    qk.train_adapter(adapter, make_rows(6), options(optimizer=optimizer))
+    after = weights_of(adapter)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant"])
+def test_the_learning_rate_warms_up_and_never_reaches_zero(scheduler: str) -> None:
+    config = options(scheduler=scheduler, warmup_ratio=0.2, learning_rate=1.0)
+    rates = [learning_rate_at(step, 20, config) for step in range(1, 21)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert max(rates) == 1.0
+    assert all(rate > 0 for rate in rates)
+    if scheduler == "constant":
+        assert set(rates[4:]) == {1.0}
+    else:
+        assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one(
+    save_tiny: Callable[..., Path], tmp_path: Path, bits: int, optimizer: str
+) -> None:
+    rows = make_rows(10)
+    config = options(
+        max_steps=7, batch_size=2, gradient_accumulation_steps=2, save_steps=1, optimizer=optimizer
+    )
+    whole = make_adapter(save_tiny(), bits, dropout=0.2)
+    events: list[Event] = []
+    saving = Saving(tmp_path, qk.BaseRecord.of(whole.base))
+    qk.train_adapter(whole, rows, config, saving=saving, announce=record(events))
+    for step in (1, 3, 6):
+        part = make_adapter(save_tiny(), bits, dropout=0.2)
+        resumed: list[Event] = []
+        again = Saving(tmp_path / "again", saving.record, tmp_path / f"checkpoint-{step}")
+        qk.train_adapter(part, rows, config, saving=again, announce=record(resumed))
+        assert losses(resumed) == losses(events)[step:]
+        for name, weight in weights_of(whole).items():
+            assert torch.equal(weight, weights_of(part)[name]), name
+
+
+def test_resuming_under_other_conditions_is_refused_with_every_difference(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    identity = Resumable({"rank": 4, "seed": 42})
+    qk.train_adapter(adapter, make_rows(4), options(), saving=saving, identity=identity)
+    again = Saving(tmp_path, saving.record, find_checkpoint(tmp_path, "latest"))
+    with pytest.raises(ConfigError) as caught:
+        qk.train_adapter(
+            make_adapter(save_tiny()), make_rows(4), options(), saving=again,
+            identity=Resumable({"rank": 8, "seed": 1}),
+        )  # fmt: skip
+    assert len(caught.value.faults) == 2
+    assert "rank was 4 and is now 8" in str(caught.value)
+
+
+def test_the_newest_undamaged_checkpoint_is_taken(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    qk.train_adapter(adapter, make_rows(4), options(max_steps=3, save_steps=1), saving=saving)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (1, 2, 3)]
+    (tmp_path / "checkpoint-3" / "optimizer.safetensors").write_bytes(b"damaged")
+    found = find_checkpoint(tmp_path, "latest")
+    assert found is not None
+    assert found.name == "checkpoint-2"
+
+
+def test_old_checkpoints_go_and_the_best_stays(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter, events = make_adapter(save_tiny()), []
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    measured = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
+    config = options(max_steps=6, eval_steps=1, save_steps=1, save_total_limit=2)
+    result = qk.train_adapter(
+        adapter, make_rows(4), config, saving=saving, evaluate=lambda: next(measured),
+        announce=record(events),
+    )  # fmt: skip
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 5, 6)]
+    assert (tmp_path / "best").read_text() == "checkpoint-2\n"
+    assert (tmp_path / "last").read_text() == "checkpoint-6\n"
+    assert (result.progress.best_loss, result.progress.best_step) == (1.0, 2)
+    assert [e.is_best for e in events if isinstance(e, Evaluated)] == [True, True] + [False] * 4
+    saved = [e.optimizer_step for e in events if isinstance(e, CheckpointSaved)]
+    assert saved == [1, 2, 3, 4, 5, 6, 6], "the last is saved again as the end of the run"
+
+
+def test_a_run_stops_when_validation_stops_falling(save_tiny: Callable[..., Path]) -> None:
+    measured = iter([1.0, 2.0, 0.5, 0.6, 0.7, 0.8, 0.9])
+    config = options(max_steps=7, eval_steps=1, early_stopping_patience=2)
+    result = qk.train_adapter(
+        make_adapter(save_tiny()), make_rows(4), config, evaluate=lambda: next(measured)
+    )
+    assert result.progress.optimizer_step == 5
+    assert result.reason == "validation loss stopped falling"
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"epochs": 2.0, "max_steps": None}, 6),
+        ({"epochs": 0.5, "max_steps": None}, 2),
+        ({"epochs": 1.0, "max_steps": 10}, 10),
+    ],
+)
+def test_epochs_and_max_steps_set_the_length(
+    save_tiny: Callable[..., Path], changes: dict[str, Any], steps: int
+) -> None:
+    config = options(batch_size=2, gradient_accumulation_steps=2, **changes)
+    result = qk.train_adapter(make_adapter(save_tiny()), make_rows(11), config)
+    assert result.progress.optimizer_step == steps
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    save_tiny: Callable[..., Path],
+) -> None:
+    adapter = make_adapter(save_tiny())
+    before = weights_of(adapter)
+    with pytest.raises(NumericsError, match=r"step 1: loss nan.*on rows \[\d"):
+        qk.train_adapter(
+            adapter, make_rows(4), options(), loss=lambda logits, targets: logits.sum() * math.nan
+        )
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(adapter).items())
+
+
+def test_a_custom_loss_is_what_is_minimised(save_tiny: Callable[..., Path]) -> None:
+    def smoothed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(
+            logits, targets, reduction="sum", label_smoothing=0.1
+        )
+
+    found = []
+    for loss in (None, smoothed):
+        events: list[Event] = []
+        qk.train_adapter(
+            make_adapter(save_tiny()), make_rows(4), options(), loss=loss, announce=record(events)
+        )
+        found.append(losses(events))
+    assert found[0] != found[1]
+    assert all(math.isfinite(value) for value in found[1])
+
+
+def test_recomputation_changes_nothing_but_memory(save_tiny: Callable[..., Path]) -> None:
+    found = []
+    for recompute in (True, False):
+        adapter, events = make_adapter(save_tiny(), dropout=0.1), []
+        qk.train_adapter(
+            adapter, make_rows(6), options(recompute=recompute), announce=record(events)
+        )
+        found.append((losses(events), weights_of(adapter)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_several_processes_are_refused(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate
+
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
+    with pytest.raises(EnvironmentFault, match="2 processes were launched; expected one"):
+        qk.train_adapter(make_adapter(save_tiny()), make_rows(4), options())
+
+
+def test_checkpoints_hold_no_pickle_and_no_path(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path / "run", qk.BaseRecord.of(adapter.base))
+    qk.train_adapter(adapter, make_rows(4), options(), saving=saving)
+    folder = tmp_path / "run" / "checkpoint-4"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.safetensors",
+        "qlora_kit.json", "random.safetensors", "state.json",
+    }  # fmt: skip
+    for path in folder.glob("*.safetensors"):
+        assert str(tmp_path).encode() not in path.read_bytes()
+    assert json.loads((folder / "state.json").read_text())["progress"]["optimizer_step"] == 4
