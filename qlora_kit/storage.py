@@ -96,7 +96,10 @@ def parse_json(text: str, where: str) -> Any:
     except RecursionError as error:
         raise DataError(f"{where}: JSON nested too deeply; flatten the record") from error
     except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = error.msg
+            where = f"{where}:{error.lineno}" if "\n" in text else where
         raise DataError(f"{where}: not valid JSON ({reason}); correct it") from error
 
 

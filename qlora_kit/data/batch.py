@@ -1,0 +1,127 @@
+"""Groups token rows into padded micro-batches, and micro-batches into optimiser steps.
+
+Takes rows with `input_ids`, `labels` and `row`; returns index lists and `Batch`es. The order
+is a function of seed and epoch alone; never drops or repeats a row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qlora_kit.data.encode import IGNORED
+
+# Rows are sorted by length within so many batches: padding shrinks, order stays random.
+_SORTED_BATCHES = 50
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, padded on the right."""
+
+    input_ids: torch.Tensor
+    """(B, T) int64"""
+    labels: torch.Tensor
+    """(B, T) int64; the id at the same position, or -100; the loss shifts them by one"""
+    attention_mask: torch.Tensor | None
+    """(B, T) int64, 1 where there is a token; None when nothing is padded"""
+    rows: Indices
+    """index of the source sample of each row"""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        if self.attention_mask is None:
+            return self.input_ids.numel()
+        return int(self.attention_mask.sum())
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Labels that are targets after the shift: all but those of the first position."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device; copies from pinned memory do not block."""
+        mask = self.attention_mask
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            attention_mask=None if mask is None else mask.to(device, non_blocking=True),
+        )
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
+    """Pad rows on the right to the longest of them.
+
+    Args:
+        rows: with `input_ids`, `labels` and `row`, as `Tokenized.rows` has them.
+        pad_token_id: what fills `input_ids`; it is masked by position, so it may be the EOS.
+    """
+    lengths = [len(row["input_ids"]) for row in rows]
+    shape = (len(rows), max(lengths))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids[index, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+        labels[index, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
+        mask[index, :length] = 1
+    padded = min(lengths) < max(lengths)
+    sources = tuple(int(row["row"]) for row in rows)
+    return Batch(input_ids, labels, mask if padded else None, sources)
+
+
+def row_lengths(rows: Any) -> list[int]:
+    """Return the number of tokens of each row, of a `datasets.Dataset` or a sequence of rows."""
+    if hasattr(rows, "with_format"):
+        import pyarrow.compute
+
+        column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        lengths: list[int] = pyarrow.compute.list_value_length(column).to_pylist()
+        return lengths
+    return [len(row["input_ids"]) for row in rows]
+
+
+def epoch_batches(tokenized_rows: Any, batch_size: int, seed: int, epoch: int) -> list[Indices]:
+    """Return the row indices of each micro-batch of an epoch; every row once.
+
+    Rows are shuffled by (seed, epoch), sorted by length within windows of 50 batches, and the
+    batches are shuffled again.
+
+    Args:
+        tokenized_rows: `Tokenized.rows`, or any sequence of rows with `input_ids`.
+        batch_size: rows a micro-batch; one batch of the epoch may have fewer.
+        seed: of the run.
+        epoch: counted from 0.
+    """
+    source = random.Random(f"order {seed} {epoch}")
+    order = list(range(len(tokenized_rows)))
+    source.shuffle(order)
+    if batch_size == 1:
+        return [(index,) for index in order]
+    lengths = row_lengths(tokenized_rows)
+    window = batch_size * _SORTED_BATCHES
+    batches: list[Indices] = []
+    for start in range(0, len(order), window):
+        near = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches += [tuple(near[i : i + batch_size]) for i in range(0, len(near), batch_size)]
+    source.shuffle(batches)
+    return batches
+
+
+def plan_windows(batches: Sequence[Indices], accumulation: int) -> list[tuple[Indices, ...]]:
+    """Group micro-batches into optimiser steps; the last may have fewer.
+
+    Args:
+        batches: the micro-batches of an epoch, in order.
+        accumulation: micro-batches an optimiser step.
+    """
+    starts = range(0, len(batches), accumulation)
+    return [tuple(batches[start : start + accumulation]) for start in starts]

@@ -1,0 +1,249 @@
+"""Turns rendered text into token ids and labels.
+
+Takes `Rendered` texts; returns ids with labels of the same length, so made that the ids of a
+generation prompt are a prefix of the ids that are trained on. Never shortens a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from qlora_kit.data.template import Rendered, wants_bos
+
+IGNORED = -100
+"""label of a token that is not supervised"""
+
+# Text put before a piece and taken away again, for tokenizers that add a space to the start
+# of every text they are given.
+_ANCHORS = ("", "\n")
+
+
+class Labelled(NamedTuple):
+    """Token ids and their labels: the id itself at the same position, or `IGNORED`."""
+
+    ids: list[int]
+    labels: list[int]
+    aligned: bool
+    """whether no token straddles the end of a prompt"""
+
+
+class _Encoded(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """half-open character range of each token, in order"""
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Encode a generation prompt as training encodes the start of a row: with one BOS, no EOS."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _with_bos(ids, tokenizer.bos_token_id) if wants_bos(tokenizer) else list(ids)
+
+
+def _with_bos(ids: list[int], bos: int) -> list[int]:
+    return [bos, *ids[_leading(ids, bos) :]]
+
+
+def _leading(ids: list[int], token: int) -> int:
+    count = 0
+    while count < len(ids) and ids[count] == token:
+        count += 1
+    return count
+
+
+class Encoder:
+    """Encodes rendered texts in batches.
+
+    Args:
+        tokenizer: transformers' tokenizer; with a Rust backend it is fast, others are encoded
+            piece by piece.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._bos = tokenizer.bos_token_id if wants_bos(tokenizer) else None
+        self._eos = tokenizer.eos_token_id
+        self._backend = _bare_copy(getattr(tokenizer, "backend_tokenizer", None))
+
+    @property
+    def puts_bos(self) -> bool:
+        """Whether rows begin with a BOS token; see `wants_bos`."""
+        return self._bos is not None
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 of everything that decides which ids a text becomes."""
+        if self._backend is not None:
+            content = self._backend.to_str()
+        else:
+            content = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        state = json.dumps([type(self._tokenizer).__name__, self._bos, self._eos])
+        return hashlib.sha256((state + content).encode()).hexdigest()
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Labelled]:
+        """Encode texts, supervise the tokens of their spans, and add BOS and EOS.
+
+        Each text is encoded whole. Where a token would straddle the end of a prompt, prompt
+        and answer are encoded apart and joined, if the joined ids decode to the same text. So
+        the ids of the first prompt are always a prefix; those of a later prompt are, unless an
+        earlier answer had to be encoded apart.
+        """
+        if self._backend is None:
+            return [self._label_without_offsets(item) for item in rendered]
+        whole = self._encode([item.text for item in rendered])
+        differing = self._differing_prompts(rendered, whole)
+        rows = []
+        for index, (item, encoded) in enumerate(zip(rendered, whole, strict=True)):
+            cuts = [
+                start
+                for start in item.answers
+                if not _is_cut(encoded, start)
+                or (index in differing and _context_matters(item.text, start))
+            ]
+            joined = self._join(item.text, cuts, encoded) if cuts else encoded
+            rows.append(self._label(item, joined or encoded, aligned=joined is not None))
+        return rows
+
+    def _differing_prompts(
+        self, rendered: Sequence[Rendered], whole: Sequence[_Encoded]
+    ) -> set[int]:
+        """Encode the first prompts whose own encoding could depend on what follows them."""
+        indices = [
+            index
+            for index, item in enumerate(rendered)
+            if item.answers and _context_matters(item.text, item.answers[0])
+        ]
+        prompts = [rendered[index].text[: rendered[index].answers[0]] for index in indices]
+        return {
+            index
+            for index, prompt in zip(indices, self._encode(prompts), strict=True)
+            if whole[index].ids[: len(prompt.ids)] != prompt.ids
+        }
+
+    def _label(self, item: Rendered, encoded: _Encoded, aligned: bool) -> Labelled:
+        ids, offsets = encoded
+        labels = [IGNORED] * len(ids)
+        for start, end in item.spans:
+            first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+            while first and offsets[first - 1][1] > start:
+                first -= 1
+            labels[first:last] = ids[first:last]
+        if self._bos is not None:
+            given = _leading(ids, self._bos)
+            ids, labels = _with_bos(ids, self._bos), [IGNORED, *labels[given:]]
+        if item.append_eos:
+            body = -1 if ids and ids[-1] == self._eos else len(ids)
+            ids = [*ids[:body], self._eos]
+            labels = [*labels[:body], self._eos]
+        return Labelled(ids, labels, aligned)
+
+    # ------------------------------------------------------------ pieces
+
+    def _join(self, text: str, cuts: Sequence[int], whole: _Encoded) -> _Encoded | None:
+        """Encode `text` cut at `cuts`; None where the ids would decode to another text."""
+        expected = self._decode(whole.ids)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, end in pairwise((0, *cuts, len(text))):
+            for anchor in _ANCHORS if start else ("",):
+                piece = self._piece(text[start:end], anchor)
+                if expected.startswith(self._decode(ids + piece.ids)):
+                    break
+            else:
+                return None
+            ids += piece.ids
+            offsets += [(start + first, start + last) for first, last in piece.offsets]
+        return _Encoded(ids, offsets) if self._decode(ids) == expected else None
+
+    def _label_without_offsets(self, item: Rendered) -> Labelled:
+        """Encode with a tokenizer that tells no offsets: apart at every edge of a span."""
+        edges = sorted({edge for span in item.spans for edge in span} - {0, len(item.text)})
+        whole = self._piece(item.text, "")
+        joined = self._join(item.text, edges, whole)
+        encoded = joined or self._by_prefixes(item.text, edges, whole)
+        return self._label(item, encoded, aligned=joined is not None)
+
+    def _by_prefixes(self, text: str, edges: Sequence[int], whole: _Encoded) -> _Encoded:
+        """Give each token the piece it lies in, found by how far the encoded prefixes agree."""
+        found = [0]
+        for edge in edges:
+            prefix = self._piece(text[:edge], "").ids
+            found.append(max(found[-1], _agreeing(whole.ids, prefix)))
+        offsets: list[tuple[int, int]] = []
+        pieces = zip(
+            pairwise((0, *edges, len(text))), pairwise((*found, len(whole.ids))), strict=True
+        )
+        for piece, (first, last) in pieces:
+            offsets += [piece] * (last - first)
+        return _Encoded(whole.ids, offsets)
+
+    def _piece(self, text: str, anchor: str) -> _Encoded:
+        (encoded,) = self._encode([anchor + text])
+        if not anchor:
+            return encoded
+        (before,) = self._encode([anchor])
+        count, width = len(before.ids), len(anchor)
+        if encoded.ids[:count] != before.ids:
+            return encoded
+        offsets = [(first - width, last - width) for first, last in encoded.offsets[count:]]
+        return _Encoded(encoded.ids[count:], offsets)
+
+    # ------------------------------------------------------------ the tokenizer itself
+
+    def _encode(self, texts: list[str]) -> list[_Encoded]:
+        if self._backend is not None:
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            return [_Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+        encoded = []
+        for text in texts:
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            encoded.append(_Encoded(ids, [(0, len(text))] * len(ids)))
+        return encoded
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many of the first ids are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _bare_copy(backend: Any) -> Any:
+    """Copy a Rust tokenizer without its post-processor, truncation and padding.
+
+    Post-processors of byte-level tokenizers trim white space off the offsets, which hides a
+    token that straddles the end of a prompt; BOS and EOS are put by `Encoder`.
+    """
+    if backend is None:
+        return None
+    import tokenizers
+
+    copy: Any = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.post_processor = None
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _is_cut(encoded: _Encoded, position: int) -> bool:
+    """Whether no token covers characters on both sides of `position`."""
+    index = bisect_left(encoded.offsets, (position,))
+    return index == 0 or encoded.offsets[index - 1][1] <= position
+
+
+def _context_matters(text: str, position: int) -> bool:
+    r"""Whether the text before `position` may be split differently when nothing follows it.
+
+    Split rules of byte-level tokenizers look ahead in a run of white space (`\s+(?!\S)`) and
+    in a run of digits grouped from the right; elsewhere a token border is enough.
+    """
+    before = text[max(position - 2, 0) : position]
+    return before[-1:].isdigit() or (len(before) == 2 and before.isspace())

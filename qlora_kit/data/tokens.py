@@ -1,0 +1,359 @@
+"""Turns samples into token rows, and counts what became of each of them.
+
+Takes `Samples` and a tokenizer; returns `Tokenized`, kept in the cache of `datasets` under a
+fingerprint of samples, tokenizer, template and settings. Never loses a row without counting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy
+import pyarrow
+import tokenizers
+import transformers
+
+from qlora_kit import storage
+from qlora_kit.config import TokenOptions
+from qlora_kit.data.encode import IGNORED, Encoder, Labelled
+from qlora_kit.data.faults import Faults
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.shapes import Shape
+from qlora_kit.data.template import Rendered, Renderer
+from qlora_kit.errors import DataError, StorageError
+from qlora_kit.model.tokenizer import template_hash
+
+MIN_ROWS_FOR_VALIDATION = 200
+
+# Part of the fingerprint: raise it when the same samples become other rows.
+_ROWS_VERSION = 1
+_BATCH_ROWS = 1000
+_SCHEMA = pyarrow.schema(
+    [
+        ("input_ids", pyarrow.list_(pyarrow.int32())),
+        ("labels", pyarrow.list_(pyarrow.int32())),
+        ("row", pyarrow.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows of a data file.
+
+    rows_read = rows_kept + rows_dropped, and the token rows are
+    rows_kept - rows_split + chunks. Supervised tokens are those a loss is computed for: the
+    first token of a row has none before it, so it never counts.
+    """
+
+    shape: Shape
+    rows_read: int = 0
+    rows_kept: int = 0
+    """source rows of which at least one token row is left"""
+    rows_truncated: int = 0
+    """kept rows that lost their end"""
+    rows_dropped: int = 0
+    """too long, or without a supervised token"""
+    rows_split: int = 0
+    """kept rows that became several token rows"""
+    rows_unaligned: int = 0
+    """rows where a token straddles the end of a prompt and could not be divided"""
+    chunks: int = 0
+    """token rows made of the split ones"""
+    tokens: int = 0
+    supervised_tokens: int = 0
+    supervised_tokens_lost: int = 0
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        parts = [f"{self.rows_read:,} {self.shape} {'row' if self.rows_read == 1 else 'rows'}"]
+        if self.rows_kept + self.rows_dropped < self.rows_read:
+            parts.append(f"{self.rows_kept:,} in this part")
+        for count, word in (
+            (self.rows_truncated, "truncated"),
+            (self.rows_dropped, "dropped"),
+            (self.rows_split, f"split into {self.chunks:,} chunks"),
+            (self.rows_unaligned, "with a token across the end of a prompt"),
+        ):
+            if count:
+                parts.append(f"{count:,} {word}")
+        share = self.supervised_tokens / max(self.tokens, 1)
+        parts.append(f"{self.tokens:,} tokens, {share:.0%} supervised")
+        if self.supervised_tokens_lost:
+            parts.append(f"{self.supervised_tokens_lost:,} supervised tokens lost")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Token rows ready to be batched.
+
+    `rows` has the columns `input_ids`, `labels` (the id at the same position, or -100) and
+    `row` (index of the source sample).
+    """
+
+    rows: datasets.Dataset
+    counts: Counts
+    fingerprint: str
+
+
+# ---------------------------------------------------------------- tokenise
+
+
+def tokenize(
+    samples: Samples, tokenizer: Any, options: TokenOptions, *, cache: bool = True
+) -> Tokenized:
+    """Turn samples into token rows.
+
+    Args:
+        samples: what `load_samples` returned.
+        tokenizer: transformers' tokenizer; is given a chat template if it has none.
+        options: longest row, what happens to longer ones, what is supervised.
+        cache: reuse and keep the rows in the cache folder of `datasets`.
+
+    Raises:
+        DataError: the template does not fit a row, a row is too long where that is an error,
+            or no supervised token is left.
+    """
+    work = _Work(samples, tokenizer, options)
+    fingerprint = work.fingerprint()
+    if not cache:
+        return work.run(fingerprint, None)
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "qlora_kit" / f"{fingerprint}.arrow"
+    found = _from_cache(file, fingerprint)
+    if found is not None:
+        return found
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            made = work.run(fingerprint, file)
+        except DataError:
+            file.unlink(missing_ok=True)
+            raise
+        # Written last: rows without their counts are not taken from the cache.
+        storage.write_json(file.with_suffix(".json"), asdict(made.counts))
+    except (OSError, StorageError):
+        # A cache that cannot be written costs time, not the run.
+        return _Work(samples, tokenizer, options).run(fingerprint, None)
+    return made
+
+
+def _from_cache(file: Path, fingerprint: str) -> Tokenized | None:
+    try:
+        counts = storage.read_json(file.with_suffix(".json"))
+        rows = datasets.Dataset.from_file(str(file))
+        counts = Counts(**{**counts, "shape": Shape(counts["shape"])})
+    except (DataError, OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException):
+        return None
+    return Tokenized(rows, counts, fingerprint)
+
+
+class _Work:
+    """One pass over the samples: renders, encodes, fits to length and counts."""
+
+    def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
+        self.samples = samples
+        self.renderer = Renderer(tokenizer, options.train_on)
+        self.encoder = Encoder(tokenizer)
+        self.max_length = options.max_length
+        self.long_samples: str = options.long_samples
+        if self.long_samples == "auto":
+            self.long_samples = "split" if samples.shape is Shape.TEXT else "truncate"
+        # Chunks of a split row repeat the BOS that every row of this tokenizer starts with.
+        self.opening = [tokenizer.bos_token_id] if self.encoder.puts_bos else []
+        self.tally: Counter[str] = Counter()
+        self.faults = Faults()
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all that decides the rows."""
+        parts = {
+            "version": _ROWS_VERSION,
+            "libraries": [tokenizers.__version__, transformers.__version__],
+            "samples": self.samples.content_hash(),
+            "tokenizer": self.encoder.content_hash(),
+            "template": template_hash(self.renderer.tokenizer),
+            "settings": [self.max_length, self.long_samples, self.renderer.train_on],
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def run(self, fingerprint: str, file: Path | None) -> Tokenized:
+        """Make all rows, into `file` or into memory."""
+        source = datasets.Dataset.from_dict({"sample": range(len(self.samples.items))})
+        with _no_progress_bars():
+            rows = source.map(
+                lambda batch: self._table(batch["sample"]),
+                batched=True,
+                batch_size=_BATCH_ROWS,
+                remove_columns=["sample"],
+                features=datasets.Features.from_arrow_schema(_SCHEMA),
+                load_from_cache_file=False,
+                keep_in_memory=file is None,
+                cache_file_name=str(file) if file else None,
+                new_fingerprint=fingerprint,
+            )
+        self.faults.raise_if_any()
+        counts = Counts(self.samples.shape, len(self.samples.items), **self.tally)
+        if not counts.supervised_tokens:
+            raise DataError(self._nothing_to_learn())
+        return Tokenized(rows, counts, fingerprint)
+
+    def _table(self, indices: Sequence[int]) -> pyarrow.Table:
+        rendered, kept = self._render(indices)
+        columns: tuple[list[list[int]], list[list[int]], list[int]] = ([], [], [])
+        for index, row in zip(kept, self.encoder.encode(rendered), strict=True):
+            for ids, labels in self._fit(index, row):
+                columns[0].append(ids)
+                columns[1].append(labels)
+                columns[2].append(index)
+        return pyarrow.table(list(columns), schema=_SCHEMA)
+
+    def _render(self, indices: Sequence[int]) -> tuple[list[Rendered], list[int]]:
+        rendered, kept = [], []
+        for index in indices:
+            try:
+                rendered.append(self.renderer.render(self.samples.items[index]))
+                kept.append(index)
+            except DataError as error:
+                self.faults.add(*error.faults)
+        return rendered, kept
+
+    def _fit(self, index: int, row: Labelled) -> list[tuple[list[int], list[int]]]:
+        """Bring one row to length and count what that costs."""
+        all_supervised = supervised_count(row.labels)
+        pieces = self._shorten(index, row)
+        left = [piece for piece in pieces if supervised_count(piece[1])]
+        supervised = sum(supervised_count(labels) for _, labels in left)
+        self.tally.update(
+            rows_kept=int(bool(left)),
+            rows_dropped=int(not left),
+            rows_unaligned=int(not row.aligned),
+            tokens=sum(len(ids) for ids, _ in left),
+            supervised_tokens=supervised,
+            supervised_tokens_lost=all_supervised - supervised,
+        )
+        if left and len(row.ids) > self.max_length:
+            if self.long_samples == "split":
+                self.tally.update(rows_split=1, chunks=len(left))
+            else:
+                self.tally.update(rows_truncated=1)
+        return left
+
+    def _shorten(self, index: int, row: Labelled) -> list[tuple[list[int], list[int]]]:
+        length, limit = len(row.ids), self.max_length
+        if length <= limit:
+            return [(row.ids, row.labels)]
+        if self.long_samples == "truncate":
+            return [(row.ids[:limit], row.labels[:limit])]
+        if self.long_samples == "split":
+            return self._split(row)
+        if self.long_samples == "error":
+            self.faults.add(
+                f"{self.samples.items[index].place}: {length} tokens; expected at most {limit}; "
+                "shorten it, raise --max-length or choose another --long-samples"
+            )
+        return []
+
+    def _split(self, row: Labelled) -> list[tuple[list[int], list[int]]]:
+        opening = len(self.opening)
+        width = self.max_length - opening
+        chunks = []
+        for start in range(opening, len(row.ids), width):
+            ids = self.opening + row.ids[start : start + width]
+            labels = [IGNORED] * opening + row.labels[start : start + width]
+            if len(ids) >= 2:
+                chunks.append((ids, labels))
+        return chunks
+
+    def _nothing_to_learn(self) -> str:
+        source, lost = self.samples.source, self.tally["supervised_tokens_lost"]
+        found = f"{source}: no supervised token is left in {len(self.samples.items)} rows"
+        if not lost:
+            return f"{found}; expected text to learn; add longer answers or pass --train-on all"
+        if self.long_samples == "drop":
+            return (
+                f"{found}, all are longer than {self.max_length} tokens; expected shorter ones; "
+                "raise --max-length or pass --long-samples truncate"
+            )
+        return (
+            f"{found}, the prompts alone fill {self.max_length} tokens; expected room for the "
+            "answers; raise --max-length"
+        )
+
+
+def supervised_count(labels: list[int]) -> int:
+    """Return the number of positions a loss is computed for: the first has none before it."""
+    return len(labels) - labels.count(IGNORED) - (bool(labels) and labels[0] != IGNORED)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+# ---------------------------------------------------------------- validation
+
+
+def split_validation(
+    tokenized: Tokenized, fraction: float, seed: int
+) -> tuple[Tokenized, Tokenized | None]:
+    """Hold out a share of the rows, the same for the same rows, fraction and seed.
+
+    Chunks of one source row stay together, unless there are fewer than
+    `MIN_ROWS_FOR_VALIDATION` source rows but enough token rows: a few long texts.
+
+    Returns:
+        The rest and the held-out part; all and None where the rows are too few. Kept rows and
+        tokens of `counts` are the part's own; what was read, cut and lost stays with the rest.
+    """
+    table = tokenized.rows.with_format("arrow")[:]
+    groups = table["row"].to_numpy()
+    names = numpy.unique(groups)
+    if len(names) < MIN_ROWS_FOR_VALIDATION:
+        groups = names = numpy.arange(len(groups))
+    count = round(fraction * len(names))
+    if len(names) < MIN_ROWS_FOR_VALIDATION or not count:
+        return tokenized, None
+    held = random.Random(f"validation {seed}").sample(range(len(names)), count)
+    is_held = numpy.isin(groups, names[sorted(held)])
+    rest = _part(tokenized, table, ~is_held, f"{fraction} {seed} rest")
+    part = _part(tokenized, table, is_held, f"{fraction} {seed} held out")
+    own = Counts(
+        part.counts.shape,
+        rows_read=part.counts.rows_kept,
+        rows_kept=part.counts.rows_kept,
+        tokens=part.counts.tokens,
+        supervised_tokens=part.counts.supervised_tokens,
+    )
+    return rest, replace(part, counts=own)
+
+
+def _part(tokenized: Tokenized, table: pyarrow.Table, mask: Any, name: str) -> Tokenized:
+    part = table.filter(pyarrow.array(mask)).combine_chunks()
+    labels = part["labels"].combine_chunks()
+    supervised = labels.flatten().to_numpy() != IGNORED
+    # The first label of a row is never a target; rows are not empty.
+    supervised[labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()] = False
+    counts = replace(
+        tokenized.counts,
+        rows_kept=len(numpy.unique(part["row"].to_numpy())),
+        tokens=len(supervised),
+        supervised_tokens=int(supervised.sum()),
+    )
+    digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
+    rows = tokenized.rows.select(numpy.flatnonzero(mask))
+    return Tokenized(rows, counts, digest)

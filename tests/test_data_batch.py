@@ -1,0 +1,118 @@
+"""Batching: every row once, little padding, nothing supervised that is not a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from data_fixtures import make_tokenizer, samples_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_kit.config import TokenOptions
+from qlora_kit.data.batch import collate, epoch_batches, plan_windows, row_lengths
+from qlora_kit.data.shapes import Pair
+from qlora_kit.data.tokens import tokenize
+
+
+def _rows(*lengths: int) -> list[dict[str, Any]]:
+    return [
+        {"input_ids": list(range(5, 5 + n)), "labels": [-100, *range(6, 5 + n)], "row": index}
+        for index, n in enumerate(lengths)
+    ]
+
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=300)
+
+
+@given(lengths=LENGTHS, size=st.integers(1, 9), seed=st.integers(0, 9), epoch=st.integers(0, 3))
+def test_an_epoch_has_every_row_once(lengths: list[int], size: int, seed: int, epoch: int) -> None:
+    rows = _rows(*lengths)
+    batches = epoch_batches(rows, size, seed, epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    assert len(batches) == -(-len(rows) // size)
+    assert sum(len(batch) != size for batch in batches) == (len(rows) % size > 0)
+    assert batches == epoch_batches(rows, size, seed, epoch)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_order_depends_on_seed_and_epoch(size: int) -> None:
+    rows = _rows(*range(1, 101))
+    orders = [epoch_batches(rows, size, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_grouping_by_length_saves_padding() -> None:
+    source = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 500, (2000,), generator=source).tolist()
+    rows = [{"input_ids": [0] * n} for n in lengths]
+
+    def padded(batches: list[tuple[int, ...]]) -> int:
+        return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+
+    order = [index for (index,) in epoch_batches(rows, 1, 0, 0)]
+    plain = [tuple(order[start : start + 8]) for start in range(0, len(order), 8)]
+    assert sum(lengths) / padded(epoch_batches(rows, 8, 0, 0)) > 0.97
+    assert sum(lengths) / padded(plain) < 0.65
+    # Long and short batches come mixed, or the loss would swing with the length.
+    longest = [max(lengths[i] for i in batch) for batch in epoch_batches(rows, 8, 0, 0)]
+    assert max(longest[:50]) > 400
+    assert min(longest[:50]) < 100
+
+
+def test_lengths_of_a_dataset_follow_its_selection() -> None:
+    items = [Pair("q", "z" * n, f"x:{n}") for n in range(1, 7)]
+    made = tokenize(samples_of(*items), make_tokenizer(), TokenOptions(), cache=False)
+    expected = [len(ids) for ids in made.rows["input_ids"]]
+    assert row_lengths(made.rows) == expected
+    assert row_lengths(made.rows.select([4, 0, 2])) == [expected[i] for i in (4, 0, 2)]
+    assert sorted(i for batch in epoch_batches(made.rows, 4, 0, 0) for i in batch) == [*range(6)]
+
+
+@given(count=st.integers(0, 50), accumulation=st.integers(1, 9))
+def test_windows_keep_the_order(count: int, accumulation: int) -> None:
+    batches = [(index,) for index in range(count)]
+    windows = plan_windows(batches, accumulation)
+    assert [batch for window in windows for batch in window] == batches
+    assert all(len(window) == accumulation for window in windows[:-1])
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_collating_pads_on_the_right(lengths: list[int]) -> None:
+    rows = _rows(*lengths)
+    batch = collate(rows, pad_token_id=5)
+    assert batch.input_ids.shape == batch.labels.shape == (len(rows), max(lengths))
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.rows == tuple(range(len(rows)))
+    assert (batch.attention_mask is None) == (len({*lengths}) == 1)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        assert batch.input_ids[index, :length].tolist() == row["input_ids"]
+        assert batch.labels[index, :length].tolist() == row["labels"]
+        assert (batch.input_ids[index, length:] == 5).all()
+        assert (batch.labels[index, length:] == -100).all()
+        if batch.attention_mask is not None:
+            assert batch.attention_mask[index].tolist() == [1] * length + [0] * (
+                max(lengths) - length
+            )
+    assert batch.tokens == sum(lengths)
+    assert batch.supervised_tokens == sum(lengths) - len(lengths)
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    for lengths in ((2, 3), (3, 3)):
+        batch = collate(_rows(*lengths), 0)
+        moved = batch.to("meta")
+        assert moved.rows == batch.rows
+        assert {moved.input_ids.device.type, moved.labels.device.type} == {"meta"}
+        assert (moved.attention_mask is None) == (batch.attention_mask is None)
+
+
+def test_a_supervised_end_survives_padding_with_the_same_token() -> None:
+    tokenizer = make_tokenizer()
+    items = [Pair("q", "z", "x:1"), Pair("q", "zzzz", "x:2")]
+    made = tokenize(samples_of(*items), tokenizer, TokenOptions(), cache=False)
+    batch = collate(list(made.rows), tokenizer.pad_token_id)
+    assert batch.labels[0].tolist().count(tokenizer.eos_token_id) == 1
+    assert batch.supervised_tokens == made.counts.supervised_tokens
+    assert batch.tokens == made.counts.tokens
