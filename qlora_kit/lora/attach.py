@@ -194,7 +194,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             scaling=spec.scaling_of(path),
             dropout=spec.dropout,
             generator=generator,
-        )
+        ).train(frozen[path].training)
         base.model.set_submodule(path, layers[path])
     return Adapter(base, spec, layers)
 

@@ -129,6 +129,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _indexed_files(index: Path) -> Iterator[Path]:
     try:
         names = dict.fromkeys(read_json(index)["weight_map"].values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("no file names")
     except (DataError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f'{index}: not an index; expected a "weight_map" of file names') from error
     for name in names:

@@ -41,8 +41,9 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""
-        y: Tensor = _FrozenMatmul.apply(x, self.weight, *self.weight.packed())
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = _FrozenMatmul.apply(x, bias, self.weight, *self.weight.packed())
+        return y
 
     def extra_repr(self) -> str:
         """Show shape and bits when the model is printed."""
@@ -52,14 +53,17 @@ class FrozenLinear(nn.Module):
 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, *packed: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight, *packed: Tensor
+    ) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(*packed)
-        return F.linear(x, weight.unpack(packed, x.dtype))
+        # One product with its bias, as `LoRALinear` has it: a fresh adapter changes no bit.
+        return F.linear(x, weight.unpack(packed, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         packed = ctx.saved_tensors
         grad_x = grad_y @ ctx.weight.unpack(packed, grad_y.dtype)
-        return (grad_x, None, *(None for _ in packed))
+        return (grad_x, None, None, *(None for _ in packed))

@@ -247,13 +247,13 @@ def load_base(spec: BaseSpec, hardware: Hardware, announce: Announce = silent) -
         for name, value in frozen_tensors(spec, model, hardware.device, digest, announce):
             _place(model, name, value, hardware)
         _share_tied(model, head_path)
-    _check_filled(model)
-    model.to(hardware.device)
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    model.config.dtype = hardware.dtype
-    _cast_embedding_output(model, hardware.dtype)
-    verify_head(model, hardware)
+        _check_filled(model)
+        model.to(hardware.device)
+        model.requires_grad_(False)
+        model.config.use_cache = False
+        model.config.dtype = hardware.dtype
+        _cast_embedding_output(model, hardware.dtype)
+        verify_head(model, hardware)
     return Base(model.eval(), spec, hardware, digest.hexdigest(), parameters, share)
 
 

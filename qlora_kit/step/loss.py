@@ -155,6 +155,11 @@ class _Chunk:
 # ---------------------------------------------------------------- autograd
 
 
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return grad · factor, rounded once: 1 / tokens in bf16 would be up to 0.4 % off."""
+    return torch.mul(grad, factor.reshape(1, 1), out=torch.empty_like(grad))
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -176,7 +181,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad * grads[0].to(grad.dtype), *(None for _ in range(ctx.extra_inputs)))
+        return (_scaled(grad, grads[0]), *(None for _ in range(ctx.extra_inputs)))
 
 
 class _CustomLossSum(torch.autograd.Function):
@@ -207,7 +212,7 @@ class _CustomLossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad * grads[0].to(grad.dtype), *(None for _ in range(ctx.extra_inputs)))
+        return (_scaled(grad, grads[0]), *(None for _ in range(ctx.extra_inputs)))
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -1,0 +1,285 @@
+"""Compare a training step with the usual stack, on this machine's CPU.
+
+    python benchmarks/versus_peers.py [--rounds 3] [--steps 4]
+
+Sides: `ours`; `peft`: a plain loop of transformers + peft + bitsandbytes with
+`F.cross_entropy`; `trl`: its SFTTrainer on the same stack. Each side runs in its own
+process, in turn, several rounds; the ratios are taken round by round and their median is
+quoted. Memory is the peak of the process minus what it holds after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import (
+    matmul_flops,
+    peak_resident_bytes,
+    print_table,
+    resident_bytes,
+    run_side,
+    save_results,
+)
+
+MODELS: dict[str, dict[str, Any]] = {
+    "wide": {
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "vocab_size": 102400, "batch": 2, "length": 512,
+    },
+    "deep": {
+        "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "vocab_size": 8192, "batch": 4, "length": 256,
+    },
+}  # fmt: skip
+SIDES = {"wide": ("ours", "peft", "trl"), "deep": ("ours", "peft")}
+RANK, ALPHA = 16, 32
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LEARNING_RATE = 2e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--steps", type=int, default=4, help="measured steps a round, after one warm-up"
+    )
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        settings = json.loads(arguments.settings)
+        print(json.dumps(_SIDES[arguments.side](settings)))
+        return
+    results = {name: compare(name, arguments.rounds, arguments.steps) for name in MODELS}
+    print("saved", save_results("versus_peers_cpu", {"models": results}))
+
+
+def compare(name: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Run every side of one model in turn and print the ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(MODELS[name], Path(folder))
+        settings = {**MODELS[name], "folder": folder, "steps": steps}
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES[name]}
+        for _ in range(rounds):
+            for side in SIDES[name]:
+                runs[side].append(run_side(sys.argv[0], side, settings))
+    rows = [_summary(side, runs) for side in SIDES[name]]
+    print(f"\n{name}: {json.dumps(MODELS[name])}")
+    print_table(rows, list(rows[0]))
+    return {"settings": MODELS[name], "sides": rows, "runs": runs}
+
+
+def _summary(side: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    pairs = list(zip(runs["ours"], runs[side], strict=True))
+    mine = runs[side]
+    return {
+        "side": side,
+        "step_seconds": _median([run["step_seconds"] for run in mine]),
+        "tokens_per_second": _median([run["tokens_per_second"] for run in mine]),
+        "memory_mb": _median([run["memory_bytes"] / 1e6 for run in mine]),
+        "share_of_matmul_rate": _median([run["share_of_matmul_rate"] for run in mine]),
+        "our_speed_ratio": _median([other["step_seconds"] / our["step_seconds"] for our, other in pairs]),
+        "our_memory_ratio": _median([our["memory_bytes"] / other["memory_bytes"] for our, other in pairs]),
+        "loss": round(mine[-1]["losses"][-1], 5),
+    }  # fmt: skip
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 3)
+
+
+def save_model(settings: dict[str, Any], folder: Path) -> None:
+    """Write a random Llama, fp32, that every side loads."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    numbers = {k: v for k, v in settings.items() if k not in ("batch", "length")}
+    config = LlamaConfig(**numbers, max_position_embeddings=2048, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def token_rows(settings: dict[str, Any]) -> list[list[int]]:
+    """Return the same rows for every side, enough for the warm-up and the measured steps."""
+    import torch
+
+    count = settings["batch"] * (settings["steps"] + 1)
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, settings["length"])
+    return torch.randint(3, settings["vocab_size"], shape, generator=generator).tolist()  # type: ignore[no-any-return]
+
+
+def step_flops(settings: dict[str, Any]) -> float:
+    """Return the operations of one step: linears forward, again, and backward; and the head.
+
+    2 forward + 2 recomputed + 2 for the input's gradient an element of a linear weight and
+    token, 4 for the head, which is not recomputed. Frozen weights have no gradient; LoRA and
+    attention are left out (below 5 %).
+    """
+    h, i = settings["hidden_size"], settings["intermediate_size"]
+    linear = settings["num_hidden_layers"] * (4 * h * h + 3 * h * i)
+    tokens = settings["batch"] * settings["length"]
+    return float(tokens * (6 * linear + 4 * settings["vocab_size"] * h))
+
+
+def _finding(
+    settings: dict[str, Any], seconds: list[float], losses: list[float], imported: int
+) -> dict[str, Any]:
+    # Read before the rate is measured, which takes memory of its own.
+    memory = peak_resident_bytes() - imported
+    step = statistics.median(seconds[1:])
+    return {
+        "step_seconds": step,
+        "tokens_per_second": settings["batch"] * settings["length"] / step,
+        "memory_bytes": memory,
+        "after_imports_bytes": imported,
+        "share_of_matmul_rate": step_flops(settings) / step / matmul_flops(),
+        "losses": losses,
+    }
+
+
+# ---------------------------------------------------------------- sides
+
+
+def run_ours(settings: dict[str, Any]) -> dict[str, Any]:
+    """The kit, through its API."""
+    import qlora_kit as qk
+    from qlora_kit.events import Event, StepFinished
+    from qlora_kit.model.names import find_model
+    from qlora_kit.train.loop import train_adapter
+
+    rows = [{"input_ids": r, "labels": r, "row": n} for n, r in enumerate(token_rows(settings))]
+    imported = resident_bytes()
+    source = find_model(settings["folder"])
+    base = qk.load_base(
+        qk.BaseSpec(source, source.folder, qk.Quantization(4)), qk.choose_hardware("cpu")
+    )
+    adapter = qk.attach(base, qk.LoraSpec(rank=RANK, alpha=ALPHA, targets=tuple(TARGETS)))
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepFinished):
+            seconds.append(event.step_seconds)
+            losses.append(event.loss)
+
+    config = qk.TrainConfig(
+        batch_size=settings["batch"],
+        gradient_accumulation_steps=1,
+        max_steps=settings["steps"] + 1,
+        scheduler="constant",
+        warmup_ratio=0,
+        learning_rate=LEARNING_RATE,
+    )
+    train_adapter(adapter, rows, config, announce=listen)
+    return _finding(settings, seconds, losses, imported)
+
+
+def _peft_model(settings: dict[str, Any]) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["folder"], quantization_config=quantization, dtype=torch.float32
+    )
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    return model, lora, get_peft_model
+
+
+def run_peft(settings: dict[str, Any]) -> dict[str, Any]:
+    """A plain loop: transformers + peft + bitsandbytes and `F.cross_entropy`."""
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    import torch.nn.functional as F
+    import transformers  # noqa: F401
+
+    rows = torch.tensor(token_rows(settings))
+    imported = resident_bytes()
+    model, lora, get_peft_model = _peft_model(settings)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    model = get_peft_model(model, lora)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    seconds, losses = [], []
+    for ids in rows.split(settings["batch"]):
+        start = time.perf_counter()
+        logits = model(input_ids=ids).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(loss))
+    return _finding(settings, seconds, losses, imported)
+
+
+def run_trl(settings: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same stack, at its defaults."""
+    import bitsandbytes  # noqa: F401
+    import datasets
+    import peft  # noqa: F401
+    import transformers
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    rows = token_rows(settings)
+    imported = resident_bytes()
+    model, lora, _ = _peft_model(settings)
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times.append(time.perf_counter() - self.start)
+
+    with tempfile.TemporaryDirectory() as output:
+        config = SFTConfig(
+            output_dir=output, use_cpu=True, bf16=False, fp16=False,
+            per_device_train_batch_size=settings["batch"], gradient_accumulation_steps=1,
+            max_steps=settings["steps"] + 1, learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant", max_length=settings["length"],
+            gradient_checkpointing=True, logging_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True, max_grad_norm=0.3,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
+            processing_class=tokenizer, peft_config=lora, callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return _finding(settings, times, losses, imported)
+
+
+_SIDES = {"ours": run_ours, "peft": run_peft, "trl": run_trl}
+
+if __name__ == "__main__":
+    main()

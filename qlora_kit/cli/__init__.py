@@ -1,0 +1,73 @@
+"""One file a command: flags to a config, errors to one line and an exit code. No logic."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+
+import qlora_kit
+from qlora_kit.cli.evaluate import evaluate
+from qlora_kit.cli.export import export
+from qlora_kit.cli.generate import generate
+from qlora_kit.cli.models import doctor, models
+from qlora_kit.cli.train import train
+from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(qlora_kit.__version__, prog_name="qlora-kit")
+def cli() -> None:
+    r"""Fine-tune large language models on small GPUs: 4-bit base, LoRA, verified exports.
+
+    \b
+    Exit codes: 0 done, 1 internal error, 2 input, 3 environment (hub, disk, memory),
+    4 numerics, 5 verification failed, 130/143 stopped by a signal.
+    """
+
+
+for command in (train, evaluate, generate, export, models, doctor):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit with its code; every error is one line unless `--debug`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        cli.main(args=arguments, prog_name="qlora-kit", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        _fail([error.format_message()], 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail(["stopped by the user"], EXIT_INTERRUPTED)
+    except QloraKitError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(error.faults, error.exit_code)
+    except MemoryError:
+        _fail(["out of host memory; close other programs or choose a smaller model"], 3)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _fail([_internal(error)], 3 if type(error).__name__ == "OutOfMemoryError" else 1)
+    sys.exit(0)
+
+
+def _internal(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory; try --batch-size 1, a smaller --max-length or fewer --bits"
+    lines = str(error).strip().splitlines()
+    reason = lines[0][:200] if lines else "no message"
+    return (
+        f"internal error: {type(error).__name__}: {reason}; this is a defect of qlora-kit; run "
+        "again with --debug and report it"
+    )
+
+
+def _fail(faults: object, code: int) -> None:
+    for fault in faults:  # type: ignore[attr-defined]
+        click.echo(f"error: {fault}", err=True)
+    sys.exit(code)

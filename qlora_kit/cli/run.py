@@ -1,0 +1,32 @@
+"""What the commands share: show the configuration, or run a stage with the terminal on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+import yaml
+
+from qlora_kit.config import AnyConfig, Options
+from qlora_kit.events import Announce, silent
+
+
+def print_config(config: Options, *, as_json: bool) -> None:
+    """Print a resolved configuration as YAML or JSON."""
+    values = config.model_dump(mode="json")
+    click.echo(json.dumps(values, indent=2) if as_json else yaml.safe_dump(values, sort_keys=False))
+
+
+def run_recipe(
+    recipe: Callable[[AnyConfig, Announce], dict[str, Any]], config: AnyConfig, *, as_json: bool
+) -> None:
+    """Run a recipe; with `as_json` print only its result, as JSON."""
+    if as_json:
+        click.echo(json.dumps(recipe(config, silent), indent=2))
+        return
+    from qlora_kit.report.terminal import Terminal
+
+    with Terminal() as terminal:
+        recipe(config, terminal)

@@ -1,0 +1,1 @@
+"""Turn a trained adapter into files that other tools serve."""

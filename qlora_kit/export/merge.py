@@ -1,0 +1,229 @@
+"""Dequantise and merge: an unquantised model with the adapter folded in.
+
+Streams the base tensor by tensor, quantises and dequantises each linear weight just as
+training did, adds the adapter's delta in fp32 and rounds once. So what is written is what
+was trained, and the model never stands in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from qlora_kit.errors import AdapterError, ConfigError, ModelError
+from qlora_kit.events import Announce, silent
+from qlora_kit.lora.adapter import StoredAdapter
+from qlora_kit.model.architecture import build_skeleton, linear_layers
+from qlora_kit.model.hardware import dtype_name, dtype_named, memory_returned
+from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
+from qlora_kit.model.quantize import FrozenWeight
+from qlora_kit.storage import save_tensors, staged_folder, write_json
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What an export wrote.
+
+    Attributes:
+        folder: the merged model.
+        tensors: number of tensors.
+        layers: number of layers the adapter changed.
+        bytes: of the weights.
+        shards: number of weight files.
+    """
+
+    folder: Path
+    tensors: int
+    layers: int
+    bytes: int
+    shards: int
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from "4GB" (10⁹) or "4GiB" (2³⁰).
+
+    Raises:
+        ConfigError: not a number with a unit.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"size {text!r}: expected a number with a unit, such as 4GB or 500MB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
+
+
+def merge_to(
+    folder: Path,
+    stored: StoredAdapter,
+    spec: BaseSpec,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | None = None,
+    shard_bytes: int = 4_000_000_000,
+    overwrite: bool = False,
+    announce: Announce = silent,
+) -> Merged:
+    """Write the merged model as sharded safetensors that plain transformers opens.
+
+    Args:
+        folder: new folder; visible only when it is whole.
+        stored: the adapter.
+        spec: the base, quantised as in training.
+        tokenizer: saved beside the weights.
+        dtype: of the merged weights.
+        device: where each tensor is quantised and merged; the CPU if None.
+        shard_bytes: largest file, unless a single tensor is larger.
+        overwrite: replace an existing folder.
+        announce: receives the progress.
+
+    Raises:
+        AdapterError: a layer of the adapter is not in the base, or the base's weights are not
+            those it was trained on.
+        ModelError: a merged value does not fit the dtype.
+        OutputError: the folder exists.
+    """
+    architecture = spec.architecture()
+    skeleton = build_skeleton(architecture)
+    _check_layers(stored, skeleton)
+    digest = Digest()
+    with staged_folder(folder, replace=overwrite) as staging, memory_returned():
+        stream = frozen_tensors(spec, skeleton, device or torch.device("cpu"), digest, announce)
+        writer = _ShardWriter(staging, shard_bytes)
+        for name, tensor in _merged_tensors(stream, stored, dtype):
+            writer.add(name, tensor)
+        shards = writer.finish()
+        if stored.record is not None and digest.hexdigest() != stored.record.digest:
+            raise AdapterError(
+                f"{stored.folder}: trained on other weights than {spec.source.name} has; name "
+                "the right base with --model"
+            )
+        _write_config(staging, architecture, skeleton, tokenizer, dtype, spec.folder)
+        tokenizer.save_pretrained(staging)
+    return Merged(folder, writer.tensors, len(stored.tensors), writer.total_bytes, shards)
+
+
+def _check_layers(stored: StoredAdapter, skeleton: PreTrainedModel) -> None:
+    shapes = {p: (m.out_features, m.in_features) for p, m in linear_layers(skeleton).items()}
+    faults = [
+        f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is "
+        f"{'of shape ' + str(shapes[path]) if path in shapes else 'missing'} in the base; expected "
+        f"the base {stored.base}; name it with --model"
+        for path, (a, b) in stored.tensors.items()
+        if shapes.get(path) != (b.shape[0], a.shape[1])
+    ]
+    if faults:
+        raise AdapterError(*faults[:5])
+
+
+@torch.no_grad()
+def _merged_tensors(
+    stream: Iterator[tuple[str, FrozenWeight | Tensor]], stored: StoredAdapter, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    unpacked = dtype_named(stored.record.dequantization_dtype) if stored.record else torch.float32
+    for name, value in stream:
+        tensor = value.dequantize(unpacked) if isinstance(value, FrozenWeight) else value
+        path = name.removesuffix(".weight")
+        if path in stored.tensors:
+            tensor = tensor.float() + stored.delta(path).to(tensor.device)
+        yield name, _cast(name, tensor, dtype)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype).cpu().contiguous()
+    if not torch.isfinite(cast).all():
+        raise ModelError(
+            f"{name}: its largest value {float(tensor.abs().max()):.3g} does not fit "
+            f"{dtype_name(dtype)}; pass --dtype bfloat16"
+        )
+    return cast
+
+
+class _ShardWriter:
+    """Collects tensors and writes a file whenever the next would not fit."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self._folder, self._limit = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.total_bytes = 0
+        self.tensors = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._pending_bytes + tensor.nbytes > self._limit:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+        self.tensors += 1
+
+    def _flush(self) -> None:
+        save_tensors(self._folder / f"shard-{len(self._shards)}.safetensors", self._pending)
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> int:
+        """Write the rest, give the files their final names and write the index."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self._folder / "shard-0.safetensors").rename(self._folder / "model.safetensors")
+            return 1
+        weight_map = {}
+        for index, names in enumerate(self._shards):
+            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            (self._folder / f"shard-{index}.safetensors").rename(self._folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        write_json(
+            self._folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map},
+        )
+        return count
+
+
+def _write_config(
+    folder: Path,
+    architecture: PreTrainedConfig,
+    skeleton: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    base_folder: Path | None,
+) -> None:
+    numbers = json.loads(architecture.to_json_string(use_diff=True))
+    numbers.pop("quantization_config", None)
+    numbers.pop("torch_dtype", None)
+    numbers["architectures"] = [type(skeleton).__name__]
+    numbers["dtype"] = dtype_name(dtype)
+    write_json(folder / "config.json", numbers)
+    stored = base_folder / "generation_config.json" if base_folder else None
+    if stored is not None and stored.is_file():
+        shutil.copyfile(stored, folder / stored.name)
+    generation = (
+        GenerationConfig.from_pretrained(folder)
+        if (folder / "generation_config.json").is_file()
+        else GenerationConfig.from_model_config(architecture)
+    )
+    _end_with(generation, tokenizer.eos_token_id)
+    generation.save_pretrained(folder)
+
+
+def _end_with(generation: GenerationConfig, eos_token_id: int) -> None:
+    """Make sure the end token that was supervised is one that ends an answer."""
+    configured = generation.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    ends = [end for end in ends if end is not None]
+    if eos_token_id not in ends:
+        ends.append(eos_token_id)
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends

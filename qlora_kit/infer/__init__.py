@@ -1,0 +1,1 @@
+"""Use a model: measure its loss on rows, generate text."""

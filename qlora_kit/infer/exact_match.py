@@ -1,0 +1,43 @@
+"""Exact match: how many answers, generated greedily, equal the expected ones.
+
+Takes samples that have a question and an answer; returns a count. White space around an
+answer does not count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_kit.data.encode import prompt_ids
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.shapes import Conversation, Pair, Sample
+from qlora_kit.data.template import Renderer
+from qlora_kit.errors import DataError
+from qlora_kit.infer.generate import Sampling, generate
+from qlora_kit.model.load import Base
+
+
+def count_exact(base: Base, tokenizer: Any, samples: Samples, max_new_tokens: int) -> int:
+    """Answer every sample's last question and count the answers that are exactly right.
+
+    Raises:
+        DataError: plain text, which asks nothing.
+    """
+    renderer = Renderer(tokenizer)
+    asked = [_question(sample, renderer) for sample in samples.items]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt, _ in asked]
+    answers = generate(base, tokenizer, prompts, Sampling(max_new_tokens=max_new_tokens))
+    return sum(
+        answer.strip() == expected.strip()
+        for answer, (_, expected) in zip(answers, asked, strict=True)
+    )
+
+
+def _question(sample: Sample, renderer: Renderer) -> tuple[str, str]:
+    """Return the prompt text of a sample's last answer, and the answer."""
+    if isinstance(sample, Pair):
+        return sample.prompt, sample.completion
+    if isinstance(sample, Conversation):
+        prompt = renderer.prompt_text(sample.messages[:-1], sample.place)
+        return prompt, sample.messages[-1].content
+    raise DataError(f"{sample.place}: plain text has no answer to match; leave out --exact-match")

@@ -1,0 +1,98 @@
+"""Generate text with a loaded model, with or without an adapter.
+
+Takes prompts as token ids, so that the caller renders them just as training did; returns the
+new text only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_kit.model.load import Base
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: bound of the answer.
+        temperature: 0 is greedy.
+        top_p: share of the probability that is kept when sampling.
+        seed: of sampling.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+
+
+@torch.no_grad()
+def generate(
+    base: Base,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+) -> Iterator[str]:
+    """Yield the continuation of each prompt, in order, up to its end token.
+
+    Args:
+        base: the model, with the adapter it may carry.
+        tokenizer: its tokenizer.
+        prompts: token ids, BOS included where the model wants one.
+        sampling: greedy if None.
+        batch_size: prompts that are continued together.
+    """
+    sampling = sampling or Sampling()
+    torch.manual_seed(sampling.seed)
+    was_training = base.model.training
+    base.model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            yield from _generate_batch(
+                base, tokenizer, prompts[start : start + batch_size], sampling
+            )
+    finally:
+        base.model.train(was_training)
+
+
+def _generate_batch(
+    base: Base, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[str]:
+    width = max(len(ids) for ids in prompts)
+    pad = tokenizer.pad_token_id
+    # Padded on the left, so that every continuation starts in the same column.
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    model: Any = base.model
+    chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature > 0:
+        chosen = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+        }
+    output = model.generate(
+        input_ids=ids.to(base.hardware.device),
+        attention_mask=mask.to(base.hardware.device),
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=_end_tokens(base, tokenizer),
+        use_cache=True,
+        **chosen,
+    )
+    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
+
+
+def _end_tokens(base: Base, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's and the model's own."""
+    configured = base.model.config.get_text_config().eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *(e for e in ends if e is not None)})

@@ -1,0 +1,1 @@
+"""Listens to events: the terminal, the log, the plot, the model card."""

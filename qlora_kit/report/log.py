@@ -1,0 +1,58 @@
+"""The log of a run: one JSON line an optimiser step or evaluation, in `trainer_log.jsonl`.
+
+Step rows: optimizer_step, epoch, loss, learning_rate, grad_norm, supervised_tokens, tokens,
+step_seconds, memory_bytes. Evaluation rows: optimizer_step, epoch, eval_loss, is_best,
+seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.events import Evaluated, Event, RunStarted, StepFinished
+from qlora_kit.storage import read_json_lines, storage_errors, write_text
+
+NAME = "trainer_log.jsonl"
+
+
+class Log:
+    """Appends a row for every step and evaluation it hears of.
+
+    Args:
+        folder: run folder.
+        every: optimiser steps between step rows; the first step is always logged.
+    """
+
+    def __init__(self, folder: Path, every: int = 1) -> None:
+        self._path = folder / NAME
+        self._every = every
+
+    def __call__(self, event: Event) -> None:
+        """Hear an event."""
+        if isinstance(event, RunStarted):
+            self._drop_from(event.first_step)
+        elif isinstance(event, StepFinished):
+            if event.optimizer_step == 1 or event.optimizer_step % self._every == 0:
+                self._append(asdict(event))
+        elif isinstance(event, Evaluated):
+            row = asdict(event)
+            row["eval_loss"] = row.pop("loss")
+            self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with storage_errors(self._path), self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def _drop_from(self, first_step: int) -> None:
+        """Forget rows that a resumed run is about to write again."""
+        if self._path.is_file():
+            rows = [row for row in read_log(self._path) if row["optimizer_step"] < first_step]
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a log."""
+    return [line.record for line in read_json_lines(path)]

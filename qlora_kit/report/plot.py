@@ -1,0 +1,54 @@
+"""Draw `loss.png`: training and validation loss, and the learning rate, by optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+NAME = "loss.png"
+_SMOOTHING = 0.9
+
+
+def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the rows of a log, see `report.log`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    x = [row["optimizer_step"] for row in steps]
+    losses = [row["loss"] for row in steps]
+    axes.plot(x, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+    axes.plot(x, _smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
+    if evaluations:
+        axes.plot(
+            [row["optimizer_step"] for row in evaluations],
+            [row["eval_loss"] for row in evaluations],
+            color="tab:orange", marker="o", markersize=4, label="validation",
+        )  # fmt: skip
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    rate = axes.twinx()
+    rate.plot(
+        x, [row["learning_rate"] for row in steps], color="tab:gray", linestyle=":", linewidth=1
+    )
+    rate.set_ylabel("learning rate (dotted)")
+    rate.set_ylim(bottom=0)
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the exponential moving average, corrected for its start."""
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, 1):
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
+        smoothed.append(average / (1 - _SMOOTHING**count))
+    return smoothed

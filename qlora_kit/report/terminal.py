@@ -1,0 +1,165 @@
+"""What the user sees while a run goes: header, progress bar, notices, closing lines.
+
+A bar on a terminal; plain lines, a few dozen a run, anywhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from qlora_kit.events import (
+    CheckpointSaved,
+    Closing,
+    Evaluated,
+    Event,
+    Facts,
+    LoadProgress,
+    Notice,
+    RunFinished,
+    RunStarted,
+    StepFinished,
+)
+
+_PLAIN_LINES = 20
+
+
+class Terminal:
+    """Shows events; use as a context manager, so that the bar is always taken down."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._total_steps = 0
+        self._started = 0.0
+        self._tokens = 0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop_bar()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        if isinstance(event, Notice):
+            self.console.print(f"note: {event.text}", markup=False)
+        elif isinstance(event, Facts):
+            self._show_facts(event)
+        elif isinstance(event, Closing):
+            self._show_closing(event)
+        elif isinstance(event, LoadProgress):
+            self._show_load(event)
+        elif isinstance(event, RunStarted):
+            self._start(event)
+        elif isinstance(event, StepFinished):
+            self._show_step(event)
+        elif isinstance(event, Evaluated):
+            best = " (best so far)" if event.is_best else ""
+            self.console.print(
+                f"step {event.optimizer_step}: validation loss {event.loss:.4f}{best}, "
+                f"{event.seconds:.1f} s"
+            )
+        elif isinstance(event, CheckpointSaved):
+            self.console.print(f"saved {event.path}", markup=False)
+        elif isinstance(event, RunFinished):
+            self._stop_bar()
+            self.console.print(
+                f"{event.reason}: {event.optimizer_step} steps, {event.seconds:.1f} s"
+            )
+
+    # ------------------------------------------------------------ tables
+
+    def _show_facts(self, event: Facts) -> None:
+        self._stop_bar()
+        table = Table(
+            title=event.title, title_justify="left", show_header=False, box=None, pad_edge=False
+        )
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in event.rows:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
+    def _show_closing(self, event: Closing) -> None:
+        self._stop_bar()
+        for title, lines in (("written", event.written), ("next", event.commands)):
+            if lines:
+                self.console.print(f"{title}:", style="bold")
+            for line in lines:
+                self.console.print(f"  {line}", markup=False)
+
+    # ------------------------------------------------------------ progress
+
+    def _new_bar(
+        self, *columns: TextColumn | BarColumn | TimeRemainingColumn | MofNCompleteColumn
+    ) -> Progress:
+        self._stop_bar()
+        self._bar = Progress(*columns, console=self.console, transient=True)
+        self._bar.start()
+        return self._bar
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._task = None, None
+
+    def _show_load(self, event: LoadProgress) -> None:
+        if not self.console.is_terminal:
+            return
+        if self._task is None:
+            bar = self._new_bar(TextColumn("loading"), BarColumn(), MofNCompleteColumn())
+            self._task = bar.add_task("", total=event.total)
+        assert self._bar is not None
+        self._bar.update(self._task, completed=event.done)
+        if event.done == event.total:
+            self._stop_bar()
+
+    def _start(self, event: RunStarted) -> None:
+        self._total_steps, self._started, self._tokens = event.total_steps, time.monotonic(), 0
+        self.console.print(
+            f"training: {event.total_steps} optimiser steps, {event.epochs:.2f} epochs"
+            + (f", from step {event.first_step}" if event.first_step > 1 else "")
+        )
+        if self.console.is_terminal:
+            bar = self._new_bar(
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._task = bar.add_task("", total=event.total_steps, completed=event.first_step - 1)
+
+    def _show_step(self, event: StepFinished) -> None:
+        self._tokens += event.tokens
+        rate = self._tokens / max(1e-9, time.monotonic() - self._started)
+        text = (
+            f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {rate:,.0f} tokens/s  "
+            f"{event.memory_bytes / 1e9:.2f} GB"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=1, description=text)
+        elif self._is_line_due(event.optimizer_step):
+            self.console.print(f"step {event.optimizer_step}/{self._total_steps}  {text}")
+
+    def _is_line_due(self, step: int) -> bool:
+        every = max(1, self._total_steps // _PLAIN_LINES)
+        return step == 1 or step % every == 0 or step == self._total_steps

@@ -1,0 +1,215 @@
+"""The merged model is what was trained, and plain transformers opens it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_fixtures import make_tokenizer
+from safetensors import safe_open
+
+import qlora_kit as qk
+from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
+from qlora_kit.export.merge import parse_size
+
+ARCHITECTURES = ("tinyllama", "qwen2.5-7b", "qwen3-8b", "phi-4-mini", "gemma-2-9b", "smollm2-135m")
+
+
+def spec_of(folder: Path, bits: int = 4) -> qk.BaseSpec:
+    return qk.BaseSpec(qk.find_model(str(folder)), folder, qk.Quantization(bits))
+
+
+def train_something(spec: qk.BaseSpec, targets: tuple[str, ...] = ("all-linear",)) -> qk.Adapter:
+    """Attach an adapter and give it a delta of the size training gives."""
+    base = qk.load_base(spec, qk.choose_hardware("cpu"))
+    adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=targets), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_B.normal_(0, 0.02, generator=generator)
+    return adapter
+
+
+def save(adapter: qk.Adapter, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    qk.save_adapter(adapter, folder, qk.BaseRecord.of(adapter.base))
+    return folder
+
+
+def export(adapter: qk.Adapter, folder: Path, **changes: Any) -> Path:
+    stored = qk.read_adapter(save(adapter, folder / "adapter"))
+    target = folder / "merged"
+    qk.merge_to(target, stored, adapter.base.spec, make_tokenizer(), **changes)
+    return target
+
+
+def plain(folder: Path) -> Any:
+    """Open a merged model in plain transformers, in fp32, so that both sides compute alike."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def difference(adapter: qk.Adapter, merged: Any) -> float:
+    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = adapter.base.model(input_ids=ids).logits
+    return float((merged(input_ids=ids).logits - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 1e-3)])
+def test_merged_equals_attached(
+    save_tiny: Callable[..., Path], tmp_path: Path, bits: int, dtype: torch.dtype, bound: float
+) -> None:
+    # Weights of a usual size: the others of these tests are large, which amplifies rounding.
+    adapter = train_something(spec_of(save_tiny("tinyllama", initializer_range=0.05), bits))
+    merged = plain(export(adapter, tmp_path, dtype=dtype))
+    assert difference(adapter, merged) <= bound
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merged_equals_attached_on_a_pretrained_model(
+    stories: Path, tmp_path: Path, bits: int
+) -> None:
+    adapter = train_something(spec_of(stories, bits))
+    assert difference(adapter, plain(export(adapter, tmp_path / "16"))) <= 1e-3
+    assert difference(adapter, plain(export(adapter, tmp_path / "32", dtype=torch.float32))) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_kind_of_architecture_merges(
+    save_tiny: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    adapter = train_something(spec_of(save_tiny(name)), targets=("attention", "mlp"))
+    target = export(adapter, tmp_path, dtype=torch.float32)
+    assert difference(adapter, plain(target)) <= 1e-5
+
+
+def test_the_delta_is_in_the_merged_model(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = train_something(spec_of(save_tiny()))
+    merged = plain(export(adapter, tmp_path, dtype=torch.float32))
+    qk.detach(adapter)
+    assert difference(adapter, merged) > 0.05, "without the adapter the output is another"
+
+
+def test_the_files_are_those_others_read(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = train_something(spec_of(save_tiny()))
+    target = export(adapter, tmp_path, shard_bytes=50_000)
+    config = json.loads((target / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float16"
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    total = 0
+    for shard in shards:
+        assert (target / shard).stat().st_size < 60_000
+        with safe_open(target / shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                assert index["weight_map"][name] == shard
+                assert file.get_tensor(name).dtype == torch.float16
+                total += file.get_tensor(name).nbytes
+    assert total == index["metadata"]["total_size"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (target / name).is_file()
+    ends = json.loads((target / "generation_config.json").read_text())["eos_token_id"]
+    assert make_tokenizer().eos_token_id in (ends if isinstance(ends, list) else [ends])
+
+
+def test_it_opens_without_bitsandbytes_and_without_the_kit(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    target = export(train_something(spec_of(save_tiny())), tmp_path)
+    script = (
+        "import sys\n"
+        "sys.modules['bitsandbytes'] = sys.modules['qlora_kit'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
+        f"AutoTokenizer.from_pretrained({str(target)!r})\n"
+        "print(model.dtype, sum(p.numel() for p in model.parameters()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch.float16 ")
+
+
+def test_an_already_quantised_base_merges(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    stored = tmp_path / "stored"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        save_tiny(), quantization_config=config, dtype=torch.float32
+    ).save_pretrained(stored)
+    adapter = train_something(spec_of(stored))
+    target = export(adapter, tmp_path, dtype=torch.float32)
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    assert difference(adapter, plain(target)) <= 1e-5
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_another_base_of_the_same_shape_is_refused_and_nothing_is_left(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    stored = qk.read_adapter(save(train_something(spec_of(save_tiny())), tmp_path / "adapter"))
+    other = spec_of(save_tiny("tinyllama", initializer_range=0.1))
+    with pytest.raises(AdapterError, match="trained on other weights than"):
+        qk.merge_to(tmp_path / "merged", stored, other, make_tokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_base_of_another_shape_is_refused_before_anything_is_read(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    stored = qk.read_adapter(save(train_something(spec_of(save_tiny())), tmp_path / "adapter"))
+    with pytest.raises(AdapterError, match=r"is of shape .* in the base"):
+        qk.merge_to(tmp_path / "merged", stored, spec_of(save_tiny("llama-2-7b")), make_tokenizer())
+
+
+def test_a_value_beyond_float16_is_refused_by_name(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = train_something(spec_of(save_tiny()))
+    layer = adapter.layers["model.layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        layer.lora_B.fill_(1e6)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj.*does not fit float16"):
+        export(adapter, tmp_path)
+    assert not (tmp_path / "merged").exists()
+    export(adapter, tmp_path, dtype=torch.bfloat16)
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = train_something(spec_of(save_tiny()))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        export(adapter, tmp_path)
+    assert (tmp_path / "merged" / "mine").read_text() == "mine"
+    export(adapter, tmp_path, overwrite=True)
+    assert not (tmp_path / "merged" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("4GB", 4 * 10**9), ("500MB", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("7B", 7)]
+)
+def test_sizes_are_in_powers_of_ten_unless_they_say_i(text: str, bytes_: int) -> None:
+    assert parse_size(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["4", "GB", "4 XB", "-1GB", ""])
+def test_a_size_without_number_or_unit_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected a number with a unit"):
+        parse_size(text)
