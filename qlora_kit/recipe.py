@@ -9,40 +9,35 @@ checked without it has been.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qlora_kit.config import (
-    AdapterOption,
     BaseModelOptions,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
-    TokenOptions,
     TrainConfig,
 )
 from qlora_kit.data.samples import Samples, load_samples
 from qlora_kit.data.shapes import Conversation
 from qlora_kit.errors import AdapterError, ConfigError, OutputError
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to, silent
-from qlora_kit.model.names import ModelSource, find_model
-from qlora_kit.storage import read_json, storage_errors, write_text
+from qlora_kit.model.names import find_model
+from qlora_kit.opening import as_trained, open_tokenizer, put_on, stored_options
+from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.folder import CONFIG, choose_output, clear_run
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.lora.attach import Adapter, LoraSpec
-    from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base
     from qlora_kit.train.checkpoint import Resumable
     from qlora_kit.train.loop import TrainResult
-
-_RECORD = "qlora_kit.json"
-AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 
 
 # ---------------------------------------------------------------- train
@@ -58,6 +53,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
 
     from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.model.tokenizer import template_hash
+    from qlora_kit.report.facts import header
     from qlora_kit.train.loop import Saving, train_adapter
 
     opened = open_tokenizer(config, announce)
@@ -67,14 +63,15 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     is_chat = isinstance(samples.items[0], Conversation)
     hash_ = template_hash(opened.tokenizer) if is_chat else None
     record = BaseRecord.of(base, opened.fetched.revision, hash_)
-    resume = _resume_point(config, output, announce)
+    identity = _identity(config, rows, base)
+    resume = _resume_point(config, output, identity, announce)
     if resume is None:
         _open_run(output, config)
     elif _is_finished(resume, output, config):
         announce(Notice(f"{output}: this run is finished; nothing to do"))
         return {"output": str(output), "finished": True}
 
-    facts = _header(adapter, rows, held_out, samples, config)
+    facts = header(adapter, rows, held_out, samples, config)
     announce(Facts(f"qlora-kit: {source.name} → {output}", facts))
     _save_inputs(output, config, opened.tokenizer)
     result = train_adapter(
@@ -84,7 +81,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         pad_token_id=opened.tokenizer.pad_token_id,
         evaluate=_validation(base, held_out, config, opened.tokenizer),
         saving=Saving(output, record, resume),
-        identity=_identity(config, rows, base),
+        identity=identity,
         announce=_with_log(output, config, announce),
     )
     return _finish_run(output, adapter, record, result, facts, announce)
@@ -95,8 +92,8 @@ def _read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Sample
     if config.data is None:
         announce(
             Notice(
-                f"no --data: training on the built-in sample data ({len(samples.items)} orders to "
-                "be turned into records)"
+                f"no --data: training on the built-in sample data ({len(samples.items)} spoken "
+                "amounts to be written in figures)"
             )
         )
     return samples, load_samples(config.validation) if config.validation else None
@@ -160,32 +157,6 @@ def _validation(base: Base, held_out: Tokenized | None, config: TrainConfig, tok
     )
 
 
-def _header(
-    adapter: Adapter,
-    rows: Tokenized,
-    held_out: Tokenized | None,
-    samples: Samples,
-    config: TrainConfig,
-) -> tuple[tuple[str, str], ...]:
-    base = adapter.base
-    share = adapter.trainable / base.parameters
-    batch = config.batch_size * config.gradient_accumulation_steps
-    return (
-        ("model", f"{base.spec.source.identity}, {base.parameters:,} parameters"),
-        ("bits", f"{base.quantization.describe()}; {base.unquantized_share:.2%} of the weights "
-                 "outside embeddings and head stay unquantised"),
-        ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in "
-                      f"{len(adapter.layers)} layers"),
-        ("device", base.hardware.device_name),
-        ("dtype", f"{base.hardware.dtype_name}: {base.hardware.reason}"),
-        ("data", f"{samples.source}, {len(rows.rows):,} rows, "
-                 f"{rows.counts.supervised_tokens:,} supervised tokens"),
-        ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),
-        ("batch", f"{batch} rows an optimiser step ({config.batch_size} × "
-                  f"{config.gradient_accumulation_steps})"),
-    )  # fmt: skip
-
-
 def _identity(config: TrainConfig, rows: Tokenized, base: Base) -> Resumable:
     """Everything that must be equal for a resumed run to have the same bits."""
     from qlora_kit.train.checkpoint import Resumable
@@ -200,8 +171,11 @@ def _identity(config: TrainConfig, rows: Tokenized, base: Base) -> Resumable:
     return Resumable(values)
 
 
-def _resume_point(config: TrainConfig, output: Path, announce: Announce) -> Path | None:
-    from qlora_kit.train.checkpoint import find_checkpoint
+def _resume_point(
+    config: TrainConfig, output: Path, identity: Resumable, announce: Announce
+) -> Path | None:
+    """Return the checkpoint to continue from, checked, or None to start from the beginning."""
+    from qlora_kit.train.checkpoint import check_resumable, find_checkpoint
 
     if config.resume is None:
         return None
@@ -209,6 +183,7 @@ def _resume_point(config: TrainConfig, output: Path, announce: Announce) -> Path
     if found is None:
         announce(Notice(f"{output}: no checkpoint yet; starting from the beginning"))
     else:
+        check_resumable(found, identity)
         announce(Notice(f"resuming from {found}"))
     return found
 
@@ -294,7 +269,7 @@ def _results(result: TrainResult) -> tuple[tuple[str, str], ...]:
 
 def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, Any]:
     """Measure a model, with or without an adapter, on a data file."""
-    config = _as_trained(config)
+    config = as_trained(config)
     find_model(config.model)
     samples = load_samples(config.data, split="test").first(config.max_rows)
     if config.data is None:
@@ -307,7 +282,7 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     rows = tokenize(samples, opened.tokenizer, config)
     announce(Notice(f"data: {rows.counts.describe()}"))
     base = opened.load(config, announce)
-    _put_on(base, config, announce)
+    put_on(base, config, announce)
     measured = measure(
         base,
         rows.rows,
@@ -338,7 +313,7 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
 
 def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
     """Continue a prompt, or answer it where the model has a chat template."""
-    config = _as_trained(config)
+    config = as_trained(config)
     find_model(config.model)
     if not config.prompt:
         raise ConfigError('--prompt: missing; give the text to continue, as --prompt "..."')
@@ -351,7 +326,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
 
     opened = open_tokenizer(config, announce, config.adapter)
     base = opened.load(config, announce)
-    record = _put_on(base, config, announce)
+    record = put_on(base, config, announce)
     raw = config.raw or not opened.has_template or (record is not None and not record.template_hash)
     turns = config.prompt if raw else (Message("user", config.prompt),)
     ids = prompt_ids(opened.tokenizer, Renderer(opened.tokenizer).prompt_text(turns))
@@ -368,7 +343,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     """Dequantise the base, merge an adapter into it and write an unquantised model."""
     if config.to.exists() and not config.overwrite:
         raise OutputError(f"{config.to}: exists; pass --overwrite, or name another --to")
-    stored = _stored_options(config.adapter)
+    stored = stored_options(config.adapter)
     model = config.model or stored.get("model")
     if model is None:
         raise AdapterError(f"{config.adapter}: does not say what its base is; name it with --model")
@@ -402,145 +377,3 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     evaluate_it = f"qlora-kit evaluate --model {config.to} --bits 16 --data test.jsonl"
     announce(Closing((str(config.to),), (evaluate_it,)))
     return result
-
-
-# ---------------------------------------------------------------- opening models
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model whose files and tokenizer are here, and whose weights are not loaded yet."""
-
-    source: ModelSource
-    fetched: Fetched
-    tokenizer: Any
-    has_template: bool
-
-    def spec(self, options: BaseModelOptions) -> Any:
-        """Return what decides the bits of the frozen base; a quantised checkpoint wins.
-
-        Raises:
-            ConfigError: other bits are asked for than a quantised checkpoint has.
-        """
-        from qlora_kit.model.load import BaseSpec, stored_quantization
-        from qlora_kit.model.quantize import Quantization
-
-        asked = Quantization(options.bits, options.quant_type, options.double_quant)
-        spec = BaseSpec(self.source, self.fetched.folder, asked, options.weights == "random")
-        stored = stored_quantization(spec.architecture())
-        if stored is None or spec.random:
-            return spec
-        if "bits" in options.model_fields_set and options.bits != stored.bits:
-            raise ConfigError(
-                f"--bits {options.bits}: the checkpoint is quantised to {stored.bits} bits "
-                f"already; pass --bits {stored.bits} or name the unquantised model"
-            )
-        return BaseSpec(self.source, self.fetched.folder, stored)
-
-    def load(
-        self, options: BaseModelOptions, announce: Announce, lora: LoraSpec | None = None
-    ) -> Base:
-        """Load the base; with `lora`, first check that its targets exist."""
-        from qlora_kit.lora.attach import check_patterns, resolve_targets
-        from qlora_kit.model.architecture import build_skeleton, linear_layers
-        from qlora_kit.model.hardware import choose_hardware
-        from qlora_kit.model.load import load_base
-
-        spec = self.spec(options)
-        if lora is not None:
-            paths = list(linear_layers(build_skeleton(spec.architecture())))
-            check_patterns(resolve_targets(paths, lora.targets), lora)
-        hardware = choose_hardware(options.device, options.dtype)
-        return load_base(spec, hardware, announce)
-
-
-def open_tokenizer(
-    options: BaseModelOptions, announce: Announce = silent, adapter: Path | None = None
-) -> Opened:
-    """Bring a model's files here and load its tokenizer, the adapter's own where it has one."""
-    from qlora_kit.data.template import Renderer
-    from qlora_kit.model.fetch import fetch
-    from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
-
-    source = find_model(options.model)
-    fetched = fetch(source, random=options.weights == "random")
-    has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(adapter if adapter and has_own else fetched.tokenizer_folder)
-    if lost := lossy_characters(tokenizer):
-        announce(Notice(f"the tokenizer does not give these letters back: {lost}"))
-    if options.weights == "random" and fetched.folder is None:
-        announce(Notice("random weights: the demo's tokenizer stands in for the model's own"))
-    has_template = tokenizer.chat_template is not None
-    Renderer(tokenizer)  # gives a tokenizer without a chat template the default one
-    return Opened(source, fetched, tokenizer, has_template)
-
-
-@dataclass(frozen=True)
-class OpenedBase:
-    """A loaded base with its tokenizer."""
-
-    base: Base
-    tokenizer: Any
-
-
-def open_base(options: BaseModelOptions | None = None, announce: Announce = silent) -> OpenedBase:
-    """Find, download, and load a base with its tokenizer.
-
-    Args:
-        options: which model and how it is held; the demo in 4 bits if None.
-        announce: receives notices and the loading progress.
-    """
-    options = options or BaseModelOptions()
-    opened = open_tokenizer(options, announce)
-    return OpenedBase(opened.load(options, announce), opened.tokenizer)
-
-
-def load_data(data: str | None, tokenizer: Any, options: TokenOptions | None = None) -> Tokenized:
-    """Read, recognise, template and tokenise a data file; the sample data if None."""
-    from qlora_kit.data.tokens import tokenize
-
-    return tokenize(load_samples(data), tokenizer, options or TokenOptions())
-
-
-# ---------------------------------------------------------------- adapters
-
-
-def _put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord | None:
-    """Attach the configured adapter, if any, and return its record."""
-    from qlora_kit.lora.adapter import load_adapter, read_record
-
-    if config.adapter is None:
-        return None
-    load_adapter(base, config.adapter)
-    record = read_record(config.adapter)
-    if record is not None and record.bits != base.quantization.bits:
-        announce(
-            Notice(
-                f"the adapter was trained on {record.bits} bits and is used on "
-                f"{base.quantization.bits}: expect other numbers"
-            )
-        )
-    return record
-
-
-def _stored_options(adapter: Path) -> dict[str, Any]:
-    """Return the base options an adapter was trained with, as far as it says."""
-    if not adapter.is_dir():
-        raise AdapterError(f"{adapter}: no such folder; expected an adapter or run folder")
-    if (adapter / _RECORD).is_file():
-        record = read_json(adapter / _RECORD)
-        names = ("bits", "quant_type", "double_quant", "weights")
-        return {"model": record["base"], **{name: record[name] for name in names}}
-    if not (adapter / "adapter_config.json").is_file():
-        raise AdapterError(f"{adapter}: no adapter_config.json; expected an adapter or run folder")
-    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    return {"model": named} if named else {}
-
-
-def _as_trained(config: AdapterConfig) -> AdapterConfig:
-    """Take the base and its bits from the adapter, where they were not asked for."""
-    if config.adapter is None:
-        return config
-    stored = _stored_options(config.adapter)
-    missing = {name: v for name, v in stored.items() if name not in config.model_fields_set}
-    return config.model_copy(update=missing)

@@ -42,6 +42,12 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "use_qalora": (None, False),
     "alora_invocation_tokens": (None, []),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    # PiSSA, OLoRA, CorDA, LoftQ … change the base as they start: without that base their
+    # adapter is silently wrong.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
 
 

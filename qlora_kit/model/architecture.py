@@ -7,6 +7,7 @@ is the output head. Never downloads and never runs code that comes with a model.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,8 @@ def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
         ModelError: its `model_type` is not one transformers has.
     """
     try:
-        return AutoConfig.for_model(**numbers)
+        # transformers adds entries to the nested tables it is given.
+        return AutoConfig.for_model(**copy.deepcopy(dict(numbers)))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"architecture: {_first_line(error)}") from error
 

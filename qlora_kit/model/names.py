@@ -84,7 +84,7 @@ def find_model(name: str) -> ModelSource:
     if name in known:
         return known[name]
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return ModelSource(name=folder.resolve().name, folder=folder.resolve())
     by_hub_id = {source.hub_id: source for source in known.values() if source.hub_id}
     if name in by_hub_id:

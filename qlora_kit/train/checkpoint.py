@@ -166,6 +166,16 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**read_json(folder / _STATE)["progress"])
 
 
+def check_resumable(folder: Path, identity: Resumable) -> None:
+    """Check that a run may continue from a checkpoint.
+
+    Raises:
+        ConfigError: it would not continue with the same bits; each difference is listed.
+    """
+    if differences := identity.differences(read_json(folder / _STATE)["identity"]):
+        raise ConfigError(*differences)
+
+
 def restore_checkpoint(
     folder: Path,
     adapter: Adapter,
@@ -176,11 +186,10 @@ def restore_checkpoint(
     """Put a run back to where a checkpoint was written.
 
     Raises:
-        ConfigError: the run would not continue with the same bits; each difference is listed.
+        ConfigError: see `check_resumable`.
     """
+    check_resumable(folder, identity)
     state = read_json(folder / _STATE)
-    if differences := identity.differences(state["identity"]):
-        raise ConfigError(*differences)
     stored = read_adapter(folder)
     with torch.no_grad():
         for path, (a, b) in stored.tensors.items():

@@ -1,0 +1,173 @@
+"""From the name of a model to a loaded base with its tokenizer, and the adapter put on it.
+
+What the recipes share and what users of the API start with. Imports torch inside its
+functions only, after everything that can be checked without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qlora_kit.config import (
+    AdapterOption,
+    BaseModelOptions,
+    EvaluateConfig,
+    GenerateConfig,
+    TokenOptions,
+)
+from qlora_kit.data.samples import load_samples
+from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.events import Announce, Notice, silent
+from qlora_kit.model.names import ModelSource, find_model
+from qlora_kit.storage import read_json
+
+if TYPE_CHECKING:
+    from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.lora.adapter import BaseRecord
+    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.model.fetch import Fetched
+    from qlora_kit.model.load import Base, BaseSpec
+
+_RECORD = "qlora_kit.json"
+AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose files and tokenizer are here, and whose weights are not loaded yet."""
+
+    source: ModelSource
+    fetched: Fetched
+    tokenizer: Any
+    has_template: bool
+
+    def spec(self, options: BaseModelOptions) -> BaseSpec:
+        """Return what decides the bits of the frozen base; a quantised checkpoint wins.
+
+        Raises:
+            ConfigError: other bits are asked for than a quantised checkpoint has.
+        """
+        from qlora_kit.model.load import BaseSpec, stored_quantization
+        from qlora_kit.model.quantize import Quantization
+
+        asked = Quantization(options.bits, options.quant_type, options.double_quant)
+        spec = BaseSpec(self.source, self.fetched.folder, asked, options.weights == "random")
+        stored = stored_quantization(spec.architecture())
+        if stored is None or spec.random:
+            return spec
+        if "bits" in options.model_fields_set and options.bits != stored.bits:
+            raise ConfigError(
+                f"--bits {options.bits}: the checkpoint is quantised to {stored.bits} bits "
+                f"already; pass --bits {stored.bits} or name the unquantised model"
+            )
+        return BaseSpec(self.source, self.fetched.folder, stored)
+
+    def load(
+        self, options: BaseModelOptions, announce: Announce, lora: LoraSpec | None = None
+    ) -> Base:
+        """Load the base; with `lora`, first check that its targets exist."""
+        from qlora_kit.lora.attach import check_patterns, resolve_targets
+        from qlora_kit.model.architecture import build_skeleton, linear_layers
+        from qlora_kit.model.hardware import choose_hardware
+        from qlora_kit.model.load import load_base
+
+        spec = self.spec(options)
+        if lora is not None:
+            paths = list(linear_layers(build_skeleton(spec.architecture())))
+            check_patterns(resolve_targets(paths, lora.targets), lora)
+        hardware = choose_hardware(options.device, options.dtype)
+        return load_base(spec, hardware, announce)
+
+
+def open_tokenizer(
+    options: BaseModelOptions, announce: Announce = silent, adapter: Path | None = None
+) -> Opened:
+    """Bring a model's files here and load its tokenizer, the adapter's own where it has one."""
+    from qlora_kit.data.template import Renderer
+    from qlora_kit.model.fetch import fetch
+    from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
+
+    source = find_model(options.model)
+    fetched = fetch(source, random=options.weights == "random")
+    has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(adapter if adapter and has_own else fetched.tokenizer_folder)
+    if lost := lossy_characters(tokenizer):
+        announce(Notice(f"the tokenizer does not give these letters back: {lost}"))
+    if options.weights == "random" and fetched.folder is None:
+        announce(Notice("random weights: the demo's tokenizer stands in for the model's own"))
+    has_template = tokenizer.chat_template is not None
+    Renderer(tokenizer)  # gives a tokenizer without a chat template the default one
+    return Opened(source, fetched, tokenizer, has_template)
+
+
+@dataclass(frozen=True)
+class OpenedBase:
+    """A loaded base with its tokenizer."""
+
+    base: Base
+    tokenizer: Any
+
+
+def open_base(options: BaseModelOptions | None = None, announce: Announce = silent) -> OpenedBase:
+    """Find, download, and load a base with its tokenizer.
+
+    Args:
+        options: which model and how it is held; the demo in 4 bits if None.
+        announce: receives notices and the loading progress.
+    """
+    options = options or BaseModelOptions()
+    opened = open_tokenizer(options, announce)
+    return OpenedBase(opened.load(options, announce), opened.tokenizer)
+
+
+def load_data(data: str | None, tokenizer: Any, options: TokenOptions | None = None) -> Tokenized:
+    """Read, recognise, template and tokenise a data file; the sample data if None."""
+    from qlora_kit.data.tokens import tokenize
+
+    return tokenize(load_samples(data), tokenizer, options or TokenOptions())
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord | None:
+    """Attach the configured adapter, if any, and return its record."""
+    from qlora_kit.lora.adapter import load_adapter, read_record
+
+    if config.adapter is None:
+        return None
+    load_adapter(base, config.adapter)
+    record = read_record(config.adapter)
+    if record is not None and record.bits != base.quantization.bits:
+        announce(
+            Notice(
+                f"the adapter was trained on {record.bits} bits and is used on "
+                f"{base.quantization.bits}: expect other numbers"
+            )
+        )
+    return record
+
+
+def stored_options(adapter: Path) -> dict[str, Any]:
+    """Return the base options an adapter was trained with, as far as it says."""
+    if not adapter.is_dir():
+        raise AdapterError(f"{adapter}: no such folder; expected an adapter or run folder")
+    if (adapter / _RECORD).is_file():
+        record = read_json(adapter / _RECORD)
+        names = ("bits", "quant_type", "double_quant", "weights")
+        return {"model": record["base"], **{name: record[name] for name in names}}
+    if not (adapter / "adapter_config.json").is_file():
+        raise AdapterError(f"{adapter}: no adapter_config.json; expected an adapter or run folder")
+    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    return {"model": named} if named else {}
+
+
+def as_trained(config: AdapterConfig) -> AdapterConfig:
+    """Take the base and its bits from the adapter, where they were not asked for."""
+    if config.adapter is None:
+        return config
+    stored = stored_options(config.adapter)
+    missing = {name: v for name, v in stored.items() if name not in config.model_fields_set}
+    return config.model_copy(update=missing)

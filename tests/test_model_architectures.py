@@ -1,0 +1,273 @@
+"""Every architecture in `configs/`, shrunk: logits, loss and gradients are transformers' own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill_lora, load_folder, relative_error, tiny_numbers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from qlora_kit.data.batch import Batch
+from qlora_kit.errors import ModelError
+from qlora_kit.lora.attach import LoraSpec, attach
+from qlora_kit.model.architecture import (
+    architecture_from,
+    build_skeleton,
+    group_of,
+    linear_layers,
+    read_architecture,
+    unquantized_share,
+)
+from qlora_kit.model.head import head_of
+from qlora_kit.model.names import known_models
+from qlora_kit.step.forward import loss_sum
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+# Kinds of heads that no model in configs/ has.
+OTHERS: dict[str, dict[str, Any]] = {
+    "cohere": {"model_type": "cohere", **SIZES, "logit_scale": 0.0625},
+    "granite": {"model_type": "granite", **SIZES, "logits_scaling": 3.0},
+    "phi": {"model_type": "phi", **SIZES, "partial_rotary_factor": 0.5},
+    "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
+}
+# Two names whose tiny models are the same are one architecture.
+ARCHITECTURES = {repr(tiny_numbers(name)): name for name in known_models()}.values()
+NAMES = [*ARCHITECTURES, *OTHERS]
+
+
+@pytest.fixture(scope="module")
+def folder_of(
+    save_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function that saves a tiny model of any of `NAMES`."""
+
+    def folder(name: str) -> Path:
+        if name in known_models():
+            return save_tiny(name)
+        path = tmp_path_factory.getbasetemp() / f"other-{name}"
+        if not path.exists():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**OTHERS[name]))
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.data.add_(torch.randn_like(parameter) * 0.1)
+            model.save_pretrained(path)
+        return path
+
+    return folder
+
+
+def plain_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def padded_batch() -> Batch:
+    """Two rows of 21 and 13 tokens, part of them not supervised."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 96, (2, 21), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :6] = -100
+    return Batch(ids, labels, mask, (0, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_at_16_bits_are_those_of_transformers(
+    folder_of: Callable[[str], Path], name: str
+) -> None:
+    folder = folder_of(name)
+    batch = padded_batch()
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        expected = plain_model(folder)(**inputs).logits
+        found = load_folder(folder).model(**inputs).logits
+    assert expected.std() > 0.01
+    assert relative_error(found, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradients_are_those_of_transformers(
+    folder_of: Callable[[str], Path], name: str
+) -> None:
+    """The reference trains W + scaling · B A in full; its gradient gives those of A and B."""
+    folder = folder_of(name)
+    batch = padded_batch()
+    adapter = attach(load_folder(folder), LoraSpec(rank=3, alpha=4.0, targets=("all-linear",)))
+    fill_lora(adapter, std=0.05)
+    model = adapter.base.model.train()
+    total = loss_sum(model, batch, head_of(model), chunk_tokens=5)
+    total.backward()
+
+    plain = plain_model(folder).train()
+    linear = linear_layers(plain)
+    assert linear.keys() == adapter.layers.keys()
+    with torch.no_grad():
+        for path, layer in adapter.layers.items():
+            linear[path].weight += 4.0 / 3 * (layer.lora_B @ layer.lora_A)
+    mean = plain(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
+    expected = mean * batch.supervised_tokens
+    expected.backward()
+
+    assert abs(total.item() - expected.item()) <= 1e-5 * expected.item()
+    for path, layer in adapter.layers.items():
+        wide = linear[path].weight.grad * (4.0 / 3)
+        assert wide.norm() > 0, path
+        assert relative_error(layer.lora_A.grad, layer.lora_B.T @ wide) <= 1e-4, path
+        assert relative_error(layer.lora_B.grad, wide @ layer.lora_A.T) <= 1e-4, path
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "softcap", "bias"),
+    [
+        ("gemma-2-9b", 1.0, 30.0, False),
+        ("cohere", 0.0625, None, False),
+        ("granite", 1 / 3, None, False),
+        ("phi", 1.0, None, True),
+        ("qwen2.5-7b", 1.0, None, False),
+    ],
+)
+def test_head_formula_is_read_from_the_model(
+    folder_of: Callable[[str], Path], name: str, scale: float, softcap: float | None, bias: bool
+) -> None:
+    head = head_of(load_folder(folder_of(name)).model)
+    assert head.scale == pytest.approx(scale)
+    assert head.softcap == softcap
+    assert (head.linear.bias is not None) is bias
+
+
+def test_an_unknown_logit_formula_is_refused(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("tinyllama")
+    own = LlamaForCausalLM.forward
+
+    def shifted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = own(self, *args, **kwargs)
+        outputs.logits = outputs.logits * 1.01
+        return outputs
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    with pytest.raises(ModelError, match="llama: computes its logits in a way the kit does not"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"), [("phi-4-mini", True), ("qwen2-tied", True), ("tinyllama", False)]
+)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_tied_head_is_the_embedding_itself(
+    folder_of: Callable[[str], Path], name: str, tied: bool, bits: int
+) -> None:
+    model = load_folder(folder_of(name), bits).model
+    (head,) = model.get_output_embeddings().weight.packed()
+    assert (head.data_ptr() == model.get_input_embeddings().weight.data_ptr()) is tied
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("tinyllama", torch.bfloat16),
+        ("gemma-2-9b", torch.bfloat16),
+        ("phi-4-mini", torch.bfloat16),
+        ("phi", torch.float16),
+    ],
+)
+def test_a_16_bit_checkpoint_runs_in_float32(
+    folder_of: Callable[[str], Path], tmp_path: Path, name: str, stored: torch.dtype
+) -> None:
+    plain = plain_model(folder_of(name)).to(stored)
+    plain.save_pretrained(tmp_path)
+    ids = padded_batch().input_ids
+    with torch.no_grad():
+        expected = plain_model(tmp_path)(input_ids=ids).logits
+        base = load_folder(tmp_path)
+        found = base.model(input_ids=ids).logits
+    assert relative_error(found, expected) <= 1e-5
+    assert base.model.get_input_embeddings().weight.dtype == stored  # not upcast in bulk
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_cover_every_linear_layer(folder_of: Callable[[str], Path], name: str) -> None:
+    skeleton = build_skeleton(read_architecture(folder_of(name)))
+    groups = {path: group_of(path) for path in linear_layers(skeleton)}
+    assert set(groups.values()) == {"attention", "mlp"}
+    assert all((group == "attention") == ("attn" in path) for path, group in groups.items())
+    assert all(("mlp" in path) != ("attn" in path) for path in groups)
+    assert not any("lm_head" in path for path in groups)
+    assert len(groups) == 2 * {"phi3": 4, "phi": 6}.get(skeleton.config.model_type, 7)
+
+
+def test_fused_projections_are_one_layer(folder_of: Callable[[str], Path]) -> None:
+    skeleton = build_skeleton(read_architecture(folder_of("phi-4-mini")))
+    endings = {path.rsplit(".", 1)[-1] for path in linear_layers(skeleton)}
+    assert endings == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_known_parameter_count_is_that_of_the_real_architecture(name: str) -> None:
+    source = known_models()[name]
+    numbers = {**source.architecture, "num_hidden_layers": 1}
+    layers = source.architecture["num_hidden_layers"]
+    counts = []
+    for number in (1, 2):
+        numbers["num_hidden_layers"] = number
+        skeleton = build_skeleton(architecture_from(numbers))
+        counts.append(sum(parameter.numel() for parameter in skeleton.parameters()))
+    assert counts[0] + (layers - 1) * (counts[1] - counts[0]) == source.parameters
+
+
+def test_building_leaves_the_known_numbers_alone() -> None:
+    numbers = known_models()["llama-3.1-8b"].architecture
+    before = copy.deepcopy(numbers)
+    build_skeleton(architecture_from({**numbers, "num_hidden_layers": 1}))
+    assert numbers == before
+
+
+def test_gpt2_and_mixtures_of_experts_are_refused() -> None:
+    numbers = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    gpt2 = build_skeleton(architecture_from({"model_type": "gpt2", **numbers}))
+    with pytest.raises(ModelError, match=r"gpt2: .*stay unquantised \(largest: .*c_fc"):
+        unquantized_share(gpt2)
+    experts = {"model_type": "mixtral", **SIZES, "num_local_experts": 4}
+    with pytest.raises(ModelError, match=r"mixtral: .*stay unquantised \(largest: .*experts"):
+        unquantized_share(build_skeleton(architecture_from(experts)))
+
+
+def test_share_of_unquantised_weights_is_counted_without_embeddings() -> None:
+    skeleton = build_skeleton(architecture_from(tiny_numbers("tinyllama")))
+    linear = sum(layer.weight.numel() for layer in linear_layers(skeleton).values())
+    norms = (2 * 2 + 1) * 64
+    assert unquantized_share(skeleton) == pytest.approx(norms / (linear + norms))
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(ModelError, match="no-such-model"):
+        read_architecture(tmp_path)
+    with pytest.raises(ModelError, match="no-such-model"):
+        architecture_from({"model_type": "no-such-model"})
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        read_architecture(tmp_path / "nothing")
+    vision = architecture_from({"model_type": "vit"})
+    with pytest.raises(ModelError, match=r"vit: .*expected a causal language model"):
+        build_skeleton(vision)
