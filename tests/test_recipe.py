@@ -1,0 +1,217 @@
+"""The commands end to end on the built-in demo, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_cli import run
+
+from qlora_kit.data.samples import BUILT_IN
+
+SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
+RUN_FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-2",
+    "checkpoint-4", "last", "loss.png", "qlora_kit.json", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "trainer_log.jsonl", "training_config.yaml",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on the demo."""
+    from qlora_kit.cli import main
+
+    output = tmp_path_factory.mktemp("runs") / "short"
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--model", "demo", "--bits", "4", "--output", str(output), *SHORT])
+    assert stopped.value.code == 0
+    return output
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_the_files_others_expect(short_run: Path) -> None:
+    assert {path.name for path in short_run.iterdir()} == RUN_FILES
+    assert (short_run / "last").read_text() == "checkpoint-4\n"
+    record = json.loads((short_run / "qlora_kit.json").read_text())
+    assert (record["base"], record["bits"], record["quant_type"]) == ("demo", 4, "nf4")
+    assert record["versions"]["bitsandbytes"]
+    config = yaml.safe_load((short_run / "training_config.yaml").read_text())
+    assert config["max_steps"] == 4
+    card = (short_run / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "peft" in card
+    assert "supervised tokens" in card
+
+
+def test_the_log_has_a_row_a_step_and_a_row_an_evaluation(short_run: Path) -> None:
+    rows = rows_of(short_run / "trainer_log.jsonl")
+    assert [row["optimizer_step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["optimizer_step"] for row in rows if "eval_loss" in row] == [2, 4]
+    assert all(row["step_seconds"] > 0 and row["memory_bytes"] > 0 for row in rows if "loss" in row)
+
+
+def test_the_header_says_what_is_trained_on_what(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    code, out, _ = run("train", "--output", str(output), "--max-steps", "1", capsys=capsys)
+    assert code == 0
+    for words in ("built-in sample data", "4-bit nf4", "parameters (", "CPU", "float32",
+                  "supervised tokens", "loss ", "written:", "next:"):  # fmt: skip
+        assert words in out, words
+    assert f"qlora-kit export {output} --to" in out
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(
+    short_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ("train", "--output", str(short_run), *SHORT, "--resume")
+    code, out, _ = run(*again, capsys=capsys)
+    assert code == 0
+    assert "finished" in out
+    code, out, _ = run(*again, "--max-steps", "6", capsys=capsys)
+    assert code == 0
+    rows = rows_of(short_run / "trainer_log.jsonl")
+    assert [row["optimizer_step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    # Back to what the other tests of this module expect.
+    run("train", "--output", str(short_run), *SHORT, "--overwrite", capsys=capsys)
+
+
+def test_a_refused_resume_changes_nothing(
+    short_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in short_run.rglob("*") if p.is_file()}
+    code, _, err = run(
+        "train", "--output", str(short_run), *SHORT, "--resume", "--rank", "3", "--seed", "5",
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 2
+    assert err.count("\n") == 2
+    assert "rank was 16 and is now 3" in err
+    assert {p: p.read_bytes() for p in short_run.rglob("*") if p.is_file()} == before
+
+
+def test_a_full_folder_is_not_touched(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run("train", "--output", str(short_run), capsys=capsys)
+    assert code == 2
+    assert "not empty; continue that run with --resume, replace it with --overwrite" in err
+
+
+def test_overwrite_does_not_delete_what_is_not_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, _ = run("train", "--output", str(tmp_path), "--overwrite", capsys=capsys)
+    assert code == 2
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_runs_are_numbered_where_no_output_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        code, _, _ = run("train", "--max-steps", "1", capsys=capsys)
+        assert code == 0
+        assert (tmp_path / "runs" / f"demo-{number}" / "adapter_model.safetensors").is_file()
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    arguments = ("train", "--output", str(output), "--resume", "--max-steps", "1")
+    code, out, _ = run(*arguments, capsys=capsys)
+    assert code == 0
+    assert "no checkpoint yet; starting from the beginning" in out
+
+
+def test_evaluate_takes_base_and_bits_from_the_adapter(
+    short_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("evaluate", "--adapter", str(short_run), "--max-rows", "20", "--json")
+    code, out, _ = run(*arguments, "--exact-match", capsys=capsys)
+    result = json.loads(out)
+    assert code == 0
+    assert result["rows"] == 20
+    assert 0 <= result["exact_match"] <= 1
+    assert 0 < result["loss"] < 10
+    _, text, _ = run("evaluate", "--adapter", str(short_run), "--max-rows", "5", capsys=capsys)
+    assert "4-bit nf4" in text
+
+
+def test_generate_answers(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--adapter", str(short_run), "--prompt", "Spoken: two dollars\nWritten:")
+    outputs = []
+    for sampling in ((), (), ("--temperature", "2", "--seed", "1"), ("--temperature", "2", "--seed", "1")):
+        code, out, _ = run("generate", *arguments, *sampling, "--max-new-tokens", "8", "--json",
+                           capsys=capsys)  # fmt: skip
+        assert code == 0
+        outputs.append(json.loads(out)["text"])
+    assert outputs[0] == outputs[1]
+    assert outputs[2] == outputs[3]
+
+
+def test_export_writes_a_model_that_evaluates_like_the_adapter(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "merged"
+    code, out, _ = run("export", str(short_run), "--to", str(target), capsys=capsys)
+    assert code == 0
+    assert "merged into" in out
+    losses = []
+    for of in (("--adapter", str(short_run)), ("--model", str(target), "--bits", "16")):
+        _, out, _ = run("evaluate", *of, "--max-rows", "50", "--json", capsys=capsys)
+        losses.append(json.loads(out)["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    code, _, err = run("export", str(short_run), "--to", str(target), capsys=capsys)
+    assert code == 2
+    assert "exists; pass --overwrite" in err
+
+
+def test_random_weights_of_a_named_model_need_no_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_kit.model import names
+
+    known = dict(names.known_models())
+    small = {**known["smollm2-135m"].architecture, "num_hidden_layers": 1, "hidden_size": 72,
+             "num_attention_heads": 3, "num_key_value_heads": 3}  # fmt: skip
+    known["smollm2-135m"] = names.ModelSource("smollm2-135m", "a/b", architecture=small)
+    monkeypatch.setattr("qlora_kit.model.names.known_models", lambda: known)
+    code, out, _ = run(
+        "train", "--model", "smollm2-135m", "--weights", "random", "--max-steps", "1", "--output",
+        str(tmp_path / "run"), "--data", str(BUILT_IN["test"]), capsys=capsys,
+    )  # fmt: skip
+    assert code == 0
+    assert "the demo's tokenizer stands in" in out
+
+
+def test_bits_that_a_quantised_checkpoint_does_not_have_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from qlora_kit.model.names import find_model
+
+    demo = find_model("demo").folder
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(demo, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "quantised")
+    AutoTokenizer.from_pretrained(demo).save_pretrained(tmp_path / "quantised")
+    common = ("train", "--model", str(tmp_path / "quantised"), "--max-steps", "1", "--output",
+              str(tmp_path / "run"))  # fmt: skip
+    code, _, err = run(*common, "--bits", "4", capsys=capsys)
+    assert code == 2
+    assert "quantized to 8 bits already" in err.replace("quantised", "quantized")
+    code, out, _ = run(*common, capsys=capsys)
+    assert code == 0
+    assert "8-bit" in out
