@@ -136,7 +136,9 @@ def test_it_opens_without_bitsandbytes_and_without_the_kit(
         f"AutoTokenizer.from_pretrained({str(target)!r})\n"
         "print(model.dtype, sum(p.numel() for p in model.parameters()))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("torch.float16 ")
 
@@ -203,7 +205,8 @@ def test_an_existing_folder_is_replaced_only_when_asked(
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_"), [("4GB", 4 * 10**9), ("500MB", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("7B", 7)]
+    ("text", "bytes_"),
+    [("4GB", 4 * 10**9), ("500MB", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("7B", 7)],
 )
 def test_sizes_are_in_powers_of_ten_unless_they_say_i(text: str, bytes_: int) -> None:
     assert parse_size(text) == bytes_

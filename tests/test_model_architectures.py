@@ -179,7 +179,7 @@ def test_a_tied_head_is_the_embedding_itself(
     folder_of: Callable[[str], Path], name: str, tied: bool, bits: int
 ) -> None:
     model = load_folder(folder_of(name), bits).model
-    (head,) = model.get_output_embeddings().weight.packed()
+    (head,) = model.get_output_embeddings().weight.buffers()
     assert (head.data_ptr() == model.get_input_embeddings().weight.data_ptr()) is tied
 
 

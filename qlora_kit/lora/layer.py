@@ -1,7 +1,7 @@
 """The LoRA layer: y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ, with W frozen and packed.
 
-One autograd function for 4, 8 and 16 bits. It saves x, the small h = dropout(x) Aᵀ and the
-packed tensors of W; backward unpacks W again, so no unpacked weight outlives its product.
+One autograd function for 4, 8 and 16 bits. It saves x and the small h = dropout(x) Aᵀ; backward
+asks W to be unpacked again, so no unpacked weight outlives its product.
 
 Source: LoRA (arXiv:2106.09685), section 4.1; QLoRA (arXiv:2305.14314), equation 5; rsLoRA
 (arXiv:2312.03732) for scaling = alpha / √rank.
@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.scaling = scaling
         self.dropout = dropout
-        device = frozen.weight.packed()[0].device
+        device = frozen.weight.device
         # Drawn on the CPU: the same seed gives the same A on every device.
         a = torch.empty(rank, frozen.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
@@ -60,17 +60,15 @@ class LoRALinear(nn.Module):
         """Map x (..., D) to (..., K) in the dtype of x."""
         rows = x.reshape(-1, x.shape[-1])
         kept = self._draw_kept(rows)
-        weight = self.frozen.weight
         y: Tensor = _LoRAMatmul.apply(
             rows,
             self.lora_A,
             self.lora_B,
             kept,
             self.frozen.bias,
-            weight,
+            self.frozen.weight,
             self.scaling,
             1 - self.dropout,
-            *weight.packed(),
         )
         return y.view(*x.shape[:-1], -1)
 
@@ -102,19 +100,18 @@ class _LoRAMatmul(torch.autograd.Function):
         weight: FrozenWeight,
         scaling: float,
         keep_probability: float,
-        *packed: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.keep_probability = weight, scaling, keep_probability
         h = _dropped(x, kept, keep_probability).to(a.dtype) @ a.T
-        y = F.linear(x, weight.unpack(packed, x.dtype), _cast(bias, x.dtype))
+        y = F.linear(x, weight.dequantize(x.dtype), _cast(bias, x.dtype))
         _add_product(y, h, b.T, scaling)
-        ctx.save_for_backward(x, a, b, kept, h, *packed)
+        ctx.save_for_backward(x, a, b, kept, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        x, a, b, kept, h, *packed = ctx.saved_tensors
+        x, a, b, kept, h = ctx.saved_tensors
         grad_y_wide = grad_y.to(a.dtype)
         grad_h = (grad_y_wide @ b).mul_(ctx.scaling)
         grad_b = (grad_y_wide.T @ h).mul_(ctx.scaling)
@@ -122,12 +119,12 @@ class _LoRAMatmul(torch.autograd.Function):
         grad_a = grad_h.T @ _dropped(x, kept, ctx.keep_probability).to(a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ ctx.weight.unpack(packed, grad_y.dtype)
+            grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype)
             if kept is None:
                 _add_product(grad_x, grad_h, a, 1.0)
             else:
                 grad_x += _dropped(grad_h @ a, kept, ctx.keep_probability)
-        return (grad_x, grad_a, grad_b, *(None for _ in range(5 + len(packed))))
+        return (grad_x, grad_a, grad_b, *(None for _ in range(5)))
 
 
 def _dropped(x: Tensor, kept: Tensor | None, keep_probability: float) -> Tensor:

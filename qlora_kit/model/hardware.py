@@ -14,10 +14,12 @@ from qlora_kit.errors import ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# mallopt parameter and values, from glibc's malloc.h.
+# mallopt parameters and values, from glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LOADING_THRESHOLD_BYTES = 64 << 10
 _TRAINING_THRESHOLD_BYTES = 32 << 20
+_TRAINING_TRIM_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def memory_returned() -> Iterator[None]:
     try:
         yield
     finally:
-        # Training allocates the same sizes again and again: mappings would cost page faults.
-        mallopt(_M_MMAP_THRESHOLD, _TRAINING_THRESHOLD_BYTES)
         trim(0)
+        # Training allocates the same sizes again and again: a mapping for each, or a heap that
+        # shrinks at every free, would cost page faults.
+        mallopt(_M_MMAP_THRESHOLD, _TRAINING_THRESHOLD_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRAINING_TRIM_BYTES)

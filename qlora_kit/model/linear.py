@@ -1,7 +1,8 @@
 """The frozen linear layer: y = x Wᵀ + b, with W stored packed.
 
-One autograd function for 4, 8 and 16 bits: it saves the packed tensors, not the unpacked
-weight and not x (a frozen weight has no gradient), and unpacks again in backward.
+One autograd function for 4, 8 and 16 bits. It saves no tensor at all: a frozen weight has no
+gradient, so x is not needed, and backward asks the weight itself to be unpacked again. A layer
+that is recomputed therefore stops before its last product, which nothing needs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y: Tensor = _FrozenMatmul.apply(x, bias, self.weight, *self.weight.packed())
+        y: Tensor = _FrozenMatmul.apply(x, bias, self.weight)
         return y
 
     def extra_repr(self) -> str:
@@ -53,17 +54,12 @@ class FrozenLinear(nn.Module):
 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight, *packed: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         ctx.weight = weight
-        ctx.save_for_backward(*packed)
         # One product with its bias, as `LoRALinear` has it: a fresh adapter changes no bit.
-        return F.linear(x, weight.unpack(packed, x.dtype), bias)
+        return F.linear(x, weight.dequantize(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        packed = ctx.saved_tensors
-        grad_x = grad_y @ ctx.weight.unpack(packed, grad_y.dtype)
-        return (grad_x, None, None, *(None for _ in packed))
+        return grad_y @ ctx.weight.dequantize(grad_y.dtype), None, None

@@ -36,8 +36,8 @@ _INT8_STEP = 1 / 127
 class FrozenWeight(nn.Module):
     """A weight of shape (K, D) that is stored packed and multiplied unpacked.
 
-    An autograd function saves `packed()` and calls `unpack` on the saved tensors in its
-    backward, so nothing else keeps the packed tensors alive.
+    Its tensors are buffers. An autograd function keeps the weight itself and asks it again in
+    backward, so that nothing holds a packed tensor which a loader may have moved since.
     """
 
     bits: int
@@ -46,22 +46,19 @@ class FrozenWeight(nn.Module):
         super().__init__()
         self.shape = shape
 
-    def packed(self) -> tuple[Tensor, ...]:
-        """Return the stored tensors, in the order that `unpack` takes them."""
-        return tuple(self.buffers(recurse=False))
-
-    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Return the weight (K, D) in `dtype` from tensors that `packed` returned."""
-        raise NotImplementedError
-
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (K, D) in `dtype`."""
-        return self.unpack(self.packed(), dtype)
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is stored."""
+        return next(self.buffers()).device
 
     @property
     def stored_bytes(self) -> int:
         """Bytes the stored tensors take."""
-        return sum(tensor.nbytes for tensor in self.packed())
+        return sum(tensor.nbytes for tensor in self.buffers())
 
 
 class PlainWeight(FrozenWeight):
@@ -72,10 +69,11 @@ class PlainWeight(FrozenWeight):
     def __init__(self, weight: Tensor) -> None:
         super().__init__((weight.shape[0], weight.shape[1]))
         self.register_buffer("values", weight)
+        self.values: Tensor
 
-    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the values, cast when the compute dtype is another one."""
-        return packed[0].to(dtype)
+        return self.values.to(dtype)
 
 
 class Int8Weight(FrozenWeight):
@@ -93,12 +91,13 @@ class Int8Weight(FrozenWeight):
         super().__init__((codes.shape[0], codes.shape[1]))
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
+        self.codes: Tensor
+        self.absmax: Tensor
 
-    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return codes · absmax / 127, computed in fp32 and rounded once."""
-        codes, absmax = packed
-        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        return torch.mul(codes, (absmax * _INT8_STEP).unsqueeze(1), out=weight)
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        return torch.mul(self.codes, (self.absmax * _INT8_STEP).unsqueeze(1), out=weight)
 
 
 class FourBitWeight(FrozenWeight):
@@ -138,17 +137,25 @@ class FourBitWeight(FrozenWeight):
         self.register_buffer("codes", codes)
         for name, tensor in constants.items():
             self.register_buffer(name, tensor)
+        self.codes: Tensor
+        self.absmax: Tensor
+        self.absmax_scale: Tensor
+        self.absmax_code: Tensor
+        self.absmax_offset: Tensor
 
-    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return code book values · absmax."""
-        codes, absmax = packed[:2]
+        absmax = self.absmax
         if self.double_quant:
-            scale, code, offset = packed[2:]
             absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-                absmax, scale, code, self.constants_block_size, torch.float32
-            ).add_(offset)
+                absmax,
+                self.absmax_scale,
+                self.absmax_code,
+                self.constants_block_size,
+                torch.float32,
+            ).add_(self.absmax_offset)
         weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-            codes, absmax, self.block_size, self.quant_type, self.shape, dtype
+            self.codes, absmax, self.block_size, self.quant_type, self.shape, dtype
         )
         return weight
 

@@ -37,8 +37,7 @@ def cross_entropy_sum(
 
     Source: the online form of Cut Your Losses (arXiv:2411.09009), section 4, by rows.
     """
-    weight = head.linear.weight
-    total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens, *weight.packed())
+    total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens)
     return total
 
 
@@ -59,10 +58,7 @@ def chunked_loss_sum(
             must be differentiable in the logits and must not depend on other chunks.
         chunk_tokens: tokens whose logits exist at one time.
     """
-    weight = head.linear.weight
-    total: Tensor = _CustomLossSum.apply(
-        hidden, targets, head, loss, chunk_tokens, *weight.packed()
-    )
+    total: Tensor = _CustomLossSum.apply(hidden, targets, head, loss, chunk_tokens)
     return total
 
 
@@ -74,8 +70,7 @@ def token_logprobs(
     The primitive of losses that weigh tokens or compare sequences. Backward computes the
     logits again, so this costs one matmul more than `cross_entropy_sum`.
     """
-    weight = head.linear.weight
-    logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens, *weight.packed())
+    logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens)
     return logprobs
 
 
@@ -94,10 +89,9 @@ def score_tokens(
     weight = head.linear.weight.dequantize(hidden.dtype)
     logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     is_top = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    for rows in _chunks(len(hidden), chunk_tokens):
-        chunk = _Chunk(hidden[rows], targets[rows], head, weight)
-        logprobs[rows] = chunk.logprobs
-        is_top[rows] = chunk.is_top
+    for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
+        is_top[rows] = chunk.is_top()
+        logprobs[rows] = chunk.logprobs()
     return TokenScores(logprobs, is_top)
 
 
@@ -109,16 +103,32 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
+def _walk(
+    hidden: Tensor, targets: Tensor, head: Head, weight: Tensor, size: int
+) -> Iterator[tuple[slice, _Chunk]]:
+    """Yield each chunk with its rows; all share one fp32 buffer (size, V), so use up one first."""
+    shape = (min(size, len(hidden)), len(weight))
+    buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    for rows in _chunks(len(hidden), size):
+        yield rows, _Chunk(hidden[rows], targets[rows], head, weight, buffer)
+
+
 class _Chunk:
     """The logits of a few tokens, first turned into log-probabilities, then into a gradient.
 
     All in one fp32 buffer (n, V): each pass over it is a pass over memory.
     """
 
-    def __init__(self, hidden: Tensor, targets: Tensor, head: Head, weight: Tensor) -> None:
+    def __init__(
+        self, hidden: Tensor, targets: Tensor, head: Head, weight: Tensor, buffer: Tensor
+    ) -> None:
         self._head, self._weight = head, weight
         self._targets = targets.unsqueeze(1)
-        logits = (hidden @ weight.T).float()
+        self._values = logits = buffer[: len(hidden)]
+        if weight.dtype == logits.dtype:
+            torch.mm(hidden, weight.T, out=logits)
+        else:
+            logits.copy_(hidden @ weight.T)
         if head.linear.bias is not None:
             logits += head.linear.bias
         if head.scale != 1.0:
@@ -127,21 +137,26 @@ class _Chunk:
         if head.softcap is not None:
             self._capped = (logits / head.softcap).tanh_()
             torch.mul(self._capped, head.softcap, out=logits)
-        top, index = logits.max(dim=1, keepdim=True)
-        self.is_top = (index == self._targets).squeeze(1)
-        logits -= top
-        picked = logits.gather(1, self._targets)
-        self._exp = logits.exp_()
-        self._sum = self._exp.sum(dim=1, keepdim=True)
-        self.logprobs = (picked - self._sum.log()).squeeze(1)
+
+    def is_top(self) -> Tensor:
+        """Return whether each target is the most likely token (n,); only before `logprobs`."""
+        return self._values.argmax(dim=1) == self._targets.squeeze(1)
+
+    def logprobs(self) -> Tensor:
+        """Return log p(target) (n,); the buffer then holds exp(logit − largest)."""
+        self._values -= self._values.amax(dim=1, keepdim=True)
+        picked = self._values.gather(1, self._targets)
+        self._values.exp_()
+        self._sum = self._values.sum(dim=1, keepdim=True)
+        return (picked - self._sum.log()).squeeze(1)
 
     def hidden_grad(self, token_grads: Tensor | float, out: Tensor) -> None:
-        """Write the gradient of Σ token_grads · (−log p) into `out` (n, D); uses up the buffer.
+        """Write the gradient of Σ token_grads · (−log p) into `out` (n, D); after `logprobs`.
 
         The gradient of the logits is softmax − onehot = (exp − sum · onehot) / sum. The
         division is left to the product's rows, which are D wide instead of V.
         """
-        grad, factor = self._exp, token_grads * self._head.scale / self._sum
+        grad, factor = self._values, token_grads * self._head.scale / self._sum
         if self._weight.dtype == torch.float16:
             # Sums reach V, beyond float16's 65504: divide before the cast.
             grad /= self._sum
@@ -162,26 +177,22 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *packed: Tensor
-    ) -> Tensor:
-        weight = head.linear.weight.unpack(packed, hidden.dtype)
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+        weight = head.linear.weight.dequantize(hidden.dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # fp64: a sum over many thousand tokens must not depend on how they are batched.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows in _chunks(len(hidden), chunk_tokens):
-            chunk = _Chunk(hidden[rows], targets[rows], head, weight)
-            total -= chunk.logprobs.double().sum()
+        for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
+            total -= chunk.logprobs().double().sum()
             if grad is not None:
                 chunk.hidden_grad(1.0, out=grad[rows])
         ctx.save_for_backward(grad)
-        ctx.extra_inputs = 3 + len(packed)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (_scaled(grad, grads[0]), *(None for _ in range(ctx.extra_inputs)))
+        return _scaled(grad, grads[0]), None, None, None
 
 
 class _CustomLossSum(torch.autograd.Function):
@@ -193,9 +204,8 @@ class _CustomLossSum(torch.autograd.Function):
         head: Head,
         loss: ChunkLoss,
         chunk_tokens: int,
-        *packed: Tensor,
     ) -> Tensor:
-        weight = head.linear.weight.unpack(packed, hidden.dtype)
+        weight = head.linear.weight.dequantize(hidden.dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for rows in _chunks(len(hidden), chunk_tokens):
@@ -206,34 +216,31 @@ class _CustomLossSum(torch.autograd.Function):
             if grad is not None:
                 (grad[rows],) = torch.autograd.grad(value, part)
         ctx.save_for_backward(grad)
-        ctx.extra_inputs = 4 + len(packed)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (_scaled(grad, grads[0]), *(None for _ in range(ctx.extra_inputs)))
+        return _scaled(grad, grads[0]), None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *packed: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
         ctx.head, ctx.chunk_tokens = head, chunk_tokens
-        ctx.save_for_backward(hidden, targets, *packed)
-        weight = head.linear.weight.unpack(packed, hidden.dtype)
+        ctx.save_for_backward(hidden, targets)
+        weight = head.linear.weight.dequantize(hidden.dtype)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(len(hidden), chunk_tokens):
-            logprobs[rows] = _Chunk(hidden[rows], targets[rows], head, weight).logprobs
+        for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
+            logprobs[rows] = chunk.logprobs()
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, *packed = ctx.saved_tensors
-        weight = ctx.head.linear.weight.unpack(tuple(packed), hidden.dtype)
+        hidden, targets = ctx.saved_tensors
+        weight = ctx.head.linear.weight.dequantize(hidden.dtype)
         grad = torch.empty_like(hidden)
-        for rows in _chunks(len(hidden), ctx.chunk_tokens):
-            chunk = _Chunk(hidden[rows], targets[rows], ctx.head, weight)
+        for rows, chunk in _walk(hidden, targets, ctx.head, weight, ctx.chunk_tokens):
+            chunk.logprobs()
             chunk.hidden_grad(-grads[0][rows].unsqueeze(1), out=grad[rows])
-        return (grad, *(None for _ in range(3 + len(packed))))
+        return grad, None, None, None
