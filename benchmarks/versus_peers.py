@@ -87,8 +87,8 @@ def _summary(side: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
         "tokens_per_second": _median([run["tokens_per_second"] for run in mine]),
         "memory_mb": _median([run["memory_bytes"] / 1e6 for run in mine]),
         "share_of_matmul_rate": _median([run["share_of_matmul_rate"] for run in mine]),
-        "our_speed_ratio": _median([other["step_seconds"] / our["step_seconds"] for our, other in pairs]),
-        "our_memory_ratio": _median([our["memory_bytes"] / other["memory_bytes"] for our, other in pairs]),
+        "our_speed_ratio": _median([b["step_seconds"] / a["step_seconds"] for a, b in pairs]),
+        "our_memory_ratio": _median([a["memory_bytes"] / b["memory_bytes"] for a, b in pairs]),
         "loss": round(mine[-1]["losses"][-1], 5),
     }  # fmt: skip
 

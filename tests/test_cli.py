@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, errors of one line, exit codes, no torch before its time."""
+"""The command line as a user meets it: help, errors of one line, exit codes, torch only late."""
 
 from __future__ import annotations
 

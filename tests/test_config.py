@@ -104,7 +104,7 @@ def test_values_are_understood_as_peers_and_people_write_them(
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(content)
-    with pytest.raises(ConfigError, match="expected|not valid YAML"):
+    with pytest.raises(ConfigError, match=r"expected|not valid YAML"):
         read_config_file(file)
 
 

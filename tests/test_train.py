@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_the_learning_rate_warms_up_and_never_reaches_zero(scheduler: str) -> No
     if scheduler == "constant":
         assert set(rates[4:]) == {1.0}
     else:
-        assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+        assert all(later < earlier for earlier, later in pairwise(rates[4:]))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -265,8 +266,8 @@ def test_checkpoints_hold_no_pickle_and_no_path(
     folder = tmp_path / "run" / "checkpoint-4"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.safetensors",
-        "qlora_kit.json", "random.safetensors", "state.json",
+        "adapter_config.json", "adapter_model.safetensors", "manifest.json",
+        "optimizer.safetensors", "qlora_kit.json", "random.safetensors", "state.json",
     }  # fmt: skip
     for path in folder.glob("*.safetensors"):
         assert str(tmp_path).encode() not in path.read_bytes()
