@@ -30,7 +30,7 @@ class Samples:
     items: Sequence[Sample]
     shape: Shape
     source: str
-    """the file or hub id they came from"""
+    """the file or hub id they came from, in words for the built-in ones"""
 
     def first(self, count: int | None) -> Samples:
         """Return only the first `count` samples; all where it is None."""
@@ -57,13 +57,12 @@ def load_samples(data: str | Path | None, split: Literal["train", "test"] = "tra
         DataError: no such file, or records that are not usable; see `read_records`, `to_samples`.
         HubError: the hub has no such data set, or is out of reach.
     """
-    if data is None:
-        data = BUILT_IN[split]
-    path = Path(data)
+    path = BUILT_IN[split] if data is None else Path(data)
     from_hub = not path.exists() and _is_hub_id(str(data))
     lines = _read_hub(str(data)) if from_hub else read_records(path)
     shape, samples = to_samples(lines)
-    return Samples(samples, shape, str(data))
+    # Where the package is installed is nobody's business in a model card.
+    return Samples(samples, shape, "built-in sample data" if data is None else str(data))
 
 
 def _is_hub_id(name: str) -> bool:

@@ -97,7 +97,11 @@ class Terminal:
         table.add_column(overflow="fold")
         for row in event.rows:
             table.add_row(*map(escape, row))
-        self.console.print(table)
+        # Rich pads every line to the width of the table.
+        with self.console.capture() as printed:
+            self.console.print(table)
+        for line in printed.get().splitlines():
+            self.console.out(line.rstrip(), highlight=False)
 
     def _show_closing(self, event: Closing) -> None:
         self._stop_bar()

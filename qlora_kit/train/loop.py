@@ -283,14 +283,15 @@ class _Run:
             self.progress.evaluations_without_gain += 1
         epoch = self.progress.epoch + self.progress.window / self.steps_per_epoch
         self.announce(Evaluated(step, epoch, loss, is_best, time.perf_counter() - start))
-        if is_best:
+        if is_best and step < self.total_steps:
             self._save()
         patience = self.config.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
     def _save_if_due(self) -> None:
-        every = self.config.save_steps
-        if every and self.progress.optimizer_step % every == 0:
+        step, every = self.progress.optimizer_step, self.config.save_steps
+        # The last step is saved once, as the end of the run.
+        if every and step % every == 0 and step < self.total_steps:
             self._save()
 
     def _save(self) -> None:
