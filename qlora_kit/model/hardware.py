@@ -75,7 +75,7 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
             raise ConfigError("--dtype float16: the CPU has no loss scaling; use float32")
         return Hardware(where, _DTYPES[dtype], "as asked")
     if device == "cpu":
-        return Hardware(where, torch.float32, "CPU: bfloat16 is emulated on most and far slower")
+        return Hardware(where, torch.float32, "most CPUs emulate bfloat16, which is far slower")
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Hardware(where, torch.bfloat16, "the GPU computes in bfloat16")
     return Hardware(where, torch.float32, "the GPU has no bfloat16, and float16 overflows")

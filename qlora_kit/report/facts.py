@@ -35,7 +35,7 @@ def header(
         ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in "
                       f"{len(adapter.layers)} layers"),
         ("device", base.hardware.device_name),
-        ("dtype", f"{base.hardware.dtype_name}: {base.hardware.reason}"),
+        ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
         ("data", f"{samples.source}, {len(rows.rows):,} rows, "
                  f"{rows.counts.supervised_tokens:,} supervised tokens"),
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),

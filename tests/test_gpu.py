@@ -1,0 +1,99 @@
+"""What only a GPU can show. Each test needs a CUDA device; `make test-gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_kit as qk
+from qlora_kit.data.batch import collate
+from qlora_kit.model.head import head_of
+from qlora_kit.model.names import find_model
+from qlora_kit.step.forward import loss_sum
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def load(folder: Path, bits: int, device: str, dtype: str) -> qk.Base:
+    source = find_model(str(folder))
+    spec = qk.BaseSpec(source, folder, qk.Quantization(bits))
+    return qk.load_base(spec, qk.choose_hardware(device, dtype))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_those_of_the_cpu(save_tiny: Callable[..., Path], bits: int) -> None:
+    sides = [load(save_tiny(), bits, device, "float32") for device in ("cpu", "cuda")]
+    weights = [{path: layer.weight for path, layer in frozen_of(base).items()} for base in sides]
+    for path, weight in weights[0].items():
+        other = weights[1][path]
+        assert torch.equal(weight.codes, other.codes.cpu()), path
+        difference = weight.dequantize(torch.float32) - other.dequantize(torch.float32).cpu()
+        assert difference.abs().max() < 1e-3 * weight.dequantize(torch.float32).abs().max(), path
+
+
+def frozen_of(base: qk.Base) -> dict[str, torch.nn.Module]:
+    from qlora_kit.lora.attach import frozen_layers
+
+    return dict(frozen_layers(base.model))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
+def test_loss_and_gradients_are_those_of_the_cpu(
+    save_tiny: Callable[..., Path], bits: int, dtype: str, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 96, (2, 20), generator=generator).tolist()
+    batch = collate([{"input_ids": r, "labels": r, "row": 0} for r in ids], 0)
+    found = []
+    for device, kind in (("cpu", "float32"), ("cuda", dtype)):
+        base = load(save_tiny("tinyllama", initializer_range=0.05), bits, device, kind)
+        adapter = qk.attach(base, qk.LoraSpec(targets=("all-linear",)))
+        loss = loss_sum(base.model.train(), batch.to(base.hardware.device), head_of(base.model))
+        loss.backward()
+        grads = [p.grad.cpu() for n, p in adapter.parameters().items() if n.endswith("lora_B")]
+        found.append((float(loss), torch.cat([g.flatten() for g in grads])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=tolerance)
+    assert (found[1][1] - found[0][1]).norm() < 2 * tolerance * found[0][1].norm()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_demo_learns_on_a_gpu(optimizer: str, dtype: str) -> None:
+    options = qk.BaseModelOptions(model="demo", device="cuda", dtype=dtype)
+    opened = qk.open_base(options)
+    adapter = qk.attach(opened.base, qk.LoraSpec(targets=("all-linear",)))
+    rows = qk.load_data(None, opened.tokenizer, qk.TokenOptions(max_length=128)).rows
+    config = qk.TrainConfig(
+        max_steps=60, batch_size=16, gradient_accumulation_steps=1, learning_rate=2e-3,
+        optimizer=optimizer, max_grad_norm=1.0,
+    )  # fmt: skip
+    pad = opened.tokenizer.pad_token_id
+    before = qk.evaluate(opened.base, rows.select(range(64)), pad_token_id=pad).loss
+    qk.train_adapter(adapter, rows, config, pad_token_id=pad)
+    after = qk.evaluate(opened.base, rows.select(range(64)), pad_token_id=pad).loss
+    assert after < 0.3 * before
+
+
+def test_a_step_of_7b_fits_ten_gigabytes() -> None:
+    """The default run of the headline: deepseek-7b, 4 bits, 1,024 tokens, random weights."""
+    source = find_model("deepseek-7b")
+    spec = qk.BaseSpec(source, None, qk.Quantization(4), random=True)
+    torch.cuda.reset_peak_memory_stats()
+    base = qk.load_base(spec, qk.choose_hardware("cuda"))
+    adapter = qk.attach(base, qk.LoraSpec())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 102400, (2, 1024), generator=generator).tolist()
+    rows = [{"input_ids": r, "labels": r, "row": n} for n, r in enumerate(ids)]
+    config = qk.TrainConfig(max_steps=2, gradient_accumulation_steps=1)
+    qk.train_adapter(adapter, rows, config)
+    assert torch.cuda.max_memory_allocated() < 10e9
