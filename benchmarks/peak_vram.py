@@ -303,7 +303,7 @@ def draw(rows: list[dict[str, Any]], path: Path, model: str) -> Path:
     axes.set_ylabel("peak allocated (GB = 10⁹ bytes)")
     note = "scaled down, CPU allocator" if rows[0]["scaled"] else rows[0]["measured_on"]
     axes.set_title(f"{model}: peak of each phase ({note})")
-    axes.legend(ncols=3, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize="small")
     axes.grid(axis="y", alpha=0.25)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

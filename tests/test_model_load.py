@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -488,3 +489,29 @@ def test_open_checkpoint_reads_each_tensor_alone(tiny: Path, tmp_path: Path) -> 
         source = open_checkpoint(write_as(tiny, tmp_path / form, form))
         assert sorted(source.names) == sorted(expected)
         assert all(torch.equal(source.read(name), expected[name]) for name in expected)
+
+
+def test_what_bitsandbytes_left_unquantised_stays_so(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["o_proj", "lm_head"]
+    )
+    AutoModelForCausalLM.from_pretrained(
+        save_tiny(), quantization_config=config, dtype=torch.float32
+    ).save_pretrained(tmp_path)
+    layers = frozen_layers(load_folder(tmp_path, 4).model)
+    bits = {path.rsplit(".", 1)[-1]: layer.weight.bits for path, layer in layers.items()}
+    assert bits["o_proj"] == 16
+    assert bits["q_proj"] == bits["down_proj"] == 4
+
+
+def test_a_checkpoint_quantised_by_something_else_is_refused(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(save_tiny(), tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="quantised by gptq; expected bitsandbytes or none"):
+        load_folder(tmp_path / "gptq", 4)

@@ -157,6 +157,9 @@ def frozen_tensors(
     expected = dict(skeleton.state_dict())
     tied = skeleton.all_tied_weights_keys or {}
     linear = {f"{path}.weight" for path in linear_layers(skeleton)}
+    # What bitsandbytes left unquantised in a checkpoint of its own stays so.
+    stored = None if spec.random else stored_quantization(skeleton.config)
+    quantization = Quantization(bits=16) if stored else spec.quantization
     assemblies = assemble(source.names, skeleton)
     _check_names(assemblies, expected, tied, spec)
 
@@ -175,7 +178,7 @@ def frozen_tensors(
         else:
             for name, tensor in assembly.tensors(read, skeleton).items():
                 _check_tensor(name, tensor, expected)
-                yield name, _freeze(name, tensor, name in linear, spec.quantization, device)
+                yield name, _freeze(name, tensor, name in linear, quantization, device)
         announce(LoadProgress(done, len(assemblies)))
 
 
