@@ -94,6 +94,9 @@ class BaseModelOptions(Options):
         "demo", "name in configs/, folder, or hub id of a causal language model",
         also=["model_name_or_path", "base_model"],
     )  # fmt: skip
+    revision: str | None = option(
+        None, "commit, branch or tag of a hub id", also=["model_revision"]
+    )
     weights: Literal["pretrained", "random"] = option(
         "pretrained", "random: the real architecture with random weights, no download"
     )
@@ -216,7 +219,9 @@ class RunOptions(Options):
     resume: str | None = option(
         None, "continue from `latest` or a checkpoint folder", also=["resume_from_checkpoint"]
     )
-    save_steps: int | None = option(None, "optimiser steps between checkpoints", ge=1)
+    save_steps: int | None = option(
+        None, "optimiser steps between checkpoints; default: at each epoch's end", ge=1
+    )
     save_total_limit: int | None = option(None, "checkpoints kept besides the best", ge=1)
     eval_steps: int | None = option(
         None, "optimiser steps between evaluations; default: at each epoch's end", ge=1

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 
 class QloraKitError(Exception):

@@ -64,6 +64,23 @@ class Opened:
             )
         return BaseSpec(self.source, self.fetched.folder, stored)
 
+    def check_positions(self, options: BaseModelOptions, rows: Tokenized) -> None:
+        """Check that the model has a position for every token of every row.
+
+        Raises:
+            ConfigError: the longest row is longer than the model was made for.
+        """
+        from qlora_kit.data.batch import row_lengths
+
+        text = self.spec(options).architecture().get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        longest = max(row_lengths(rows.rows))
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"--max-length: the longest row has {longest} tokens and the model only "
+                f"{positions} positions; pass --max-length {positions} or less"
+            )
+
     def load(
         self, options: BaseModelOptions, announce: Announce, lora: LoraSpec | None = None
     ) -> Base:
@@ -90,7 +107,7 @@ def open_tokenizer(
     from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
 
     source = find_model(options.model)
-    fetched = fetch(source, random=options.weights == "random")
+    fetched = fetch(source, random=options.weights == "random", revision=options.revision)
     has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if adapter and has_own else fetched.tokenizer_folder)
     if lost := lossy_characters(tokenizer):
@@ -156,8 +173,11 @@ def stored_options(adapter: Path) -> dict[str, Any]:
         raise AdapterError(f"{adapter}: no such folder; expected an adapter or run folder")
     if (adapter / _RECORD).is_file():
         record = read_json(adapter / _RECORD)
-        names = ("bits", "quant_type", "double_quant", "weights")
-        return {"model": record["base"], **{name: record[name] for name in names}}
+        names = ("bits", "quant_type", "double_quant", "weights", "revision")
+        try:
+            return {"model": record["base"], **{name: record[name] for name in names}}
+        except (KeyError, TypeError) as error:
+            raise AdapterError(f"{adapter / _RECORD}: {error} is missing; restore it") from error
     if not (adapter / "adapter_config.json").is_file():
         raise AdapterError(f"{adapter}: no adapter_config.json; expected an adapter or run folder")
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")

@@ -58,6 +58,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
 
     opened = open_tokenizer(config, announce)
     rows, held_out = _tokenize_data(samples, validation, opened.tokenizer, config, announce)
+    opened.check_positions(config, rows)
     base = opened.load(config, announce, _lora_spec(config))
     adapter = _attach(base, config)
     is_chat = isinstance(samples.items[0], Conversation)
@@ -116,6 +117,8 @@ def _tokenize_data(
         announce(Notice(f"validation: {held_out.counts.describe()}"))
         return rows, held_out
     kept, split = split_validation(rows, config.validation_fraction, config.seed)
+    if not len(kept.rows):
+        raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
     if split is not None:
         announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
     return kept, split
@@ -164,7 +167,8 @@ def _identity(config: TrainConfig, rows: Tokenized, base: Base) -> Resumable:
     same = (
         "bits", "quant_type", "double_quant", "rank", "alpha", "lora_dropout", "targets", "rslora",
         "rank_pattern", "alpha_pattern", "batch_size", "gradient_accumulation_steps", "optimizer",
-        "seed",
+        "learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm",
+        "loss_chunk_tokens", "seed",
     )  # fmt: skip
     values = config.model_dump(mode="json", include=set(same))
     values |= {"data": rows.fingerprint, "base": base.digest, "dtype": base.hardware.dtype_name}
@@ -190,9 +194,12 @@ def _resume_point(
 
 def _is_finished(resume: Path, output: Path, config: TrainConfig) -> bool:
     """Whether the run ended and is not asked to go further than it was."""
+    from qlora_kit.lora.adapter import WEIGHTS
     from qlora_kit.train.checkpoint import read_progress
 
-    if not read_progress(resume).finished or not (output / CONFIG).is_file():
+    # Killed between the last checkpoint and the adapter, a run has its end still to do.
+    complete = (output / WEIGHTS).is_file() and (output / CONFIG).is_file()
+    if not read_progress(resume).finished or not complete:
         return False
     asked = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
     return all(asked.get(key) == getattr(config, key) for key in ("epochs", "max_steps"))
@@ -281,6 +288,7 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     opened = open_tokenizer(config, announce, config.adapter)
     rows = tokenize(samples, opened.tokenizer, config)
     announce(Notice(f"data: {rows.counts.describe()}"))
+    opened.check_positions(config, rows)
     base = opened.load(config, announce)
     put_on(base, config, announce)
     measured = measure(
@@ -347,6 +355,9 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     model = config.model or stored.get("model")
     if model is None:
         raise AdapterError(f"{config.adapter}: does not say what its base is; name it with --model")
+    if config.model is not None:
+        # The recorded commit is of the recorded base.
+        stored.pop("revision", None)
     options = BaseModelOptions(**{**stored, "model": model, "device": config.device})
 
     from qlora_kit.export.merge import merge_to, parse_size

@@ -145,7 +145,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, see `write_bytes`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    # A number that is not finite would not be read back: `parse_json` is strict.
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def save_tensors(
@@ -161,12 +162,17 @@ def save_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    staging = path.with_name(f".{path.name}.{os.getpid()}.staging")
     with storage_errors(path):
         try:
-            save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+            save_file(dict(tensors), staging, metadata={"format": "pt", **(metadata or {})})
+            staging.chmod(0o666 & ~_umask())
+            _sync_file(staging)
+            staging.replace(path)
         except SafetensorError as error:
             raise StorageError(f"{path}: could not be written ({error}); free space") from error
-        path.chmod(0o666 & ~_umask())
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -229,7 +235,13 @@ def _swap(staging: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.{os.getpid()}.replaced")
     if target.exists():
         target.rename(aside)
-    staging.rename(target)
+    try:
+        staging.rename(target)
+    except BaseException:
+        # Interrupted between the two renames: the old folder takes its place again.
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
     _sync_folder(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -267,9 +279,13 @@ def _hash(path: Path) -> str:
 
 def _hash_and_sync(path: Path) -> str:
     digest = _hash(path)
+    _sync_file(path)
+    return digest
+
+
+def _sync_file(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
-    return digest
 
 
 def _sync_folder(folder: Path) -> None:

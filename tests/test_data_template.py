@@ -212,3 +212,12 @@ def test_who_wants_a_bos(names: dict[str, Any], wanted: bool) -> None:
 def test_real_tokenizers_want_a_bos(assets: Path, stories: Path) -> None:
     for folder in (stories, assets / "tokenizers/deepseek-llm-7b"):
         assert wants_bos(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def test_an_answer_ends_where_its_template_ends_it() -> None:
+    from qlora_kit.data.template import end_token_ids
+
+    chatml = make_tokenizer(chat_template=CHATML)
+    end = chatml.convert_tokens_to_ids("<|im_end|>")
+    assert end_token_ids(chatml) == sorted({chatml.eos_token_id, end})
+    assert end_token_ids(make_tokenizer(), [7, 8]) == sorted({make_tokenizer().eos_token_id, 7, 8})

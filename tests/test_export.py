@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,8 +201,27 @@ def test_an_existing_folder_is_replaced_only_when_asked(
     with pytest.raises(OutputError, match="exists"):
         export(adapter, tmp_path)
     assert (tmp_path / "merged" / "mine").read_text() == "mine"
-    export(adapter, tmp_path, overwrite=True)
-    assert not (tmp_path / "merged" / "mine").exists()
+    with pytest.raises(OutputError, match="replaces a merged model, but this holds no manifest"):
+        export(adapter, tmp_path, overwrite=True)
+    assert (tmp_path / "merged" / "mine").read_text() == "mine"
+    shutil.rmtree(tmp_path / "merged")
+    first = export(adapter, tmp_path, dtype=torch.float32)
+    assert "float32" in (first / "config.json").read_text()
+    second = export(adapter, tmp_path, overwrite=True)
+    assert "float16" in (second / "config.json").read_text()
+
+
+def test_the_adapter_is_never_what_overwrite_replaces(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = train_something(spec_of(save_tiny()))
+    folder = save(adapter, tmp_path / "runs" / "mine")
+    for target in (folder, tmp_path / "runs", save_tiny()):
+        with pytest.raises(OutputError, match="which the merge reads"):
+            qk.merge_to(
+                target, qk.read_adapter(folder), adapter.base.spec, make_tokenizer(), overwrite=True
+            )
+    assert (folder / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,9 @@ def test_only_tensors_and_text_are_fetched(
     seen: list[str] = []
     siblings = [type("File", (), {"rfilename": name}) for name in files]
     info = type("Info", (), {"siblings": siblings})
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, hub_id: info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, hub_id, revision: info)
 
-    def download(hub_id: str, allow_patterns: list[str]) -> str:
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         seen.extend(allow_patterns)
         return str(tmp_path)
 

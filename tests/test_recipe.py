@@ -113,6 +113,37 @@ def test_overwrite_does_not_delete_what_is_not_a_run(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_resume_and_overwrite_contradict_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, err = run("train", "--output", str(tmp_path), "--overwrite", "--resume", capsys=capsys)
+    assert code == 2
+    assert "contradict each other" in err
+    assert (tmp_path / "thesis.tex").is_file()
+
+
+def test_a_run_killed_before_its_adapter_was_written_is_finished_by_resume(
+    short_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (short_run / "adapter_model.safetensors").unlink()
+    code, out, _ = run("train", "--output", str(short_run), *SHORT, "--resume", capsys=capsys)
+    assert code == 0
+    assert "resuming from" in out
+    assert (short_run / "adapter_model.safetensors").is_file()
+
+
+def test_a_log_cut_short_by_a_kill_is_continued(
+    short_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = short_run / "trainer_log.jsonl"
+    log.write_text(log.read_text() + '{"optimizer_step": 5, "lo')
+    (short_run / "adapter_model.safetensors").unlink()
+    code, _, _ = run("train", "--output", str(short_run), *SHORT, "--resume", capsys=capsys)
+    assert code == 0
+    assert [row["optimizer_step"] for row in rows_of(log) if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_runs_are_numbered_where_no_output_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,3 +253,16 @@ def test_bits_that_a_quantised_checkpoint_does_not_have_are_refused(
     code, out, _ = run(*common, capsys=capsys)
     assert code == 0
     assert "8-bit" in out
+
+
+def test_rows_longer_than_the_models_positions_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": "one " * 600, "completion": "two"}) + "\n")
+    for command in (("train", "--output", str(tmp_path / "run")), ("evaluate",)):
+        arguments = (*command, "--data", str(data), "--max-length", "4096")
+        code, _, err = run(*arguments, capsys=capsys)
+        assert code == 2
+        assert "the model only 512 positions; pass --max-length 512 or less" in err
+    assert not (tmp_path / "run").exists()

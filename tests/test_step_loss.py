@@ -320,3 +320,26 @@ def test_no_more_logits_than_a_chunk_exist(run: Callable[..., Any], formula: str
     with LargestTensor() as largest:
         run(hidden, targets, head)
     assert largest.numel == chunk * v
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_16_bit_head_is_never_upcast_as_a_whole(softcap: float | None) -> None:
+    """fp32 activations, as on CPUs and old GPUs, on a head stored in bf16."""
+    vocabulary, width = 20_000, 24
+    weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    linear = FrozenLinear(width, vocabulary, bias=False)
+    linear.weight = PlainWeight(weight)
+    hidden = torch.randn(9, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets = torch.arange(9) * 2000
+    logits = hidden @ weight.float().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    with torch.profiler.profile(profile_memory=True) as record:
+        loss = cross_entropy_sum(hidden, targets, Head(linear, softcap=softcap), chunk_tokens=4)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+    largest = max(event.cpu_memory_usage for event in record.events())
+    assert largest < 0.6 * vocabulary * width * 4

@@ -135,3 +135,23 @@ def test_tensors_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(StorageError, match="not a complete safetensors file"):
         load_tensors(file)
+
+
+def test_an_interrupt_between_the_two_renames_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "run"
+    with staged_folder(target) as staging:
+        write_text(staging / "file", "old")
+    rename = Path.rename
+
+    def interrupted(self: Path, new: Path) -> Path:
+        if self.name.endswith(".staging"):
+            raise KeyboardInterrupt
+        return rename(self, new)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_folder(target, replace=True) as staging:
+        write_text(staging / "file", "new")
+    assert os.listdir(tmp_path) == ["run"]
+    assert (target / "file").read_text() == "old"

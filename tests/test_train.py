@@ -22,11 +22,11 @@ from qlora_kit.train.optimizer import learning_rate_at
 Rows = list[dict[str, Any]]
 
 
-def make_adapter(folder: Path, bits: int = 4, dropout: float = 0.0) -> qk.Adapter:
+def make_adapter(folder: Path, bits: int = 4, dropout: float = 0.0, rank: int = 4) -> qk.Adapter:
     source = qk.find_model(str(folder))
     spec = qk.BaseSpec(source, folder, qk.Quantization(bits))
     base = qk.load_base(spec, qk.choose_hardware("cpu"))
-    return qk.attach(base, qk.LoraSpec(rank=4, dropout=dropout, targets=("all-linear",)), seed=1)
+    return qk.attach(base, qk.LoraSpec(rank=rank, dropout=dropout, targets=("all-linear",)), seed=1)
 
 
 def make_rows(count: int, seed: int = 0) -> Rows:
@@ -116,12 +116,13 @@ def test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one(
     config = options(
         max_steps=7, batch_size=2, gradient_accumulation_steps=2, save_steps=1, optimizer=optimizer
     )
-    whole = make_adapter(save_tiny(), bits, dropout=0.2)
+    # At rank 64 the matrices have the 4,096 elements from which 8-bit state is 8-bit.
+    whole = make_adapter(save_tiny(), bits, dropout=0.2, rank=64)
     events: list[Event] = []
     saving = Saving(tmp_path, qk.BaseRecord.of(whole.base))
     qk.train_adapter(whole, rows, config, saving=saving, announce=record(events))
     for step in (1, 3, 6):
-        part = make_adapter(save_tiny(), bits, dropout=0.2)
+        part = make_adapter(save_tiny(), bits, dropout=0.2, rank=64)
         resumed: list[Event] = []
         again = Saving(tmp_path / "again", saving.record, tmp_path / f"checkpoint-{step}")
         qk.train_adapter(part, rows, config, saving=again, announce=record(resumed))
@@ -272,3 +273,40 @@ def test_checkpoints_hold_no_pickle_and_no_path(
     for path in folder.glob("*.safetensors"):
         assert str(tmp_path).encode() not in path.read_bytes()
     assert json.loads((folder / "state.json").read_text())["progress"]["optimizer_step"] == 4
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(save_tiny: Callable[..., Path]) -> None:
+    with pytest.raises(NumericsError, match="step 2: the validation loss is nan"):
+        qk.train_adapter(
+            make_adapter(save_tiny()),
+            make_rows(4),
+            options(eval_steps=2),
+            evaluate=lambda: math.nan,
+        )
+
+
+def test_going_back_to_an_older_checkpoint_goes_on_from_there(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(save_tiny())
+    record = qk.BaseRecord.of(adapter.base)
+    config = options(max_steps=6, save_steps=2, save_total_limit=1)
+    keep_all = options(max_steps=6, save_steps=2)
+    qk.train_adapter(adapter, make_rows(4), keep_all, saving=Saving(tmp_path, record))
+    back = Saving(tmp_path, record, tmp_path / "checkpoint-2")
+    shorter = config.model_copy(update={"max_steps": 3})
+    qk.train_adapter(make_adapter(save_tiny()), make_rows(4), shorter, saving=back)
+    assert (tmp_path / "last").read_text() == "checkpoint-3\n"
+    found = find_checkpoint(tmp_path, "latest")
+    assert found is not None
+    assert found.name == "checkpoint-3", "the last written, not the highest number"
+
+
+def test_without_save_steps_a_run_saves_at_each_epochs_end(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    config = options(max_steps=None, epochs=3.0, batch_size=2)
+    qk.train_adapter(adapter, make_rows(4), config, saving=saving)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 4, 6)]

@@ -19,11 +19,11 @@ from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(qlora_kit.__version__, prog_name="qlora-kit")
 def cli() -> None:
-    r"""Fine-tune large language models on small GPUs: 4-bit base, LoRA, verified exports.
+    r"""Fine-tune large language models on small GPUs: 4-bit base, LoRA, merged exports.
 
     \b
     Exit codes: 0 done, 1 internal error, 2 input, 3 environment (hub, disk, memory),
-    4 numerics, 5 verification failed, 130/143 stopped by a signal.
+    4 numerics, 5 verification failed, 130 stopped by Ctrl-C.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 import yaml
 
 from qlora_kit.config import AnyConfig, Options
-from qlora_kit.events import Announce, silent
+from qlora_kit.events import Announce, Event, Notice
 
 
 def print_config(config: Options, *, as_json: bool) -> None:
@@ -24,9 +25,20 @@ def run_recipe(
 ) -> None:
     """Run a recipe; with `as_json` print only its result, as JSON."""
     if as_json:
-        click.echo(json.dumps(recipe(config, silent), indent=2))
+        click.echo(json.dumps(_finite(recipe(config, _notices_to_stderr)), indent=2))
         return
     from qlora_kit.report.terminal import Terminal
 
     with Terminal() as terminal:
         recipe(config, terminal)
+
+
+def _notices_to_stderr(event: Event) -> None:
+    if isinstance(event, Notice):
+        click.echo(f"note: {event.text}", err=True)
+
+
+def _finite(result: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity; null says that there is no number."""
+    numbers = {k: v for k, v in result.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {**result, **dict.fromkeys(numbers)}

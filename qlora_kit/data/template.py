@@ -190,4 +190,27 @@ def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Return the special tokens that may end an answer: the EOS, and those like <|im_end|>."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
-    return tuple(sorted((special - {tokenizer.bos_token}) | {str(tokenizer.eos_token)} - {""}))
+    return tuple(sorted((special - {tokenizer.bos_token} | {str(tokenizer.eos_token)}) - {""}))
+
+
+def end_token_ids(tokenizer: Any, configured: int | Sequence[int] | None = None) -> list[int]:
+    """Return the tokens that end an answer.
+
+    They are the tokenizer's EOS, what the model's configuration names, and the special token
+    that the chat template ends an answer with: the one that training supervises.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        configured: `eos_token_id` of a configuration: one, several or none.
+    """
+    named = [configured] if isinstance(configured, int) else (configured or [])
+    ends = {tokenizer.eos_token_id, *named}
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    if tokenizer.chat_template:
+        try:
+            text = str(tokenizer.apply_chat_template(probe, tokenize=False)).rstrip()
+        except _TEMPLATE_FAULTS:
+            text = ""
+        last = [token for token in _end_tokens(tokenizer) if text.endswith(token)]
+        ends.update(tokenizer.convert_tokens_to_ids(token) for token in last)
+    return sorted(ends)

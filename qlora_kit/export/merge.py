@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from qlora_kit.errors import AdapterError, ConfigError, ModelError
+from qlora_kit.data.template import end_token_ids
+from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.model.architecture import build_skeleton, linear_layers
 from qlora_kit.model.hardware import dtype_name, dtype_named, memory_returned
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
 from qlora_kit.model.quantize import FrozenWeight
-from qlora_kit.storage import save_tensors, staged_folder, write_json
+from qlora_kit.storage import MANIFEST, is_sealed, save_tensors, staged_folder, write_json
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 
@@ -92,8 +93,10 @@ def merge_to(
         AdapterError: a layer of the adapter is not in the base, or the base's weights are not
             those it was trained on.
         ModelError: a merged value does not fit the dtype.
-        OutputError: the folder exists.
+        OutputError: the folder exists, or replacing it would delete what is not a merged
+            model or what the merge reads.
     """
+    _check_target(folder, [stored.folder, spec.folder], overwrite)
     architecture = spec.architecture()
     skeleton = build_skeleton(architecture)
     _check_layers(stored, skeleton)
@@ -112,6 +115,18 @@ def merge_to(
         _write_config(staging, architecture, skeleton, tokenizer, dtype, spec.folder)
         tokenizer.save_pretrained(staging)
     return Merged(folder, writer.tensors, len(stored.tensors), writer.total_bytes, shards)
+
+
+def _check_target(folder: Path, sources: Sequence[Path | None], overwrite: bool) -> None:
+    target = folder.resolve()
+    for source in (source.resolve() for source in sources if source is not None):
+        if target == source or target in source.parents:
+            raise OutputError(f"{folder}: holds {source}, which the merge reads; name another --to")
+    if overwrite and folder.exists() and not is_sealed(folder):
+        raise OutputError(
+            f"{folder}: --overwrite replaces a merged model, but this holds no {MANIFEST}; name "
+            "another --to"
+        )
 
 
 def _check_layers(stored: StoredAdapter, skeleton: PreTrainedModel) -> None:
@@ -215,15 +230,6 @@ def _write_config(
         if (folder / "generation_config.json").is_file()
         else GenerationConfig.from_model_config(architecture)
     )
-    _end_with(generation, tokenizer.eos_token_id)
-    generation.save_pretrained(folder)
-
-
-def _end_with(generation: GenerationConfig, eos_token_id: int) -> None:
-    """Make sure the end token that was supervised is one that ends an answer."""
-    configured = generation.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    ends = [end for end in ends if end is not None]
-    if eos_token_id not in ends:
-        ends.append(eos_token_id)
+    ends = end_token_ids(tokenizer, generation.eos_token_id)
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    generation.save_pretrained(folder)

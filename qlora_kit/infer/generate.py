@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from qlora_kit.config import GenerateConfig
+from qlora_kit.data.template import end_token_ids
 from qlora_kit.model.load import Base
+
+_DEFAULTS = GenerateConfig()
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,10 @@ class Sampling:
         seed: of sampling.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 42
+    max_new_tokens: int = _DEFAULTS.max_new_tokens
+    temperature: float = _DEFAULTS.temperature
+    top_p: float = _DEFAULTS.top_p
+    seed: int = _DEFAULTS.seed
 
 
 @torch.no_grad()
@@ -84,15 +89,19 @@ def _generate_batch(
         attention_mask=mask.to(base.hardware.device),
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=_end_tokens(base, tokenizer),
+        eos_token_id=end_token_ids(tokenizer, _configured_ends(base)),
         use_cache=True,
         **chosen,
     )
     return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
 
 
-def _end_tokens(base: Base, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's and the model's own."""
-    configured = base.model.config.get_text_config().eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *(e for e in ends if e is not None)})
+def _configured_ends(base: Base) -> list[int]:
+    """Return the end tokens of `config.json` and of `generation_config.json`."""
+    model: Any = base.model
+    configured = [model.config.get_text_config().eos_token_id]
+    folder = base.spec.folder
+    if folder is not None and (folder / "generation_config.json").is_file():
+        configured.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+    flat = [e if isinstance(e, list) else [e] for e in configured]
+    return [end for ends in flat for end in ends if end is not None]

@@ -284,10 +284,7 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     stored = read_adapter(folder)
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
-    with torch.no_grad():
-        for path, (a, b) in stored.tensors.items():
-            adapter.layers[path].lora_A.copy_(a)
-            adapter.layers[path].lora_B.copy_(b)
+    adapter.fill(stored.tensors)
     return adapter
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qlora_kit.config import LoraOptions
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.model.architecture import group_of
@@ -26,6 +27,7 @@ from qlora_kit.model.quantize import PlainWeight
 ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)
 
+_DEFAULTS = LoraOptions()
 _GROUPS = ("attention", "mlp")
 _IS_PATTERN = re.compile(r"[\\*+?()\[\]|^$]")
 
@@ -44,11 +46,11 @@ class LoraSpec:
         alpha_pattern: alpha likewise.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("attention",)
-    rslora: bool = False
+    rank: int = _DEFAULTS.rank
+    alpha: float = _DEFAULTS.alpha
+    dropout: float = _DEFAULTS.lora_dropout
+    targets: tuple[str, ...] = _DEFAULTS.targets
+    rslora: bool = _DEFAULTS.rslora
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
@@ -65,9 +67,17 @@ class LoraSpec:
 
 def _by_pattern(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        if _names(pattern, path):
             return value
     return default
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether a key of a rank or alpha pattern names a path, as in PEFT."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+    except re.error as error:
+        raise ConfigError(f"pattern {pattern!r} is no regular expression ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,13 @@ class Adapter:
     base: Base
     spec: LoraSpec
     layers: Mapping[str, LoRALinear]
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Set every A and B from `tensors`, by path."""
+        for path, (a, b) in tensors.items():
+            self.layers[path].lora_A.copy_(a)
+            self.layers[path].lora_B.copy_(b)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a stable order."""
@@ -156,7 +173,7 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
         f"{', '.join(_endings(paths))}"
         for kind, patterns in (("rank", spec.rank_pattern), ("alpha", spec.alpha_pattern))
         for pattern in patterns
-        if not any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in paths)
+        if not any(_names(pattern, path) for path in paths)
     ]
     if faults:
         raise ConfigError(*faults)

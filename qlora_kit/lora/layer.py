@@ -68,7 +68,7 @@ class LoRALinear(nn.Module):
             self.frozen.bias,
             self.frozen.weight,
             self.scaling,
-            1 - self.dropout,
+            1.0 if kept is None else 1 - self.dropout,
         )
         return y.view(*x.shape[:-1], -1)
 
@@ -102,7 +102,7 @@ class _LoRAMatmul(torch.autograd.Function):
         keep_probability: float,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.keep_probability = weight, scaling, keep_probability
-        h = _dropped(x, kept, keep_probability).to(a.dtype) @ a.T
+        h = _masked(x, kept).to(a.dtype) @ a.T / keep_probability
         y = F.linear(x, weight.dequantize(x.dtype), _cast(bias, x.dtype))
         _add_product(y, h, b.T, scaling)
         ctx.save_for_backward(x, a, b, kept, h)
@@ -116,19 +116,21 @@ class _LoRAMatmul(torch.autograd.Function):
         grad_h = (grad_y_wide @ b).mul_(ctx.scaling)
         grad_b = (grad_y_wide.T @ h).mul_(ctx.scaling)
         del grad_y_wide
-        grad_a = grad_h.T @ _dropped(x, kept, ctx.keep_probability).to(a.dtype)
+        grad_h /= ctx.keep_probability
+        grad_a = grad_h.T @ _masked(x, kept).to(a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype)
             if kept is None:
                 _add_product(grad_x, grad_h, a, 1.0)
             else:
-                grad_x += _dropped(grad_h @ a, kept, ctx.keep_probability)
+                grad_x += _masked(grad_h @ a, kept)
         return (grad_x, grad_a, grad_b, *(None for _ in range(5)))
 
 
-def _dropped(x: Tensor, kept: Tensor | None, keep_probability: float) -> Tensor:
-    return x if kept is None else x * kept / keep_probability
+def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
+    # Exact in any dtype; the division by the probability is left to the small products.
+    return x if kept is None else x * kept
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -32,11 +32,16 @@ class Fetched:
     revision: str | None = None
 
 
-def fetch(source: ModelSource, *, random: bool = False) -> Fetched:
+def fetch(source: ModelSource, *, random: bool = False, revision: str | None = None) -> Fetched:
     """Return where the files of `source` are, downloading them if need be.
 
     Random weights of a known architecture need no network: the demo's tokenizer, whose 1,024
     or fewer entries fit every vocabulary, stands in for the model's own.
+
+    Args:
+        source: which model.
+        random: fetch no weights.
+        revision: commit, branch or tag; the newest if None.
 
     Raises:
         HubError: the hub is out of reach and nothing is cached, or it does not grant access.
@@ -49,37 +54,41 @@ def fetch(source: ModelSource, *, random: bool = False) -> Fetched:
         assert demo is not None
         return Fetched(None, demo)
     assert source.hub_id is not None
-    folder = _download(source.hub_id, with_weights=not random)
+    folder = _download(source.hub_id, revision, with_weights=not random)
     # snapshot_download names the folder after the commit.
     return Fetched(folder, folder, revision=folder.name)
 
 
-def _download(hub_id: str, *, with_weights: bool) -> Path:
+def _download(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        patterns = _TEXT_FILES + (_weight_patterns(hub_id) if with_weights else [])
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+        patterns = _TEXT_FILES + (_weight_patterns(hub_id, revision) if with_weights else [])
+        return Path(
+            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
+        )
     except errors.GatedRepoError as error:
         raise HubError(
             f"{hub_id}: its owner grants access on request; ask for it on the model's page, then "
             "run `hf auth login`"
         ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{hub_id}: no revision {revision!r} there; check --revision") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
             f"{hub_id}: the hub has no such model, or it is private; check the name, or run "
             "`hf auth login`"
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, *_network()) as error:
-        return _cached(hub_id, error)
+        return _cached(hub_id, revision, error)
 
 
-def _weight_patterns(hub_id: str) -> list[str]:
+def _weight_patterns(hub_id: str, revision: str | None) -> list[str]:
     """Prefer safetensors; some repositories, DeepSeek-7B among them, have `.bin` only."""
     import huggingface_hub
 
-    info = huggingface_hub.HfApi().model_info(hub_id)
+    info = huggingface_hub.HfApi().model_info(hub_id, revision=revision)
     names = [file.rfilename for file in info.siblings or []]
     suffix = "safetensors" if any(n.endswith(".safetensors") for n in names) else "bin"
     return [f"model*.{suffix}" if suffix == "safetensors" else "pytorch_model*.bin"]
@@ -98,13 +107,15 @@ def _network() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def _cached(hub_id: str, error: Exception) -> Path:
+def _cached(hub_id: str, revision: str | None, error: Exception) -> Path:
     """Return a copy downloaded earlier."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
+        return Path(
+            huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True)
+        )
     except (errors.LocalEntryNotFoundError, OSError, ValueError):
         raise HubError(
             f"{hub_id}: the model hub is out of reach ({type(error).__name__}) and no copy is "

@@ -252,6 +252,8 @@ def load_base(spec: BaseSpec, hardware: Hardware, announce: Announce = silent) -
         _share_tied(model, head_path)
         _check_filled(model)
         model.to(hardware.device)
+        if hardware.device.type == "cuda":
+            torch.cuda.empty_cache()  # what quantising took counts against small cards
         model.requires_grad_(False)
         model.config.use_cache = False
         model.config.dtype = hardware.dtype

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ModelError
 
 # Without the optional `kernels` package bitsandbytes logs a failed import at every start.
@@ -27,6 +28,7 @@ from bitsandbytes import functional as bnb  # noqa: E402
 
 QuantType = Literal["nf4", "fp4"]
 
+_DEFAULTS = BaseModelOptions()
 BLOCK_SIZE = 64
 _ABSMAX_BLOCK_SIZE = 256
 _FLOAT16_MAX = 65504.0
@@ -164,9 +166,9 @@ class FourBitWeight(FrozenWeight):
 class Quantization:
     """How the frozen weights of a base are held."""
 
-    bits: Literal[4, 8, 16] = 4
-    quant_type: QuantType = "nf4"
-    double_quant: bool = True
+    bits: Literal[4, 8, 16] = _DEFAULTS.bits
+    quant_type: QuantType = _DEFAULTS.quant_type
+    double_quant: bool = _DEFAULTS.double_quant
 
     def freeze(self, weight: Tensor) -> FrozenWeight:
         """Quantise a weight (K, D) on the device where it lies.

@@ -8,12 +8,14 @@ seconds.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.errors import DataError
 from qlora_kit.events import Evaluated, Event, RunStarted, StepFinished
-from qlora_kit.storage import read_json_lines, storage_errors, write_text
+from qlora_kit.storage import parse_json, read_lines, storage_errors, write_text
 
 NAME = "trainer_log.jsonl"
 
@@ -43,8 +45,10 @@ class Log:
             self._append(row)
 
     def _append(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN or infinity; the row says that there was no number.
+        finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
         with storage_errors(self._path), self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def _drop_from(self, first_step: int) -> None:
         """Forget rows that a resumed run is about to write again."""
@@ -53,6 +57,22 @@ class Log:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a log."""
-    return [line.record for line in read_json_lines(path)]
+    """Return the rows of a log; a last line cut short by a kill is left out.
+
+    Raises:
+        DataError: another line is not valid JSON.
+    """
+    lines = [line for line in read_lines(path) if line.record.strip()]
+    rows = []
+    for line in lines:
+        try:
+            rows.append(parse_json(line.record, f"{line.file}:{line.line}"))
+        except DataError:
+            if line is not lines[-1]:
+                raise
+    return rows

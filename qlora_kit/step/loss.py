@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_kit.config import StepOptions
 from qlora_kit.model.head import Head
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = StepOptions().loss_chunk_tokens
 
 ChunkLoss = Callable[[Tensor, Tensor], Tensor]
 """Takes fp32 logits (n, V) and targets (n,) of a chunk; returns the sum of its loss."""
@@ -86,7 +87,7 @@ def score_tokens(
     hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS
 ) -> TokenScores:
     """Return log p(target) of each token, and whether it is the most likely one."""
-    weight = head.linear.weight.dequantize(hidden.dtype)
+    weight = head.weight(hidden.dtype)
     logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     is_top = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
@@ -109,8 +110,9 @@ def _walk(
     """Yield each chunk with its rows; all share one fp32 buffer (size, V), so use up one first."""
     shape = (min(size, len(hidden)), len(weight))
     buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    capped = None if head.softcap is None else torch.empty_like(buffer)
     for rows in _chunks(len(hidden), size):
-        yield rows, _Chunk(hidden[rows], targets[rows], head, weight, buffer)
+        yield rows, _Chunk(hidden[rows], targets[rows], head, weight, buffer, capped)
 
 
 class _Chunk:
@@ -120,23 +122,19 @@ class _Chunk:
     """
 
     def __init__(
-        self, hidden: Tensor, targets: Tensor, head: Head, weight: Tensor, buffer: Tensor
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        weight: Tensor,
+        buffer: Tensor,
+        capped: Tensor | None,
     ) -> None:
-        self._head, self._weight = head, weight
+        self._head, self._weight, self._dtype = head, weight, hidden.dtype
         self._targets = targets.unsqueeze(1)
-        self._values = logits = buffer[: len(hidden)]
-        if weight.dtype == logits.dtype:
-            torch.mm(hidden, weight.T, out=logits)
-        else:
-            logits.copy_(hidden @ weight.T)
-        if head.linear.bias is not None:
-            logits += head.linear.bias
-        if head.scale != 1.0:
-            logits *= head.scale
-        self._capped: Tensor | None = None
-        if head.softcap is not None:
-            self._capped = (logits / head.softcap).tanh_()
-            torch.mul(self._capped, head.softcap, out=logits)
+        self._values = buffer[: len(hidden)]
+        self._capped = None if capped is None else capped[: len(hidden)]
+        head.fill_logits(hidden, weight, self._values, self._capped)
 
     def is_top(self) -> Tensor:
         """Return whether each target is the most likely token (n,); only before `logprobs`."""
@@ -157,14 +155,14 @@ class _Chunk:
         division is left to the product's rows, which are D wide instead of V.
         """
         grad, factor = self._values, token_grads * self._head.scale / self._sum
-        if self._weight.dtype == torch.float16:
+        if self._dtype == torch.float16:
             # Sums reach V, beyond float16's 65504: divide before the cast.
             grad /= self._sum
             factor, self._sum = factor * self._sum, torch.ones_like(self._sum)
         grad.scatter_add_(1, self._targets, -self._sum)
         if self._capped is not None:
             grad *= self._capped.square_().neg_().add_(1)
-        out.copy_((grad.to(self._weight.dtype) @ self._weight) * factor)
+        out.copy_(self._head.back_project(grad, self._weight, self._dtype) * factor)
 
 
 # ---------------------------------------------------------------- autograd
@@ -178,7 +176,7 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
-        weight = head.linear.weight.dequantize(hidden.dtype)
+        weight = head.weight(hidden.dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # fp64: a sum over many thousand tokens must not depend on how they are batched.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -205,13 +203,12 @@ class _CustomLossSum(torch.autograd.Function):
         loss: ChunkLoss,
         chunk_tokens: int,
     ) -> Tensor:
-        weight = head.linear.weight.dequantize(hidden.dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for rows in _chunks(len(hidden), chunk_tokens):
             part = hidden[rows].detach().requires_grad_(grad is not None)
             with torch.set_grad_enabled(grad is not None):
-                value = loss(head.logits(part, weight), targets[rows])
+                value = loss(head.logits(part), targets[rows])
             total += value.detach().double()
             if grad is not None:
                 (grad[rows],) = torch.autograd.grad(value, part)
@@ -229,7 +226,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
         ctx.head, ctx.chunk_tokens = head, chunk_tokens
         ctx.save_for_backward(hidden, targets)
-        weight = head.linear.weight.dequantize(hidden.dtype)
+        weight = head.weight(hidden.dtype)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
             logprobs[rows] = chunk.logprobs()
@@ -238,7 +235,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
-        weight = ctx.head.linear.weight.dequantize(hidden.dtype)
+        weight = ctx.head.weight(hidden.dtype)
         grad = torch.empty_like(hidden)
         for rows, chunk in _walk(hidden, targets, ctx.head, weight, ctx.chunk_tokens):
             chunk.logprobs()

@@ -28,7 +28,7 @@ from qlora_kit.storage import (
     write_json,
     write_text,
 )
-from qlora_kit.train.folder import BEST, LAST, checkpoints
+from qlora_kit.train.folder import BEST, LAST, checkpoints, step_of
 from qlora_kit.train.optimizer import optimizer_tensors, restore_optimizer
 
 _STATE = "state.json"
@@ -112,14 +112,17 @@ def save_checkpoint(
 
 
 def delete_old(output: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
+    """Delete all but the newest `keep` checkpoints, the last written and the best one."""
     if keep is None:
         return
-    best = output / BEST
-    spared = {best.read_text().strip()} if best.is_file() else set()
+    spared = {_named_by(output / LAST), _named_by(output / BEST)}
     for folder in checkpoints(output)[:-keep]:
         if folder.name not in spared:
             shutil.rmtree(folder)
+
+
+def _named_by(pointer: Path) -> str | None:
+    return pointer.read_text().strip() if pointer.is_file() else None
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -150,7 +153,9 @@ def find_checkpoint(output: Path, wanted: str) -> Path | None:
         verify_folder(folder)
         return folder
     damaged: list[str] = []
-    for folder in reversed(checkpoints(output)):
+    last = _named_by(output / LAST)
+    # The last written first: a run that went back to an older checkpoint goes on from there.
+    for folder in sorted(checkpoints(output), key=lambda f: (f.name != last, -step_of(f))):
         try:
             verify_folder(folder)
             return folder
@@ -190,11 +195,7 @@ def restore_checkpoint(
     """
     check_resumable(folder, identity)
     state = read_json(folder / _STATE)
-    stored = read_adapter(folder)
-    with torch.no_grad():
-        for path, (a, b) in stored.tensors.items():
-            adapter.layers[path].lora_A.copy_(a)
-            adapter.layers[path].lora_B.copy_(b)
+    adapter.fill(read_adapter(folder).tensors)
     tensors = load_tensors(folder / _OPTIMIZER)
     restore_optimizer(optimizer, adapter.parameters(), tensors, state["optimizer_values"])
     if scaler is not None and state["scaler"] is not None:

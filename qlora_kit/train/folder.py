@@ -21,7 +21,12 @@ _RUNS = Path("runs")
 def checkpoints(output: Path) -> list[Path]:
     """Return the checkpoints of a run folder, the oldest first."""
     found = [path for path in output.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimiser step of a checkpoint from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def choose_output(output: Path | None, model: str, *, resume: bool, overwrite: bool) -> Path:
@@ -29,8 +34,10 @@ def choose_output(output: Path | None, model: str, *, resume: bool, overwrite: b
 
     Raises:
         OutputError: it holds something and neither resuming nor overwriting was asked for,
-            or overwriting would delete what is not a run.
+            both were, or overwriting would delete what is not a run.
     """
+    if resume and overwrite:
+        raise OutputError("--resume and --overwrite contradict each other; pass one of them")
     if output is None:
         if resume:
             raise OutputError("--resume: which run? name its folder with --output")

@@ -32,7 +32,7 @@ from qlora_kit.events import (
 )
 from qlora_kit.lora.adapter import BaseRecord
 from qlora_kit.lora.attach import Adapter
-from qlora_kit.model.hardware import memory_in_use_bytes
+from qlora_kit.model.hardware import memory_in_use_bytes, peak_memory_bytes
 from qlora_kit.model.head import head_of
 from qlora_kit.step.forward import loss_sum
 from qlora_kit.step.loss import ChunkLoss
@@ -45,6 +45,9 @@ from qlora_kit.train.checkpoint import (
     save_checkpoint,
 )
 from qlora_kit.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+
+# The loss scale starts at 2¹⁶ and is halved at each skipped step; a few are how it settles.
+_MOST_SKIPPED_STEPS = 20
 
 TokenRows = Sequence[dict[str, Any]]
 """Rows with `input_ids`, `labels` and `row`, see `data.tokens`."""
@@ -151,6 +154,7 @@ class _Run:
         self.progress = Progress()
         self.last_loss = math.nan
         self.saved_step = -1
+        self.skipped_in_a_row = 0
 
     def run(self) -> TrainResult:
         start = time.perf_counter()
@@ -161,7 +165,7 @@ class _Run:
         self._save()
         seconds = time.perf_counter() - start
         self.announce(RunFinished(self.progress.optimizer_step, reason, seconds))
-        memory = memory_in_use_bytes(self.device)
+        memory = peak_memory_bytes(self.device)
         return TrainResult(self.progress, reason, self.last_loss, seconds, memory)
 
     def _begin(self) -> None:
@@ -216,6 +220,7 @@ class _Run:
         self._check_finite(step, loss, norm, batches)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._check_scaling(step)
         self.progress.optimizer_step, self.last_loss = step, loss
         self.announce(
             StepFinished(
@@ -261,6 +266,17 @@ class _Run:
             "numbers; lower --learning-rate, or look at these rows"
         )
 
+    def _check_scaling(self, step: int) -> None:
+        """Stop where float16 gradients overflow however small the loss scale becomes."""
+        skipped = self.accelerator.scaler is not None and self.optimizer.step_was_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row > _MOST_SKIPPED_STEPS:
+            raise NumericsError(
+                f"step {step}: {self.skipped_in_a_row} steps in a row were skipped because the "
+                "gradients overflow float16; expected a finite gradient; use --dtype bfloat16 or "
+                "float32"
+            )
+
     # ------------------------------------------------------------ between steps
 
     def _evaluate_if_due(self) -> bool:
@@ -274,6 +290,11 @@ class _Run:
         self.model.eval()
         loss = self.evaluate()
         self.model.train()
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"step {step}: the validation loss is {loss}; expected a finite number; lower "
+                "--learning-rate, or look at the validation rows"
+            )
         best = self.progress.best_loss
         is_best = best is None or loss < best
         if is_best:
@@ -290,8 +311,10 @@ class _Run:
 
     def _save_if_due(self) -> None:
         step, every = self.progress.optimizer_step, self.config.save_steps
+        at_epoch_end = self.progress.window == self.steps_per_epoch
+        due = step % every == 0 if every else at_epoch_end
         # The last step is saved once, as the end of the run.
-        if every and step % every == 0 and step < self.total_steps:
+        if due and step < self.total_steps:
             self._save()
 
     def _save(self) -> None:
