@@ -122,7 +122,8 @@ def _changed(name: str) -> tuple[str, object]:
     """Return a flag's text and the value it must resolve to, different from the default."""
     special: dict[str, tuple[str, object]] = {
         "model": ("tinyllama", "tinyllama"),
-        "revision": ("main", "main"), "weights": ("random", "random"), "bits": ("8", 8), "quant_type": ("fp4", "fp4"),
+        "revision": ("main", "main"), "weights": ("random", "random"), "bits": ("8", 8),
+        "quant_type": ("fp4", "fp4"),
         "device": ("cpu", "cpu"), "dtype": ("float32", "float32"),
         "targets": ("mlp", ["mlp"]), "rank_pattern": ("q_proj=2", {"q_proj": 2}),
         "alpha_pattern": ("q_proj=2", {"q_proj": 2.0}),
