@@ -176,7 +176,7 @@ class _GpuMeter:
         self._found: dict[str, Any] = {"measured_on": torch.cuda.get_device_name(), "scaled": False}
         self._peaks: dict[str, dict[str, int]] = {}
         if limit:
-            from qlora_kit.export.merge import parse_size
+            from qlora_kit.config import parse_size
 
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, parse_size(limit) / total))

@@ -12,6 +12,7 @@ Imports neither torch nor anything that does.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,34 @@ def _list_from_text(value: Any) -> Any:
 
 
 def _pairs_from_text(value: Any) -> Any:
-    if isinstance(value, str):
-        return dict(part.strip().split("=", 1) for part in value.split(",") if "=" in part)
-    return value
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in parts):
+        raise ValueError("expected name=number, several separated by commas")
+    return dict(part.split("=") for part in parts)
 
+
+def parse_size(value: Any) -> Any:
+    """Return bytes from "4GB" (10⁹) or "4GiB" (2³⁰).
+
+    Raises:
+        ValueError: not a number with a unit.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("expected a number with a unit, such as 4GB or 500MB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
+
+
+# Above this a rank or a batch is a slip of the finger, not a wish.
+_MOST = 65_536
 
 _OPTIMIZER_NAMES = {
     "adamw_torch": "adamw",
@@ -62,9 +87,14 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
 
 
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(_number_from_text)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_list_from_text)]
-IntegerByPattern = Annotated[dict[str, int], BeforeValidator(_pairs_from_text)]
-NumberByPattern = Annotated[dict[str, float], BeforeValidator(_pairs_from_text)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_list_from_text), Field(min_length=1)]
+IntegerByPattern = Annotated[
+    dict[str, Annotated[int, Field(ge=1, le=_MOST)]], BeforeValidator(_pairs_from_text)
+]
+NumberByPattern = Annotated[
+    dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs_from_text)
+]
+ByteCount = Annotated[int, BeforeValidator(parse_size)]
 OptimizerName = Annotated[
     Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"], _renamed(_OPTIMIZER_NAMES)
 ]
@@ -81,7 +111,9 @@ def option(default: Any, text: str, *, also: Sequence[str] = (), **bounds: Any) 
 class Options(BaseModel):
     """Base of all groups: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 # ---------------------------------------------------------------- groups
@@ -125,7 +157,7 @@ class AdapterOption(Options):
 class LoraOptions(Options):
     """The trained part."""
 
-    rank: int = option(16, "rank of the LoRA matrices", also=["lora_r", "r"], ge=1)
+    rank: int = option(16, "rank of the LoRA matrices", also=["lora_r", "r"], ge=1, le=_MOST)
     alpha: float = option(32, "LoRA numerator: scaling = alpha / rank", also=["lora_alpha"], gt=0)
     lora_dropout: float = option(0.0, "dropout on the input of A, 0 to 1", ge=0, lt=1)
     targets: Names = option(
@@ -204,7 +236,7 @@ class OptimizerOptions(Options):
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", ge=0)
     max_grad_norm: float = option(0.3, "gradient norm that is clipped to; 0: no clipping", ge=0)
     optimizer: OptimizerName = option("adamw", "adamw keeps fp32 state", also=["optim"])
-    seed: int = option(42, "seed of initialisation, data order and dropout", ge=0)
+    seed: int = option(42, "seed of initialisation, data order and dropout", ge=0, le=2**32 - 1)
 
 
 class RunOptions(Options):
@@ -273,7 +305,7 @@ class GenerateConfig(AdapterOption, BaseModelOptions):
     max_new_tokens: int = option(256, "tokens to generate at most", ge=1)
     temperature: float = option(0.0, "0: greedy; above: sampling", ge=0)
     top_p: float = option(1.0, "share of the probability kept when sampling", gt=0, le=1)
-    seed: int = option(42, "seed of sampling", ge=0)
+    seed: int = option(42, "seed of sampling", ge=0, le=2**32 - 1)
 
 
 class ExportConfig(Options):
@@ -286,7 +318,9 @@ class ExportConfig(Options):
         also=["model_name_or_path", "base_model"],
     )  # fmt: skip
     dtype: ExportDtypeName = option("float16", "dtype of the merged weights")
-    max_shard_size: str = option("4GB", "largest file, such as 4GB or 500MB (10^9 and 10^6 bytes)")
+    max_shard_size: ByteCount = option(
+        4_000_000_000, "largest file, such as 4GB or 500MB (10^9 and 10^6 bytes)", ge=1_000_000
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the merge is computed")
     overwrite: bool = option(False, "replace the folder if it exists")
 
@@ -297,8 +331,12 @@ AnyConfig = TypeVar("AnyConfig", bound=Options)
 _SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
     "load_in_4bit": {True: ("bits", 4)},
     "load_in_8bit": {True: ("bits", 8)},
+    "bf16": {True: ("dtype", "bfloat16")},
+    "fp16": {True: ("dtype", "float16")},
     "completion_only_loss": {True: ("train_on", "completion"), False: ("train_on", "all")},
 }
+# Off, these leave open what is meant: the default here is 4 bits, with peers it is 16.
+_NOT_SAID_WHAT = ("load_in_4bit", "load_in_8bit")
 
 
 # ---------------------------------------------------------------- resolving
@@ -312,6 +350,18 @@ class Layer:
     values: Mapping[str, Any]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which would take the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{key} stands twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_config_file(path: Path) -> Layer:
     """Read a YAML configuration file.
 
@@ -319,14 +369,17 @@ def read_config_file(path: Path) -> Layer:
         ConfigError: missing, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"{path}: {reason}; expected a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML; write `key: value` lines") from error
+        reason = f" ({problem})" if (problem := getattr(error, "problem", None)) else ""
+        raise ConfigError(
+            f"{path}{line}: not valid YAML{reason}; write `key: value` lines"
+        ) from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -368,10 +421,13 @@ def _canonical(
             name, value = _SWITCHES[key][value]
         elif key in names:
             name = names[key]
-        elif not (key in _SWITCHES and value is False):
-            faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
+        elif key in _NOT_SAID_WHAT and value is False:
+            faults.append(f"{origin}: false does not say how; give bits: 4, 8 or 16 instead")
+            continue
+        elif key in _SWITCHES and value is False:
             continue
         else:
+            faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
             continue
         if name in found and found[name][0] != value:
             faults.append(f"{origin}: {name} is given twice; keep one of the two")

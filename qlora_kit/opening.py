@@ -171,6 +171,9 @@ def stored_options(adapter: Path) -> dict[str, Any]:
     """Return the base options an adapter was trained with, as far as it says."""
     if not adapter.is_dir():
         raise AdapterError(f"{adapter}: no such folder; expected an adapter or run folder")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise AdapterError(f"{adapter}: no {name}; expected an adapter or run folder")
     if (adapter / _RECORD).is_file():
         record = read_json(adapter / _RECORD)
         names = ("bits", "quant_type", "double_quant", "weights", "revision")
@@ -178,8 +181,6 @@ def stored_options(adapter: Path) -> dict[str, Any]:
             return {"model": record["base"], **{name: record[name] for name in names}}
         except (KeyError, TypeError) as error:
             raise AdapterError(f"{adapter / _RECORD}: {error} is missing; restore it") from error
-    if not (adapter / "adapter_config.json").is_file():
-        raise AdapterError(f"{adapter}: no adapter_config.json; expected an adapter or run folder")
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     return {"model": named} if named else {}
 

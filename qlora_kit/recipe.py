@@ -9,6 +9,7 @@ checked without it has been.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from qlora_kit.errors import AdapterError, ConfigError, OutputError
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.opening import as_trained, open_tokenizer, put_on, stored_options
-from qlora_kit.storage import storage_errors, write_text
+from qlora_kit.storage import check_writable, storage_errors, write_text
 from qlora_kit.train.folder import CONFIG, choose_output, clear_run
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     opened = open_tokenizer(config, announce)
     rows, held_out = _tokenize_data(samples, validation, opened.tokenizer, config, announce)
     opened.check_positions(config, rows)
+    _check_validation(config, held_out, announce)
     base = opened.load(config, announce, _lora_spec(config))
     adapter = _attach(base, config)
     is_chat = isinstance(samples.items[0], Conversation)
@@ -122,6 +124,17 @@ def _tokenize_data(
     if split is not None:
         announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
     return kept, split
+
+
+def _check_validation(config: TrainConfig, held_out: Tokenized | None, announce: Announce) -> None:
+    """Options that need validation rows must not be silently without effect."""
+    if held_out is not None:
+        return
+    remedy = "give --validation FILE, or 200 rows or more with --validation-fraction above 0"
+    if config.early_stopping_patience is not None:
+        raise ConfigError(f"--early-stopping-patience: there are no validation rows; {remedy}")
+    if config.eval_steps is not None:
+        announce(Notice(f"--eval-steps has no effect: there are no validation rows; {remedy}"))
 
 
 def _lora_spec(config: TrainConfig) -> LoraSpec:
@@ -244,14 +257,15 @@ def _finish_run(
         output, base=record.base, facts=facts, results=results, versions=record.versions
     )
     announce(Facts("result", results))
+    name = shlex.quote(str(output))
     # A local base is found again through the record; saying it makes the command self-contained.
     announce(
         Closing(
             written=tuple(sorted(str(path) for path in output.iterdir())),
             commands=(
-                f'qlora-kit generate --adapter {output} --prompt "..."',
-                f"qlora-kit evaluate --adapter {output} --data test.jsonl",
-                f"qlora-kit export {output} --to {Path('merged') / output.name}",
+                f'qlora-kit generate --adapter {name} --prompt "..."',
+                f"qlora-kit evaluate --adapter {name} --data test.jsonl",
+                f"qlora-kit export {name} --to {shlex.quote(str(Path('merged') / output.name))}",
             ),
         )
     )
@@ -351,6 +365,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     """Dequantise the base, merge an adapter into it and write an unquantised model."""
     if config.to.exists() and not config.overwrite:
         raise OutputError(f"{config.to}: exists; pass --overwrite, or name another --to")
+    check_writable(config.to)
     stored = stored_options(config.adapter)
     model = config.model or stored.get("model")
     if model is None:
@@ -360,11 +375,10 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
         stored.pop("revision", None)
     options = BaseModelOptions(**{**stored, "model": model, "device": config.device})
 
-    from qlora_kit.export.merge import merge_to, parse_size
+    from qlora_kit.export.merge import merge_to
     from qlora_kit.lora.adapter import read_adapter
     from qlora_kit.model.hardware import choose_hardware, dtype_named
 
-    shard_bytes = parse_size(config.max_shard_size)
     adapter = read_adapter(config.adapter)
     opened = open_tokenizer(options, announce, config.adapter)
     merged = merge_to(
@@ -374,7 +388,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
         opened.tokenizer,
         dtype=dtype_named(config.dtype),
         device=choose_hardware(config.device).device,
-        shard_bytes=shard_bytes,
+        shard_bytes=config.max_shard_size,
         overwrite=config.overwrite,
         announce=announce,
     )
@@ -385,6 +399,8 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
         ("size", f"{merged.bytes / 1e9:.3f} GB in {merged.shards} file(s), {config.dtype}"),
     )
     announce(Facts(f"merged into {config.to}", facts))
-    evaluate_it = f"qlora-kit evaluate --model {config.to} --bits 16 --data test.jsonl"
+    evaluate_it = (
+        f"qlora-kit evaluate --model {shlex.quote(str(config.to))} --bits 16 --data test.jsonl"
+    )
     announce(Closing((str(config.to),), (evaluate_it,)))
     return result

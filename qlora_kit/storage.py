@@ -218,6 +218,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             yield staging
             _seal(staging)
             _swap(staging, target)
+        except StorageError as error:
+            # The user knows the folder by its name, not by where it is staged.
+            faults = [fault.replace(str(staging), str(target)) for fault in error.faults]
+            raise StorageError(*faults) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -303,6 +307,22 @@ def _umask() -> int:
     return mask
 
 
+def check_writable(folder: Path) -> None:
+    """Check that `folder` can be made or written, before anything long is begun.
+
+    Raises:
+        OutputError: a part of its path is a file.
+        StorageError: the nearest existing folder may not be written.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise OutputError(f"{folder}: {nearest} is a file; expected a folder; name another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: {nearest} may not be written; name another folder")
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -317,7 +337,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "free space" if error.errno == errno.ENOSPC else "check the path and its rights"
-        raise StorageError(f"{error.filename or path}: {_reason(error)}; {remedy}") from error
+        raise StorageError(f"{path}: {_reason(error)}; {remedy}") from error
 
 
 def _reason(error: OSError) -> str:

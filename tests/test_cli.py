@@ -49,6 +49,13 @@ EARLY_ERRORS = {
     ("generate",): (2, "--prompt: missing"),
     ("export", "nowhere", "--to", "merged"): (2, "nowhere: no such folder"),
     ("export", "nowhere"): (2, "--to: missing"),
+    ("export", "nowhere", "--to", "merged", "--max-shard-size", "lots"): (
+        2,
+        "expected a number with a unit",
+    ),
+    ("train", "--model", __file__): (2, "is a file; expected the folder of a model"),
+    ("train", "--model", str(Path(__file__).parent)): (2, "no config.json"),
+    ("train", "--output", f"{__file__}/run"): (2, "is a file; expected a folder"),
     ("nonsense",): (2, "No such command"),
 }
 

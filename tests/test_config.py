@@ -84,7 +84,7 @@ def test_one_option_under_two_names_in_one_layer_is_refused() -> None:
     [
         ({"load_in_4bit": True}, "bits", 4),
         ({"load_in_8bit": True}, "bits", 8),
-        ({"load_in_4bit": False}, "bits", 4),
+        ({"bf16": True, "fp16": False}, "dtype", "bfloat16"),
         ({"completion_only_loss": False}, "train_on", "all"),
         ({"optim": "paged_adamw_8bit"}, "optimizer", "paged-adamw8bit"),
         ({"dtype": "bf16"}, "dtype", "bfloat16"),
@@ -127,3 +127,30 @@ def test_every_option_has_a_help_text_and_a_name_of_its_own(config_class: Any) -
         assert field.description, name
         names += [name, *typing.cast(dict[str, Any], field.json_schema_extra)["also"]]
     assert len(names) == len(set(names)), "a synonym stands for two options"
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"load_in_4bit": False}, "false does not say how; give bits"),
+        ({"rank_pattern": "x"}, "expected name=number"),
+        ({"rank_pattern": "q_proj=0"}, "greater than or equal to 1"),
+        ({"alpha_pattern": "q_proj=-1"}, "greater than 0"),
+        ({"learning_rate": "inf"}, "finite"),
+        ({"rank": 10**9}, "less than or equal to"),
+        ({"seed": 10**20}, "less than or equal to"),
+        ({"targets": " , "}, "at least 1 item"),
+    ],
+)
+def test_a_value_that_would_fail_later_is_refused_at_once(
+    given: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        resolve(TrainConfig, [Layer("", given)])
+
+
+def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 4\nalpha: 8\nrank: 8\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:3: not valid YAML \(rank stands twice\)"):
+        read_config_file(file)

@@ -148,3 +148,9 @@ def test_a_file_that_breaks_off_still_tells_what_was_wrong_before() -> None:
     with pytest.raises(DataError) as caught:
         to_samples(lines())
     assert [fault[:11] for fault in caught.value.faults] == ["a.jsonl:1: ", "a.jsonl:2: "]
+
+
+def test_half_of_a_surrogate_pair_is_refused_before_a_tokenizer_meets_it() -> None:
+    line = Line("data.jsonl", 1, {"prompt": "\ud83d", "completion": "b"})
+    with pytest.raises(DataError, match=r'data\.jsonl:1: "prompt" has half of a surrogate pair'):
+        to_samples([line])

@@ -51,6 +51,7 @@ def test_a_known_name_knows_its_architecture() -> None:
 
 def test_a_folder_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     source = find_model("owner/name")
     assert source.folder == tmp_path / "owner" / "name"

@@ -19,7 +19,7 @@ from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(qlora_kit.__version__, prog_name="qlora-kit")
 def cli() -> None:
-    r"""Fine-tune large language models on small GPUs: 4-bit base, LoRA, merged exports.
+    """Fine-tune large language models on small GPUs: 4-bit base, LoRA, merged exports.
 
     \b
     Exit codes: 0 done, 1 internal error, 2 input, 3 environment (hub, disk, memory),
@@ -52,13 +52,20 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail([_internal(error)], 3 if type(error).__name__ == "OutOfMemoryError" else 1)
+        _fail([_internal(error)], 3 if _is_out_of_memory(error) else 1)
     sys.exit(0)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name and text: torch, whose errors these are, may not have been imported.
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def _internal(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
-        return "out of GPU memory; try --batch-size 1, a smaller --max-length or fewer --bits"
+    if _is_out_of_memory(error):
+        return (
+            "out of memory; try --batch-size 1, a smaller --max-length or --rank, or fewer --bits"
+        )
     lines = str(error).strip().splitlines()
     reason = lines[0][:200] if lines else "no message"
     return (

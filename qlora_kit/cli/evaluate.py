@@ -16,7 +16,7 @@ from qlora_kit.config import EvaluateConfig
 @flags_of(EvaluateConfig)
 @common_flags
 def evaluate(**given: Any) -> None:
-    r"""Measure a model, with or without an adapter, on a data file.
+    """Measure a model, with or without an adapter, on a data file.
 
     \b
     qlora-kit evaluate --model deepseek-7b --adapter runs/mine --data test.jsonl

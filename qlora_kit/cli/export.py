@@ -16,7 +16,7 @@ from qlora_kit.config import ExportConfig
 @flags_of(ExportConfig, positional={"adapter": "RUN_OR_ADAPTER"})
 @common_flags
 def export(**given: Any) -> None:
-    r"""Dequantise the base, merge an adapter into it and write an unquantised model.
+    """Dequantise the base, merge an adapter into it and write an unquantised model.
 
     \b
     qlora-kit export runs/mine --to merged/mine

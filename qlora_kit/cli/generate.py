@@ -16,7 +16,7 @@ from qlora_kit.config import GenerateConfig
 @flags_of(GenerateConfig)
 @common_flags
 def generate(**given: Any) -> None:
-    r"""Generate text with a model, with or without an adapter.
+    """Generate text with a model, with or without an adapter.
 
     \b
     qlora-kit generate --adapter runs/mine --prompt "Once upon a time"

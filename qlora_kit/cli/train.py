@@ -16,7 +16,7 @@ from qlora_kit.config import TrainConfig
 @flags_of(TrainConfig)
 @common_flags
 def train(**given: Any) -> None:
-    r"""Train a LoRA adapter on a frozen base.
+    """Train a LoRA adapter on a frozen base.
 
     \b
     qlora-kit train --model deepseek-7b --bits 4 --data my.jsonl --output runs/mine

@@ -7,6 +7,7 @@ neither torch nor transformers.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def _is_hub_id(name: str) -> bool:
 def _read_hub(name: str) -> Iterator[Line]:
     import datasets
 
+    # The hub client warns of every retry; the one line that matters is the error below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:

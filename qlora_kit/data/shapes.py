@@ -6,6 +6,7 @@ Never changes a text, and imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,9 @@ from qlora_kit.errors import DataError
 from qlora_kit.storage import Line
 
 ROLES = ("system", "user", "assistant")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Shape(StrEnum):
@@ -211,6 +215,11 @@ def _string(record: Mapping[str, Any], key: str, where: str, within: str = "") -
         raise DataError(
             f'{where}: {within}"{key}" is {kind_of(value)}; expected a string; '
             "write the text in quotes"
+        )
+    if not value.isascii() and _SURROGATE.search(value):
+        raise DataError(
+            f'{where}: {within}"{key}" has half of a surrogate pair; expected whole characters; '
+            "write the character itself or both halves"
         )
     return value
 

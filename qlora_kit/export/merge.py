@@ -8,7 +8,6 @@ was trained, and the model never stands in memory as a whole.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.data.template import end_token_ids
-from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
+from qlora_kit.errors import AdapterError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.model.architecture import build_skeleton, linear_layers
@@ -28,8 +27,6 @@ from qlora_kit.model.hardware import dtype_name, dtype_named, memory_returned
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
 from qlora_kit.model.quantize import FrozenWeight
 from qlora_kit.storage import MANIFEST, is_sealed, save_tensors, staged_folder, write_json
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,19 +46,6 @@ class Merged:
     layers: int
     bytes: int
     shards: int
-
-
-def parse_size(text: str) -> int:
-    """Return bytes from "4GB" (10⁹) or "4GiB" (2³⁰).
-
-    Raises:
-        ConfigError: not a number with a unit.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"size {text!r}: expected a number with a unit, such as 4GB or 500MB")
-    step = 1024 if match[3] else 1000
-    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
 
 
 def merge_to(

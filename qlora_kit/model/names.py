@@ -78,13 +78,18 @@ def find_model(name: str) -> ModelSource:
     """Resolve the value of `--model`: a known name, then a folder, then a hub id.
 
     Raises:
-        ModelError: none of the three; with the nearest known name.
+        ModelError: none of the three, with the nearest known name; a file; or a folder that
+            holds no model.
     """
     known = known_models()
     if name in known:
         return known[name]
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ModelError(f"{name}: is a file; expected the folder of a model")
     if name and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: no config.json; expected the folder of a transformers model")
         return ModelSource(name=folder.resolve().name, folder=folder.resolve())
     by_hub_id = {source.hub_id: source for source in known.values() if source.hub_id}
     if name in by_hub_id:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from qlora_kit.errors import OutputError
+from qlora_kit.storage import check_writable
 
 LAST, BEST = "last", "best"
 CONFIG = "training_config.yaml"
@@ -42,10 +43,10 @@ def choose_output(output: Path | None, model: str, *, resume: bool, overwrite: b
         if resume:
             raise OutputError("--resume: which run? name its folder with --output")
         taken = {path.name for path in _RUNS.glob(f"{model}-*")}
+        check_writable(_RUNS)
         number = next(n for n in range(1, len(taken) + 2) if f"{model}-{n}" not in taken)
         return _RUNS / f"{model}-{number}"
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output}: is a file; expected a folder; name another --output")
+    check_writable(output)
     if not output.exists() or not any(output.iterdir()) or resume:
         return output
     if not overwrite:
