@@ -117,40 +117,48 @@ def train_adapter(
         NumericsError: a loss or gradient that is not finite; the weights are those before it.
         ConfigError: the checkpoint to resume from was made under other conditions.
     """
-    run = _Run(adapter, rows, config, pad_token_id, evaluate, loss, saving, identity, announce)
+    run = _Run(
+        adapter=adapter,
+        rows=rows,
+        config=config,
+        pad_token_id=pad_token_id,
+        evaluate=evaluate,
+        loss=loss,
+        saving=saving,
+        identity=identity or Resumable(),
+        announce=announce,
+    )
     return run.run()
 
 
+@dataclass
 class _Run:
-    """One call of `train_adapter`: what the steps share."""
+    """One call of `train_adapter`: its arguments, and what the steps share."""
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        rows: TokenRows,
-        config: TrainConfig,
-        pad_token_id: int,
-        evaluate: Callable[[], float] | None,
-        loss: ChunkLoss | None,
-        saving: Saving | None,
-        identity: Resumable | None,
-        announce: Announce,
-    ) -> None:
-        self.adapter, self.rows, self.config = adapter, rows, config
-        self.pad_token_id, self.evaluate, self.loss = pad_token_id, evaluate, loss
-        self.saving, self.identity = saving, identity or Resumable()
-        self.announce = announce
-        self.model = adapter.base.model
+    adapter: Adapter
+    rows: TokenRows
+    config: TrainConfig
+    pad_token_id: int
+    evaluate: Callable[[], float] | None
+    loss: ChunkLoss | None
+    saving: Saving | None
+    identity: Resumable
+    announce: Announce
+
+    def __post_init__(self) -> None:
+        self.model = self.adapter.base.model
         self.head = head_of(self.model)
-        self.device = adapter.base.hardware.device
-        self.parameters = list(adapter.parameters().values())
-        self.accelerator = _accelerator(adapter)
+        self.device = self.adapter.base.hardware.device
+        self.parameters = list(self.adapter.parameters().values())
+        self.accelerator = _accelerator(self.adapter)
         self.optimizer = self.accelerator.prepare_optimizer(
-            build_optimizer(self.parameters, config)
+            build_optimizer(self.parameters, self.config)
         )
-        batches = math.ceil(len(rows) / config.batch_size)
-        self.steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        self.total_steps = config.max_steps or math.ceil(config.epochs * self.steps_per_epoch)
+        batches = math.ceil(len(self.rows) / self.config.batch_size)
+        self.steps_per_epoch = math.ceil(batches / self.config.gradient_accumulation_steps)
+        self.total_steps = self.config.max_steps or math.ceil(
+            self.config.epochs * self.steps_per_epoch
+        )
         self.progress = Progress()
         self.last_loss = math.nan
         self.saved_step = -1
