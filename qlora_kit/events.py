@@ -31,6 +31,13 @@ class Facts(Event):
 
 
 @dataclass(frozen=True)
+class Answered(Event):
+    """A model continued a prompt; `text` is what it added."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Closing(Event):
     """The command is done: the files it wrote and the commands to type next."""
 

@@ -26,7 +26,7 @@ from qlora_kit.config import (
 from qlora_kit.data.samples import Samples, load_samples
 from qlora_kit.data.shapes import Conversation
 from qlora_kit.errors import AdapterError, ConfigError, OutputError
-from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to, silent
+from qlora_kit.events import Announce, Answered, Closing, Facts, Notice, announce_to, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.opening import as_trained, open_tokenizer, put_on, stored_options
 from qlora_kit.storage import check_writable, storage_errors, write_text
@@ -354,7 +354,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     ids = prompt_ids(opened.tokenizer, Renderer(opened.tokenizer).prompt_text(turns))
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
     (text,) = continue_prompts(base, opened.tokenizer, [ids], sampling)
-    announce(Facts("", (("prompt", config.prompt), ("answer", text.strip()))))
+    announce(Answered(text.strip()))
     return {"prompt": config.prompt, "text": text}
 
 

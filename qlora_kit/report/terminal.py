@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from qlora_kit.events import (
+    Answered,
     CheckpointSaved,
     Closing,
     Evaluated,
@@ -62,6 +63,9 @@ class Terminal:
         """Show an event."""
         if isinstance(event, Notice):
             self.console.print(f"note: {event.text}", markup=False)
+        elif isinstance(event, Answered):
+            # As it is, never folded: it may be piped on.
+            self.console.out(event.text, highlight=False)
         elif isinstance(event, Facts):
             self._show_facts(event)
         elif isinstance(event, Closing):
