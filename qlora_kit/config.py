@@ -328,7 +328,7 @@ class ExportConfig(Options):
 AnyConfig = TypeVar("AnyConfig", bound=Options)
 
 # Peers' switches whose value becomes another key's value.
-_SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
+SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
     "load_in_4bit": {True: ("bits", 4)},
     "load_in_8bit": {True: ("bits", 8)},
     "bf16": {True: ("dtype", "bfloat16")},
@@ -417,14 +417,14 @@ def _canonical(
     found: dict[str, tuple[Any, str]] = {}
     for key, value in layer.values.items():
         origin = f"{layer.origin}: {key}" if layer.origin else _as_flag(key)
-        if key in _SWITCHES and _SWITCHES[key].get(value, ("",))[0] in names:
-            name, value = _SWITCHES[key][value]
+        if key in SWITCHES and SWITCHES[key].get(value, ("",))[0] in names:
+            name, value = SWITCHES[key][value]
         elif key in names:
             name = names[key]
         elif key in _NOT_SAID_WHAT and value is False:
             faults.append(f"{origin}: false does not say how; give bits: 4, 8 or 16 instead")
             continue
-        elif key in _SWITCHES and value is False:
+        elif key in SWITCHES and value is False:
             continue
         else:
             faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
@@ -447,7 +447,7 @@ def field_names(config_class: type[Options]) -> dict[str, str]:
 
 
 def _did_you_mean(key: str, names: Mapping[str, str]) -> str:
-    near = difflib.get_close_matches(key, [*names, *_SWITCHES], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [*names, *SWITCHES], n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else "; see `qlora-kit train --help` for the keys"
 
 

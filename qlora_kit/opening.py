@@ -167,8 +167,21 @@ def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord 
     return record
 
 
-def stored_options(adapter: Path) -> dict[str, Any]:
-    """Return the base options an adapter was trained with, as far as it says."""
+def stored_options(adapter: Path, model: str | None = None) -> dict[str, Any]:
+    """Return the base options an adapter was trained with, as far as it says.
+
+    Args:
+        adapter: its folder.
+        model: the base that was asked for, which goes before the recorded one. The recorded
+            commit is of the recorded base and holds for no other.
+    """
+    options = _recorded_options(adapter)
+    if model is None or model == options.get("model"):
+        return options
+    return {**options, "model": model, "revision": None}
+
+
+def _recorded_options(adapter: Path) -> dict[str, Any]:
     if not adapter.is_dir():
         raise AdapterError(f"{adapter}: no such folder; expected an adapter or run folder")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -189,6 +202,7 @@ def as_trained(config: AdapterConfig) -> AdapterConfig:
     """Take the base and its bits from the adapter, where they were not asked for."""
     if config.adapter is None:
         return config
-    stored = stored_options(config.adapter)
+    model = config.model if "model" in config.model_fields_set else None
+    stored = stored_options(config.adapter, model)
     missing = {name: v for name, v in stored.items() if name not in config.model_fields_set}
     return config.model_copy(update=missing)

@@ -53,6 +53,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     samples, validation = _read_data(config, announce)
 
     from qlora_kit.lora.adapter import BaseRecord
+    from qlora_kit.lora.attach import attach
     from qlora_kit.model.tokenizer import template_hash
     from qlora_kit.report.facts import header
     from qlora_kit.train.loop import Saving, train_adapter
@@ -61,8 +62,9 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     rows, held_out = _tokenize_data(samples, validation, opened.tokenizer, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
-    base = opened.load(config, announce, _lora_spec(config))
-    adapter = _attach(base, config)
+    lora = _lora_spec(config)
+    base = opened.load(config, announce, lora)
+    adapter = attach(base, lora, config.seed)
     is_chat = isinstance(samples.items[0], Conversation)
     hash_ = template_hash(opened.tokenizer) if is_chat else None
     record = BaseRecord.of(base, opened.fetched.revision, hash_)
@@ -149,12 +151,6 @@ def _lora_spec(config: TrainConfig) -> LoraSpec:
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
     )
-
-
-def _attach(base: Base, config: TrainConfig) -> Adapter:
-    from qlora_kit.lora.attach import attach
-
-    return attach(base, _lora_spec(config), config.seed)
 
 
 def _validation(base: Base, held_out: Tokenized | None, config: TrainConfig, tokenizer: Any) -> Any:
@@ -258,7 +254,6 @@ def _finish_run(
     )
     announce(Facts("result", results))
     name = shlex.quote(str(output))
-    # A local base is found again through the record; saying it makes the command self-contained.
     announce(
         Closing(
             written=tuple(sorted(str(path) for path in output.iterdir())),
@@ -366,14 +361,11 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     if config.to.exists() and not config.overwrite:
         raise OutputError(f"{config.to}: exists; pass --overwrite, or name another --to")
     check_writable(config.to)
-    stored = stored_options(config.adapter)
-    model = config.model or stored.get("model")
+    stored = stored_options(config.adapter, config.model)
+    model = stored.get("model")
     if model is None:
         raise AdapterError(f"{config.adapter}: does not say what its base is; name it with --model")
-    if config.model is not None:
-        # The recorded commit is of the recorded base.
-        stored.pop("revision", None)
-    options = BaseModelOptions(**{**stored, "model": model, "device": config.device})
+    options = BaseModelOptions(**stored, device=config.device)
 
     from qlora_kit.export.merge import merge_to
     from qlora_kit.lora.adapter import read_adapter
@@ -381,10 +373,11 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
 
     adapter = read_adapter(config.adapter)
     opened = open_tokenizer(options, announce, config.adapter)
+    spec = opened.spec(options)
     merged = merge_to(
         config.to,
         adapter,
-        opened.spec(options),
+        spec,
         opened.tokenizer,
         dtype=dtype_named(config.dtype),
         device=choose_hardware(config.device).device,
@@ -394,7 +387,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     )
     result = {**asdict(merged), "folder": str(merged.folder)}
     facts = (
-        ("base", f"{model}, dequantised from {opened.spec(options).quantization.describe()}"),
+        ("base", f"{model}, dequantised from {spec.quantization.describe()}"),
         ("merged", f"{merged.layers} layers of {merged.tensors} tensors"),
         ("size", f"{merged.bytes / 1e9:.3f} GB in {merged.shards} file(s), {config.dtype}"),
     )

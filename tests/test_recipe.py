@@ -266,3 +266,17 @@ def test_rows_longer_than_the_models_positions_are_refused(
         assert code == 2
         assert "the model only 512 positions; pass --max-length 512 or less" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recorded_commit_holds_for_the_recorded_base_only(tmp_path: Path) -> None:
+    from qlora_kit.opening import stored_options
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    record = {"base": "owner/base", "bits": 8, "quant_type": "nf4", "double_quant": True}
+    record |= {"weights": "pretrained", "revision": "abc123"}
+    (tmp_path / "qlora_kit.json").write_text(json.dumps(record))
+    assert stored_options(tmp_path)["revision"] == "abc123"
+    assert stored_options(tmp_path, "owner/base")["revision"] == "abc123"
+    other = stored_options(tmp_path, "owner/other")
+    assert (other["model"], other["bits"], other["revision"]) == ("owner/other", 8, None)

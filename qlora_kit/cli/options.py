@@ -15,8 +15,11 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic.fields import FieldInfo
 
-from qlora_kit.config import _SWITCHES, AnyConfig, Layer, Options, read_config_file, resolve
+from qlora_kit.config import SWITCHES, AnyConfig, Layer, Options, read_config_file, resolve
 from qlora_kit.model.names import find_model, known_models
+
+_COMMON = ("config_file", "dry_run", "json", "debug")
+_MODEL_KEYS = ("model", "model_name_or_path", "base_model")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,11 +48,10 @@ def flags_of(
     positional = positional or {}
 
     def decorate(command: Command) -> Command:
-        for switch in ("load_in_4bit", "load_in_8bit"):
-            if "bits" in config_class.model_fields:
-                command = click.option(_flag(switch), is_flag=True, default=None, hidden=True)(
-                    command
-                )
+        for switch, meanings in SWITCHES.items():
+            if {name for name, _ in meanings.values()} <= config_class.model_fields.keys():
+                settings: dict[str, Any] = {"is_flag": True, "default": None, "hidden": True}
+                command = click.option(_flag(switch), **settings)(command)
         for name, field in reversed(config_class.model_fields.items()):
             if name in positional:
                 command = click.argument(name, metavar=positional[name], type=str)(command)
@@ -141,8 +143,3 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
         origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
         layers.insert(0, Layer(origin, source.settings))
     return resolve(config_class, layers)
-
-
-_COMMON = ("config_file", "dry_run", "json", "debug")
-_MODEL_KEYS = ("model", "model_name_or_path", "base_model")
-assert "load_in_4bit" in _SWITCHES

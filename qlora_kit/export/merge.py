@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from qlora_kit.data.template import end_token_ids
 from qlora_kit.errors import AdapterError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
-from qlora_kit.lora.adapter import StoredAdapter
+from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.model.architecture import build_skeleton, linear_layers
 from qlora_kit.model.hardware import dtype_name, dtype_named, memory_returned
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
@@ -83,7 +83,7 @@ def merge_to(
     _check_target(folder, [stored.folder, spec.folder], overwrite)
     architecture = spec.architecture()
     skeleton = build_skeleton(architecture)
-    _check_layers(stored, skeleton)
+    check_layers(stored, linear_layers(skeleton), "the base")
     digest = Digest()
     with staged_folder(folder, replace=overwrite) as staging, memory_returned():
         stream = frozen_tensors(spec, skeleton, device or torch.device("cpu"), digest, announce)
@@ -111,19 +111,6 @@ def _check_target(folder: Path, sources: Sequence[Path | None], overwrite: bool)
             f"{folder}: --overwrite replaces a merged model, but this holds no {MANIFEST}; name "
             "another --to"
         )
-
-
-def _check_layers(stored: StoredAdapter, skeleton: PreTrainedModel) -> None:
-    shapes = {p: (m.out_features, m.in_features) for p, m in linear_layers(skeleton).items()}
-    faults = [
-        f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is "
-        f"{'of shape ' + str(shapes[path]) if path in shapes else 'missing'} in the base; expected "
-        f"the base {stored.base}; name it with --model"
-        for path, (a, b) in stored.tensors.items()
-        if shapes.get(path) != (b.shape[0], a.shape[1])
-    ]
-    if faults:
-        raise AdapterError(*faults[:5])
 
 
 @torch.no_grad()

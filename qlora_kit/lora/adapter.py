@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, DataError, StorageError
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach, frozen_layers
+from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
 from qlora_kit.model.quantize import BLOCK_SIZE
 from qlora_kit.storage import load_tensors, read_json, save_tensors, write_json
@@ -28,6 +29,7 @@ CONFIG = "adapter_config.json"
 RECORD = "qlora_kit.json"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_MOST_FAULTS = 5
 _VERSIONED = ("torch", "transformers", "bitsandbytes")
 
 # PEFT options the kit does not have, with the values that mean "not used".
@@ -295,16 +297,35 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
         AdapterError: a layer is missing or of another shape, or the base's weights differ
             from those it was trained on.
     """
-    shapes = {p: (m.out_features, m.in_features) for p, m in frozen_layers(base.model).items()}
-    for path, (a, b) in stored.tensors.items():
-        if shapes.get(path) != (b.shape[0], a.shape[1]):
-            found = f"of shape {shapes[path]}" if path in shapes else "missing"
-            raise AdapterError(
-                f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is {found} in "
-                f"{base.spec.source.name}; expected the base {stored.base}"
-            )
+    check_layers(stored, frozen_layers(base.model), base.spec.source.name)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "
             f"expected {stored.record.base} with digest {stored.record.digest}"
         )
+
+
+def check_layers(
+    stored: StoredAdapter, layers: Mapping[str, FrozenLinear | nn.Linear], base: str
+) -> None:
+    """Check that every layer of an adapter is in a base, with the right shape.
+
+    Args:
+        stored: the adapter.
+        layers: the linear layers of the base, loaded or of a skeleton, by path.
+        base: what to call the base in an error.
+
+    Raises:
+        AdapterError: a line for each of the first layers that do not fit.
+    """
+    shapes = {path: (m.out_features, m.in_features) for path, m in layers.items()}
+    faults = []
+    for path, (a, b) in stored.tensors.items():
+        if shapes.get(path) != (b.shape[0], a.shape[1]):
+            found = f"of shape {shapes[path]}" if path in shapes else "missing"
+            faults.append(
+                f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is {found} in "
+                f"{base}; expected the base {stored.base}; name it with --model"
+            )
+    if faults:
+        raise AdapterError(*faults[:_MOST_FAULTS])
