@@ -1,0 +1,40 @@
+"""The one way anything is written, and the one reader of lines.
+
+`files`: one file, whole. `folders`: a folder, whole, with a manifest of hashes. `space`: room,
+permission and the lock. `reading`: lines and strict JSON. `faults`: an `OSError` as one line.
+"""
+
+from __future__ import annotations
+
+from qlora_kit.storage.faults import storage_errors
+from qlora_kit.storage.files import (
+    load_tensors,
+    save_tensors,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from qlora_kit.storage.folders import (
+    MANIFEST,
+    clean_up,
+    file_hash,
+    is_sealed,
+    manifest_hash,
+    staged_folder,
+    verify_folder,
+)
+from qlora_kit.storage.reading import (
+    Line,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_lines,
+)
+from qlora_kit.storage.space import LOCK, check_space, check_writable, only_writer
+
+__all__ = [
+    "LOCK", "MANIFEST", "Line", "check_space", "check_writable", "clean_up", "file_hash",
+    "is_sealed", "load_tensors", "manifest_hash", "only_writer", "parse_json", "read_json",
+    "read_json_lines", "read_lines", "save_tensors", "staged_folder", "storage_errors",
+    "verify_folder", "write_bytes", "write_json", "write_text",
+]  # fmt: skip

@@ -1,0 +1,127 @@
+"""One file, written whole: staged beside its name, flushed to the disk, renamed.
+
+A reader sees the old file or the new one, never half of either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import StorageError
+from qlora_kit.storage.faults import storage_errors
+
+if TYPE_CHECKING:
+    import torch
+
+
+def staging_path(path: Path) -> Path:
+    """Return where `path` is staged: beside it, so that one rename moves it into place.
+
+    The name says which process writes it, see `folders.clean_up`.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.staging")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a reader sees the old or the new file, never half.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    staging = staging_path(path)
+    with storage_errors(path):
+        try:
+            with staging.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline, see `write_bytes`."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return `value` as indented JSON with a final newline, the same for the same value."""
+    # A number that is not finite would not be read back: `parse_json` is strict.
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, readable by whom the umask allows.
+
+    safetensors itself forces mode 0600, which hides an adapter from the user who serves it.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    staging = staging_path(path)
+    with storage_errors(path):
+        try:
+            save_file(dict(tensors), staging, metadata={"format": "pt", **(metadata or {})})
+            staging.chmod(0o666 & ~_umask())
+            sync_file(staging)
+            staging.replace(path)
+        except SafetensorError as error:
+            raise StorageError(f"{path}: could not be written ({error}); free space") from error
+        finally:
+            staging.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a safetensors file into memory, on the CPU.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with storage_errors(path):
+        try:
+            tensors: dict[str, torch.Tensor] = load_file(path)
+        except SafetensorError as error:
+            raise StorageError(f"{path}: not a complete safetensors file ({error})") from error
+    return tensors
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk; a rename is lasting only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    # POSIX offers no way to read the mask without setting it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

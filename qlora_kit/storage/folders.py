@@ -1,0 +1,195 @@
+"""A folder, written as a whole and checked before it is trusted.
+
+Its files go to a staging folder beside the target, each is flushed to the disk, a manifest of
+SHA-256 hashes is written last, and one rename makes it visible. So a folder that exists under
+its final name is complete, and `verify_folder` can tell whether it still is what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_kit.errors import DataError, OutputError, StorageError
+from qlora_kit.storage.faults import storage_errors
+from qlora_kit.storage.files import json_text, staging_path, sync_file, sync_folder, write_json
+from qlora_kit.storage.reading import parse_json
+
+MANIFEST = "manifest.json"
+_HASH_BLOCK_BYTES = 1 << 20
+# Names that `staging_path` and `_aside` make: what, by which process, why.
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>staging|replaced)")
+
+# ---------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty staging folder that becomes `target` when the block ends well.
+
+    Args:
+        target: the final name; must not exist unless `replace`.
+        replace: an existing target is moved aside first and deleted after the rename.
+
+    Raises:
+        OutputError: the target exists and `replace` is False.
+        StorageError: anything could not be written; the staging folder is removed.
+    """
+    if target.exists() and not replace:
+        raise OutputError(f"{target}: exists; expected a new folder; name another one")
+    staging = staging_path(target)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clean_up(target.parent, target.name)
+        staging.mkdir()
+        try:
+            yield staging
+            _seal(staging)
+            _swap(staging, target)
+        except StorageError as error:
+            # The user knows the folder by its name, not by where it is staged.
+            faults = [fault.replace(str(staging), str(target)) for fault in error.faults]
+            raise StorageError(*faults) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _seal(folder: Path) -> None:
+    """Flush every file of the folder and write the manifest of their hashes last."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            hashes[path.relative_to(folder).as_posix()] = _hash(path)
+            sync_file(path)
+    write_json(folder / MANIFEST, {"sha256": hashes})
+
+
+def _swap(staging: Path, target: Path) -> None:
+    aside = _aside(target)
+    if target.exists():
+        target.rename(aside)
+    try:
+        staging.rename(target)
+    except BaseException:
+        # Interrupted between the two renames: the old folder takes its place again. After a
+        # kill just here, `clean_up` does that.
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.replaced")
+
+
+def clean_up(folder: Path, name: str | None = None) -> None:
+    """Undo what killed processes left half done in `folder`.
+
+    A target that was moved aside and not replaced gets its name back; all else of theirs is
+    deleted. What a living process stages is left alone.
+
+    Args:
+        folder: where targets are.
+        name: only of this target; of all if None.
+    """
+    for path in sorted(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or name not in (None, match["name"]) or _is_running(int(match["pid"])):
+            continue
+        target = folder / match["name"]
+        if match["kind"] == "replaced" and not target.exists():
+            path.rename(target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    # In containers the numbers are small and soon used again: our own is a dead one's too.
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ---------------------------------------------------------------- checking
+
+
+def verify_folder(folder: Path) -> None:
+    """Check a folder written by `staged_folder` against its manifest.
+
+    Raises:
+        StorageError: the manifest or a file is missing, or changed since it was written.
+    """
+    with storage_errors(folder):
+        for name, expected in _manifest(folder).items():
+            path = folder / name
+            if path.is_symlink() or not path.is_file():
+                raise StorageError(f"{path}: missing; the folder is not whole")
+            if _hash(path) != expected:
+                raise StorageError(f"{path}: changed since it was written; its hash differs")
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    """Return hashes by name, all of them inside the folder."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = parse_json(text, str(path))
+        hashes: dict[str, str] = content["sha256"]
+        # Written by us it has one form only, so that not even its spaces can change unseen.
+        known = text == json_text(content) and list(content) == ["sha256"]
+        inside = all(".." not in Path(name).parts and not name.startswith("/") for name in hashes)
+    except (OSError, UnicodeDecodeError, DataError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{folder}: no readable {MANIFEST}; the folder is not whole") from error
+    if not (known and inside and hashes):
+        raise StorageError(f"{path}: not as it was written; the folder is not whole")
+    return hashes
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder was written whole by `staged_folder`."""
+    return (folder / MANIFEST).is_file()
+
+
+def manifest_hash(folder: Path) -> str:
+    """Return the SHA-256 of a folder's manifest, which names all that is in it.
+
+    Raises:
+        StorageError: there is no manifest.
+    """
+    with storage_errors(folder):
+        return _hash(folder / MANIFEST)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    with storage_errors(path):
+        return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""Whether a folder can be written, has room, and is ours alone: asked before work begins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qlora_kit.errors import EnvironmentFault, OutputError, StorageError
+from qlora_kit.storage.faults import storage_errors
+
+LOCK = ".lock"
+
+
+def check_writable(folder: Path) -> None:
+    """Check that `folder` can be made or written, before anything long is begun.
+
+    Raises:
+        OutputError: a part of its path is a file.
+        StorageError: the nearest existing folder may not be written.
+    """
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise OutputError(f"{folder}: {nearest} is a file; expected a folder; name another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: {nearest} may not be written; name another folder")
+
+
+def check_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Check that there is room for `what`, before anything long is begun.
+
+    Raises:
+        StorageError: the disk has fewer bytes free.
+    """
+    with storage_errors(folder):
+        free_bytes = shutil.disk_usage(_nearest(folder)).free
+    if free_bytes < needed_bytes:
+        raise StorageError(
+            f"{folder}: {free_bytes / 1e9:.2f} GB free; expected {needed_bytes / 1e9:.2f} GB for "
+            f"{what}; free space, or name another folder"
+        )
+
+
+def _nearest(folder: Path) -> Path:
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold an existing folder against other processes while the block runs.
+
+    The system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        EnvironmentFault: another process holds it.
+        StorageError: the lock file cannot be written.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    with storage_errors(folder):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise EnvironmentFault(
+                f"{folder}: another qlora-kit process writes here; expected none; wait for it, or "
+                "name another folder"
+            ) from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever opened it meanwhile sees that it has no name.
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+        lock.release()
