@@ -87,6 +87,12 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
 
 
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(_number_from_text)]
+ChangeNames = Annotated[
+    tuple[
+        Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"], ...
+    ],
+    BeforeValidator(_list_from_text),
+]
 Names = Annotated[tuple[str, ...], BeforeValidator(_list_from_text), Field(min_length=1)]
 IntegerByPattern = Annotated[
     dict[str, Annotated[int, Field(ge=1, le=_MOST)]], BeforeValidator(_pairs_from_text)
@@ -237,6 +243,11 @@ class OptimizerOptions(Options):
     max_grad_norm: float = option(0.3, "gradient norm that is clipped to; 0: no clipping", ge=0)
     optimizer: OptimizerName = option("adamw", "adamw keeps fp32 state", also=["optim"])
     seed: int = option(42, "seed of initialisation, data order and dropout", ge=0, le=2**32 - 1)
+    deterministic: bool = option(
+        False,
+        "the same bits in each run on a GPU too; its cost is printed",
+        also=["full_determinism"],
+    )
 
 
 class RunOptions(Options):
@@ -250,6 +261,9 @@ class RunOptions(Options):
     )
     resume: str | None = option(
         None, "continue from `latest` or a checkpoint folder", also=["resume_from_checkpoint"]
+    )
+    allow_change: ChangeNames = option(
+        (), "what may differ from the run that --resume continues: data,tokenizer,base,batch,…"
     )
     save_steps: int | None = option(
         None, "optimiser steps between checkpoints; default: at each epoch's end", ge=1

@@ -60,6 +60,8 @@ class RunStarted(Event):
     first_step: int
     total_steps: int
     epochs: float
+    evaluated_step: int = 0
+    """the last step whose evaluation counts; a resumed run may have one to repeat"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,27 @@ class StepFinished(Event):
     step_seconds: float
     memory_bytes: int
     """peak allocated on the device since the run began; resident size on a CPU"""
+
+
+@dataclass(frozen=True)
+class StepSkipped(Event):
+    """An optimiser step changed no weight, because its numbers are not finite."""
+
+    optimizer_step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    rows: tuple[int, ...]
+    """index of the source samples that the numbers came from"""
+
+
+@dataclass(frozen=True)
+class MicroBatchHalved(Event):
+    """Memory ran out: fewer rows go through the model at a time, in more passes a step."""
+
+    optimizer_step: int
+    rows_asked: int
+    rows_now: int
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ checked without it has been.
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,19 +27,31 @@ from qlora_kit.config import (
 )
 from qlora_kit.data.samples import Samples, load_samples
 from qlora_kit.data.shapes import Conversation
-from qlora_kit.errors import AdapterError, ConfigError, OutputError
+from qlora_kit.errors import (
+    AdapterError,
+    ConfigError,
+    NumericsError,
+    OutOfMemory,
+    OutputError,
+)
 from qlora_kit.events import Announce, Answered, Closing, Facts, Notice, announce_to, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.opening import as_trained, open_tokenizer, put_on, stored_options
-from qlora_kit.storage import check_writable, storage_errors, write_text
-from qlora_kit.train.folder import CONFIG, choose_output, clear_run
+from qlora_kit.signals import Stopped
+from qlora_kit.storage import (
+    check_space,
+    check_writable,
+    file_hash,
+    storage_errors,
+    write_text,
+)
+from qlora_kit.train.folder import CONFIG, checkpoints, claimed_run, clear_run
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.lora.attach import Adapter, LoraSpec
     from qlora_kit.model.load import Base
-    from qlora_kit.train.checkpoint import Resumable
     from qlora_kit.train.loop import TrainResult
 
 
@@ -47,48 +61,66 @@ if TYPE_CHECKING:
 def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     """Train a LoRA adapter, from a data file to an adapter folder."""
     source = find_model(config.model)
-    output = choose_output(
-        config.output, source.name, resume=config.resume is not None, overwrite=config.overwrite
-    )
-    samples, validation = _read_data(config, announce)
+    with claimed_run(
+        config.output, source.name, resume=config.resume, overwrite=config.overwrite
+    ) as output:
+        samples, validation = _read_data(config, announce)
+        return _train(config, output, samples, validation, announce)
 
+
+def _train(
+    config: TrainConfig,
+    output: Path,
+    samples: Samples,
+    validation: Samples | None,
+    announce: Announce,
+) -> dict[str, Any]:
     from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.lora.attach import attach
+    from qlora_kit.model.hardware import make_deterministic
     from qlora_kit.model.tokenizer import template_hash
     from qlora_kit.report.facts import header
     from qlora_kit.train.loop import Saving, train_adapter
 
+    if config.deterministic:
+        make_deterministic()
     opened = open_tokenizer(config, announce)
     rows, held_out = _tokenize_data(samples, validation, opened.tokenizer, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
     lora = _lora_spec(config)
-    base = opened.load(config, announce, lora)
+    _check_room(output, opened.trainable(config, lora), len(rows.rows), config)
+    base = opened.load(config, announce)
     adapter = attach(base, lora, config.seed)
     is_chat = isinstance(samples.items[0], Conversation)
     hash_ = template_hash(opened.tokenizer) if is_chat else None
     record = BaseRecord.of(base, opened.fetched.revision, hash_)
-    identity = _identity(config, rows, base)
-    resume = _resume_point(config, output, identity, announce)
-    if resume is None:
-        _open_run(output, config)
-    elif _is_finished(resume, output, config):
+    identity = _identity(config, rows, held_out, base)
+    resume = _resume_point(config, output, identity, len(rows.rows), announce)
+    if resume is not None and _is_finished(resume, output, config):
         announce(Notice(f"{output}: this run is finished; nothing to do"))
         return {"output": str(output), "finished": True}
 
+    if config.overwrite:
+        clear_run(output)
     facts = header(adapter, rows, held_out, samples, config)
-    announce(Facts(f"qlora-kit: {source.name} → {output}", facts))
+    announce(Facts(f"qlora-kit: {find_model(config.model).name} → {output}", facts))
     _save_inputs(output, config, opened.tokenizer)
-    result = train_adapter(
-        adapter,
-        rows.rows,
-        config,
-        pad_token_id=opened.tokenizer.pad_token_id,
-        evaluate=_validation(base, held_out, config, opened.tokenizer),
-        saving=Saving(output, record, resume),
-        identity=identity,
-        announce=_with_log(output, config, announce),
-    )
+    try:
+        result = train_adapter(
+            adapter,
+            rows.rows,
+            config,
+            pad_token_id=opened.tokenizer.pad_token_id,
+            evaluate=_validation(base, held_out, config, opened.tokenizer, announce),
+            saving=Saving(output, record, resume, identity),
+            announce=_with_log(output, config, announce),
+        )
+    except (Stopped, NumericsError, OutOfMemory):
+        if checkpoints(output):
+            again = f"qlora-kit train --output {shlex.quote(str(output))} --resume"
+            announce(Notice(f"what was trained is saved; go on with: {again}"))
+        raise
     return _finish_run(output, adapter, record, result, facts, announce)
 
 
@@ -153,72 +185,112 @@ def _lora_spec(config: TrainConfig) -> LoraSpec:
     )
 
 
-def _validation(base: Base, held_out: Tokenized | None, config: TrainConfig, tokenizer: Any) -> Any:
+def _validation(
+    base: Base,
+    held_out: Tokenized | None,
+    config: TrainConfig,
+    tokenizer: Any,
+    announce: Announce,
+) -> Callable[[], float] | None:
+    """Return what measures the held-out rows, with as large a batch as memory has allowed."""
     from qlora_kit.infer.evaluate import evaluate as measure
 
     if held_out is None:
         return None
-    return lambda: (
-        measure(
+    batch_size = config.eval_batch_size
+
+    def validation_loss() -> float:
+        nonlocal batch_size
+        measured = measure(
             base,
             held_out.rows,
-            batch_size=config.eval_batch_size,
+            batch_size=batch_size,
             pad_token_id=tokenizer.pad_token_id,
             chunk_tokens=config.loss_chunk_tokens,
-        ).loss
-    )
+            announce=announce,
+        )
+        batch_size = measured.batch_size
+        return measured.loss
+
+    return validation_loss
 
 
-def _identity(config: TrainConfig, rows: Tokenized, base: Base) -> Resumable:
-    """Everything that must be equal for a resumed run to have the same bits."""
-    from qlora_kit.train.checkpoint import Resumable
+def _check_room(output: Path, trainable: int, rows: int, config: TrainConfig) -> None:
+    """Check that the disk has room for the checkpoints to come, before the base is loaded."""
+    from qlora_kit.train.loop import planned_steps, steps_per_epoch
 
-    same = (
-        "bits", "quant_type", "double_quant", "rank", "alpha", "lora_dropout", "targets", "rslora",
-        "rank_pattern", "alpha_pattern", "batch_size", "gradient_accumulation_steps", "optimizer",
-        "learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm",
-        "loss_chunk_tokens", "seed",
-    )  # fmt: skip
-    values = config.model_dump(mode="json", include=set(same))
-    values |= {"data": rows.fingerprint, "base": base.digest, "dtype": base.hardware.dtype_name}
-    return Resumable(values)
+    steps = planned_steps(rows, config)
+    saves = math.ceil(steps / (config.save_steps or steps_per_epoch(rows, config)))
+    # The best one is kept besides, and the newest is written before the oldest goes.
+    kept = min(saves, config.save_total_limit + 2) if config.save_total_limit else saves
+    missing = max(1, kept - len(checkpoints(output)))
+    # Weights in fp32, and two moments of four bytes or one.
+    bytes_each = trainable * (4 + (2 if config.optimizer.endswith("8bit") else 8))
+    adapter_bytes = trainable * 4
+    check_space(output, missing * bytes_each + adapter_bytes, f"{missing} checkpoint(s)")
+
+
+# ---------------------------------------------------------------- resume
+
+
+def _identity(
+    config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, base: Base
+) -> dict[str, Any]:
+    """Return everything that must be equal for a resumed run to have the same bits."""
+    from qlora_kit.train.resume import OPTIONS
+
+    return {
+        **config.model_dump(mode="json", include=set(OPTIONS)),
+        **rows.origin,
+        "rows": rows.content_hash(),
+        "validation": held_out.content_hash() if held_out else None,
+        "base": base.digest,
+        "dtype": base.hardware.dtype_name,
+        "device": base.hardware.device.type,
+    }
 
 
 def _resume_point(
-    config: TrainConfig, output: Path, identity: Resumable, announce: Announce
+    config: TrainConfig, output: Path, identity: dict[str, Any], rows: int, announce: Announce
 ) -> Path | None:
     """Return the checkpoint to continue from, checked, or None to start from the beginning."""
-    from qlora_kit.train.checkpoint import check_resumable, find_checkpoint
+    from qlora_kit.lora.adapter import library_versions
+    from qlora_kit.train.checkpoint import find_checkpoint, read_state
+    from qlora_kit.train.loop import planned_steps
+    from qlora_kit.train.resume import check_resumable, effects
 
     if config.resume is None:
         return None
     found = find_checkpoint(output, config.resume)
-    if found is None:
+    for fault in found.damaged:
+        announce(Notice(f"passed over a damaged checkpoint: {fault}"))
+    if found.folder is None:
         announce(Notice(f"{output}: no checkpoint yet; starting from the beginning"))
-    else:
-        check_resumable(found, identity)
-        announce(Notice(f"resuming from {found}"))
-    return found
+        return None
+    stored = read_state(found.folder)
+    for change in check_resumable(identity, stored, config.allow_change):
+        announce(Notice(change))
+    announce(Notice(f"resuming from {found.folder}"))
+    for effect in effects(stored, planned_steps(rows, config), config, library_versions()):
+        announce(Notice(effect))
+    return found.folder
 
 
 def _is_finished(resume: Path, output: Path, config: TrainConfig) -> bool:
-    """Whether the run ended and is not asked to go further than it was."""
+    """Whether the run ended, wrote its adapter, and is not asked to go further."""
     from qlora_kit.lora.adapter import WEIGHTS
-    from qlora_kit.train.checkpoint import read_progress
+    from qlora_kit.train.checkpoint import read_state
 
     # Killed between the last checkpoint and the adapter, a run has its end still to do.
-    complete = (output / WEIGHTS).is_file() and (output / CONFIG).is_file()
-    if not read_progress(resume).finished or not complete:
+    is_written = (output / WEIGHTS).is_file() and (output / CONFIG).is_file()
+    if not read_state(resume).progress.finished or not is_written:
         return False
     asked = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
-    return all(asked.get(key) == getattr(config, key) for key in ("epochs", "max_steps"))
+    same = all(asked.get(key) == getattr(config, key) for key in ("epochs", "max_steps"))
+    return same and file_hash(output / WEIGHTS) == file_hash(resume / WEIGHTS)
 
 
-def _open_run(output: Path, config: TrainConfig) -> None:
-    if config.overwrite:
-        clear_run(output)
-    with storage_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
+# ---------------------------------------------------------------- the run folder
 
 
 def _save_inputs(output: Path, config: TrainConfig, tokenizer: Any) -> None:
@@ -241,22 +313,23 @@ def _finish_run(
     facts: tuple[tuple[str, str], ...],
     announce: Announce,
 ) -> dict[str, Any]:
-    """Write the adapter, the plot and the card; say what to do next."""
+    """Write the plot, the card and the adapter; say what to do next."""
     from qlora_kit.lora.adapter import save_adapter
     from qlora_kit.report import card, log, plot
 
-    save_adapter(adapter, output, record)
     rows = log.read_log(output / log.NAME)
     plot.draw_loss(rows, output / plot.NAME)
     results = _results(result)
     card.write_card(
         output, base=record.base, facts=facts, results=results, versions=record.versions
     )
+    # Last: a run folder with the weights of its last checkpoint has all the rest.
+    save_adapter(adapter, output, record)
     announce(Facts("result", results))
     name = shlex.quote(str(output))
     announce(
         Closing(
-            written=tuple(sorted(str(path) for path in output.iterdir())),
+            written=tuple(sorted(str(path) for path in output.glob("[!.]*"))),
             commands=(
                 f'qlora-kit generate --adapter {name} --prompt "..."',
                 f"qlora-kit evaluate --adapter {name} --data test.jsonl",
@@ -275,6 +348,11 @@ def _results(result: TrainResult) -> tuple[tuple[str, str], ...]:
     if result.progress.best_loss is not None:
         step = result.progress.best_step
         rows.append(("validation loss", f"{result.progress.best_loss:.4f} at best, step {step}"))
+    if result.progress.skipped_steps:
+        rows.append(("skipped steps", f"{result.progress.skipped_steps} (not finite; see the log)"))
+    if result.progress.micro_batch_rows is not None:
+        fewer = f"{result.progress.micro_batch_rows} rows at a time, after memory ran out"
+        rows.append(("micro-batch", fewer))
     rows.append(("time", f"{result.seconds:.1f} s"))
     rows.append(("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"))
     return tuple(rows)
@@ -306,6 +384,7 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
         batch_size=config.batch_size,
         pad_token_id=opened.tokenizer.pad_token_id,
         chunk_tokens=config.loss_chunk_tokens,
+        announce=announce,
     )
     result = {**asdict(measured), "perplexity": measured.perplexity}
     facts = [

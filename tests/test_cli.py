@@ -138,6 +138,7 @@ def _changed(name: str) -> tuple[str, object]:
         "scheduler": ("cosine", "cosine"), "optimizer": ("adamw8bit", "adamw8bit"),
         "data": ("a.jsonl", "a.jsonl"), "validation": ("b.jsonl", "b.jsonl"),
         "output": ("out", "out"), "resume": ("latest", "latest"),
+        "allow_change": ("data,seed", ["data", "seed"]),
     }  # fmt: skip
     if name in special:
         return special[name]

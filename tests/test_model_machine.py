@@ -19,7 +19,8 @@ from huggingface_hub import errors
 from qlora_kit.errors import ConfigError, HubError, ModelError
 from qlora_kit.model import doctor
 from qlora_kit.model.fetch import Fetched, fetch
-from qlora_kit.model.hardware import choose_hardware, dtype_named, memory_in_use_bytes
+from qlora_kit.model.hardware import choose_hardware, dtype_named
+from qlora_kit.model.memory import memory_in_use_bytes
 from qlora_kit.model.names import DEMO, ModelSource, find_model, known_models
 from qlora_kit.model.quantize import Quantization
 

@@ -50,7 +50,9 @@ def test_the_exception_tree_is_the_documented_one() -> None:
         "EnvironmentFault": ("QloraKitError", 3),
         "HubError": ("EnvironmentFault", 3),
         "StorageError": ("EnvironmentFault", 3),
+        "OutOfMemory": ("EnvironmentFault", 3),
         "NumericsError": ("QloraKitError", 4),
+        "LearningError": ("NumericsError", 4),
         "VerificationError": ("QloraKitError", 5),
     }
     for name in tree:

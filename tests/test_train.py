@@ -7,15 +7,16 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import qlora_kit as qk
-from qlora_kit.errors import ConfigError, EnvironmentFault, NumericsError
+from qlora_kit.errors import EnvironmentFault, NumericsError
 from qlora_kit.events import CheckpointSaved, Evaluated, Event, StepFinished
-from qlora_kit.train.checkpoint import Resumable, checkpoints, find_checkpoint
+from qlora_kit.train.checkpoint import checkpoints, find_checkpoint
 from qlora_kit.train.loop import Saving
 from qlora_kit.train.optimizer import learning_rate_at
 
@@ -131,23 +132,6 @@ def test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one(
             assert torch.equal(weight, weights_of(part)[name]), name
 
 
-def test_resuming_under_other_conditions_is_refused_with_every_difference(
-    save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    adapter = make_adapter(save_tiny())
-    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
-    identity = Resumable({"rank": 4, "seed": 42})
-    qk.train_adapter(adapter, make_rows(4), options(), saving=saving, identity=identity)
-    again = Saving(tmp_path, saving.record, find_checkpoint(tmp_path, "latest"))
-    with pytest.raises(ConfigError) as caught:
-        qk.train_adapter(
-            make_adapter(save_tiny()), make_rows(4), options(), saving=again,
-            identity=Resumable({"rank": 8, "seed": 1}),
-        )  # fmt: skip
-    assert len(caught.value.faults) == 2
-    assert "rank was 4 and is now 8" in str(caught.value)
-
-
 def test_the_newest_undamaged_checkpoint_is_taken(
     save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -157,8 +141,8 @@ def test_the_newest_undamaged_checkpoint_is_taken(
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (1, 2, 3)]
     (tmp_path / "checkpoint-3" / "optimizer.safetensors").write_bytes(b"damaged")
     found = find_checkpoint(tmp_path, "latest")
-    assert found is not None
-    assert found.name == "checkpoint-2"
+    assert found.folder == tmp_path / "checkpoint-2"
+    assert "checkpoint-3/optimizer.safetensors: changed since" in found.damaged[0]
 
 
 def test_old_checkpoints_go_and_the_best_stays(
@@ -207,18 +191,6 @@ def test_epochs_and_max_steps_set_the_length(
     assert result.progress.optimizer_step == steps
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
-    save_tiny: Callable[..., Path],
-) -> None:
-    adapter = make_adapter(save_tiny())
-    before = weights_of(adapter)
-    with pytest.raises(NumericsError, match=r"step 1: loss nan.*on rows \[\d"):
-        qk.train_adapter(
-            adapter, make_rows(4), options(), loss=lambda logits, targets: logits.sum() * math.nan
-        )
-    assert all(torch.equal(before[name], weight) for name, weight in weights_of(adapter).items())
-
-
 def test_a_custom_loss_is_what_is_minimised(save_tiny: Callable[..., Path]) -> None:
     def smoothed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(
@@ -251,9 +223,8 @@ def test_recomputation_changes_nothing_but_memory(save_tiny: Callable[..., Path]
 def test_several_processes_are_refused(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import accelerate
-
-    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
+    launched = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr("qlora_kit.train.loop.PartialState", lambda: launched)
     with pytest.raises(EnvironmentFault, match="2 processes were launched; expected one"):
         qk.train_adapter(make_adapter(save_tiny()), make_rows(4), options())
 
@@ -297,9 +268,8 @@ def test_going_back_to_an_older_checkpoint_goes_on_from_there(
     shorter = config.model_copy(update={"max_steps": 3})
     qk.train_adapter(make_adapter(save_tiny()), make_rows(4), shorter, saving=back)
     assert (tmp_path / "last").read_text() == "checkpoint-3\n"
-    found = find_checkpoint(tmp_path, "latest")
-    assert found is not None
-    assert found.name == "checkpoint-3", "the last written, not the highest number"
+    found = find_checkpoint(tmp_path, "latest").folder
+    assert found == tmp_path / "checkpoint-3", "the last written, not the highest number"
 
 
 def test_without_save_steps_a_run_saves_at_each_epochs_end(

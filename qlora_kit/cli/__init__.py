@@ -14,6 +14,7 @@ from qlora_kit.cli.generate import generate
 from qlora_kit.cli.models import doctor, models
 from qlora_kit.cli.train import train
 from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
+from qlora_kit.signals import Stopped, stop_on_signals
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -23,7 +24,7 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 internal error, 2 input, 3 environment (hub, disk, memory),
-    4 numerics, 5 verification failed, 130 stopped by Ctrl-C.
+    4 numerics, 5 verification failed, 130 or 143 stopped by Ctrl-C or SIGTERM.
     """
 
 
@@ -36,11 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
-        cli.main(args=arguments, prog_name="qlora-kit", standalone_mode=False)
+        with stop_on_signals():
+            cli.main(args=arguments, prog_name="qlora-kit", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
         _fail([error.format_message()], 2)
+    except Stopped as stop:
+        _fail([str(stop)], stop.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail(["stopped by the user"], EXIT_INTERRUPTED)
     except QloraKitError as error:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from typing import Any
 import datasets
 import numpy
 import pyarrow
+import pyarrow.compute
 import tokenizers
 import transformers
+import xxhash
 
 from qlora_kit import storage
 from qlora_kit.config import TokenOptions
@@ -31,6 +33,7 @@ from qlora_kit.data.shapes import Shape
 from qlora_kit.data.template import Rendered, Renderer
 from qlora_kit.errors import DataError, StorageError
 from qlora_kit.model.tokenizer import template_hash
+from qlora_kit.time_limit import many_limits
 
 MIN_ROWS_FOR_VALIDATION = 200
 
@@ -98,12 +101,24 @@ class Tokenized:
     """Token rows ready to be batched.
 
     `rows` has the columns `input_ids`, `labels` (the id at the same position, or -100) and
-    `row` (index of the source sample).
+    `row` (index of the source sample). `fingerprint` is of all that decides the rows, `origin`
+    the hashes of its parts: data, tokenizer, template.
     """
 
     rows: datasets.Dataset
     counts: Counts
     fingerprint: str
+    origin: Mapping[str, str | None]
+
+    def content_hash(self) -> str:
+        """Return a hash of the token rows themselves, wherever they come from."""
+        table = self.rows.with_format("arrow")[:]
+        digest = xxhash.xxh3_128()
+        for name in ("input_ids", "labels"):
+            column = table[name].combine_chunks()
+            digest.update(pyarrow.compute.list_value_length(column).to_numpy().tobytes())
+            digest.update(column.flatten().to_numpy().tobytes())
+        return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- tokenise
@@ -129,7 +144,7 @@ def tokenize(
     if not cache:
         return work.run(fingerprint, None)
     file = Path(datasets.config.HF_DATASETS_CACHE) / "qlora_kit" / f"{fingerprint}.arrow"
-    found = _from_cache(file, fingerprint)
+    found = _from_cache(file, fingerprint, work.origin)
     if found is not None:
         return found
     try:
@@ -147,14 +162,14 @@ def tokenize(
     return made
 
 
-def _from_cache(file: Path, fingerprint: str) -> Tokenized | None:
+def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) -> Tokenized | None:
     try:
         counts = storage.read_json(file.with_suffix(".json"))
         rows = datasets.Dataset.from_file(str(file))
         counts = Counts(**{**counts, "shape": Shape(counts["shape"])})
     except (DataError, OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException):
         return None
-    return Tokenized(rows, counts, fingerprint)
+    return Tokenized(rows, counts, fingerprint, origin)
 
 
 class _Work:
@@ -170,6 +185,11 @@ class _Work:
             self.long_samples = "split" if samples.shape is Shape.TEXT else "truncate"
         # Chunks of a split row repeat the BOS that every row of this tokenizer starts with.
         self.opening = [tokenizer.bos_token_id] if self.encoder.puts_bos else []
+        self.origin = {
+            "data": samples.content_hash(),
+            "tokenizer": self.encoder.content_hash(),
+            "template": template_hash(tokenizer),
+        }
         self.tally: Counter[str] = Counter()
         self.faults = Faults()
 
@@ -178,10 +198,8 @@ class _Work:
         parts = {
             "version": _ROWS_VERSION,
             "libraries": [tokenizers.__version__, transformers.__version__],
-            "samples": self.samples.content_hash(),
-            "tokenizer": self.encoder.content_hash(),
-            "template": template_hash(self.renderer.tokenizer),
             "settings": [self.max_length, self.long_samples, self.renderer.train_on],
+            **self.origin,
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -204,7 +222,7 @@ class _Work:
         counts = Counts(self.samples.shape, len(self.samples.items), **self.tally)
         if not counts.supervised_tokens:
             raise DataError(self._nothing_to_learn())
-        return Tokenized(rows, counts, fingerprint)
+        return Tokenized(rows, counts, fingerprint, self.origin)
 
     def _table(self, indices: Sequence[int]) -> pyarrow.Table:
         rendered, kept = self._render(indices)
@@ -218,12 +236,13 @@ class _Work:
 
     def _render(self, indices: Sequence[int]) -> tuple[list[Rendered], list[int]]:
         rendered, kept = [], []
-        for index in indices:
-            try:
-                rendered.append(self.renderer.render(self.samples.items[index]))
-                kept.append(index)
-            except DataError as error:
-                self.faults.add(*error.faults)
+        with many_limits():
+            for index in indices:
+                try:
+                    rendered.append(self.renderer.render(self.samples.items[index]))
+                    kept.append(index)
+                except DataError as error:
+                    self.faults.add(*error.faults)
         return rendered, kept
 
     def _fit(self, index: int, row: Labelled) -> list[tuple[list[int], list[int]]]:
@@ -356,4 +375,4 @@ def _part(tokenized: Tokenized, table: pyarrow.Table, mask: Any, name: str) -> T
     )
     digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
     rows = tokenized.rows.select(numpy.flatnonzero(mask))
-    return Tokenized(rows, counts, digest)
+    return Tokenized(rows, counts, digest, tokenized.origin)

@@ -23,8 +23,9 @@ from qlora_kit.errors import AdapterError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.model.architecture import build_skeleton, linear_layers
-from qlora_kit.model.hardware import dtype_name, dtype_named, memory_returned
+from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
+from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.quantize import FrozenWeight
 from qlora_kit.storage import MANIFEST, is_sealed, save_tensors, staged_folder, write_json
 

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import resource
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from qlora_kit.errors import ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# mallopt parameters and values, from glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_LOADING_THRESHOLD_BYTES = 64 << 10
-_TRAINING_THRESHOLD_BYTES = 32 << 20
-_TRAINING_TRIM_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -82,40 +71,11 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     return Hardware(where, torch.float32, "the GPU has no bfloat16, and float16 overflows")
 
 
-def memory_in_use_bytes(device: torch.device) -> int:
-    """Return peak allocated bytes since the last reset of a GPU, or resident bytes on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+def make_deterministic() -> None:
+    """Choose the same kernels, and so the same bits, in each run on a GPU.
 
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak of this process: allocated on the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextlib.contextmanager
-def memory_returned() -> Iterator[None]:
-    """Give freed host memory back to the system while the block runs.
-
-    glibc otherwise keeps what a load frees: up to 900 MiB for a 310 MiB model. With a low
-    threshold each tensor is its own mapping and leaves with it. Elsewhere this does nothing.
+    Call it before anything is computed there: cuBLAS reads its workspace setting once.
     """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _LOADING_THRESHOLD_BYTES)
-    try:
-        yield
-    finally:
-        trim(0)
-        # Training allocates the same sizes again and again: a mapping for each, or a heap that
-        # shrinks at every free, would cost page faults.
-        mallopt(_M_MMAP_THRESHOLD, _TRAINING_THRESHOLD_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _TRAINING_TRIM_BYTES)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

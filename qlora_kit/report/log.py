@@ -1,8 +1,10 @@
 """The log of a run: one JSON line an optimiser step or evaluation, in `trainer_log.jsonl`.
 
 Step rows: optimizer_step, epoch, loss, learning_rate, grad_norm, supervised_tokens, tokens,
-step_seconds, memory_bytes. Evaluation rows: optimizer_step, epoch, eval_loss, is_best,
-seconds.
+step_seconds, memory_bytes. Rows of skipped steps: optimizer_step, epoch, loss and grad_norm
+("nan", "inf" or "-inf" where they are no numbers), rows. Rows of a halved micro-batch:
+optimizer_step, rows_asked, rows_now. Evaluation rows: optimizer_step, epoch, eval_loss,
+is_best, seconds.
 """
 
 from __future__ import annotations
@@ -14,8 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import DataError
-from qlora_kit.events import Evaluated, Event, RunStarted, StepFinished
-from qlora_kit.storage import parse_json, read_lines, storage_errors, write_text
+from qlora_kit.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    MicroBatchHalved,
+    RunStarted,
+    StepFinished,
+    StepSkipped,
+)
+from qlora_kit.redact import redacted_values
+from qlora_kit.storage import parse_json, read_lines, storage_errors, sync_file, write_text
 
 NAME = "trainer_log.jsonl"
 
@@ -35,7 +46,13 @@ class Log:
     def __call__(self, event: Event) -> None:
         """Hear an event."""
         if isinstance(event, RunStarted):
-            self._drop_from(event.first_step)
+            self._drop_what_comes_again(event.first_step, event.evaluated_step)
+        elif isinstance(event, CheckpointSaved):
+            # What led to a checkpoint must not be lost where the checkpoint is not.
+            with storage_errors(self._path):
+                sync_file(self._path)
+        elif isinstance(event, StepSkipped | MicroBatchHalved):
+            self._append(asdict(event))
         elif isinstance(event, StepFinished):
             if event.optimizer_step == 1 or event.optimizer_step % self._every == 0:
                 self._append(asdict(event))
@@ -45,16 +62,21 @@ class Log:
             self._append(row)
 
     def _append(self, row: dict[str, Any]) -> None:
-        # JSON has no NaN or infinity; the row says that there was no number.
-        finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
+        # JSON has no NaN or infinity; their names are what there is to say.
+        finite = {key: str(value) if _is_not_finite(value) else value for key, value in row.items()}
         with storage_errors(self._path), self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite, allow_nan=False) + "\n")
+            stream.write(json.dumps(redacted_values(finite), allow_nan=False) + "\n")
 
-    def _drop_from(self, first_step: int) -> None:
+    def _drop_what_comes_again(self, first_step: int, evaluated_step: int) -> None:
         """Forget rows that a resumed run is about to write again."""
-        if self._path.is_file():
-            rows = [row for row in read_log(self._path) if row["optimizer_step"] < first_step]
-            write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        if not self._path.is_file():
+            return
+        rows = [
+            row
+            for row in read_log(self._path)
+            if row["optimizer_step"] <= (evaluated_step if "eval_loss" in row else first_step - 1)
+        ]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _is_not_finite(value: Any) -> bool:

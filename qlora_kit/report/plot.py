@@ -17,7 +17,8 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    steps = [row for row in rows if row.get("loss") is not None]
+    # Skipped steps have a loss too, but no learning rate: nothing was learnt.
+    steps = [row for row in rows if "learning_rate" in row]
     evaluations = [row for row in rows if row.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     x = [row["optimizer_step"] for row in steps]

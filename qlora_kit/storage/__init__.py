@@ -2,14 +2,17 @@
 
 `files`: one file, whole. `folders`: a folder, whole, with a manifest of hashes. `space`: room,
 permission and the lock. `reading`: lines and strict JSON. `faults`: an `OSError` as one line.
+`confine`: whether a stranger's folder keeps to itself.
 """
 
 from __future__ import annotations
 
+from qlora_kit.storage.confine import check_confined
 from qlora_kit.storage.faults import storage_errors
 from qlora_kit.storage.files import (
     load_tensors,
     save_tensors,
+    sync_file,
     write_bytes,
     write_json,
     write_text,
@@ -17,6 +20,7 @@ from qlora_kit.storage.files import (
 from qlora_kit.storage.folders import (
     MANIFEST,
     clean_up,
+    delete_folder,
     file_hash,
     is_sealed,
     manifest_hash,
@@ -33,8 +37,8 @@ from qlora_kit.storage.reading import (
 from qlora_kit.storage.space import LOCK, check_space, check_writable, only_writer
 
 __all__ = [
-    "LOCK", "MANIFEST", "Line", "check_space", "check_writable", "clean_up", "file_hash",
-    "is_sealed", "load_tensors", "manifest_hash", "only_writer", "parse_json", "read_json",
-    "read_json_lines", "read_lines", "save_tensors", "staged_folder", "storage_errors",
-    "verify_folder", "write_bytes", "write_json", "write_text",
+    "LOCK", "MANIFEST", "Line", "check_confined", "check_space", "check_writable", "clean_up", "delete_folder",
+    "file_hash", "is_sealed", "load_tensors", "manifest_hash", "only_writer", "parse_json",
+    "read_json", "read_json_lines", "read_lines", "save_tensors", "staged_folder",
+    "storage_errors", "sync_file", "verify_folder", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip

@@ -91,6 +91,18 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.replaced")
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete a folder so that a kill leaves it whole, or without its name.
+
+    Raises:
+        StorageError: it could not be deleted.
+    """
+    doomed = staging_path(folder)
+    with storage_errors(folder):
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
 def clean_up(folder: Path, name: str | None = None) -> None:
     """Undo what killed processes left half done in `folder`.
 

@@ -7,20 +7,21 @@ text files `last` and `best` beside it name checkpoints.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from pydantic import TypeAdapter, ValidationError
 
-from qlora_kit.errors import ConfigError, InputError, StorageError
+from qlora_kit.errors import DataError, InputError, StorageError
 from qlora_kit.lora.adapter import BaseRecord, read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.storage import (
+    delete_folder,
     load_tensors,
+    manifest_hash,
     read_json,
     save_tensors,
     staged_folder,
@@ -30,6 +31,7 @@ from qlora_kit.storage import (
 )
 from qlora_kit.train.folder import BEST, LAST, checkpoints, step_of
 from qlora_kit.train.optimizer import optimizer_tensors, restore_optimizer
+from qlora_kit.train.random_states import random_states, restore_random_states
 
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -41,38 +43,71 @@ class Progress:
     """Where a run stands; everything else follows from the configuration.
 
     Attributes:
-        optimizer_step: steps done.
+        optimizer_step: steps done, skipped ones included.
         epoch: index of the current epoch.
         window: optimiser steps done in the current epoch.
+        evaluated_step: the last step after which the validation rows were measured.
         best_loss: lowest validation loss so far, or None before the first evaluation.
         best_step: the step it was measured at.
         evaluations_without_gain: since the best one.
+        skipped_steps: steps whose loss or gradient was not finite.
+        skipped_in_a_row: of these, the latest without a sound step between.
+        overflows_in_a_row: latest steps that the loss scaler skipped to find its scale.
+        learns: whether every B has been seen to get a gradient.
+        micro_batch_rows: what running out of memory has left of the micro-batch, or None.
         finished: whether the run reached its end.
     """
 
     optimizer_step: int = 0
     epoch: int = 0
     window: int = 0
+    evaluated_step: int = 0
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    overflows_in_a_row: int = 0
+    learns: bool = False
+    micro_batch_rows: int | None = None
     finished: bool = False
 
 
 @dataclass(frozen=True)
-class Resumable:
-    """What must be equal for a run to continue with the same bits: value by name."""
+class StoredState:
+    """The content of `state.json`.
 
-    values: Mapping[str, Any] = field(default_factory=dict)
+    Attributes:
+        progress: where the run stood.
+        identity: what decides its bits, value by name, see `train.resume`.
+        total_steps: optimiser steps it was meant to have.
+        optimizer_values: the optimiser's numbers that are no tensors, by parameter.
+        scaler: state of the loss scaler; empty without one.
+        parent: hash of the manifest of the checkpoint saved before, or None.
+        versions: of the libraries that computed it.
+    """
 
-    def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """Return one line for each value that differs from the stored one."""
-        return [
-            f"--resume: {name} was {stored.get(name)!r} and is now {value!r}; continue with the "
-            "stored value, or start a new run"
-            for name, value in self.values.items()
-            if stored.get(name) != value
-        ]
+    progress: Progress
+    identity: Mapping[str, Any]
+    total_steps: int
+    optimizer_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+    parent: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What a checkpoint holds of a living run, and fills again."""
+
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return self.adapter.base.hardware.device
 
 
 # ---------------------------------------------------------------- writing
@@ -80,63 +115,85 @@ class Resumable:
 
 def save_checkpoint(
     output: Path,
-    adapter: Adapter,
+    trainee: Trainee,
     record: BaseRecord,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any,
     progress: Progress,
-    identity: Resumable,
+    identity: Mapping[str, Any],
+    total_steps: int,
 ) -> Path:
-    """Write `checkpoint-N`, then point `last` (and `best`, where it is) at it.
+    """Write `checkpoint-N`, read it back, then point `last` (and `best`, where it is) at it.
 
     Raises:
         StorageError: it could not be written; the previous checkpoint is untouched.
     """
     folder = output / f"checkpoint-{progress.optimizer_step}"
-    tensors, values = optimizer_tensors(optimizer, adapter.parameters())
-    state = {
-        "progress": asdict(progress),
-        "identity": dict(identity.values),
-        "optimizer_values": values,
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
+    tensors, values = optimizer_tensors(trainee.optimizer, trainee.adapter.parameters())
+    state = StoredState(
+        progress=progress,
+        identity=identity,
+        total_steps=total_steps,
+        optimizer_values=values,
+        scaler=trainee.scaler.state_dict(),
+        parent=_last_hash(output),
+        versions=record.versions,
+    )
     with staged_folder(folder, replace=True) as staging:
-        save_adapter(adapter, staging, record)
+        save_adapter(trainee.adapter, staging, record)
         save_tensors(staging / _OPTIMIZER, tensors)
-        save_tensors(staging / _RANDOM, _random_states())
-        write_json(staging / _STATE, state)
+        save_tensors(staging / _RANDOM, random_states(trainee.device))
+        write_json(staging / _STATE, asdict(state))
+    verify_folder(folder)
     write_text(output / LAST, folder.name + "\n")
     if progress.best_step == progress.optimizer_step:
         write_text(output / BEST, folder.name + "\n")
     return folder
 
 
+def _last_hash(output: Path) -> str | None:
+    last = _named_by(output / LAST)
+    try:
+        return manifest_hash(output / last) if last else None
+    except StorageError:
+        return None
+
+
 def delete_old(output: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints, the last written and the best one."""
+    """Delete all but the newest `keep` checkpoints, the last written and the best one.
+
+    Later steps than the last written one's were left behind by going back to an earlier
+    checkpoint, so they count as the oldest.
+    """
     if keep is None:
         return
-    spared = {_named_by(output / LAST), _named_by(output / BEST)}
-    for folder in checkpoints(output)[:-keep]:
-        if folder.name not in spared:
-            shutil.rmtree(folder)
+    last, best = _named_by(output / LAST), _named_by(output / BEST)
+    reached = step_of(output / last) if last else 0
+    by_age = sorted(checkpoints(output), key=lambda f: (step_of(f) <= reached, step_of(f)))
+    for folder in by_age[:-keep]:
+        if folder.name not in (last, best):
+            delete_folder(folder)
 
 
 def _named_by(pointer: Path) -> str | None:
-    return pointer.read_text().strip() if pointer.is_file() else None
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    """Return the checkpoint that `last` or `best` names, if it names one of this run."""
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    return name if name in {folder.name for folder in checkpoints(pointer.parent)} else None
 
 
 # ---------------------------------------------------------------- reading
 
 
-def find_checkpoint(output: Path, wanted: str) -> Path | None:
-    """Return the checkpoint to resume from, or None where a run has none yet.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to resume from, and those passed over because they are damaged."""
+
+    folder: Path | None
+    damaged: tuple[str, ...] = ()
+
+
+def find_checkpoint(output: Path, wanted: str) -> Found:
+    """Find the checkpoint to resume from.
 
     Args:
         output: run folder.
@@ -150,58 +207,78 @@ def find_checkpoint(output: Path, wanted: str) -> Path | None:
         folder = Path(wanted)
         if not folder.is_dir():
             raise InputError(f"--resume {wanted}: no such checkpoint; name a checkpoint-N folder")
-        verify_folder(folder)
-        return folder
+        read_state(folder)
+        return Found(folder)
     damaged: list[str] = []
-    last = _named_by(output / LAST)
-    # The last written first: a run that went back to an older checkpoint goes on from there.
-    for folder in sorted(checkpoints(output), key=lambda f: (f.name != last, -step_of(f))):
+    for folder in _newest_first(output):
         try:
-            verify_folder(folder)
-            return folder
+            read_state(folder)
+            return Found(folder, tuple(damaged))
         except StorageError as error:
             damaged += error.faults
     if damaged:
         raise StorageError(*damaged)
-    return None
+    return Found(None)
 
 
-def read_progress(folder: Path) -> Progress:
-    """Read how far a checkpoint's run had come."""
-    return Progress(**read_json(folder / _STATE)["progress"])
+def _newest_first(output: Path) -> list[Path]:
+    """Return the checkpoints in the order in which to try them.
+
+    First one that was saved just after `last`, by a process that was killed before it could
+    say so; then `last` and what came before it; then what going back left behind.
+    """
+    every = checkpoints(output)
+    last = _named_by(output / LAST)
+    if last is None:
+        return every[::-1]
+    reached, hash_ = step_of(output / last), _last_hash(output)
+    heirs = [f for f in every if step_of(f) > reached and hash_ and _parent(f) == hash_]
+    before = [f for f in every if step_of(f) <= reached]
+    others = [f for f in every if step_of(f) > reached and f not in heirs]
+    return heirs[::-1] + before[::-1] + others[::-1]
 
 
-def check_resumable(folder: Path, identity: Resumable) -> None:
-    """Check that a run may continue from a checkpoint.
+def _parent(folder: Path) -> str | None:
+    try:
+        return read_state(folder).parent
+    except StorageError:
+        return None
+
+
+def read_state(folder: Path) -> StoredState:
+    """Verify a checkpoint and read its `state.json`.
 
     Raises:
-        ConfigError: it would not continue with the same bits; each difference is listed.
+        StorageError: the checkpoint is not as it was written.
     """
-    if differences := identity.differences(read_json(folder / _STATE)["identity"]):
-        raise ConfigError(*differences)
+    verify_folder(folder)
+    try:
+        state = TypeAdapter(StoredState).validate_python(read_json(folder / _STATE))
+    except (DataError, ValidationError) as error:
+        raise StorageError(f"{folder / _STATE}: not the state of a run; expected one") from error
+    if folder.name != f"checkpoint-{state.progress.optimizer_step}":
+        raise StorageError(
+            f"{folder}: holds step {state.progress.optimizer_step}; expected the step its name "
+            "says; give it its name back"
+        )
+    return state
 
 
-def restore_checkpoint(
-    folder: Path,
-    adapter: Adapter,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any,
-    identity: Resumable,
-) -> Progress:
-    """Put a run back to where a checkpoint was written.
+def restore_checkpoint(folder: Path, trainee: Trainee) -> Progress:
+    """Put a run back to where a checkpoint was written, and return where that is.
 
     Raises:
-        ConfigError: see `check_resumable`.
+        StorageError: the checkpoint is not as it was written.
     """
-    check_resumable(folder, identity)
-    state = read_json(folder / _STATE)
-    adapter.fill(read_adapter(folder).tensors)
-    tensors = load_tensors(folder / _OPTIMIZER)
-    restore_optimizer(optimizer, adapter.parameters(), tensors, state["optimizer_values"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
-    random = load_tensors(folder / _RANDOM)
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
-    return Progress(**state["progress"])
+    state = read_state(folder)
+    trainee.adapter.fill(read_adapter(folder).tensors)
+    restore_optimizer(
+        trainee.optimizer,
+        trainee.adapter.parameters(),
+        load_tensors(folder / _OPTIMIZER),
+        state.optimizer_values,
+    )
+    if trainee.scaler.is_enabled() and state.scaler:
+        trainee.scaler.load_state_dict(dict(state.scaler))
+    restore_random_states(load_tensors(folder / _RANDOM), trainee.device)
+    return state.progress

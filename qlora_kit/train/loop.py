@@ -1,56 +1,63 @@
-"""The training loop: windows of micro-batches, one optimiser step each.
+"""The training loop: epochs of windows, one optimiser step each; evaluations and checkpoints.
 
 Takes an adapter and token rows; trains the adapter in place and returns what happened. The
 loss of a window is summed over its supervised tokens and divided once by their number, so
-the gradient does not depend on how the window is cut into micro-batches.
+the gradient does not depend on how the window is cut into micro-batches. However the loop
+ends (a signal, no memory, numbers that are not finite), what was trained is saved first.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 
+from qlora_kit import signals
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Batch, collate, epoch_batches, plan_windows
-from qlora_kit.errors import EnvironmentFault, NumericsError
+from qlora_kit.data.batch import Indices, epoch_batches, plan_windows
+from qlora_kit.errors import EnvironmentFault, NumericsError, OutOfMemory
 from qlora_kit.events import (
     Announce,
     CheckpointSaved,
     Evaluated,
+    MicroBatchHalved,
+    Notice,
     RunFinished,
     RunStarted,
     StepFinished,
+    StepSkipped,
     silent,
 )
 from qlora_kit.lora.adapter import BaseRecord
 from qlora_kit.lora.attach import Adapter
-from qlora_kit.model.hardware import memory_in_use_bytes, peak_memory_bytes
-from qlora_kit.model.head import head_of
-from qlora_kit.step.forward import loss_sum
+from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes
 from qlora_kit.step.loss import ChunkLoss
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.train.checkpoint import (
     Progress,
-    Resumable,
+    Trainee,
     delete_old,
     restore_checkpoint,
     save_checkpoint,
 )
-from qlora_kit.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
+from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
+from qlora_kit.train.optimizer_step import OptimizerStep, Taken, TokenRows
+from qlora_kit.train.random_states import seed_everything
 
-# The loss scale starts at 2¹⁶ and is halved at each skipped step; a few are how it settles.
-_MOST_SKIPPED_STEPS = 20
-
-TokenRows = Sequence[dict[str, Any]]
-"""Rows with `input_ids`, `labels` and `row`, see `data.tokens`."""
+# A single bad row is worth going on after; more in a row are a run that has gone wrong.
+_MOST_SKIPPED_IN_A_ROW = 3
+# The loss scale starts at 2¹⁶ and is halved at each overflow; a few are how it settles.
+_MOST_OVERFLOWS_IN_A_ROW = 20
+# One position has nothing but itself to attend to: queries and keys get no gradient from it.
+_TOKENS_TO_ATTEND = 3
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,14 @@ class Saving:
     Attributes:
         output: run folder.
         record: what the adapter files say of the base.
-        resume: checkpoint to continue from.
+        resume: checkpoint to continue from; the caller has checked that it fits.
+        identity: what must be equal to resume, value by name.
     """
 
     output: Path
     record: BaseRecord
     resume: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,6 @@ def train_adapter(
     evaluate: Callable[[], float] | None = None,
     loss: ChunkLoss | None = None,
     saving: Saving | None = None,
-    identity: Resumable | None = None,
     announce: Announce = silent,
 ) -> TrainResult:
     """Train an attached adapter.
@@ -110,25 +118,19 @@ def train_adapter(
         loss: custom loss of a chunk of logits and targets, returning a sum; cross-entropy if
             None.
         saving: where checkpoints go; without it nothing is written.
-        identity: what must be equal to resume.
         announce: receives the events of the run.
 
     Raises:
-        NumericsError: a loss or gradient that is not finite; the weights are those before it.
-        ConfigError: the checkpoint to resume from was made under other conditions.
+        NumericsError: three steps in a row, or the validation loss, are not finite; the
+            weights are those of the last sound step.
+        LearningError: a part of the adapter gets no gradient, or does not move.
+        OutOfMemory: not even one row at a time fits.
+        Stopped: a signal came.
     """
-    run = _Run(
-        adapter=adapter,
-        rows=rows,
-        config=config,
-        pad_token_id=pad_token_id,
-        evaluate=evaluate,
-        loss=loss,
-        saving=saving,
-        identity=identity or Resumable(),
-        announce=announce,
-    )
-    return run.run()
+    _check_one_process()
+    run = _Run(adapter, rows, config, pad_token_id, evaluate, loss, saving, announce)
+    with signals.deferred():
+        return run.run()
 
 
 @dataclass
@@ -142,70 +144,98 @@ class _Run:
     evaluate: Callable[[], float] | None
     loss: ChunkLoss | None
     saving: Saving | None
-    identity: Resumable
     announce: Announce
 
     def __post_init__(self) -> None:
+        config, hardware = self.config, self.adapter.base.hardware
         self.model = self.adapter.base.model
-        self.head = head_of(self.model)
-        self.device = self.adapter.base.hardware.device
-        self.parameters = list(self.adapter.parameters().values())
-        self.accelerator = _accelerator(self.adapter)
-        self.optimizer = self.accelerator.prepare_optimizer(
-            build_optimizer(self.parameters, self.config)
+        self.device = hardware.device
+        self.trainee = Trainee(
+            self.adapter,
+            build_optimizer(self.adapter.parameters().values(), config),
+            torch.amp.GradScaler(self.device.type, enabled=hardware.dtype == torch.float16),
         )
-        batches = math.ceil(len(self.rows) / self.config.batch_size)
-        self.steps_per_epoch = math.ceil(batches / self.config.gradient_accumulation_steps)
-        self.total_steps = self.config.max_steps or math.ceil(
-            self.config.epochs * self.steps_per_epoch
+        self.step = OptimizerStep(
+            adapter=self.adapter,
+            rows=self.rows,
+            optimizer=self.trainee.optimizer,
+            scaler=self.trainee.scaler,
+            micro_batch_rows=config.batch_size,
+            loss_chunk_tokens=config.loss_chunk_tokens,
+            max_grad_norm=config.max_grad_norm,
+            pad_token_id=self.pad_token_id,
+            loss=self.loss,
+            on_halved=self._record_halving,
         )
+        self.steps_per_epoch = steps_per_epoch(len(self.rows), config)
+        self.total_steps = planned_steps(len(self.rows), config)
         self.progress = Progress()
+        self.saved: Progress | None = None
         self.last_loss = math.nan
-        self.saved_step = -1
-        self.skipped_in_a_row = 0
 
     def run(self) -> TrainResult:
         start = time.perf_counter()
         self._begin()
-        reason = self._steps()
+        try:
+            reason = self._steps()
+        except (signals.Stopped, NumericsError, OutOfMemory):
+            self._save()
+            raise
         self.progress.finished = True
         self.model.eval()
         self._save()
+        self._delete_old()
         seconds = time.perf_counter() - start
         self.announce(RunFinished(self.progress.optimizer_step, reason, seconds))
         memory = peak_memory_bytes(self.device)
         return TrainResult(self.progress, reason, self.last_loss, seconds, memory)
 
     def _begin(self) -> None:
-        torch.manual_seed(self.config.seed)
-        if self.saving is not None and self.saving.resume is not None:
-            self.progress = restore_checkpoint(
-                self.saving.resume, self.adapter, self.optimizer.optimizer,
-                self.accelerator.scaler, self.identity,
-            )  # fmt: skip
-            self.progress.finished = False
-            self.saved_step = self.progress.optimizer_step
+        seed_everything(self.config.seed)
         set_recompute(self.model, self.config.recompute)
         self.model.train()
-        first = self.progress.optimizer_step + 1
-        self.announce(RunStarted(first, self.total_steps, self.total_steps / self.steps_per_epoch))
+        if self.saving is not None and self.saving.resume is not None:
+            self.progress = restore_checkpoint(self.saving.resume, self.trainee)
+            self.saved = copy(self.progress)
+            self.progress.finished = False
+            self.step.micro_batch_rows = self.progress.micro_batch_rows or self.config.batch_size
+        self._say_cost_of_determinism()
+        self.announce(
+            RunStarted(
+                first_step=self.progress.optimizer_step + 1,
+                total_steps=self.total_steps,
+                epochs=self.total_steps / self.steps_per_epoch,
+                evaluated_step=self.progress.evaluated_step,
+            )
+        )
+
+    def _say_cost_of_determinism(self) -> None:
+        if not self.config.deterministic:
+            return
+        if self.device.type == "cpu":
+            self.announce(Notice("--deterministic: a CPU run has the same bits each time anyway"))
+            return
+        window = next(self._epochs())[0]
+        cost = self.step.cost_of_determinism(window)
+        self.announce(Notice(f"--deterministic: a micro-batch takes {cost:.2f} times as long"))
 
     def _steps(self) -> str:
         """Take optimiser steps until the run ends; return why it ended."""
+        if self.progress.evaluated_step < self.progress.optimizer_step and self._after_step():
+            # Stopped after a step and before its evaluation, the run has that still to do.
+            return "validation loss stopped falling"
         for windows in self._epochs():
             for window in windows:
                 if self.progress.optimizer_step >= self.total_steps:
                     return "all steps done"
-                self._step(window)
-                self.progress.window += 1
-                stopped_early = self._evaluate_if_due()
-                self._save_if_due()
-                if stopped_early:
+                signals.safe_point()
+                self._take(window)
+                if self._after_step():
                     return "validation loss stopped falling"
             self.progress.epoch, self.progress.window = self.progress.epoch + 1, 0
         raise AssertionError("epochs do not end")
 
-    def _epochs(self) -> Iterator[list[tuple[tuple[int, ...], ...]]]:
+    def _epochs(self) -> Iterator[list[tuple[Indices, ...]]]:
         """Yield the windows of each epoch that are still to be done, without end."""
         while True:
             batches = epoch_batches(
@@ -214,151 +244,165 @@ class _Run:
             windows = plan_windows(batches, self.config.gradient_accumulation_steps)
             yield windows[self.progress.window :]
 
+    def _epoch(self) -> float:
+        return self.progress.epoch + self.progress.window / self.steps_per_epoch
+
     # ------------------------------------------------------------ one step
 
-    def _step(self, window: Sequence[tuple[int, ...]]) -> None:
+    def _take(self, window: tuple[Indices, ...]) -> None:
         start = time.perf_counter()
-        batches = [collate([self.rows[i] for i in rows], self.pad_token_id) for rows in window]
-        supervised = sum(batch.supervised_tokens for batch in batches)
         step = self.progress.optimizer_step + 1
         rate = learning_rate_at(step, self.total_steps, self.config)
-        set_learning_rate(self.optimizer, rate)
-        loss = self._backward(batches, supervised)
-        norm = self._clip()
-        self._check_finite(step, loss, norm, batches)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._check_scaling(step)
-        self.progress.optimizer_step, self.last_loss = step, loss
+        taken = self.step.take(window, rate, self._check_first_gradients)
+        self.progress.optimizer_step, self.last_loss = step, taken.loss
+        self.progress.window += 1
+        epoch = self._epoch()
+        if taken.suspect_rows:
+            self._skip(taken, step, epoch)
+            return
+        self.progress.skipped_in_a_row = 0
+        self._count_overflow(taken, step)
+        self._check_movement(step)
         self.announce(
             StepFinished(
                 optimizer_step=step,
-                epoch=self.progress.epoch + (self.progress.window + 1) / self.steps_per_epoch,
-                loss=loss,
+                epoch=epoch,
+                loss=taken.loss,
                 learning_rate=rate,
-                grad_norm=norm,
-                supervised_tokens=supervised,
-                tokens=sum(batch.tokens for batch in batches),
+                grad_norm=taken.grad_norm,
+                supervised_tokens=taken.supervised_tokens,
+                tokens=taken.tokens,
                 step_seconds=time.perf_counter() - start,
                 memory_bytes=memory_in_use_bytes(self.device),
             )
         )
 
-    def _backward(self, batches: Sequence[Batch], supervised: int) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            summed = loss_sum(
-                self.model,
-                batch.to(self.device),
-                self.head,
-                loss=self.loss,
-                chunk_tokens=self.config.loss_chunk_tokens,
-            )
-            self.accelerator.backward(summed / supervised)
-            total += summed.detach().double()
-        return float(total) / supervised
-
-    def _clip(self) -> float:
-        """Return the gradient norm before clipping to `max_grad_norm`."""
-        limit = self.config.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
-
-    def _check_finite(self, step: int, loss: float, norm: float, batches: Sequence[Batch]) -> None:
-        # With loss scaling an infinite gradient is how the scale is found: the scaler skips it.
-        has_scaler = self.accelerator.scaler is not None
-        if math.isfinite(loss) and (has_scaler or math.isfinite(norm)):
-            return
-        rows = sorted({row for batch in batches for row in batch.rows})
-        raise NumericsError(
-            f"step {step}: loss {loss}, gradient norm {norm}, on rows {rows[:16]}; expected finite "
-            "numbers; lower --learning-rate, or look at these rows"
-        )
-
-    def _check_scaling(self, step: int) -> None:
-        """Stop where float16 gradients overflow however small the loss scale becomes."""
-        skipped = self.accelerator.scaler is not None and self.optimizer.step_was_skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row > _MOST_SKIPPED_STEPS:
+    def _skip(self, taken: Taken, step: int, epoch: float) -> None:
+        """Count and announce a skipped step; stop where too many come in a row."""
+        self.progress.skipped_steps += 1
+        self.progress.skipped_in_a_row += 1
+        self.announce(StepSkipped(step, epoch, taken.loss, taken.grad_norm, taken.suspect_rows))
+        if self.progress.skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             raise NumericsError(
-                f"step {step}: {self.skipped_in_a_row} steps in a row were skipped because the "
-                "gradients overflow float16; expected a finite gradient; use --dtype bfloat16 or "
-                "float32"
+                f"step {step}: loss {taken.loss}, gradient norm {taken.grad_norm}, on rows "
+                f"{list(taken.suspect_rows[:16])}; {self.progress.skipped_in_a_row} steps in a "
+                "row were skipped; expected finite numbers; lower --learning-rate, or look at "
+                "these rows"
             )
+
+    def _count_overflow(self, taken: Taken, step: int) -> None:
+        """Stop where float16 gradients overflow however small the loss scale becomes."""
+        self.progress.overflows_in_a_row += 1
+        if not taken.overflowed:
+            self.progress.overflows_in_a_row = 0
+        elif self.progress.overflows_in_a_row > _MOST_OVERFLOWS_IN_A_ROW:
+            raise NumericsError(
+                f"step {step}: {self.progress.overflows_in_a_row} steps in a row were skipped "
+                "because the gradients overflow float16; expected a finite gradient; use --dtype "
+                "bfloat16 or float32"
+            )
+
+    def _check_first_gradients(self, longest_row: int) -> None:
+        """Check the gradients of the first step that is neither skipped nor too short."""
+        if not self.progress.learns and longest_row >= _TOKENS_TO_ATTEND:
+            check_gradients(self.adapter)
+            self.progress.learns = True
+
+    def _check_movement(self, step: int) -> None:
+        is_due = step == min(STEPS_TO_MOVE, self.total_steps)
+        if is_due and not self.progress.skipped_steps and not self.progress.overflows_in_a_row:
+            check_movement(self.adapter, step)
+
+    def _record_halving(self, rows_now: int) -> None:
+        self.progress.micro_batch_rows = rows_now
+        step = self.progress.optimizer_step + 1
+        self.announce(MicroBatchHalved(step, self.config.batch_size, rows_now))
 
     # ------------------------------------------------------------ between steps
 
-    def _evaluate_if_due(self) -> bool:
-        """Evaluate where it is due; return whether the run should stop early."""
-        step, every = self.progress.optimizer_step, self.config.eval_steps
-        at_epoch_end = self.progress.window == self.steps_per_epoch
-        due = step % every == 0 if every else at_epoch_end
-        if self.evaluate is None or not (due or step == self.total_steps):
+    def _after_step(self) -> bool:
+        """Evaluate and save where it is due; return whether the run should stop early."""
+        stop_early = self._is_due(self.config.eval_steps) and self._evaluate()
+        self.progress.evaluated_step = self.progress.optimizer_step
+        is_best = self.progress.best_step == self.progress.optimizer_step
+        # The last step is saved once, as the end of the run.
+        is_last = stop_early or self.progress.optimizer_step >= self.total_steps
+        if not is_last and (is_best or self._is_due(self.config.save_steps)):
+            self._save()
+            self._delete_old()
+        return stop_early
+
+    def _is_due(self, every: int | None) -> bool:
+        """Whether something is due after this step: each `every` steps, or at epochs' ends."""
+        if self.progress.optimizer_step == self.total_steps:
+            return True
+        if every:
+            return self.progress.optimizer_step % every == 0
+        return self.progress.window == self.steps_per_epoch
+
+    def _evaluate(self) -> bool:
+        """Measure the validation rows; return whether the run should stop early."""
+        if self.evaluate is None:
             return False
         start = time.perf_counter()
         self.model.eval()
         loss = self.evaluate()
         self.model.train()
+        step, best = self.progress.optimizer_step, self.progress.best_loss
         if not math.isfinite(loss):
             raise NumericsError(
                 f"step {step}: the validation loss is {loss}; expected a finite number; lower "
                 "--learning-rate, or look at the validation rows"
             )
-        best = self.progress.best_loss
         is_best = best is None or loss < best
         if is_best:
             self.progress.best_loss, self.progress.best_step = loss, step
             self.progress.evaluations_without_gain = 0
         else:
             self.progress.evaluations_without_gain += 1
-        epoch = self.progress.epoch + self.progress.window / self.steps_per_epoch
-        self.announce(Evaluated(step, epoch, loss, is_best, time.perf_counter() - start))
-        if is_best and step < self.total_steps:
-            self._save()
+        self.announce(Evaluated(step, self._epoch(), loss, is_best, time.perf_counter() - start))
         patience = self.config.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
-    def _save_if_due(self) -> None:
-        step, every = self.progress.optimizer_step, self.config.save_steps
-        at_epoch_end = self.progress.window == self.steps_per_epoch
-        due = step % every == 0 if every else at_epoch_end
-        # The last step is saved once, as the end of the run.
-        if due and step < self.total_steps:
-            self._save()
-
     def _save(self) -> None:
-        already = self.saved_step == self.progress.optimizer_step and not self.progress.finished
-        if self.saving is None or already:
+        """Save a checkpoint, unless nothing happened since the last one."""
+        if self.saving is None or not self.progress.optimizer_step or self.progress == self.saved:
             return
         folder = save_checkpoint(
             self.saving.output,
-            self.adapter,
+            self.trainee,
             self.saving.record,
-            self.optimizer.optimizer,
-            self.accelerator.scaler,
             self.progress,
-            self.identity,
+            self.saving.identity,
+            self.total_steps,
         )
-        self.saved_step = self.progress.optimizer_step
-        delete_old(self.saving.output, self.config.save_total_limit)
+        self.saved = copy(self.progress)
         self.announce(CheckpointSaved(self.progress.optimizer_step, str(folder)))
 
+    def _delete_old(self) -> None:
+        if self.saving is not None:
+            delete_old(self.saving.output, self.config.save_total_limit)
 
-def _accelerator(adapter: Adapter) -> Accelerator:
-    """Return accelerate's handle of one process on the adapter's device.
+
+def steps_per_epoch(rows: int, config: TrainConfig) -> int:
+    """Return the number of optimiser steps of an epoch over so many token rows."""
+    return math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation_steps)
+
+
+def planned_steps(rows: int, config: TrainConfig) -> int:
+    """Return the number of optimiser steps of a whole run over so many token rows."""
+    return config.max_steps or math.ceil(config.epochs * steps_per_epoch(rows, config))
+
+
+def _check_one_process() -> None:
+    """Check that this process is the only one.
 
     Raises:
         EnvironmentFault: several processes were launched; each would train on its own.
     """
-    hardware = adapter.base.hardware
-    # The state is a singleton; a second run in one process may want another precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        cpu=hardware.device.type == "cpu",
-        mixed_precision="fp16" if hardware.dtype == torch.float16 else "no",
-    )
-    if accelerator.num_processes > 1:
+    launched = PartialState().num_processes
+    if launched > 1:
         raise EnvironmentFault(
-            f"{accelerator.num_processes} processes were launched; expected one (data parallel "
-            "training is not built yet); start it without torchrun or accelerate launch"
+            f"{launched} processes were launched; expected one (data parallel training is not "
+            "built yet); start it without torchrun or accelerate launch"
         )
-    return accelerator

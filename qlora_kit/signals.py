@@ -1,0 +1,89 @@
+"""SIGTERM, SIGINT and SIGHUP: an end at the next safe point, with what was trained saved.
+
+The first signal raises `Stopped` where the program stands, or, inside `deferred()`, at the
+next `safe_point()`. It also gives every signal its default action back, so that a second one
+ends the process at once, even inside a long call into C. Whatever is on disk then is whole:
+all writing goes through `storage`.
+
+Signals belong to the process, so this module has state of its own. Without `stop_on_signals`
+(a program that uses the API) nothing is changed and `safe_point` does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+_HANDLED = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+_NOTE = b"\nstopping at the next safe point; a second signal ends at once\n"
+
+
+class Stopped(BaseException):
+    """A signal asked the program to end. Not an `Exception`: no library may swallow it.
+
+    Args:
+        signum: which signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+_received: int | None = None
+_deferring = 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Handle the signals while the block runs. Only the main thread may call this."""
+    global _received
+    _received = None
+    # What the parent chose to ignore (nohup, a job in the background) stays ignored.
+    handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _receive) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _receive(signum: int, frame: FrameType | None) -> None:
+    global _received
+    _received = signum
+    for number in _HANDLED:
+        if signal.getsignal(number) is _receive:
+            signal.signal(number, signal.SIG_DFL)
+    if _deferring:
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _NOTE)
+        return
+    raise Stopped(signum)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let a signal wait for the next `safe_point` while the block runs."""
+    global _deferring
+    _deferring += 1
+    try:
+        yield
+    finally:
+        _deferring -= 1
+
+
+def safe_point() -> None:
+    """End here if a signal has come: nothing is half done.
+
+    Raises:
+        Stopped: a signal has come.
+    """
+    if _received is not None:
+        raise Stopped(_received)

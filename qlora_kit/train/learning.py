@@ -1,0 +1,64 @@
+"""Whether the adapter learns at all: each B gets a gradient, and moves.
+
+A run that trains nothing looks like one that does: the loss is finite, a file is written.
+Takes an adapter between backward and the optimiser; raises or says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qlora_kit.errors import LearningError
+from qlora_kit.lora.attach import Adapter
+
+# AdamW moves a weight by about the learning rate in its first step, so a few show it.
+STEPS_TO_MOVE = 10
+_MOST_NAMED = 5
+
+
+def check_gradients(adapter: Adapter) -> None:
+    """Check, after the first backward pass, that every B has a gradient that is not zero.
+
+    A's own gradient is zero then, because B starts at zero.
+
+    Raises:
+        LearningError: naming the layers without one.
+    """
+    gradients = {path: layer.lora_B.grad for path, layer in adapter.layers.items()}
+    if dead := _all_zero(gradients):
+        raise LearningError(
+            f"after the first step {_named(dead)} got no gradient, so nothing is learnt there; "
+            "expected a gradient in every B; name --targets that the loss depends on, or check "
+            "that answers are supervised"
+        )
+
+
+def check_movement(adapter: Adapter, steps: int) -> None:
+    """Check, after some steps, that every B has left zero, where it started.
+
+    Raises:
+        LearningError: naming the layers that have not.
+    """
+    values = {path: layer.lora_B.detach() for path, layer in adapter.layers.items()}
+    if still := _all_zero(values):
+        raise LearningError(
+            f"after {steps} steps {_named(still)} did not move; expected every B to have left "
+            "zero; raise --learning-rate"
+        )
+
+
+def _all_zero(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    missing = [path for path, tensor in tensors.items() if tensor is None]
+    there = {path: tensor for path, tensor in tensors.items() if tensor is not None}
+    # One transfer from the device for all layers.
+    largest = torch._foreach_norm(list(there.values()), float("inf")) if there else []
+    norms = torch.stack(list(largest)).tolist() if there else []
+    return missing + [path for path, norm in zip(there, norms, strict=True) if norm == 0]
+
+
+def _named(paths: list[str]) -> str:
+    rest = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
+    return f"{', '.join(paths[:_MOST_NAMED])}{rest}"

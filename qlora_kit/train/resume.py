@@ -1,0 +1,155 @@
+"""Whether a run may continue from a checkpoint, and with what effect.
+
+A run continues with the same bits where all that decides them is the same. What differs is
+listed; some of it may be changed on purpose, by group, with `--allow-change`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_kit.config import OptimizerOptions
+from qlora_kit.errors import ConfigError
+from qlora_kit.train.checkpoint import StoredState
+from qlora_kit.train.optimizer import learning_rate_at
+
+# What `--allow-change` names, and what each name covers.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "data": (
+        "data",
+        "validation",
+        "validation_fraction",
+        "max_length",
+        "long_samples",
+        "train_on",
+        "rows",
+    ),
+    "tokenizer": ("tokenizer", "template"),
+    "base": ("base", "bits", "quant_type", "double_quant"),
+    "batch": ("batch_size", "gradient_accumulation_steps"),
+    "seed": ("seed",),
+    "lora": ("alpha", "alpha_pattern", "lora_dropout", "rslora"),
+    "schedule": ("learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    "precision": ("device", "dtype", "loss_chunk_tokens", "deterministic"),
+}
+# The shapes of the stored tensors follow from these.
+_FIXED = ("rank", "rank_pattern", "targets", "optimizer")
+# What follows from others is a difference of its own only where those are equal.
+_DERIVED: Mapping[str, tuple[str, ...]] = {
+    "rows": (*GROUPS["data"][:-1], *GROUPS["tokenizer"], "seed"),
+    "validation": ("data", *GROUPS["data"][2:-1], *GROUPS["tokenizer"], "seed"),
+}
+# After a change of these the order of the rows is another one.
+_REORDERING = ("data", "tokenizer", "batch", "seed")
+
+OPTIONS: tuple[str, ...] = (
+    *_FIXED, "validation_fraction", "max_length", "long_samples", "train_on", "bits", "quant_type", "double_quant",
+    "batch_size", "gradient_accumulation_steps", "seed", "alpha", "alpha_pattern",
+    "lora_dropout", "rslora", *GROUPS["schedule"], "loss_chunk_tokens", "deterministic",
+)  # fmt: skip
+"""The options that are part of a run's identity as they are."""
+
+
+def differences(
+    identity: Mapping[str, Any], stored: Mapping[str, Any], allowed: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Compare what decides a run's bits with what decided them in a checkpoint.
+
+    Args:
+        identity: of the run now, value by name.
+        stored: of the checkpoint.
+        allowed: groups of `GROUPS` that may differ.
+
+    Returns:
+        One line for each difference that is refused; and for each that is allowed, and what
+        follows from it.
+    """
+    differing = [name for name, value in identity.items() if stored.get(name) != value]
+    for name, causes in _DERIVED.items():
+        if name in differing and set(differing) & set(causes):
+            differing.remove(name)
+    refused, accepted = [], []
+    for name in differing:
+        found = f"{_spelled(name)} was {stored.get(name)!r} and is now {identity[name]!r}"
+        group = _group_of(name)
+        if group in allowed:
+            accepted.append(f"resuming with a change: {found}")
+        else:
+            refused.append(f"--resume: {found}; {_remedy(name, group)}")
+    if any(_group_of(name) in _REORDERING for name in differing) and not refused:
+        accepted.append(
+            "the rest of this epoch is taken from a new order of the rows: some of them may come "
+            "twice in it, others not at all"
+        )
+    return refused, accepted
+
+
+def _group_of(name: str) -> str | None:
+    return next((group for group, names in GROUPS.items() if name in names), None)
+
+
+def _spelled(name: str) -> str:
+    return "the token rows (of equal data and tokenizer)" if name == "rows" else name
+
+
+def _remedy(name: str, group: str | None) -> str:
+    if group is None:
+        return "a run cannot change it; pass the stored value, or start a new run"
+    return f"pass the stored one, or --allow-change {group} to go on with other bits"
+
+
+def check_resumable(
+    identity: Mapping[str, Any], stored: StoredState, allowed: Sequence[str] = ()
+) -> list[str]:
+    """Return the allowed differences, one line each.
+
+    Raises:
+        ConfigError: a difference that is not allowed; each is listed.
+    """
+    refused, accepted = differences(identity, stored.identity, allowed)
+    if refused:
+        raise ConfigError(*refused)
+    return accepted
+
+
+def effects(
+    stored: StoredState, total_steps: int, options: OptimizerOptions, versions: Mapping[str, str]
+) -> list[str]:
+    """Say what else is not as it was, though it is no reason to refuse.
+
+    Args:
+        stored: of the checkpoint.
+        total_steps: of the whole run, as it is asked for now.
+        options: decide the learning rate of each step.
+        versions: of the libraries that compute now.
+    """
+    found = [schedule_effect(stored, total_steps, options)]
+    changed = [
+        f"{name} {stored.versions[name]} → {version}"
+        for name, version in versions.items()
+        if stored.versions.get(name, version) != version
+    ]
+    if changed:
+        found.append(f"other versions than before, so maybe other bits: {', '.join(changed)}")
+    return [effect for effect in found if effect]
+
+
+def schedule_effect(stored: StoredState, total_steps: int, options: OptimizerOptions) -> str | None:
+    """Say what another number of steps than the stored one does to the learning rate.
+
+    Returns:
+        A sentence, or None where the number is the same.
+    """
+    before, step = stored.total_steps, stored.progress.optimizer_step
+    if before == total_steps:
+        return None
+    if total_steps <= step:
+        return f"{step} steps are done and {total_steps} asked for: nothing is left to train"
+    rate = learning_rate_at(step + 1, total_steps, options)
+    planned = learning_rate_at(step + 1, before, options) if step < before else 0.0
+    return (
+        f"{total_steps} steps instead of {before}: the {options.scheduler} schedule is laid over "
+        f"all of them, so step {step + 1} has learning rate {rate:.3g} (it was to be "
+        f"{planned:.3g}); the result is not that of {total_steps} steps from the start"
+    )
