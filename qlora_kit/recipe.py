@@ -278,7 +278,7 @@ def _resume_point(
 
 def _is_finished(resume: Path, output: Path, config: TrainConfig) -> bool:
     """Whether the run ended, wrote its adapter, and is not asked to go further."""
-    from qlora_kit.lora.adapter import WEIGHTS
+    from qlora_kit.lora.files import WEIGHTS
     from qlora_kit.train.checkpoint import read_state
 
     # Killed between the last checkpoint and the adapter, a run has its end still to do.

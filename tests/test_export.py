@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from data_fixtures import make_tokenizer
 from safetensors import safe_open
+from test_model_load import run_python, write_random
 
 import qlora_kit as qk
 from qlora_kit.config import parse_size
@@ -236,3 +238,41 @@ def test_sizes_are_in_powers_of_ten_unless_they_say_i(text: str, bytes_: int) ->
 def test_a_size_without_number_or_unit_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a number with a unit"):
         parse_size(text)
+
+
+MERGE = textwrap.dedent(
+    """
+    import torch
+    from transformers import AutoTokenizer
+    from qlora_kit.config import parse_size
+    from qlora_kit.export.merge import merge_to
+    from qlora_kit.lora.adapter import StoredAdapter
+    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.model.load import BaseSpec
+    from qlora_kit.model.names import find_model
+    from qlora_kit.model.quantize import Quantization
+
+    folder, path = Path(sys.argv[1]), "model.layers.0.self_attn.q_proj"
+    spec = BaseSpec(find_model(str(folder)), folder, Quantization(4))
+    size = spec.architecture().hidden_size
+    pair = {path: (torch.ones(2, size), torch.ones(size, 2))}
+    stored = StoredAdapter(folder / "none", LoraSpec(rank=2, targets=(path,)), pair, None, None)
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+    with Peak() as peak:
+        merged = merge_to(folder / "merged", stored, spec, tokenizer, shard_bytes=20_000_000)
+    print(json.dumps({"grown": peak.grown, "bytes": merged.bytes, "shards": merged.shards}))
+    """
+)
+
+
+def test_a_merge_takes_a_shard_and_a_few_tensors_of_memory(tmp_path: Path) -> None:
+    numbers = {"model_type": "llama", "num_attention_heads": 8, "dtype": "bfloat16",
+               "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16,
+               "vocab_size": 8192}  # fmt: skip
+    write_random(tmp_path, "safetensors", numbers)
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    found = json.loads(run_python(MERGE, tmp_path, tmp_path / "tokenizer"))
+    largest = 8192 * 512 * 4
+    assert found["bytes"] > 120e6
+    assert found["shards"] > 5
+    assert found["grown"] < 20_000_000 + 3 * largest

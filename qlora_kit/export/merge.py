@@ -25,9 +25,16 @@ from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.model.architecture import build_skeleton, linear_layers
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
-from qlora_kit.model.memory import memory_returned
+from qlora_kit.model.memory import memory_returned, out_of_memory_while
 from qlora_kit.model.quantize import FrozenWeight
-from qlora_kit.storage import MANIFEST, is_sealed, save_tensors, staged_folder, write_json
+from qlora_kit.storage import (
+    MANIFEST,
+    check_space,
+    is_sealed,
+    save_tensors,
+    staged_folder,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,14 @@ def merge_to(
         overwrite: replace an existing folder.
         announce: receives the progress.
 
+    Host memory stays under one shard plus three times the largest tensor.
+
     Raises:
         AdapterError: a layer of the adapter is not in the base, or the base's weights are not
             those it was trained on.
         ModelError: a merged value does not fit the dtype.
+        OutOfMemory: a tensor does not fit on the device, or a shard in host memory.
+        StorageError: the disk has no room for it, or refuses it.
         OutputError: the folder exists, or replacing it would delete what is not a merged
             model or what the merge reads.
     """
@@ -85,8 +96,13 @@ def merge_to(
     architecture = spec.architecture()
     skeleton = build_skeleton(architecture)
     check_layers(stored, linear_layers(skeleton), "the base")
+    check_space(folder, _merged_bytes(skeleton, dtype), "the merged model")
     digest = Digest()
-    with staged_folder(folder, replace=overwrite) as staging, memory_returned():
+    with (
+        out_of_memory_while("merging", "pass --device cpu, or a smaller --max-shard-size"),
+        staged_folder(folder, replace=overwrite) as staging,
+        memory_returned(),
+    ):
         stream = frozen_tensors(spec, skeleton, device or torch.device("cpu"), digest, announce)
         writer = _ShardWriter(staging, shard_bytes)
         for name, tensor in _merged_tensors(stream, stored, dtype):
@@ -112,6 +128,12 @@ def _check_target(folder: Path, sources: Sequence[Path | None], overwrite: bool)
             f"{folder}: --overwrite replaces a merged model, but this holds no {MANIFEST}; name "
             "another --to"
         )
+
+
+def _merged_bytes(skeleton: PreTrainedModel, dtype: torch.dtype) -> int:
+    tied = skeleton.all_tied_weights_keys or {}
+    stored: dict[str, Tensor] = skeleton.state_dict()
+    return sum(t.numel() for name, t in stored.items() if name not in tied) * dtype.itemsize
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ new text only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,10 @@ from transformers import GenerationConfig
 
 from qlora_kit.config import GenerateConfig
 from qlora_kit.data.template import end_token_ids
+from qlora_kit.errors import OutOfMemory
 from qlora_kit.model.load import Base
+from qlora_kit.model.memory import is_out_of_memory, release_memory
+from qlora_kit.signals import safe_point
 
 _DEFAULTS = GenerateConfig()
 
@@ -52,19 +56,46 @@ def generate(
         tokenizer: its tokenizer.
         prompts: token ids, BOS included where the model wants one.
         sampling: greedy if None.
-        batch_size: prompts that are continued together.
+        batch_size: prompts that are continued together; halved where memory runs out.
+
+    Raises:
+        OutOfMemory: even one prompt does not fit.
     """
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
     was_training = base.model.training
     base.model.eval()
     try:
-        for start in range(0, len(prompts), batch_size):
-            yield from _generate_batch(
-                base, tokenizer, prompts[start : start + batch_size], sampling
-            )
+        done = 0
+        while done < len(prompts):
+            safe_point()
+            batch = prompts[done : done + batch_size]
+            texts = _if_it_fits(base, tokenizer, batch, sampling)
+            if texts is None:
+                release_memory(base.hardware.device)
+                batch_size = math.ceil(len(batch) / 2)
+                continue
+            done += len(batch)
+            yield from texts
     finally:
         base.model.train(was_training)
+
+
+def _if_it_fits(
+    base: Base, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[str] | None:
+    """Continue prompts together, or return None where memory runs out for several of them."""
+    try:
+        return _generate_batch(base, tokenizer, prompts, sampling)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(prompts) == 1:
+            raise OutOfMemory(
+                f"out of memory in generation after a prompt of {len(prompts[0])} tokens; "
+                "expected it to fit; pass a smaller --max-new-tokens, or fewer --bits"
+            ) from error
+        return None
 
 
 def _generate_batch(

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from qlora_kit.errors import OutOfMemory
+
 # mallopt parameters and values, from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -47,6 +49,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(t in str(error) for t in _OUT_OF_MEMORY_TEXTS)
+
+
+@contextlib.contextmanager
+def out_of_memory_while(doing: str, remedy: str) -> Iterator[None]:
+    """Turn a shortage inside the block into one line.
+
+    Raises:
+        OutOfMemory: in place of the library's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory while {doing}; expected it to fit; {remedy}") from error
 
 
 def release_memory(device: torch.device) -> None:

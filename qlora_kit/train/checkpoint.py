@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from qlora_kit.errors import DataError, InputError, StorageError
 from qlora_kit.lora.adapter import BaseRecord, read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter
+from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.storage import (
     delete_folder,
     load_tensors,
@@ -125,28 +126,38 @@ def save_checkpoint(
 
     Raises:
         StorageError: it could not be written; the previous checkpoint is untouched.
+        OutOfMemory: the host has no memory for it; likewise.
     """
     folder = output / f"checkpoint-{progress.optimizer_step}"
-    tensors, values = optimizer_tensors(trainee.optimizer, trainee.adapter.parameters())
-    state = StoredState(
-        progress=progress,
-        identity=identity,
-        total_steps=total_steps,
-        optimizer_values=values,
-        scaler=trainee.scaler.state_dict(),
-        parent=_last_hash(output),
-        versions=record.versions,
-    )
-    with staged_folder(folder, replace=True) as staging:
+    with (
+        out_of_memory_while("saving", "close other programs; the last checkpoint is untouched"),
+        staged_folder(folder, replace=True) as staging,
+    ):
+        tensors, values = optimizer_tensors(trainee.optimizer, trainee.adapter.parameters())
+        state = StoredState(
+            progress=progress,
+            identity=identity,
+            total_steps=total_steps,
+            optimizer_values=values,
+            scaler=trainee.scaler.state_dict(),
+            parent=_last_hash(output),
+            versions=record.versions,
+        )
         save_adapter(trainee.adapter, staging, record)
         save_tensors(staging / _OPTIMIZER, tensors)
         save_tensors(staging / _RANDOM, random_states(trainee.device))
         write_json(staging / _STATE, asdict(state))
     verify_folder(folder)
     write_text(output / LAST, folder.name + "\n")
-    if progress.best_step == progress.optimizer_step:
-        write_text(output / BEST, folder.name + "\n")
+    _point_at_best(output, progress)
     return folder
+
+
+def _point_at_best(output: Path, progress: Progress) -> None:
+    # Not only when it is new: a process may have been killed before it could say so.
+    best = f"checkpoint-{progress.best_step}"
+    if (output / best).is_dir() and _named_by(output / BEST) != best:
+        write_text(output / BEST, best + "\n")
 
 
 def _last_hash(output: Path) -> str | None:

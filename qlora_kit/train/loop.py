@@ -310,7 +310,8 @@ class _Run:
 
     def _check_movement(self, step: int) -> None:
         is_due = step == min(STEPS_TO_MOVE, self.total_steps)
-        if is_due and not self.progress.skipped_steps and not self.progress.overflows_in_a_row:
+        not_taken = self.progress.skipped_steps + self.progress.overflows_in_a_row
+        if is_due and self.progress.learns and not not_taken:
             check_movement(self.adapter, step)
 
     def _record_halving(self, rows_now: int) -> None:

@@ -44,7 +44,8 @@ _DERIVED: Mapping[str, tuple[str, ...]] = {
 _REORDERING = ("data", "tokenizer", "batch", "seed")
 
 OPTIONS: tuple[str, ...] = (
-    *_FIXED, "validation_fraction", "max_length", "long_samples", "train_on", "bits", "quant_type", "double_quant",
+    *_FIXED, "validation_fraction", "max_length", "long_samples", "train_on", "bits",
+    "quant_type", "double_quant",
     "batch_size", "gradient_accumulation_steps", "seed", "alpha", "alpha_pattern",
     "lora_dropout", "rslora", *GROUPS["schedule"], "loss_chunk_tokens", "deterministic",
 )  # fmt: skip

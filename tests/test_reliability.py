@@ -1,0 +1,705 @@
+"""A step that cannot be taken, a run that is stopped, a run that is continued.
+
+The promises of docs/reliability.md at the size of a unit; tests/faults shows them with counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import run
+from test_train import losses, make_adapter, make_rows, options, record, weights_of
+
+import qlora_kit as qk
+from qlora_kit import signals
+from qlora_kit.errors import ConfigError, LearningError, NumericsError, OutOfMemory
+from qlora_kit.events import (
+    Evaluated,
+    Event,
+    MicroBatchHalved,
+    RunStarted,
+    StepFinished,
+    StepSkipped,
+)
+from qlora_kit.model.hardware import Hardware
+from qlora_kit.model.memory import is_out_of_memory
+from qlora_kit.report.log import Log, read_log
+from qlora_kit.train import optimizer_step
+from qlora_kit.train.checkpoint import (
+    Progress,
+    StoredState,
+    checkpoints,
+    delete_old,
+    find_checkpoint,
+    read_state,
+)
+from qlora_kit.train.loop import Saving
+from qlora_kit.train.resume import GROUPS, OPTIONS, check_resumable, effects
+
+Tiny = Callable[..., Path]
+
+
+def state_of(identity: dict[str, Any], steps: int = 3, total: int = 6) -> StoredState:
+    return StoredState(Progress(optimizer_step=steps), identity, total_steps=total)
+
+
+# ---------------------------------------------------------------- not finite
+
+
+class SpoilingLoss:
+    """Cross-entropy that is `value` in the chunks of the given calls."""
+
+    def __init__(self, calls: set[int], value: float = math.nan) -> None:
+        self.calls, self.value, self.count = calls, value, 0
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return loss * self.value if self.count in self.calls else loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_no_weight_and_names_its_rows(
+    save_tiny: Tiny, tmp_path: Path, value: float
+) -> None:
+    adapter, events = make_adapter(save_tiny()), []
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StepFinished | StepSkipped):
+            seen.append(weights_of(adapter))
+
+    # Two micro-batches a step: the fourth is the second of step 2.
+    config = options(max_steps=3, gradient_accumulation_steps=2)
+    log = Log(tmp_path)
+    result = qk.train_adapter(
+        adapter, make_rows(6), config, loss=SpoilingLoss({4}, value),
+        announce=lambda event: (listen(event), log(event))[0],
+    )  # fmt: skip
+    skipped = [event for event in events if isinstance(event, StepSkipped)]
+    assert [event.optimizer_step for event in skipped] == [2]
+    assert len(skipped[0].rows) == 1, "the rows of the micro-batch that spoiled it, no others"
+    assert all(torch.equal(seen[0][name], weight) for name, weight in seen[1].items())
+    assert any(not torch.equal(seen[1][name], weight) for name, weight in seen[2].items())
+    assert all(torch.isfinite(weight).all() for weight in weights_of(adapter).values())
+    assert (result.progress.skipped_steps, result.progress.skipped_in_a_row) == (1, 0)
+    row = read_log(tmp_path / "trainer_log.jsonl")[1]
+    assert (row["loss"], row["rows"]) == (str(value), list(skipped[0].rows))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(save_tiny: Tiny) -> None:
+    adapter, events = make_adapter(save_tiny()), []
+    layer = next(iter(adapter.layers.values()))
+    count = iter(range(100))
+    layer.lora_B.register_hook(lambda grad: grad * (math.inf if next(count) == 1 else 1))
+    qk.train_adapter(adapter, make_rows(4), options(), announce=record(events))
+    (skipped,) = [event for event in events if isinstance(event, StepSkipped)]
+    assert math.isfinite(skipped.loss)
+    assert not math.isfinite(skipped.grad_norm)
+
+
+def test_three_skipped_steps_in_a_row_end_the_run_with_the_last_good_weights_saved(
+    save_tiny: Tiny, tmp_path: Path
+) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    with pytest.raises(NumericsError, match=r"step 5: loss nan.*on rows \[\d.*3 steps in a row"):
+        qk.train_adapter(
+            adapter, make_rows(8), options(max_steps=8, save_steps=2), saving=saving,
+            loss=SpoilingLoss({3, 4, 5}),
+        )  # fmt: skip
+    found = find_checkpoint(tmp_path, "latest").folder
+    assert found == tmp_path / "checkpoint-5"
+    assert read_state(found).progress.skipped_in_a_row == 3
+    good = qk.read_adapter(tmp_path / "checkpoint-2").tensors
+    for path, pair in qk.read_adapter(found).tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, good[path], strict=True))
+
+
+def test_two_and_two_are_not_three_in_a_row(save_tiny: Tiny) -> None:
+    loss = SpoilingLoss({2, 3, 5, 6})
+    result = qk.train_adapter(
+        make_adapter(save_tiny()), make_rows(8), options(max_steps=8), loss=loss
+    )
+    assert result.progress.skipped_steps == 4
+
+
+# ---------------------------------------------------------------- learning
+
+
+def test_a_layer_without_a_gradient_is_named(save_tiny: Tiny) -> None:
+    adapter = make_adapter(save_tiny())
+    path, layer = next(iter(adapter.layers.items()))
+    layer.lora_B.register_hook(torch.zeros_like)
+    with pytest.raises(LearningError, match=f"after the first step {path} got no gradient"):
+        qk.train_adapter(adapter, make_rows(4), options())
+
+
+def test_a_matrix_that_stays_zero_is_named(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(save_tiny())
+    path, layer = next(iter(adapter.layers.items()))
+    take_step = torch.optim.AdamW.step
+
+    def forgetting_step(self: Any, *args: Any, **kwargs: Any) -> None:
+        take_step(self, *args, **kwargs)
+        layer.lora_B.data.zero_()
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", forgetting_step)
+    with pytest.raises(LearningError, match=f"after 10 steps {path} did not move"):
+        qk.train_adapter(adapter, make_rows(4), options(max_steps=12))
+
+
+def test_rows_too_short_to_attend_do_not_look_like_a_dead_layer(save_tiny: Tiny) -> None:
+    rows = [{"input_ids": [5, 7 + n], "labels": [5, 7 + n], "row": n} for n in range(3)]
+    qk.train_adapter(make_adapter(save_tiny()), rows, options(max_steps=2))
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+class ShortOfMemory:
+    """Stands in for `loss_sum` and has no memory for more than `most` rows."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        self.most, self.error, self.rows = most, error, []
+        self.real = optimizer_step.loss_sum
+
+    def __call__(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.real(model, batch, *args, **kwargs)
+        if len(batch.rows) > self.most:
+            raise self.error
+        self.rows.append(batch.rows)
+        return result
+
+
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: type(error).__name__)
+def test_a_step_is_taken_again_with_fewer_rows_at_a_time(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    rows = make_rows(16)
+    config = options(max_steps=2, batch_size=8)
+    found, events = [], []
+    for most in (8, 3):
+        adapter, events = make_adapter(save_tiny()), []
+        short = ShortOfMemory(most, error)
+        monkeypatch.setattr(optimizer_step, "loss_sum", short)
+        result = qk.train_adapter(adapter, rows, config, announce=record(events))
+        monkeypatch.setattr(optimizer_step, "loss_sum", short.real)
+        # A step that ran out went through some of its rows twice; the last times count.
+        taken = [row for batch in short.rows for row in batch][-16:]
+        found.append((losses(events), weights_of(adapter), sorted(taken)))
+    assert result.progress.micro_batch_rows == 2
+    halved = [event for event in events if isinstance(event, MicroBatchHalved)]
+    assert [(event.optimizer_step, event.rows_now) for event in halved] == [(1, 4), (1, 2)]
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert found[1][2] == found[0][2] == list(range(16)), "the effective batch is what it was"
+    for name, weight in found[0][1].items():
+        assert torch.allclose(weight, found[1][1][name], rtol=1e-4, atol=1e-6), name
+
+
+def test_a_replayed_step_draws_the_same_dropout(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows of which the second fails once: the replay at one row equals one row asked for."""
+    rows, found = make_rows(6), []
+    for batch_size, most in ((1, 1), (2, 1)):
+        adapter, events = make_adapter(save_tiny(), dropout=0.3), []
+        short = ShortOfMemory(most, MemoryError())
+        monkeypatch.setattr(optimizer_step, "loss_sum", short)
+        # Windows of two rows that stand in the same order however they are batched.
+        monkeypatch.setattr(
+            "qlora_kit.train.loop.epoch_batches",
+            lambda rows, size, seed, epoch: [
+                tuple(range(i, i + size)) for i in range(0, len(rows), size)
+            ],
+        )
+        config = options(
+            max_steps=3, batch_size=batch_size, gradient_accumulation_steps=2 // batch_size
+        )
+        qk.train_adapter(adapter, rows, config, announce=record(events))
+        monkeypatch.setattr(optimizer_step, "loss_sum", short.real)
+        found.append((losses(events), weights_of(adapter)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_one_row_that_does_not_fit_ends_with_advice_and_a_checkpoint(
+    save_tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(save_tiny())
+    real, calls = optimizer_step.loss_sum, iter(range(100))
+
+    def short(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) >= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(optimizer_step, "loss_sum", short)
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    with pytest.raises(OutOfMemory, match=r"one row at a time, the longest of .*--max-length"):
+        qk.train_adapter(adapter, make_rows(4), options(), saving=saving)
+    assert find_checkpoint(tmp_path, "latest").folder == tmp_path / "checkpoint-2"
+
+
+def test_the_halved_micro_batch_is_kept_over_a_resume(
+    save_tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    short = ShortOfMemory(2, MemoryError())
+    config = options(max_steps=4, batch_size=4, save_steps=2)
+    monkeypatch.setattr(optimizer_step, "loss_sum", short)
+    qk.train_adapter(adapter, make_rows(8), config, saving=saving)
+    again = ShortOfMemory(2, MemoryError())
+    monkeypatch.setattr(optimizer_step, "loss_sum", again)
+    resumed = Saving(tmp_path / "again", saving.record, tmp_path / "checkpoint-2")
+    part, events = make_adapter(save_tiny()), []
+    qk.train_adapter(part, make_rows(8), config, saving=resumed, announce=record(events))
+    assert not [event for event in events if isinstance(event, MicroBatchHalved)]
+    assert all(torch.equal(w, weights_of(part)[n]) for n, w in weights_of(adapter).items())
+
+
+def test_evaluation_goes_on_with_fewer_rows(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_kit.infer import evaluate as module
+
+    base = make_adapter(save_tiny()).base
+    rows, real, events = make_rows(9), module.scores, []
+    whole = qk.evaluate(base, rows, batch_size=4)
+
+    def short(model: Any, batch: Any, *args: Any) -> Any:
+        if len(batch.rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, batch, *args)
+
+    monkeypatch.setattr(module, "scores", short)
+    found = qk.evaluate(base, rows, batch_size=4, announce=record(events))
+    assert found.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (found.supervised_tokens, found.rows) == (whole.supervised_tokens, 9)
+    assert (whole.batch_size, found.batch_size) == (4, 1)
+    assert len(events) == 2
+    monkeypatch.setattr(module, "scores", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(OutOfMemory, match="in evaluation on one row of"):
+        qk.evaluate(base, rows, batch_size=4)
+
+
+def test_other_errors_are_not_taken_for_a_shortage() -> None:
+    assert all(is_out_of_memory(error) for error in SHORTAGES)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+# ---------------------------------------------------------------- half precision
+
+
+def test_loss_scaling_finds_its_scale_and_resumes_with_the_same_bits(
+    save_tiny: Tiny, tmp_path: Path
+) -> None:
+    def half_adapter() -> qk.Adapter:
+        spec = qk.BaseSpec(qk.find_model(str(save_tiny())), save_tiny(), qk.Quantization(16))
+        base = qk.load_base(spec, Hardware(torch.device("cpu"), torch.float16, "for this test"))
+        return qk.attach(base, qk.LoraSpec(rank=4, targets=("all-linear",)), seed=1)
+
+    adapter, events = half_adapter(), []
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    config = options(max_steps=8, save_steps=4)
+    # A first gradient of 2¹⁶ times a large loss overflows: the scaler has something to find.
+    large = SpoilingLoss(set(range(100)), 50.0)
+    result = qk.train_adapter(
+        adapter, make_rows(8), config, saving=saving, loss=large, announce=record(events)
+    )
+    state = read_state(tmp_path / "checkpoint-4")
+    assert state.scaler["scale"] < 2**16, "it was halved"
+    assert result.progress.skipped_steps == 0
+    assert any(not math.isfinite(e.grad_norm) for e in events if isinstance(e, StepFinished))
+    assert all(torch.isfinite(weight).all() for weight in weights_of(adapter).values())
+    part = half_adapter()
+    again = Saving(tmp_path / "again", saving.record, tmp_path / "checkpoint-4")
+    qk.train_adapter(
+        part, make_rows(8), config, saving=again, loss=SpoilingLoss(set(range(100)), 50.0)
+    )
+    assert all(torch.equal(w, weights_of(part)[n]) for n, w in weights_of(adapter).items())
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def handled() -> Iterator[None]:
+    with signals.stop_on_signals():
+        yield
+
+
+@pytest.mark.usefixtures("handled")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_at_once_or_at_the_next_safe_point(number: int, code: int) -> None:
+    def work() -> None:
+        with signals.deferred():
+            os.kill(os.getpid(), number)
+            reached.append("still going")
+            signals.safe_point()
+
+    reached: list[str] = []
+    with pytest.raises(signals.Stopped) as stopped:
+        work()
+    assert reached
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second one ends at once"
+
+
+@pytest.mark.usefixtures("handled")
+def test_a_signal_outside_of_training_is_raised_where_it_comes() -> None:
+    with pytest.raises(signals.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_of_an_earlier_run_is_forgotten() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        with contextlib.suppress(signals.Stopped), signals.stop_on_signals():
+            signals.safe_point()
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stop_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            signals.safe_point()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("handled")
+def test_stopped_between_micro_batches_a_step_is_undone_and_the_run_continues_bit_equal(
+    save_tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(12)
+    config = options(max_steps=4, gradient_accumulation_steps=3)
+    whole = make_adapter(save_tiny(), dropout=0.2)
+    qk.train_adapter(whole, rows, config)
+    part = make_adapter(save_tiny(), dropout=0.2)
+    real, calls = optimizer_step.loss_sum, iter(range(100))
+
+    def stop_in_step_3(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    saving = Saving(tmp_path, qk.BaseRecord.of(part.base))
+    monkeypatch.setattr(optimizer_step, "loss_sum", stop_in_step_3)
+    with pytest.raises(signals.Stopped):
+        qk.train_adapter(part, rows, config, saving=saving)
+    found = find_checkpoint(tmp_path, "latest").folder
+    assert found == tmp_path / "checkpoint-2", "step 3 was begun and undone"
+    signals._received = None  # as in a new process
+    again = make_adapter(save_tiny(), dropout=0.2)
+    qk.train_adapter(again, rows, config, saving=Saving(tmp_path, saving.record, found))
+    assert all(torch.equal(w, weights_of(again)[n]) for n, w in weights_of(whole).items())
+
+
+@pytest.mark.usefixtures("handled")
+def test_an_evaluation_that_was_stopped_is_done_again(save_tiny: Tiny, tmp_path: Path) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    config = options(max_steps=3, eval_steps=1)
+    measured = iter([3.0, None, 2.0, 1.0])
+
+    def evaluate() -> float:
+        value = next(measured)
+        if value is None:
+            os.kill(os.getpid(), signal.SIGINT)
+            signals.safe_point()
+        return value
+
+    with pytest.raises(signals.Stopped):
+        qk.train_adapter(adapter, make_rows(4), config, saving=saving, evaluate=evaluate)
+    signals._received = None
+    found = find_checkpoint(tmp_path, "latest").folder
+    assert found == tmp_path / "checkpoint-2"
+    events: list[Event] = []
+    again = Saving(tmp_path, saving.record, found)
+    result = qk.train_adapter(
+        make_adapter(save_tiny()), make_rows(4), config, saving=again, evaluate=evaluate,
+        announce=record(events),
+    )  # fmt: skip
+    assert [e.optimizer_step for e in events if isinstance(e, Evaluated)] == [2, 3]
+    assert (result.progress.best_loss, result.progress.best_step) == (1.0, 3)
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_each_difference_is_listed_with_the_group_that_allows_it() -> None:
+    stored = {name: 1 for names in GROUPS.values() for name in names} | {"rank": 8}
+    changed = stored | {"batch_size": 2, "base": 2, "rank": 16, "tokenizer": 2, "rows": 2}
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(changed, state_of(stored))
+    text = "\n".join(caught.value.faults)
+    assert len(caught.value.faults) == 4, "other rows follow from another tokenizer"
+    assert "batch_size was 1 and is now 2; pass the stored one, or --allow-change batch" in text
+    assert "--allow-change base" in text
+    assert "--allow-change tokenizer" in text
+    assert "rank was 8 and is now 16; a run cannot change it" in text
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(changed, state_of(stored), ["batch", "base", "tokenizer"])
+    assert len(caught.value.faults) == 1
+    allowed = check_resumable(
+        changed | {"rank": 8}, state_of(stored), ["batch", "base", "tokenizer"]
+    )
+    assert len(allowed) == 4
+    assert "new order of the rows" in allowed[-1]
+
+
+def test_rows_that_changed_on_their_own_are_a_difference() -> None:
+    with pytest.raises(ConfigError, match="token rows"):
+        check_resumable({"rows": 2, "data": 1}, state_of({"rows": 1, "data": 1}))
+
+
+def test_every_option_of_the_identity_exists_and_every_group_is_an_allowed_name() -> None:
+    assert set(OPTIONS) <= qk.TrainConfig.model_fields.keys()
+    for group in GROUPS:
+        assert qk.TrainConfig(allow_change=(group,)).allow_change == (group,)
+
+
+def test_more_steps_say_what_they_do_to_the_schedule() -> None:
+    config = options(max_steps=12, scheduler="linear", warmup_ratio=0.0, learning_rate=1.0)
+    (said,) = effects(state_of({}, steps=6, total=6), 12, config, {})
+    assert "12 steps instead of 6" in said
+    assert "step 7 has learning rate 0.5 (it was to be 0)" in said
+    assert effects(state_of({}, total=12), 12, config, {}) == []
+    (said,) = effects(state_of({}, steps=6), 6, config, {"torch": "3"}) or [""]
+    assert said == ""
+    stored = StoredState(Progress(), {}, 6, versions={"torch": "2"})
+    (said,) = effects(stored, 6, config, {"torch": "3"})
+    assert "torch 2 → 3" in said
+
+
+def run_with_checkpoints(folder: Path, save_tiny: Tiny, steps: int = 4) -> qk.BaseRecord:
+    adapter = make_adapter(save_tiny())
+    base_record = qk.BaseRecord.of(adapter.base)
+    config = options(max_steps=steps, save_steps=1)
+    qk.train_adapter(adapter, make_rows(4), config, saving=Saving(folder, base_record))
+    return base_record
+
+
+def test_a_checkpoint_whose_name_was_not_yet_written_down_is_found(
+    save_tiny: Tiny, tmp_path: Path
+) -> None:
+    run_with_checkpoints(tmp_path, save_tiny)
+    (tmp_path / "last").write_text("checkpoint-3\n")  # killed just before it said 4
+    assert find_checkpoint(tmp_path, "latest").folder == tmp_path / "checkpoint-4"
+    (tmp_path / "last").write_bytes(b"\xff\x00")
+    assert find_checkpoint(tmp_path, "latest").folder == tmp_path / "checkpoint-4"
+
+
+def test_what_going_back_left_behind_is_not_taken_for_newer(
+    save_tiny: Tiny, tmp_path: Path
+) -> None:
+    base_record = run_with_checkpoints(tmp_path, save_tiny)
+    back = Saving(tmp_path, base_record, tmp_path / "checkpoint-1")
+    other = options(max_steps=2, save_steps=1, learning_rate=1e-2)
+    qk.train_adapter(make_adapter(save_tiny()), make_rows(4), other, saving=back)
+    assert find_checkpoint(tmp_path, "latest").folder == tmp_path / "checkpoint-2"
+    delete_old(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(save_tiny: Tiny, tmp_path: Path) -> None:
+    run_with_checkpoints(tmp_path, save_tiny, steps=2)
+    (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-7")
+    found = find_checkpoint(tmp_path, "latest")
+    assert found.folder == tmp_path / "checkpoint-1"
+    assert "holds step 2; expected the step its name says" in found.damaged[0]
+
+
+def test_a_resumed_log_has_each_row_once(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+
+    def step(number: int) -> StepFinished:
+        return StepFinished(number, 0.0, 1.0, 1.0, 1.0, 1, 1, 1.0, 1)
+
+    for number in (1, 2):
+        log(step(number))
+        log(Evaluated(number, 0.0, 1.0, True, 1.0))
+    log(StepSkipped(3, 0.0, math.nan, math.inf, (4,)))
+    # Stopped in the evaluation after step 2, which the resumed run does again.
+    log(RunStarted(first_step=3, total_steps=4, epochs=1.0, evaluated_step=1))
+    rows = read_log(tmp_path / "trainer_log.jsonl")
+    assert [(row["optimizer_step"], "eval_loss" in row) for row in rows] == [
+        (1, False), (1, True), (2, False)
+    ]  # fmt: skip
+
+
+SMALL = ("--device", "cpu", "--max-steps", "2", "--save-steps", "1", "--max-length", "64")
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from qlora_kit.cli import main
+
+    folder = tmp_path_factory.mktemp("small")
+    rows = [{"prompt": f"{n} plus {n} is ", "completion": str(2 * n)} for n in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--data", str(folder / "rows.jsonl"), "--output", str(folder / "run"),
+              "--rank", "4", *SMALL])  # fmt: skip
+    assert ended.value.code == 0
+    return folder / "run"
+
+
+def test_a_resumed_run_takes_its_own_options(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(
+        "train", "--output", str(small_run), "--resume", "--dry-run", "--json", capsys=capsys
+    )
+    found = json.loads(out)
+    assert (code, found["rank"], found["max_steps"]) == (0, 4, 2)
+    assert found["data"].endswith("rows.jsonl")
+    code, out, _ = run(
+        "train", "--resume", str(small_run / "checkpoint-1"), "--epochs", "3", "--dry-run",
+        "--json", capsys=capsys,
+    )  # fmt: skip
+    found = json.loads(out)
+    assert (found["max_steps"], found["epochs"]) == (None, 3.0), (
+        "stored steps would win over epochs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (("--batch-size", "3"), ["batch_size was"]),
+        (("--rank", "8", "--seed", "7"), ["rank was 4 and is now 8", "seed was 42 and is now 7"]),
+        (("--max-length", "32"), ["max_length was 64 and is now 32"]),
+        (("--data", "OTHER"), ["data was"]),
+        (("--bits", "8"), ["bits was 4 and is now 8"]),
+        (("--train-on", "all"), ["train_on was"]),
+    ],
+)
+def test_a_changed_run_is_refused_by_name(
+    small_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: tuple[str, ...],
+    named: list[str],
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "1", "completion": "2"}))
+    changes = tuple(str(other) if change == "OTHER" else change for change in changes)
+    code, _, err = run("train", "--output", str(small_run), "--resume", *changes, capsys=capsys)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(lines) == len(named), err
+    for text, line in zip(named, lines, strict=True):
+        assert text in line
+
+
+def test_a_change_on_purpose_goes_on_and_says_so(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(
+        "train", "--output", str(small_run), "--resume", "--max-steps", "3",
+        "--gradient-accumulation-steps", "2", "--allow-change", "batch", capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    text = " ".join(out.split())
+    assert "resuming with a change: gradient_accumulation_steps was" in text
+    assert "3 steps instead of 2" in text
+    steps = [r["optimizer_step"] for r in read_log(small_run / "trainer_log.jsonl") if "loss" in r]
+    assert steps == [1, 2, 3]
+
+
+def test_a_folder_in_use_is_refused(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora_kit.storage import only_writer
+
+    with only_writer(small_run):
+        code, _, err = run("train", "--output", str(small_run), "--resume", capsys=capsys)
+    assert code == 3
+    assert err.startswith(f"error: {small_run}: another qlora-kit process writes here")
+    assert err.count("\n") == 1
+
+
+def test_runs_that_start_together_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_kit.train.folder import claimed_run
+
+    monkeypatch.chdir(tmp_path)
+    asked: dict[str, Any] = {"resume": None, "overwrite": False}
+    with claimed_run(None, "demo", **asked) as one, claimed_run(None, "demo", **asked) as two:
+        assert (str(one), str(two)) == ("runs/demo-1", "runs/demo-2")
+        (two / "kept").touch()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-2"]
+
+
+def test_a_disk_too_small_is_found_before_the_base_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("qlora_kit.opening.Opened.load", lambda *args: pytest.fail("loaded"))
+    code, _, err = run("train", "--output", str(tmp_path / "run"), *SMALL, capsys=capsys)
+    assert code == 3
+    assert "0.00 GB free; expected" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_determinism_has_a_measured_cost(save_tiny: Tiny) -> None:
+    adapter = make_adapter(save_tiny(), dropout=0.1)
+    step = optimizer_step.OptimizerStep(
+        adapter, make_rows(4), torch.optim.AdamW(adapter.parameters().values()),
+        torch.amp.GradScaler("cpu", enabled=False), 1, 256, 0.0,
+    )  # fmt: skip
+    before = torch.get_rng_state()
+    assert 0.05 < step.cost_of_determinism([(0,), (1,)]) < 20
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.grad is None for p in adapter.parameters().values())
+
+
+def test_generation_goes_on_with_fewer_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_kit.infer import generate as module
+
+    real = module._generate_batch
+
+    def short(base: Any, tokenizer: Any, prompts: Any, sampling: Any) -> list[str]:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(base, tokenizer, prompts, sampling)
+
+    opened = qk.open_base(qk.BaseModelOptions(device="cpu"))
+    prompts = [opened.tokenizer(text)["input_ids"] for text in ("one", "two hundred", "ten", "six")]
+    sampling = qk.Sampling(max_new_tokens=4)
+    expected = list(qk.generate(opened.base, opened.tokenizer, prompts, sampling))
+    monkeypatch.setattr(module, "_generate_batch", short)
+    assert list(qk.generate(opened.base, opened.tokenizer, prompts, sampling)) == expected
+    monkeypatch.setattr(
+        module, "_generate_batch", lambda *args: (_ for _ in ()).throw(MemoryError())
+    )
+    with pytest.raises(OutOfMemory, match="in generation after a prompt of"):
+        list(qk.generate(opened.base, opened.tokenizer, prompts, sampling))
