@@ -9,7 +9,6 @@ checked without it has been.
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -39,9 +38,7 @@ from qlora_kit.model.names import find_model
 from qlora_kit.opening import as_trained, open_tokenizer, put_on, stored_options
 from qlora_kit.signals import Stopped
 from qlora_kit.storage import (
-    check_space,
     check_writable,
-    file_hash,
     storage_errors,
     write_text,
 )
@@ -80,7 +77,9 @@ def _train(
     from qlora_kit.model.hardware import make_deterministic
     from qlora_kit.model.tokenizer import template_hash
     from qlora_kit.report.facts import header
-    from qlora_kit.train.loop import Saving, train_adapter
+    from qlora_kit.train.checkpoint import check_room
+    from qlora_kit.train.loop import Saving, plan_steps, train_adapter
+    from qlora_kit.train.resume import is_finished, resume_point
 
     if config.deterministic:
         make_deterministic()
@@ -89,15 +88,16 @@ def _train(
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
     lora = _lora_spec(config)
-    _check_room(output, opened.trainable(config, lora), len(rows.rows), config)
+    plan = plan_steps(len(rows.rows), config)
+    check_room(output, opened.trainable(config, lora), plan, config)
     base = opened.load(config, announce)
     adapter = attach(base, lora, config.seed)
     is_chat = isinstance(samples.items[0], Conversation)
     hash_ = template_hash(opened.tokenizer) if is_chat else None
     record = BaseRecord.of(base, opened.fetched.revision, hash_)
     identity = _identity(config, rows, held_out, base)
-    resume = _resume_point(config, output, identity, len(rows.rows), announce)
-    if resume is not None and _is_finished(resume, output, config):
+    resume = resume_point(output, config, identity, plan.total, announce)
+    if resume is not None and is_finished(output, resume, config):
         announce(Notice(f"{output}: this run is finished; nothing to do"))
         return {"output": str(output), "finished": True}
 
@@ -215,24 +215,6 @@ def _validation(
     return validation_loss
 
 
-def _check_room(output: Path, trainable: int, rows: int, config: TrainConfig) -> None:
-    """Check that the disk has room for the checkpoints to come, before the base is loaded."""
-    from qlora_kit.train.loop import planned_steps, steps_per_epoch
-
-    steps = planned_steps(rows, config)
-    saves = math.ceil(steps / (config.save_steps or steps_per_epoch(rows, config)))
-    # The best one is kept besides, and the newest is written before the oldest goes.
-    kept = min(saves, config.save_total_limit + 2) if config.save_total_limit else saves
-    missing = max(1, kept - len(checkpoints(output)))
-    # Weights in fp32, and two moments of four bytes or one.
-    bytes_each = trainable * (4 + (2 if config.optimizer.endswith("8bit") else 8))
-    adapter_bytes = trainable * 4
-    check_space(output, missing * bytes_each + adapter_bytes, f"{missing} checkpoint(s)")
-
-
-# ---------------------------------------------------------------- resume
-
-
 def _identity(
     config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, base: Base
 ) -> dict[str, Any]:
@@ -248,46 +230,6 @@ def _identity(
         "dtype": base.hardware.dtype_name,
         "device": base.hardware.device.type,
     }
-
-
-def _resume_point(
-    config: TrainConfig, output: Path, identity: dict[str, Any], rows: int, announce: Announce
-) -> Path | None:
-    """Return the checkpoint to continue from, checked, or None to start from the beginning."""
-    from qlora_kit.lora.adapter import library_versions
-    from qlora_kit.train.checkpoint import find_checkpoint, read_state
-    from qlora_kit.train.loop import planned_steps
-    from qlora_kit.train.resume import check_resumable, effects
-
-    if config.resume is None:
-        return None
-    found = find_checkpoint(output, config.resume)
-    for fault in found.damaged:
-        announce(Notice(f"passed over a damaged checkpoint: {fault}"))
-    if found.folder is None:
-        announce(Notice(f"{output}: no checkpoint yet; starting from the beginning"))
-        return None
-    stored = read_state(found.folder)
-    for change in check_resumable(identity, stored, config.allow_change):
-        announce(Notice(change))
-    announce(Notice(f"resuming from {found.folder}"))
-    for effect in effects(stored, planned_steps(rows, config), config, library_versions()):
-        announce(Notice(effect))
-    return found.folder
-
-
-def _is_finished(resume: Path, output: Path, config: TrainConfig) -> bool:
-    """Whether the run ended, wrote its adapter, and is not asked to go further."""
-    from qlora_kit.lora.files import WEIGHTS
-    from qlora_kit.train.checkpoint import read_state
-
-    # Killed between the last checkpoint and the adapter, a run has its end still to do.
-    is_written = (output / WEIGHTS).is_file() and (output / CONFIG).is_file()
-    if not read_state(resume).progress.finished or not is_written:
-        return False
-    asked = yaml.safe_load((output / CONFIG).read_text(encoding="utf-8"))
-    same = all(asked.get(key) == getattr(config, key) for key in ("epochs", "max_steps"))
-    return same and file_hash(output / WEIGHTS) == file_hash(resume / WEIGHTS)
 
 
 # ---------------------------------------------------------------- the run folder

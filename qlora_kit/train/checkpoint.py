@@ -7,6 +7,7 @@ text files `last` and `best` beside it name checkpoints.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from qlora_kit.config import TrainConfig
 from qlora_kit.errors import DataError, InputError, StorageError
 from qlora_kit.lora.adapter import BaseRecord, read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.storage import (
+    check_space,
     delete_folder,
     load_tensors,
     manifest_hash,
@@ -75,6 +78,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """How many optimiser steps an epoch has, and the whole run."""
+
+    per_epoch: int
+    total: int
+
+
+@dataclass(frozen=True)
 class StoredState:
     """The content of `state.json`.
 
@@ -112,6 +123,28 @@ class Trainee:
 
 
 # ---------------------------------------------------------------- writing
+
+
+def check_room(output: Path, trainable: int, plan: StepPlan, options: TrainConfig) -> None:
+    """Check that the disk has room for the checkpoints to come.
+
+    Args:
+        output: run folder.
+        trainable: number of trained parameters.
+        plan: steps of the run.
+        options: how often it saves, how many it keeps, what the optimiser's state is.
+
+    Raises:
+        StorageError: it has not.
+    """
+    saves = math.ceil(plan.total / (options.save_steps or plan.per_epoch))
+    if options.save_total_limit is not None:
+        # The best one is kept besides, and the newest is written before the oldest goes.
+        saves = min(saves, options.save_total_limit + 2)
+    missing = max(1, saves - len(checkpoints(output)))
+    # Weights in fp32, and two moments of four bytes or one.
+    bytes_each = trainable * (4 + (2 if options.optimizer.endswith("8bit") else 8))
+    check_space(output, missing * bytes_each + trainable * 4, f"{missing} checkpoint(s)")
 
 
 def save_checkpoint(

@@ -42,6 +42,7 @@ from qlora_kit.step.loss import ChunkLoss
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.train.checkpoint import (
     Progress,
+    StepPlan,
     Trainee,
     delete_old,
     restore_checkpoint,
@@ -94,6 +95,13 @@ class TrainResult:
     last_loss: float
     seconds: float
     peak_memory_bytes: int
+
+
+def plan_steps(rows: int, config: TrainConfig) -> StepPlan:
+    """Return how many optimiser steps a run over so many token rows takes."""
+    micro_batches = math.ceil(rows / config.batch_size)
+    per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
+    return StepPlan(per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch))
 
 
 def train_adapter(
@@ -167,8 +175,7 @@ class _Run:
             loss=self.loss,
             on_halved=self._record_halving,
         )
-        self.steps_per_epoch = steps_per_epoch(len(self.rows), config)
-        self.total_steps = planned_steps(len(self.rows), config)
+        self.plan = plan_steps(len(self.rows), config)
         self.progress = Progress()
         self.saved: Progress | None = None
         self.last_loss = math.nan
@@ -203,8 +210,8 @@ class _Run:
         self.announce(
             RunStarted(
                 first_step=self.progress.optimizer_step + 1,
-                total_steps=self.total_steps,
-                epochs=self.total_steps / self.steps_per_epoch,
+                total_steps=self.plan.total,
+                epochs=self.plan.total / self.plan.per_epoch,
                 evaluated_step=self.progress.evaluated_step,
             )
         )
@@ -226,7 +233,7 @@ class _Run:
             return "validation loss stopped falling"
         for windows in self._epochs():
             for window in windows:
-                if self.progress.optimizer_step >= self.total_steps:
+                if self.progress.optimizer_step >= self.plan.total:
                     return "all steps done"
                 signals.safe_point()
                 self._take(window)
@@ -245,14 +252,14 @@ class _Run:
             yield windows[self.progress.window :]
 
     def _epoch(self) -> float:
-        return self.progress.epoch + self.progress.window / self.steps_per_epoch
+        return self.progress.epoch + self.progress.window / self.plan.per_epoch
 
     # ------------------------------------------------------------ one step
 
     def _take(self, window: tuple[Indices, ...]) -> None:
         start = time.perf_counter()
         step = self.progress.optimizer_step + 1
-        rate = learning_rate_at(step, self.total_steps, self.config)
+        rate = learning_rate_at(step, self.plan.total, self.config)
         taken = self.step.take(window, rate, self._check_first_gradients)
         self.progress.optimizer_step, self.last_loss = step, taken.loss
         self.progress.window += 1
@@ -309,7 +316,7 @@ class _Run:
             self.progress.learns = True
 
     def _check_movement(self, step: int) -> None:
-        is_due = step == min(STEPS_TO_MOVE, self.total_steps)
+        is_due = step == min(STEPS_TO_MOVE, self.plan.total)
         not_taken = self.progress.skipped_steps + self.progress.overflows_in_a_row
         if is_due and self.progress.learns and not not_taken:
             check_movement(self.adapter, step)
@@ -327,7 +334,7 @@ class _Run:
         self.progress.evaluated_step = self.progress.optimizer_step
         is_best = self.progress.best_step == self.progress.optimizer_step
         # The last step is saved once, as the end of the run.
-        is_last = stop_early or self.progress.optimizer_step >= self.total_steps
+        is_last = stop_early or self.progress.optimizer_step >= self.plan.total
         if not is_last and (is_best or self._is_due(self.config.save_steps)):
             self._save()
             self._delete_old()
@@ -335,11 +342,11 @@ class _Run:
 
     def _is_due(self, every: int | None) -> bool:
         """Whether something is due after this step: each `every` steps, or at epochs' ends."""
-        if self.progress.optimizer_step == self.total_steps:
+        if self.progress.optimizer_step == self.plan.total:
             return True
         if every:
             return self.progress.optimizer_step % every == 0
-        return self.progress.window == self.steps_per_epoch
+        return self.progress.window == self.plan.per_epoch
 
     def _evaluate(self) -> bool:
         """Measure the validation rows; return whether the run should stop early."""
@@ -375,7 +382,7 @@ class _Run:
             self.saving.record,
             self.progress,
             self.saving.identity,
-            self.total_steps,
+            self.plan.total,
         )
         self.saved = copy(self.progress)
         self.announce(CheckpointSaved(self.progress.optimizer_step, str(folder)))
@@ -383,16 +390,6 @@ class _Run:
     def _delete_old(self) -> None:
         if self.saving is not None:
             delete_old(self.saving.output, self.config.save_total_limit)
-
-
-def steps_per_epoch(rows: int, config: TrainConfig) -> int:
-    """Return the number of optimiser steps of an epoch over so many token rows."""
-    return math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation_steps)
-
-
-def planned_steps(rows: int, config: TrainConfig) -> int:
-    """Return the number of optimiser steps of a whole run over so many token rows."""
-    return config.max_steps or math.ceil(config.epochs * steps_per_epoch(rows, config))
 
 
 def _check_one_process() -> None:

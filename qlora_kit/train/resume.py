@@ -7,11 +7,17 @@ listed; some of it may be changed on purpose, by group, with `--allow-change`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import OptimizerOptions
+from qlora_kit.config import OptimizerOptions, TrainConfig, read_config_file
 from qlora_kit.errors import ConfigError
-from qlora_kit.train.checkpoint import StoredState
+from qlora_kit.events import Announce, Notice
+from qlora_kit.lora.adapter import library_versions
+from qlora_kit.lora.files import WEIGHTS
+from qlora_kit.storage import file_hash
+from qlora_kit.train.checkpoint import StoredState, find_checkpoint, read_state
+from qlora_kit.train.folder import CONFIG
 from qlora_kit.train.optimizer import learning_rate_at
 
 # What `--allow-change` names, and what each name covers.
@@ -154,3 +160,58 @@ def schedule_effect(stored: StoredState, total_steps: int, options: OptimizerOpt
         f"all of them, so step {step + 1} has learning rate {rate:.3g} (it was to be "
         f"{planned:.3g}); the result is not that of {total_steps} steps from the start"
     )
+
+
+# ---------------------------------------------------------------- where to continue
+
+
+def resume_point(
+    output: Path,
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+    total_steps: int,
+    announce: Announce,
+) -> Path | None:
+    """Find the checkpoint to continue from, check that it fits, and say what differs.
+
+    Args:
+        output: run folder.
+        config: says whether to resume at all, from where, and what may differ.
+        identity: what decides the bits of the run now, value by name.
+        total_steps: of the whole run, as it is asked for now.
+        announce: receives what the user should know.
+
+    Returns:
+        The checkpoint, or None to start from the beginning.
+
+    Raises:
+        ConfigError: a difference that is not allowed; each is listed.
+        InputError: a named checkpoint does not exist.
+        StorageError: a named checkpoint is damaged, or all of the run's are.
+    """
+    if config.resume is None:
+        return None
+    found = find_checkpoint(output, config.resume)
+    for fault in found.damaged:
+        announce(Notice(f"passed over a damaged checkpoint: {fault}"))
+    if found.folder is None:
+        announce(Notice(f"{output}: no checkpoint yet; starting from the beginning"))
+        return None
+    stored = read_state(found.folder)
+    said = check_resumable(identity, stored, config.allow_change)
+    said.append(f"resuming from {found.folder}")
+    said += effects(stored, total_steps, config, library_versions())
+    for text in said:
+        announce(Notice(text))
+    return found.folder
+
+
+def is_finished(output: Path, resume: Path, config: TrainConfig) -> bool:
+    """Whether the run ended, wrote its adapter, and is not asked to go further."""
+    # Killed between the last checkpoint and the adapter, a run has its end still to do.
+    is_written = (output / WEIGHTS).is_file() and (output / CONFIG).is_file()
+    if not is_written or not read_state(resume).progress.finished:
+        return False
+    asked = read_config_file(output / CONFIG).values
+    same = all(asked.get(key) == getattr(config, key) for key in ("epochs", "max_steps"))
+    return same and file_hash(output / WEIGHTS) == file_hash(resume / WEIGHTS)
