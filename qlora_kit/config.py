@@ -365,7 +365,17 @@ class Layer:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which would take the last of two equal keys without a word."""
+    """YAML's safe loader, which would take the last of two equal keys without a word.
+
+    It takes no aliases either: options have no use for them, and a few lines of aliases of
+    aliases become gigabytes where they are printed.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="an alias (*name)", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -387,7 +397,8 @@ def read_config_file(path: Path) -> Layer:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"{path}: {reason}; expected a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # Values that are none, such as a 40th of May, and nesting without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         reason = f" ({problem})" if (problem := getattr(error, "problem", None)) else ""

@@ -9,19 +9,24 @@
     │   └── OutputError            an output folder that must not be touched
     ├── EnvironmentFault       3   the machine around the kit
     │   ├── HubError               hub out of reach, access not granted
-    │   └── StorageError           disk full, permission, damaged file
-    ├── NumericsError          4   a loss or gradient that is not a finite number
+    │   ├── StorageError           disk full, permission, damaged file, folder in use
+    │   └── OutOfMemory            of the device or the host, at the smallest batch there is
+    ├── NumericsError          4   losses or gradients that are not finite numbers
+    │   └── LearningError          an adapter that does not learn
     └── VerificationError      5   a result that failed its own check
 
 A message has three parts: what was found, what was expected, what to do. It is one line a
-fault, and never contains sample text or a token.
+fault, and never contains sample text or a token: `redact` sees to the latter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qlora_kit.redact import one_line
+
 EXIT_INTERRUPTED = 130
+"""of a Ctrl-C that `signals` does not handle; a handled signal exits with 128 + its number"""
 
 
 class QloraKitError(Exception):
@@ -34,8 +39,8 @@ class QloraKitError(Exception):
     exit_code = 1
 
     def __init__(self, *faults: str) -> None:
-        super().__init__("\n".join(faults))
-        self.faults: Sequence[str] = faults
+        self.faults: Sequence[str] = tuple(one_line(fault) for fault in faults)
+        super().__init__("\n".join(self.faults))
 
 
 class InputError(QloraKitError):
@@ -78,10 +83,18 @@ class StorageError(EnvironmentFault):
     """A file could not be written or read back as it was written."""
 
 
+class OutOfMemory(EnvironmentFault):
+    """The device or the host has no memory left, and there is nothing to halve any more."""
+
+
 class NumericsError(QloraKitError):
-    """A loss or gradient is not a finite number."""
+    """Losses or gradients are not finite numbers."""
 
     exit_code = 4
+
+
+class LearningError(NumericsError):
+    """A part of the adapter gets no gradient, or does not move."""
 
 
 class VerificationError(QloraKitError):

@@ -18,10 +18,10 @@ from qlora_kit.config import (
     TokenOptions,
 )
 from qlora_kit.data.samples import load_samples
-from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice, silent
+from qlora_kit.lora.files import check_adapter_folder, read_base_record, read_peft_config
 from qlora_kit.model.names import ModelSource, find_model
-from qlora_kit.storage import read_json
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
 
-_RECORD = "qlora_kit.json"
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 
 
@@ -65,12 +64,13 @@ class Opened:
         return BaseSpec(self.source, self.fetched.folder, stored)
 
     def check_positions(self, options: BaseModelOptions, rows: Tokenized) -> None:
-        """Check that the model has a position for every token of every row.
+        """Check that the model has a position and an embedding for every token of every row.
 
         Raises:
             ConfigError: the longest row is longer than the model was made for.
+            ModelError: the tokenizer gives tokens that the model does not have.
         """
-        from qlora_kit.data.batch import row_lengths
+        from qlora_kit.data.batch import largest_token, row_lengths
 
         text = self.spec(options).architecture().get_text_config()
         positions = getattr(text, "max_position_embeddings", None)
@@ -80,22 +80,37 @@ class Opened:
                 f"--max-length: the longest row has {longest} tokens and the model only "
                 f"{positions} positions; pass --max-length {positions} or less"
             )
+        embeddings = getattr(text, "vocab_size", None)
+        largest = largest_token(rows.rows)
+        if embeddings is not None and largest >= embeddings:
+            raise ModelError(
+                f"{self.source.name}: its tokenizer gives token {largest} for this data and the "
+                f"model has {embeddings} embeddings; expected a tokenizer made for it; restore the "
+                "tokenizer's files"
+            )
 
-    def load(
-        self, options: BaseModelOptions, announce: Announce, lora: LoraSpec | None = None
-    ) -> Base:
-        """Load the base; with `lora`, first check that its targets exist."""
+    def trainable(self, options: BaseModelOptions, lora: LoraSpec) -> int:
+        """Return how many parameters an adapter will have, before anything is loaded.
+
+        Raises:
+            ConfigError: a target or pattern names no layer.
+        """
         from qlora_kit.lora.attach import check_patterns, resolve_targets
         from qlora_kit.model.architecture import build_skeleton, linear_layers
+
+        layers = linear_layers(build_skeleton(self.spec(options).architecture()))
+        paths = resolve_targets(list(layers), lora.targets)
+        check_patterns(paths, lora)
+        shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
+        return sum(width * lora.rank_of(path) for width, path in shapes)
+
+    def load(self, options: BaseModelOptions, announce: Announce) -> Base:
+        """Load the base, quantised and frozen."""
         from qlora_kit.model.hardware import choose_hardware
         from qlora_kit.model.load import load_base
 
-        spec = self.spec(options)
-        if lora is not None:
-            paths = list(linear_layers(build_skeleton(spec.architecture())))
-            check_patterns(resolve_targets(paths, lora.targets), lora)
         hardware = choose_hardware(options.device, options.dtype)
-        return load_base(spec, hardware, announce)
+        return load_base(self.spec(options), hardware, announce)
 
 
 def open_tokenizer(
@@ -182,19 +197,12 @@ def stored_options(adapter: Path, model: str | None = None) -> dict[str, Any]:
 
 
 def _recorded_options(adapter: Path) -> dict[str, Any]:
-    if not adapter.is_dir():
-        raise AdapterError(f"{adapter}: no such folder; expected an adapter or run folder")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            raise AdapterError(f"{adapter}: no {name}; expected an adapter or run folder")
-    if (adapter / _RECORD).is_file():
-        record = read_json(adapter / _RECORD)
-        names = ("bits", "quant_type", "double_quant", "weights", "revision")
-        try:
-            return {"model": record["base"], **{name: record[name] for name in names}}
-        except (KeyError, TypeError) as error:
-            raise AdapterError(f"{adapter / _RECORD}: {error} is missing; restore it") from error
-    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    check_adapter_folder(adapter)
+    config, record = read_peft_config(adapter), read_base_record(adapter)
+    if record is not None:
+        names = {"bits", "quant_type", "double_quant", "weights", "revision"}
+        return {"model": record.base, **record.model_dump(include=names)}
+    named = config.base_model_name_or_path
     return {"model": named} if named else {}
 
 

@@ -36,6 +36,7 @@ from qlora_kit.errors import (
 from qlora_kit.events import Announce, Answered, Closing, Facts, Notice, announce_to, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.opening import as_trained, open_tokenizer, put_on, stored_options
+from qlora_kit.redact import redacted_values
 from qlora_kit.signals import Stopped
 from qlora_kit.storage import (
     check_writable,
@@ -236,7 +237,10 @@ def _identity(
 
 
 def _save_inputs(output: Path, config: TrainConfig, tokenizer: Any) -> None:
-    write_text(output / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_text(
+        output / CONFIG,
+        yaml.safe_dump(redacted_values(config.model_dump(mode="json")), sort_keys=False),
+    )
     with storage_errors(output):
         tokenizer.save_pretrained(output)
 

@@ -53,6 +53,8 @@ def stop_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        # A program that goes on with the API has been told, and stops no more.
+        _received = None
 
 
 def _receive(signum: int, frame: FrameType | None) -> None:

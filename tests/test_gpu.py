@@ -97,3 +97,63 @@ def test_a_step_of_7b_fits_ten_gigabytes() -> None:
     config = qk.TrainConfig(max_steps=2, gradient_accumulation_steps=1)
     qk.train_adapter(adapter, rows, config)
     assert torch.cuda.max_memory_allocated() < 10e9
+
+
+def gpu_adapter(folder: Path, dtype: str) -> qk.Adapter:
+    base = load(folder, 4, "cuda", dtype)
+    return qk.attach(base, qk.LoraSpec(rank=4, dropout=0.2, targets=("all-linear",)), seed=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_deterministic_run_resumes_with_the_same_bits(
+    save_tiny: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    from test_train import make_rows, options, weights_of
+
+    from qlora_kit.model.hardware import make_deterministic
+    from qlora_kit.train.loop import Saving
+
+    make_deterministic()
+    try:
+        whole = gpu_adapter(save_tiny(), dtype)
+        config = options(max_steps=8, batch_size=2, save_steps=3, deterministic=True)
+        saving = Saving(tmp_path, qk.BaseRecord.of(whole.base))
+        qk.train_adapter(whole, make_rows(12), config, saving=saving)
+        part = gpu_adapter(save_tiny(), dtype)
+        again = Saving(tmp_path / "again", saving.record, tmp_path / "checkpoint-3")
+        qk.train_adapter(part, make_rows(12), config, saving=again)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(part)[name]), name
+
+
+def test_a_card_too_small_for_the_micro_batch_takes_a_smaller_one() -> None:
+    """Real shortage: the allocator is held to little more than the base."""
+    from qlora_kit.events import Event, MicroBatchHalved, StepFinished
+
+    source = find_model("smollm2-135m")
+    spec = qk.BaseSpec(source, None, qk.Quantization(4), random=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 49152, (16, 1024), generator=generator).tolist()
+    rows = [{"input_ids": r, "labels": r, "row": n} for n, r in enumerate(ids)]
+    config = qk.TrainConfig(
+        max_steps=1, batch_size=16, gradient_accumulation_steps=1, recompute=False
+    )
+    found: list[list[Event]] = []
+    whole = torch.cuda.get_device_properties(0).total_memory
+    for limit in (None, 4e9):
+        adapter = qk.attach(qk.load_base(spec, qk.choose_hardware("cuda")), qk.LoraSpec())
+        events: list[Event] = []
+        torch.cuda.empty_cache()
+        if limit:
+            torch.cuda.set_per_process_memory_fraction(limit / whole)
+        try:
+            qk.train_adapter(adapter, rows, config, announce=events.append)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        found.append(events)
+    assert any(isinstance(event, MicroBatchHalved) for event in found[1])
+    (one,), (other,) = ([e for e in each if isinstance(e, StepFinished)] for each in found)
+    assert other.loss == pytest.approx(one.loss, rel=1e-3)
+    assert other.tokens == one.tokens

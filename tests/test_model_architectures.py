@@ -12,7 +12,7 @@ import torch
 from conftest import fill_lora, load_folder, relative_error, tiny_numbers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from qlora_kit.data.batch import Batch
+from qlora_kit.data.batch import Batch, predicting_positions
 from qlora_kit.errors import ModelError
 from qlora_kit.lora.attach import LoraSpec, attach
 from qlora_kit.model.architecture import (
@@ -86,7 +86,7 @@ def padded_batch() -> Batch:
     mask[1, 13:] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, :6] = -100
-    return Batch(ids, labels, mask, (0, 1))
+    return Batch(ids, labels, mask, (0, 1), predicting_positions(labels))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -271,10 +271,11 @@ def test_rows_longer_than_the_models_positions_are_refused(
 def test_the_recorded_commit_holds_for_the_recorded_base_only(tmp_path: Path) -> None:
     from qlora_kit.opening import stored_options
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / name).write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").touch()
     record = {"base": "owner/base", "bits": 8, "quant_type": "nf4", "double_quant": True}
-    record |= {"weights": "pretrained", "revision": "abc123"}
+    record |= {"weights": "pretrained", "revision": "abc123", "digest": "0" * 32}
+    record |= {"compute_dtype": "float32", "dequantization_dtype": "float32"}
     (tmp_path / "qlora_kit.json").write_text(json.dumps(record))
     assert stored_options(tmp_path)["revision"] == "abc123"
     assert stored_options(tmp_path, "owner/base")["revision"] == "abc123"

@@ -14,6 +14,7 @@ from qlora_kit.cli.generate import generate
 from qlora_kit.cli.models import doctor, models
 from qlora_kit.cli.train import train
 from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
+from qlora_kit.redact import one_line, redacted
 from qlora_kit.signals import Stopped, stop_on_signals
 
 
@@ -49,23 +50,28 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(["stopped by the user"], EXIT_INTERRUPTED)
     except QloraKitError as error:
         if debug:
-            traceback.print_exc()
+            click.echo(redacted(traceback.format_exc()), err=True)
         _fail(error.faults, error.exit_code)
     except MemoryError:
         _fail(["out of host memory; close other programs or choose a smaller model"], 3)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            click.echo(redacted(traceback.format_exc()), err=True)
         _fail([_internal(error)], 3 if _is_out_of_memory(error) else 1)
+    except BaseException as error:
+        # A panic of the tokenizers library, which is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        _fail([_internal(error)], 1)
     sys.exit(0)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # By name and text: torch, whose errors these are, may not have been imported.
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
-def _internal(error: Exception) -> str:
+def _internal(error: BaseException) -> str:
     if _is_out_of_memory(error):
         return (
             "out of memory; try --batch-size 1, a smaller --max-length or --rank, or fewer --bits"
@@ -80,5 +86,5 @@ def _internal(error: Exception) -> str:
 
 def _fail(faults: object, code: int) -> None:
     for fault in faults:  # type: ignore[attr-defined]
-        click.echo(f"error: {fault}", err=True)
+        click.echo(f"error: {one_line(str(fault))}", err=True)
     sys.exit(code)

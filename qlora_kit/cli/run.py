@@ -12,11 +12,12 @@ import yaml
 
 from qlora_kit.config import AnyConfig, Options
 from qlora_kit.events import Announce, Event, Notice
+from qlora_kit.redact import redacted, redacted_values
 
 
 def print_config(config: Options, *, as_json: bool) -> None:
     """Print a resolved configuration as YAML or JSON."""
-    values = config.model_dump(mode="json")
+    values = redacted_values(config.model_dump(mode="json"))
     click.echo(json.dumps(values, indent=2) if as_json else yaml.safe_dump(values, sort_keys=False))
 
 
@@ -25,7 +26,9 @@ def run_recipe(
 ) -> None:
     """Run a recipe; with `as_json` print only its result, as JSON."""
     if as_json:
-        click.echo(json.dumps(_finite(recipe(config, _notices_to_stderr)), indent=2))
+        click.echo(
+            json.dumps(redacted_values(_finite(recipe(config, _notices_to_stderr))), indent=2)
+        )
         return
     from qlora_kit.report.terminal import Terminal
 
@@ -35,7 +38,7 @@ def run_recipe(
 
 def _notices_to_stderr(event: Event) -> None:
     if isinstance(event, Notice):
-        click.echo(f"note: {event.text}", err=True)
+        click.echo(f"note: {redacted(event.text)}", err=True)
 
 
 def _finite(result: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Batch:
     """(B, T) int64, 1 where there is a token; None when nothing is padded"""
     rows: Indices
     """index of the source sample of each row"""
+    positions: torch.Tensor
+    """(N,) int64; where in the flattened batch a token is followed by a supervised one"""
 
     @property
     def tokens(self) -> int:
@@ -44,7 +46,7 @@ class Batch:
     @property
     def supervised_tokens(self) -> int:
         """Labels that are targets after the shift: all but those of the first position."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return len(self.positions)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device; copies from pinned memory do not block."""
@@ -53,6 +55,7 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
             attention_mask=None if mask is None else mask.to(device, non_blocking=True),
         )
 
@@ -75,7 +78,17 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
         mask[index, :length] = 1
     padded = min(lengths) < max(lengths)
     sources = tuple(int(row["row"]) for row in rows)
-    return Batch(input_ids, labels, mask if padded else None, sources)
+    return Batch(input_ids, labels, mask if padded else None, sources, predicting_positions(labels))
+
+
+def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Return where in the flattened labels (B, T) a token is followed by a supervised one.
+
+    Found on the CPU: a device would have to be waited for to know how many there are.
+    """
+    predicts = torch.zeros(labels.shape, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    return predicts.flatten().nonzero().squeeze(1)
 
 
 def row_lengths(rows: Any) -> list[int]:
@@ -87,6 +100,17 @@ def row_lengths(rows: Any) -> list[int]:
         lengths: list[int] = pyarrow.compute.list_value_length(column).to_pylist()
         return lengths
     return [len(row["input_ids"]) for row in rows]
+
+
+def largest_token(rows: Any) -> int:
+    """Return the largest token id of a `datasets.Dataset` or a sequence of rows."""
+    if hasattr(rows, "with_format"):
+        import pyarrow.compute
+
+        column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        largest: int = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py()
+        return largest
+    return max(int(token) for row in rows for token in row["input_ids"])
 
 
 def epoch_batches(tokenized_rows: Any, batch_size: int, seed: int, epoch: int) -> list[Indices]:

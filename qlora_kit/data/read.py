@@ -143,7 +143,7 @@ def _read_parquet(path: Path) -> Iterator[Line]:
             batches = (batch.to_pylist() for batch in file.iter_batches())
             for number, record in enumerate(chain.from_iterable(batches), 1):
                 yield Line(str(path), number, record)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: not a readable parquet file; expected one written whole; write it again"
         ) from error

@@ -1,7 +1,9 @@
 """Turns samples into text, and says which characters of it are supervised.
 
 Takes a tokenizer and samples; returns `Rendered`. Training and generation render their
-prompts here and nowhere else. Never tokenises a sample.
+prompts here and nowhere else. A template is a stranger's program: transformers renders it in
+a sandbox that cannot change anything, and here it has limits of time and memory. Never
+tokenises a sample.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
+from qlora_kit.data.probe import probe_template
 from qlora_kit.data.shapes import Conversation, Message, Pair, Sample, Text
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, ModelError
+from qlora_kit.time_limit import TimeUp, time_limit
 
 # For models without a chat template. Set on the tokenizer, so that generation and whoever
 # loads the adapter use the same one.
@@ -29,8 +31,10 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 
-# What transformers' rendering raises for a template that does not fit the messages.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# Without and with a BOS token.
+_OWN_TEMPLATES = (DEFAULT_TEMPLATE, "{{ bos_token }}" + DEFAULT_TEMPLATE)
+
+SECONDS_A_RENDERING = 10.0
 
 Span = tuple[int, int]
 
@@ -61,10 +65,9 @@ def wants_bos(tokenizer: Any) -> bool:
         return True
     if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return True
-    probe = [{"role": "user", "content": "a"}]
     try:
-        text: str = tokenizer.apply_chat_template(probe, tokenize=False)
-    except _TEMPLATE_FAULTS:
+        text = _apply(tokenizer, [Message("user", "a")], "a short conversation")
+    except DataError:
         return False
     return text.startswith(tokenizer.bos_token)
 
@@ -77,14 +80,18 @@ class Renderer:
     Args:
         tokenizer: transformers' tokenizer; its `chat_template` is set where it has none.
         train_on: what is supervised: the answers, or everything but the BOS token.
+
+    Raises:
+        ModelError: the template takes too long or too much memory, see `probe_template`.
     """
 
     def __init__(
         self, tokenizer: Any, train_on: Literal["completion", "all"] = "completion"
     ) -> None:
         if not tokenizer.chat_template:
-            opening = "{{ bos_token }}" if wants_bos(tokenizer) else ""
-            tokenizer.chat_template = opening + DEFAULT_TEMPLATE
+            tokenizer.chat_template = _OWN_TEMPLATES[wants_bos(tokenizer)]
+        elif tokenizer.chat_template not in _OWN_TEMPLATES:
+            probe_template(tokenizer)
         self.tokenizer = tokenizer
         self.train_on = train_on
         self._eos = str(tokenizer.eos_token)
@@ -98,6 +105,7 @@ class Renderer:
         Raises:
             DataError: the template refuses the turns, or, where only answers are supervised,
                 does not render them so that each prompt is a prefix of the whole.
+            ModelError: it takes longer than `SECONDS_A_RENDERING`.
         """
         if isinstance(sample, Conversation):
             return self._render_chat(sample)
@@ -121,10 +129,10 @@ class Renderer:
         """
         if isinstance(prompt, str):
             return prompt
-        return self._apply(prompt, place, generation=True)
+        return _apply(self.tokenizer, prompt, place, generation=True)
 
     def _render_chat(self, sample: Conversation) -> Rendered:
-        text = self._apply(sample.messages, sample.place)
+        text = _apply(self.tokenizer, sample.messages, sample.place)
         ended = text.rstrip().endswith(self._end_tokens)
         if self.train_on == "all":
             return Rendered(text, ((0, len(text)),), (), append_eos=not ended)
@@ -153,7 +161,7 @@ class Renderer:
         return spans
 
     def _up_to(self, messages: Sequence[Message], sample: Conversation, text: str) -> str:
-        turn = self._apply(messages, sample.place)
+        turn = _apply(self.tokenizer, messages, sample.place)
         if not text.startswith(turn):
             # Some templates end the last message, and only that, with an EOS of its own.
             turn = turn.removesuffix(self._eos)
@@ -171,19 +179,32 @@ class Renderer:
             end = len(turn) + len(self._eos)
         return end
 
-    def _apply(self, messages: Sequence[Message], place: str, generation: bool = False) -> str:
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
+
+def _apply(
+    tokenizer: Any, messages: Sequence[Message], place: str, generation: bool = False
+) -> str:
+    """Render turns with the tokenizer's template, within the limit of time."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+    try:
+        with time_limit(SECONDS_A_RENDERING):
+            text: str = tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=generation
             )
-        except _TEMPLATE_FAULTS as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise DataError(
-                f"{place}: the chat template refuses these turns ({reason}); expected turns it "
-                "can render; change them or use another template"
-            ) from error
-        return text
+    except (TimeUp, MemoryError) as error:
+        found = "takes too long" if isinstance(error, TimeUp) else "needs too much memory"
+        # Not a fault of one row, to be collected with others: each would take as long again.
+        raise ModelError(
+            f"{place}: the chat template {found} for these turns; expected at most "
+            f"{SECONDS_A_RENDERING:.0f} s; shorten the row or use another template"
+        ) from error
+    except Exception as error:
+        # A template may raise anything, and so may what it calls.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(
+            f"{place}: the chat template refuses these turns ({reason}); expected turns it "
+            "can render; change them or use another template"
+        ) from error
+    return text
 
 
 def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -205,11 +226,11 @@ def end_token_ids(tokenizer: Any, configured: int | Sequence[int] | None = None)
     """
     named = [configured] if isinstance(configured, int) else (configured or [])
     ends = {tokenizer.eos_token_id, *named}
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    probe = [Message("user", "a"), Message("assistant", "a")]
     if tokenizer.chat_template:
         try:
-            text = str(tokenizer.apply_chat_template(probe, tokenize=False)).rstrip()
-        except _TEMPLATE_FAULTS:
+            text = _apply(tokenizer, probe, "a short conversation").rstrip()
+        except DataError:
             text = ""
         last = [token for token in _end_tokens(tokenizer) if text.endswith(token)]
         ends.update(tokenizer.convert_tokens_to_ids(token) for token in last)

@@ -8,7 +8,6 @@ was trained, and the model never stands in memory as a whole.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,11 @@ from qlora_kit.data.template import end_token_ids
 from qlora_kit.errors import AdapterError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
-from qlora_kit.model.architecture import build_skeleton, linear_layers
+from qlora_kit.model.architecture import (
+    build_skeleton,
+    linear_layers,
+    read_generation_config,
+)
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
@@ -216,14 +219,9 @@ def _write_config(
     numbers["architectures"] = [type(skeleton).__name__]
     numbers["dtype"] = dtype_name(dtype)
     write_json(folder / "config.json", numbers)
-    stored = base_folder / "generation_config.json" if base_folder else None
-    if stored is not None and stored.is_file():
-        shutil.copyfile(stored, folder / stored.name)
-    generation = (
-        GenerationConfig.from_pretrained(folder)
-        if (folder / "generation_config.json").is_file()
-        else GenerationConfig.from_model_config(architecture)
-    )
+    generation = read_generation_config(base_folder) if base_folder else None
+    if generation is None:
+        generation = GenerationConfig.from_model_config(architecture)
     ends = end_token_ids(tokenizer, generation.eos_token_id)
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     generation.save_pretrained(folder)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from qlora_kit.config import GenerateConfig
 from qlora_kit.data.template import end_token_ids
 from qlora_kit.errors import OutOfMemory
+from qlora_kit.model.architecture import read_generation_config
 from qlora_kit.model.load import Base
 from qlora_kit.model.memory import is_out_of_memory, release_memory
 from qlora_kit.signals import safe_point
@@ -131,8 +131,8 @@ def _configured_ends(base: Base) -> list[int]:
     """Return the end tokens of `config.json` and of `generation_config.json`."""
     model: Any = base.model
     configured = [model.config.get_text_config().eos_token_id]
-    folder = base.spec.folder
-    if folder is not None and (folder / "generation_config.json").is_file():
-        configured.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+    settings = read_generation_config(base.spec.folder) if base.spec.folder else None
+    if settings is not None:
+        configured.append(settings.eos_token_id)
     flat = [e if isinstance(e, list) else [e] for e in configured]
     return [end for ends in flat for end in ends if end is not None]

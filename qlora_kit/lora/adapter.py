@@ -17,40 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.errors import AdapterError, DataError, StorageError
+from qlora_kit.errors import AdapterError, StorageError
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach, frozen_layers
+from qlora_kit.lora.files import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    check_adapter_folder,
+    read_base_record,
+    read_peft_config,
+)
 from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
 from qlora_kit.model.quantize import BLOCK_SIZE
-from qlora_kit.storage import load_tensors, read_json, save_tensors, write_json
+from qlora_kit.redact import redacted_values
+from qlora_kit.storage import load_tensors, save_tensors, write_json
+from qlora_kit.time_limit import TimeUp, time_limit
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-RECORD = "qlora_kit.json"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _MOST_FAULTS = 5
+_PATTERN_SECONDS = 5.0
 _VERSIONED = ("torch", "transformers", "bitsandbytes")
-
-# PEFT options the kit does not have, with the values that mean "not used".
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
-    "lora_bias": (None, False),
-    "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "use_qalora": (None, False),
-    "alora_invocation_tokens": (None, []),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    # PiSSA, OLoRA, CorDA, LoftQ … change the base as they start: without that base their
-    # adapter is silently wrong.
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
-}
 
 
 @dataclass(frozen=True)
@@ -98,11 +86,13 @@ class BaseRecord:
             dequantization_dtype=dtype,
             revision=revision,
             template_hash=template_hash,
-            versions={
-                "qlora-kit": _version("qlora-kit"),
-                **{name: _version(name) for name in _VERSIONED},
-            },
+            versions=library_versions(),
         )
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the kit and of the libraries it computes with."""
+    return {name: _version(name) for name in ("qlora-kit", *_VERSIONED)}
 
 
 def _version(package: str) -> str:
@@ -126,8 +116,9 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
     save_tensors(folder / WEIGHTS, tensors)
-    write_json(folder / CONFIG, peft_config(adapter, record))
-    write_json(folder / RECORD, asdict(record))
+    # A base may be named by a folder or an address that has a secret in it.
+    write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
+    write_json(folder / RECORD, redacted_values(asdict(record)))
 
 
 def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
@@ -195,13 +186,8 @@ def read_record(folder: Path) -> BaseRecord | None:
     Raises:
         AdapterError: it is there and not readable.
     """
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        return BaseRecord(**read_json(path))
-    except (DataError, TypeError) as error:
-        raise AdapterError(f"{path}: not a record of this kit ({error}); restore it") from error
+    record = read_base_record(folder)
+    return None if record is None else BaseRecord(**record.model_dump())
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
@@ -211,46 +197,40 @@ def read_adapter(folder: Path) -> StoredAdapter:
         AdapterError: no adapter there; a feature the kit does not have; A without B, ranks
             that do not fit, or a value that is not finite.
     """
-    config = _read_config(folder)
+    check_adapter_folder(folder)
+    config = read_peft_config(folder)
+    record = read_record(folder)
     try:
         raw = load_tensors(folder / WEIGHTS)
     except StorageError as error:
         raise AdapterError(f"{error}; expected the weights of a LoRA adapter") from error
     tensors = _pair(raw, folder)
     spec = LoraSpec(
-        rank=int(config.get("r", 8)),
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=float(config.get("lora_dropout") or 0.0),
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout or 0.0,
         targets=tuple(tensors),
-        rslora=bool(config.get("use_rslora", False)),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        rslora=bool(config.use_rslora),
+        rank_pattern=config.rank_pattern or {},
+        alpha_pattern=config.alpha_pattern or {},
     )
+    ranks = _ranks(folder, spec)
     for path, (a, b) in tensors.items():
-        _check_pair(folder, path, a, b, spec.rank_of(path))
-    return StoredAdapter(
-        folder, spec, tensors, config.get("base_model_name_or_path"), read_record(folder)
-    )
+        _check_pair(folder, path, a, b, ranks[path])
+    return StoredAdapter(folder, spec, tensors, config.base_model_name_or_path, record)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: no such folder; expected an adapter or run folder")
-    if not path.is_file():
-        raise AdapterError(f"{folder}: no {CONFIG}; expected an adapter or run folder")
+def _ranks(folder: Path, spec: LoraSpec) -> dict[str, int]:
+    """Return the rank of every layer; the patterns may be a stranger's, and slow."""
     try:
-        config = read_json(path)
-    except DataError as error:
-        raise AdapterError(str(error)) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f'{path}: not a LoRA adapter; expected "peft_type": "LORA"')
-    for name, unused in _UNSUPPORTED.items():
-        if config.get(name) not in unused:
-            raise AdapterError(
-                f"{path}: {name} is set, which the kit does not have; expected it unset"
-            )
-    return config
+        with time_limit(_PATTERN_SECONDS):
+            # Both kinds of patterns are gone through here, so that later uses are as quick.
+            return {path: spec.rank_of(path) for path in spec.targets if spec.scaling_of(path)}
+    except TimeUp as error:
+        raise AdapterError(
+            f"{folder / CONFIG}: rank_pattern or alpha_pattern takes longer than "
+            f"{_PATTERN_SECONDS:.0f} s to match; expected names of layers; write them out"
+        ) from error
 
 
 def _pair(raw: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -261,7 +241,13 @@ def _pair(raw: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Te
             raise AdapterError(
                 f"{folder / WEIGHTS}: unknown tensor {key}; expected lora_A and lora_B"
             )
-        sides.setdefault(match["path"], {})[match["side"]] = tensor.float()
+        pair = sides.setdefault(match["path"], {})
+        if match["side"] in pair or tensor.dim() != 2:
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {key} stands twice or is no matrix; expected one lora_A and "
+                "one lora_B a layer; save the adapter again"
+            )
+        pair[match["side"]] = tensor.float()
     for path, pair in sides.items():
         if len(pair) != 2:
             raise AdapterError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B")

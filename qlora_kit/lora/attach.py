@@ -74,6 +74,8 @@ def _by_pattern(patterns: Mapping[str, Number], path: str, default: Number) -> N
 
 def _names(pattern: str, path: str) -> bool:
     """Whether a key of a rank or alpha pattern names a path, as in PEFT."""
+    if not _IS_PATTERN.search(pattern):
+        return path == pattern or path.endswith(f".{pattern}")
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
     except re.error as error:

@@ -15,14 +15,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.config_file import check_end_tokens, read_config_file, read_json_object
+from qlora_kit.model.faults import model_errors
+from qlora_kit.time_limit import TimeUp, time_limit
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 # Above this share of weights that stay unquantised the memory promised is not kept.
 _UNQUANTIZED_LIMIT = 0.05
+# 1,024 layers, the most there may be, take 1 s.
+_BUILD_SECONDS = 60.0
+# Rotary frequencies take 256 bytes; tables of positions are as long as config.json says.
+_MOST_BUFFER_BYTES = 1 << 30
+# Any other is a package, or a repository of the hub that is downloaded and run.
+_OWN_KERNELS = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 
 def read_architecture(folder: Path) -> PreTrainedConfig:
@@ -32,12 +48,45 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
         ModelError: none there, not an architecture transformers has, or one that needs its
             own code.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise ModelError(f"{folder}: no config.json; expected the folder of a transformers model")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+    content = read_config_file(path)
+    if content.get("auto_map") and content.get("model_type") not in list(CONFIG_MAPPING):
+        raise ModelError(
+            f"{path}: the model needs code of its own, which the kit never runs; expected an "
+            "architecture that transformers has; choose another model"
+        )
+    with model_errors(path, "the numbers of a transformers model; restore it"):
+        architecture = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        _drop_kernels(architecture)
+    return architecture
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Read `generation_config.json` of a folder, or return None where there is none.
+
+    Raises:
+        ModelError: not the settings of a transformers model.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    check_end_tokens(path, read_json_object(path))
+    with model_errors(path, "the settings of a transformers model; restore it"):
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _drop_kernels(architecture: PreTrainedConfig) -> None:
+    """Forget which kernels the file asks for: transformers would download and run them."""
+    parts = [getattr(architecture, name, None) for name in architecture.sub_configs]
+    for config in (architecture, *parts):
+        if getattr(config, "_attn_implementation", None) not in _OWN_KERNELS:
+            config._attn_implementation = None
+        if getattr(config, "_experts_implementation", None) not in _OWN_KERNELS:
+            config._experts_implementation = None
 
 
 def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
@@ -46,27 +95,32 @@ def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         ModelError: its `model_type` is not one transformers has.
     """
-    try:
+    with model_errors("architecture", "the numbers of a transformers model"):
         # transformers adds entries to the nested tables it is given.
         return AutoConfig.for_model(**copy.deepcopy(dict(numbers)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"architecture: {_first_line(error)}") from error
 
 
 def build_skeleton(architecture: PreTrainedConfig) -> PreTrainedModel:
     """Build the causal language model on the meta device, its computed buffers filled in.
 
     Raises:
-        ModelError: the architecture is not a causal language model of transformers.
+        ModelError: the architecture is not a causal language model of transformers, or would
+            take longer than `_BUILD_SECONDS`.
     """
+    name = architecture.model_type
     try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, ImportError) as error:
+        with (
+            time_limit(_BUILD_SECONDS),
+            model_errors(name, "a causal language model of transformers"),
+        ):
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+            _fill_computed_buffers(skeleton)
+    except TimeUp as error:
         raise ModelError(
-            f"{architecture.model_type}: {_first_line(error)}; expected a causal language model"
+            f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected "
+            "a few seconds; check the numbers of its config.json"
         ) from error
-    _fill_computed_buffers(skeleton)
     return skeleton
 
 
@@ -80,6 +134,11 @@ def _fill_computed_buffers(skeleton: PreTrainedModel) -> None:
             if _join(path, name) not in stored
         }
         for name, buffer in computed.items():
+            if buffer.nbytes > _MOST_BUFFER_BYTES:
+                raise ModelError(
+                    f"{path}.{name}: would take {buffer.nbytes / 1e9:.1f} GB that no checkpoint "
+                    "stores; expected a small table; check the numbers of config.json"
+                )
             # Rotary frequencies must stay fp32 even where the default dtype is another one.
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if computed:
@@ -154,7 +213,3 @@ def unquantized_share(skeleton: PreTrainedModel) -> float:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().strip("'\"").splitlines()[0].rstrip(".")

@@ -6,7 +6,6 @@ file, so that a checkpoint never stands in memory as a whole.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_kit.errors import DataError, ModelError
+from qlora_kit.model.faults import model_errors
 from qlora_kit.storage import read_json
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -54,7 +54,10 @@ class SafetensorsShards:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, mapped from its file."""
-        tensor: Tensor = self._shards[name].get_tensor(name)
+        with model_errors(
+            f"{name}: cannot be read", "a tensor that torch knows; download it again"
+        ):
+            tensor: Tensor = self._shards[name].get_tensor(name)
         return tensor
 
 
@@ -94,12 +97,26 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
-        raise ModelError(f"{path}: not a checkpoint of plain tensors ({reason[:120]})") from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"{path}: not a checkpoint of plain tensors; expected name: tensor")
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A pickle that is not what it should be ends the unpickler anywhere.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{path}: not a checkpoint of plain tensors ({first[:120]}); expected name: tensor; "
+            "download it from a source you trust"
+        ) from error
+    if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
+        raise ModelError(
+            f"{path}: not a checkpoint of plain tensors; expected name: tensor; download it again"
+        )
     return content
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Whether an entry is a tensor that lies in the file, and not one of torch's other kinds."""
+    is_tensor = isinstance(name, str) and isinstance(value, Tensor)
+    return is_tensor and value.device.type == "cpu" and value.layout is torch.strided
 
 
 def open_checkpoint(folder: Path) -> TensorSource:
@@ -135,7 +152,7 @@ def _indexed_files(index: Path) -> Iterator[Path]:
         raise ModelError(f'{index}: not an index; expected a "weight_map" of file names') from error
     for name in names:
         path = index.parent / name
-        if Path(name).name != name:
+        if Path(name).name != name or "\\" in name:
             raise ModelError(f"{index}: names {name!r}; expected a file in the same folder")
         if not path.is_file():
             raise ModelError(f"{path}: missing, though the index names it; download it again")

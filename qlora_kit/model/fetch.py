@@ -7,14 +7,17 @@ are fetched, never code.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import HubError, ModelError
 from qlora_kit.model.names import DEMO, ModelSource, known_models
+from qlora_kit.storage import check_confined
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w./+@-]*")
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ def fetch(source: ModelSource, *, random: bool = False, revision: str | None = N
 
     Raises:
         HubError: the hub is out of reach and nothing is cached, or it does not grant access.
-        ModelError: the hub has no such model.
+        ModelError: the hub has no such model, or a link in its folder leads out of it.
     """
     if source.folder is not None:
+        check_confined(source.folder, ModelError)
         return Fetched(source.folder, source.folder)
     if random and source.architecture is not None:
         demo = known_models()[DEMO].folder
@@ -55,6 +59,7 @@ def fetch(source: ModelSource, *, random: bool = False, revision: str | None = N
         return Fetched(None, demo)
     assert source.hub_id is not None
     folder = _download(source.hub_id, revision, with_weights=not random)
+    check_confined(folder, ModelError)
     # snapshot_download names the folder after the commit.
     return Fetched(folder, folder, revision=folder.name)
 
@@ -63,6 +68,11 @@ def _download(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    # The cache keeps what a revision stands for in a file of its name.
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise ModelError(
+            f"{hub_id}: revision {revision!r}; expected a commit, branch or tag; check --revision"
+        )
     try:
         patterns = _TEXT_FILES + (_weight_patterns(hub_id, revision) if with_weights else [])
         return Path(
@@ -73,6 +83,8 @@ def _download(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
             f"{hub_id}: its owner grants access on request; ask for it on the model's page, then "
             "run `hf auth login`"
         ) from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{hub_id}: not a hub id; expected owner/name; check the name") from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{hub_id}: no revision {revision!r} there; check --revision") from error
     except errors.RepositoryNotFoundError as error:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.faults import model_errors
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.quantize import PlainWeight
@@ -130,17 +131,19 @@ def verify_head(model: PreTrainedModel, hardware: Hardware) -> None:
     Raises:
         ModelError: they differ; training on another formula would be silently wrong.
     """
-    head = head_of(model)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, _PROBE_TOKENS, head.linear.in_features, generator=generator)
-    hidden = hidden.to(hardware.device, hardware.dtype)
-    layers: Any = model.base_model
-    layers.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
-    try:
-        ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=hardware.device)
-        theirs = model(input_ids=ids).logits[0].float()
-    finally:
-        del layers.forward
+    # The numbers of a config.json that fit its tensors may still be none to compute with.
+    with model_errors(model.config.model_type, "a model that computes; check its config.json"):
+        head = head_of(model)
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, _PROBE_TOKENS, head.linear.in_features, generator=generator)
+        hidden = hidden.to(hardware.device, hardware.dtype)
+        layers: Any = model.base_model
+        layers.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+        try:
+            ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=hardware.device)
+            theirs = model(input_ids=ids).logits[0].float()
+        finally:
+            del layers.forward
     ours = torch.empty_like(theirs)
     if ours.shape[1] == head.linear.out_features:
         head.fill_logits(hidden[0], head.weight(hidden.dtype), out=ours)

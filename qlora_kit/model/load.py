@@ -6,7 +6,7 @@ reads it again to merge. Never holds the checkpoint as a whole, never upcasts in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,17 @@ from qlora_kit.model.architecture import (
 )
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.convert import Assembly, assemble
-from qlora_kit.model.hardware import Hardware, memory_returned
+from qlora_kit.model.hardware import Hardware, dtype_name
 from qlora_kit.model.head import verify_head
 from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
 from qlora_kit.model.quantize import FrozenWeight, PlainWeight, Quantization, read_quantized
 from qlora_kit.model.random_weights import RandomWeights
+from qlora_kit.signals import safe_point
 
 RANDOM_SEED = 0
+_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def frozen_tensors(
         return tensor
 
     for done, assembly in enumerate(assemblies, 1):
+        safe_point()
         if assembly.target in tied:
             continue
         if assembly.is_quantized:
@@ -178,13 +182,14 @@ def frozen_tensors(
         else:
             for name, tensor in assembly.tensors(read, skeleton).items():
                 _check_tensor(name, tensor, expected)
-                yield name, _freeze(name, tensor, name in linear, quantization, device)
+                yield name, freeze(name, tensor, name in linear, quantization, device)
         announce(LoadProgress(done, len(assemblies)))
 
 
-def _freeze(
+def freeze(
     name: str, tensor: Tensor, is_linear: bool, quantization: Quantization, device: torch.device
 ) -> FrozenWeight | Tensor:
+    """Bring a stored tensor to its device, quantised where it is the weight of a layer."""
     if not is_linear or quantization.bits == 16:
         own = tensor.to(device, copy=True)
         return PlainWeight(own) if is_linear else own
@@ -220,6 +225,11 @@ def _check_tensor(name: str, tensor: Tensor, expected: dict[str, Tensor]) -> Non
         raise ModelError(
             f"{name}: shape {tuple(tensor.shape)} in the checkpoint; expected {wanted}"
         )
+    if tensor.dtype not in _STORED_DTYPES:
+        raise ModelError(
+            f"{name}: stored as {dtype_name(tensor.dtype)}; expected float32, bfloat16 or float16; "
+            "name an unquantised model"
+        )
     # The extremes of a tensor with NaN are NaN; this needs no temporary of the tensor's size.
     low, high = tensor.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -244,22 +254,44 @@ def load_base(spec: BaseSpec, hardware: Hardware, announce: Announce = silent) -
     model = build_skeleton(spec.architecture())
     share = unquantized_share(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    head_path = _path_of(model, model.get_output_embeddings())
     digest = Digest()
     with memory_returned(), torch.no_grad():
-        for name, value in frozen_tensors(spec, model, hardware.device, digest, announce):
-            _place(model, name, value, hardware)
-        _share_tied(model, head_path)
-        _check_filled(model)
-        model.to(hardware.device)
-        if hardware.device.type == "cuda":
-            torch.cuda.empty_cache()  # what quantising took counts against small cards
-        model.requires_grad_(False)
-        model.config.use_cache = False
-        model.config.dtype = hardware.dtype
-        _cast_embedding_output(model, hardware.dtype)
+        fill(model, frozen_tensors(spec, model, hardware.device, digest, announce), hardware)
         verify_head(model, hardware)
-    return Base(model.eval(), spec, hardware, digest.hexdigest(), parameters, share)
+    return Base(model, spec, hardware, digest.hexdigest(), parameters, share)
+
+
+def fill(
+    model: PreTrainedModel,
+    tensors: Iterable[tuple[str, FrozenWeight | Tensor]],
+    hardware: Hardware,
+) -> None:
+    """Turn a skeleton into a frozen model in evaluation mode, tensor by tensor.
+
+    Args:
+        model: a skeleton, changed in place.
+        tensors: every parameter once, see `frozen_tensors`.
+        hardware: where it goes and what it computes in.
+
+    Raises:
+        ModelError: a tensor is missing.
+    """
+    head_path = _path_of(model, model.get_output_embeddings())
+    empty = set(model.state_dict()) - set(model.all_tied_weights_keys or {})
+    for name, value in tensors:
+        _place(model, name, value, hardware)
+        empty.discard(name)
+    if empty:
+        raise ModelError(f"not filled by the checkpoint: {', '.join(sorted(empty)[:5])}")
+    _share_tied(model, head_path)
+    _move_buffers(model, hardware.device)
+    if hardware.device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantising took counts against small cards
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.config.dtype = hardware.dtype
+    _cast_embedding_output(model, hardware.dtype)
+    model.eval()
 
 
 def _place(
@@ -304,10 +336,12 @@ def _share_tied(model: PreTrainedModel, head_path: str) -> None:
         empty.weight = PlainWeight(embedding.detach())
 
 
-def _check_filled(model: PreTrainedModel) -> None:
-    empty = [name for name, t in model.state_dict(keep_vars=True).items() if t.is_meta]
-    if empty:
-        raise ModelError(f"not filled by the checkpoint: {', '.join(empty[:5])}")
+def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring along what no checkpoint stores; every parameter is where it belongs already."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
 
 
 def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -145,6 +145,28 @@ class FourBitWeight(FrozenWeight):
         self.absmax_code: Tensor
         self.absmax_offset: Tensor
 
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], quantization: Quantization, device: torch.device
+    ) -> FourBitWeight:
+        """Return a weight whose tensors have their sizes and no values yet."""
+        elements = shape[0] * shape[1]
+        blocks = -(-elements // BLOCK_SIZE)
+
+        def sized(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(count, dtype=dtype, device=device)
+
+        constants = {"absmax": sized(blocks, torch.float32)}
+        if quantization.double_quant:
+            constants = {
+                "absmax": sized(blocks, torch.uint8),
+                "absmax_scale": sized(-(-blocks // _ABSMAX_BLOCK_SIZE), torch.float32),
+                "absmax_code": sized(256, torch.float32),
+                "absmax_offset": torch.empty((), device=device),
+            }
+        codes = sized(-(-elements // 2), torch.uint8).unsqueeze(1)
+        return cls(shape, codes, constants, quant_type=quantization.quant_type)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return code book values · absmax."""
         absmax = self.absmax

@@ -14,6 +14,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.config_file import check_tokenizer_files
+from qlora_kit.model.faults import model_errors
 
 # Text that has lost characters in released tokenizers: leading and double spaces, newlines
 # and tabs, digits, accents, CJK, an emoji made of several code points.
@@ -25,6 +27,9 @@ _ROUND_TRIP_TEXTS = (
     "👩‍🚀 flies",
 )  # fmt: skip
 
+# Ids are kept in 32 bits.
+_MOST_TOKENS = 1 << 31
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load and check the tokenizer of a model folder.
@@ -35,19 +40,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: no tokenizer there, no end-of-sequence token, or it fails `check_round_trip`.
     """
-    try:
+    check_tokenizer_files(folder)
+    with model_errors(f"{folder}: no usable tokenizer", "the files of one; restore them"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: no usable tokenizer ({reason})") from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    check_round_trip(tokenizer, str(folder))
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token")
+        if max(tokenizer.get_vocab().values(), default=0) >= _MOST_TOKENS:
+            raise ModelError(
+                f"{folder}: the tokenizer has tokens over {_MOST_TOKENS:,}; expected numbers "
+                "counted from 0; restore tokenizer.json"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        check_round_trip(tokenizer, str(folder))
     return tokenizer
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_kit.redact import redacted
 from qlora_kit.storage import write_text
 
 NAME = "README.md"
@@ -43,7 +44,8 @@ def write_card(
         "![loss](loss.png)",
         "## Versions\n\n" + _table(list(versions.items())),
     ]
-    write_text(folder / NAME, ModelCard("\n\n".join(sections) + "\n").content)
+    card = ModelCard("\n\n".join(sections) + "\n").content
+    write_text(folder / NAME, redacted(card))
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

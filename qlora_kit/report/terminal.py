@@ -28,13 +28,17 @@ from qlora_kit.events import (
     Event,
     Facts,
     LoadProgress,
+    MicroBatchHalved,
     Notice,
     RunFinished,
     RunStarted,
     StepFinished,
+    StepSkipped,
 )
+from qlora_kit.redact import redacted_values
 
 _PLAIN_LINES = 20
+_MOST_ROWS = 16
 
 
 class Terminal:
@@ -61,8 +65,22 @@ class Terminal:
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
+        # Before a table folds a line, and so a secret in it.
+        event = redacted_values(event)
         if isinstance(event, Notice):
             self.console.print(f"note: {event.text}", markup=False)
+        elif isinstance(event, StepSkipped):
+            self.console.print(
+                f"step {event.optimizer_step} skipped: loss {event.loss}, gradient norm "
+                f"{event.grad_norm}, on rows {list(event.rows[:_MOST_ROWS])}",
+                markup=False,
+            )
+        elif isinstance(event, MicroBatchHalved):
+            self.console.print(
+                f"out of memory at step {event.optimizer_step}: {event.rows_now} row(s) at a time "
+                f"from here, of {event.rows_asked} asked for; the step is taken again with the "
+                "same rows"
+            )
         elif isinstance(event, Answered):
             # As it is, never folded: it may be piped on.
             self.console.out(event.text, highlight=False)

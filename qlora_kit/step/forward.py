@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.data.batch import Batch
-from qlora_kit.data.encode import IGNORED
 from qlora_kit.model.head import Head
 from qlora_kit.step.loss import (
     CHUNK_TOKENS,
@@ -41,9 +40,8 @@ def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
     outputs = model.base_model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     )
-    labels = batch.labels[:, 1:]
-    kept = labels != IGNORED
-    return Supervised(outputs.last_hidden_state[:, :-1][kept], labels[kept])
+    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
+    return Supervised(hidden, batch.labels.flatten().index_select(0, batch.positions + 1))
 
 
 def loss_sum(

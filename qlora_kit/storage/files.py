@@ -71,7 +71,6 @@ def save_tensors(
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     staging = staging_path(path)
@@ -81,8 +80,6 @@ def save_tensors(
             staging.chmod(0o666 & ~_umask())
             sync_file(staging)
             staging.replace(path)
-        except SafetensorError as error:
-            raise StorageError(f"{path}: could not be written ({error}); free space") from error
         finally:
             staging.unlink(missing_ok=True)
         sync_folder(path.parent)

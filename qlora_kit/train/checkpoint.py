@@ -186,6 +186,20 @@ def save_checkpoint(
     return folder
 
 
+def adopt(output: Path, folder: Path, progress: Progress) -> None:
+    """Let `last` and `best` name what a killed process had saved and not yet named.
+
+    A run that resumes from its last step has nothing left to save, so it would not name it
+    either, and `delete_old` would take it for one that going back left behind.
+    """
+    if folder.resolve().parent != output.resolve():
+        return
+    last = _named_by(output / LAST)
+    if last is None or step_of(output / last) < step_of(folder):
+        write_text(output / LAST, folder.name + "\n")
+    _point_at_best(output, progress)
+
+
 def _point_at_best(output: Path, progress: Progress) -> None:
     # Not only when it is new: a process may have been killed before it could say so.
     best = f"checkpoint-{progress.best_step}"

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from qlora_kit.config import Layer, read_config_file
 from qlora_kit.errors import OutputError
-from qlora_kit.storage import LOCK, check_writable, clean_up, only_writer, storage_errors
+from qlora_kit.storage import (
+    LOCK,
+    check_confined,
+    check_writable,
+    clean_up,
+    only_writer,
+    storage_errors,
+)
 
 LAST, BEST = "last", "best"
 CONFIG = "training_config.yaml"
@@ -57,6 +64,7 @@ def stored_layer(output: Path | None, resume: str | None) -> Layer | None:
     folder = output or run_of(resume)
     if resume is None or folder is None or not (folder / CONFIG).is_file():
         return None
+    check_confined(folder, OutputError)
     stored = read_config_file(folder / CONFIG)
     kept = {name: value for name, value in stored.values.items() if name not in _OF_ONE_START}
     return Layer(stored.origin, kept)
@@ -92,6 +100,8 @@ def claimed_run(
     with contextlib.ExitStack() as undo:
         folder = output or _next_run(model, undo)
         _make(folder, undo)
+        # Or a stranger's run would be continued in files outside of it.
+        check_confined(folder, OutputError)
         with only_writer(folder):
             clean_up(folder)
             if not resume:

@@ -44,6 +44,7 @@ from qlora_kit.train.checkpoint import (
     Progress,
     StepPlan,
     Trainee,
+    adopt,
     delete_old,
     restore_checkpoint,
     save_checkpoint,
@@ -203,6 +204,7 @@ class _Run:
         self.model.train()
         if self.saving is not None and self.saving.resume is not None:
             self.progress = restore_checkpoint(self.saving.resume, self.trainee)
+            adopt(self.saving.output, self.saving.resume, self.progress)
             self.saved = copy(self.progress)
             self.progress.finished = False
             self.step.micro_batch_rows = self.progress.micro_batch_rows or self.config.batch_size

@@ -1,0 +1,234 @@
+"""The two JSON files of an adapter, checked field by field before anything is done with them.
+
+Takes an adapter folder, perhaps a stranger's; returns `PeftConfig` (adapter_config.json) and
+`Record` (qlora_kit.json). What the kit does not understand is refused by name rather than
+ignored. Imports no torch: what an adapter says of its base is read before torch is.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.storage import check_confined, read_json
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+RECORD = "qlora_kit.json"
+
+MOST_RANK = 65_536
+_MOST_FILE_BYTES = 1 << 24
+_MOST_SHOWN = 60
+
+# PEFT options the kit does not have, with the values that mean "not used".
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (None, False),
+    "lora_bias": (None, False),
+    "bias": (None, "none"),
+    "fan_in_fan_out": (None, False),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "use_qalora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    # PiSSA, OLoRA, CorDA, LoftQ … change the base as they start: without that base their
+    # adapter is silently wrong.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+}
+# PEFT options that say how the adapter came about, and nothing about what it computes. Where
+# it is attached is read off the names of its tensors.
+_HARMLESS = {
+    "task_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "megatron_core", "ensure_weight_tying", "qalora_group_size",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+}  # fmt: skip
+
+# ---------------------------------------------------------------- patterns
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+_QUANTIFIER = re.compile(r"(?<!\()[*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_BACK_REFERENCE = re.compile(r"\\[1-9]|\(\?P=")
+_MOST_PATTERN_LENGTH = 200
+_MOST_QUANTIFIERS = _MOST_GROUPS = 4
+_MOST_PATTERNS = 64
+
+
+def _check_pattern(pattern: str) -> str:
+    """Refuse a regular expression that could take for ever: its time must be a low power."""
+    bare = re.sub(r"\\[^1-9]", "", pattern)  # an escaped character is only itself
+    if (
+        len(pattern) > _MOST_PATTERN_LENGTH
+        or _REPEATED_GROUP.search(bare)
+        or _BACK_REFERENCE.search(pattern)
+        or len(_QUANTIFIER.findall(bare)) > _MOST_QUANTIFIERS
+        or bare.count("(") > _MOST_GROUPS
+    ):
+        raise ValueError("a name, or a simple regular expression of one")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
+        raise ValueError("a name, or a regular expression of one") from error
+    return pattern
+
+
+def _check_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
+    complex_ones = [key for key in patterns if not _PLAIN_NAME.fullmatch(key)]
+    if len(complex_ones) > _MOST_PATTERNS:
+        raise ValueError(f"names, and at most {_MOST_PATTERNS} regular expressions")
+    for pattern in complex_ones:
+        _check_pattern(pattern)
+    return patterns
+
+
+# ---------------------------------------------------------------- what the files may hold
+
+_Text = Annotated[str, Field(min_length=1, max_length=4096)]
+_Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
+_Alpha = Annotated[float, Field(gt=0)]
+_DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class PeftConfig(_File):
+    """What the kit uses of `adapter_config.json`, in PEFT's words and with PEFT's defaults."""
+
+    model_config = ConfigDict(extra="allow")
+
+    base_model_name_or_path: _Text | None = None
+    revision: _Text | None = None
+    r: _Rank = 8
+    lora_alpha: _Alpha = 8.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    use_rslora: bool | None = None
+    rank_pattern: Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None = None
+    alpha_pattern: Annotated[dict[str, _Alpha], AfterValidator(_check_patterns)] | None = None
+
+
+class Record(_File):
+    """The content of `qlora_kit.json`; `lora.adapter.BaseRecord` says what it means."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: _Text
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
+    bits: Literal[4, 8, 16]
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool
+    compute_dtype: _DtypeName
+    dequantization_dtype: _DtypeName
+    weights: Literal["pretrained", "random"] = "pretrained"
+    block_size: Literal[64] = 64
+    revision: _Text | None = None
+    template_hash: _Text | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- reading
+
+_AnyFile = TypeVar("_AnyFile", bound=_File)
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Check that the files of an adapter are in `folder`, and that no link leads out of it.
+
+    Raises:
+        AdapterError: they are not, or one does.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder; expected an adapter or run folder")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder}: no {name}; expected an adapter or run folder")
+    check_confined(folder, AdapterError)
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Read `adapter_config.json`.
+
+    Raises:
+        AdapterError: not a LoRA adapter, a feature the kit does not have, or a field that
+            holds what it must not.
+    """
+    path = folder / CONFIG
+    content = _read_object(path)
+    if content.get("peft_type") != "LORA":
+        raise AdapterError(f'{path}: not a LoRA adapter; expected "peft_type": "LORA"')
+    for name, unused in _UNSUPPORTED.items():
+        if content.get(name) not in unused:
+            raise AdapterError(
+                f"{path}: {name} is set, which the kit does not have; expected it unset"
+            )
+    known = {"peft_type", *PeftConfig.model_fields, *_UNSUPPORTED, *_HARMLESS}
+    for name, value in content.items():
+        if value and name not in known:
+            raise AdapterError(
+                f"{path}: {_short(name)} is set, which the kit does not know; expected a LoRA "
+                "adapter of PEFT; unset it only if it changes nothing of what the adapter computes"
+            )
+    return _checked(PeftConfig, content, path, "")
+
+
+def read_base_record(folder: Path) -> Record | None:
+    """Read `qlora_kit.json`, or return None where there is none.
+
+    Raises:
+        AdapterError: it is there, and not what the kit writes.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    return _checked(Record, _read_object(path), path, "not a record of this kit: ")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size if path.is_file() else 0
+    if size > _MOST_FILE_BYTES:
+        raise AdapterError(
+            f"{path}: {size:,} bytes; expected at most {_MOST_FILE_BYTES:,}; restore it"
+        )
+    try:
+        content = read_json(path)
+    except DataError as error:
+        raise AdapterError(*error.faults) from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: found no JSON object; expected one of fields; restore it")
+    return content
+
+
+def _checked(kind: type[_AnyFile], content: dict[str, Any], path: Path, what: str) -> _AnyFile:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    name = _short(".".join(str(part) for part in problem["loc"] if part != "[key]"))
+    message = problem["msg"].replace("Input should be ", "").replace("Value error, ", "")
+    if problem["type"] in ("missing", "extra_forbidden"):
+        found, message = problem["type"].split("_")[0], "the fields that the kit writes"
+    else:
+        found = f"found {_short(repr(problem['input']))}"
+    raise AdapterError(
+        f"{path}: {what}{name}: {found}; expected {message[0].lower()}{message[1:]}; restore it"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "…"

@@ -1,0 +1,150 @@
+"""The JSON files of a model, checked before transformers builds anything from them.
+
+A `config.json` is a stranger's: its numbers decide how many layers are built and how much is
+allocated, and some of its keys name code. Takes a file; returns its content. Never imports
+torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.errors import ModelError
+
+_MOST_FILE_BYTES = 1 << 26
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w .+-]*")
+
+# The largest released models have 126 layers, 53,248 wide, and 1,000,000,000 parameters in an
+# embedding; positions go to ten million.
+_BOUNDS = (
+    (r"(num|n)_((en|de)coder_|hidden_)*layers?|(en|de)coder_layers", 0, 1024),
+    (r"(num|n)_(.*_)?(experts|heads?)", 0, 1 << 16),
+    (r"(.*_)?(hidden|intermediate|ffn|inner|embedding|model)_(size|dim)|(.*_)?(head_dim|lora_rank)"
+     "|n_embd|n_inner|d_model|d_ff|ffn_dim", 1, 1 << 20),
+    (r"(.*_)?vocab_size", 0, 1 << 24),
+    (r"(original_)?max_position_embeddings|n_positions|n_ctx", 1, 1 << 28),
+)  # fmt: skip
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a `config.json` and check what would be costly or dangerous to find out later.
+
+    Infinity is accepted, because released models have it; transformers reads it the same way.
+
+    Raises:
+        ModelError: not a JSON object, a key twice, or a number that no model has.
+    """
+    content = read_json_object(path)
+    for key, value in _entries(content):
+        _check_number(path, key, value)
+    for key in ("quantization_config", "text_config"):
+        if content.get(key) is not None and not isinstance(content[key], dict):
+            raise ModelError(f"{path}: {key} is no object; expected one, or none; restore it")
+    check_end_tokens(path, content)
+    return content
+
+
+def check_end_tokens(path: Path, content: dict[str, Any]) -> None:
+    """Check the tokens that end an answer.
+
+    Raises:
+        ModelError: not whole numbers.
+    """
+    named = content.get("eos_token_id")
+    for token in named if isinstance(named, list) else [named]:
+        if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+            raise ModelError(
+                f"{path}: eos_token_id is {str(token)[:40]}; expected a whole number; restore it"
+            )
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Check what transformers reads to load the tokenizer of a folder, where it is there.
+
+    Raises:
+        ModelError: `tokenizer_config.json` is not a JSON object, has a template that is no text,
+            or a name that is a path; or see `read_config_file`.
+    """
+    if (folder / "config.json").is_file():
+        read_config_file(folder / "config.json")
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        _check_names(path, read_json_object(path))
+
+
+def _check_names(path: Path, content: dict[str, Any]) -> None:
+    given = content.get("chat_template")
+    # Several templates have names, which become the names of files when they are saved again.
+    named = given if isinstance(given, list) else [{"name": "default", "template": given or ""}]
+    for template in named:
+        is_named = isinstance(template, dict) and template.keys() == {"name", "template"}
+        if not is_named or not all(isinstance(text, str) for text in template.values()):
+            raise ModelError(f"{path}: chat_template is no text; expected one; restore it")
+    names = [template["name"] for template in named]
+    for name in (*names, *(content.get("fast_tokenizer_files") or ())):
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise ModelError(
+                f"{path}: names {str(name)[:80]!r}; expected a plain name; restore the file"
+            )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that transformers will read as well.
+
+    Raises:
+        ModelError: not a JSON object, too large, nested too deeply, or a key twice.
+    """
+    try:
+        if path.stat().st_size > _MOST_FILE_BYTES:
+            raise ValueError(f"more than {_MOST_FILE_BYTES:,} bytes")
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except RecursionError as error:
+        raise ModelError(
+            f"{path}: nested too deeply; expected a JSON object; restore it"
+        ) from error
+    except (OSError, ValueError) as error:
+        found = str(error).splitlines()[0]
+        raise ModelError(f"{path}: {found}; expected a JSON object; restore it") from error
+    return content
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key and value, at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            yield from value.items()
+            waiting += value.values()
+
+
+def _check_number(path: Path, key: str, value: Any) -> None:
+    for pattern, least, most in _BOUNDS:
+        if not re.fullmatch(pattern, key):
+            continue
+        # Some architectures have a number for each layer.
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if number is not None and not (is_number and least <= number <= most):
+                raise ModelError(
+                    f"{path}: {key} is {str(number)[:40]}; expected a whole number from {least} "
+                    f"to {most:,}; restore it"
+                )
+        return

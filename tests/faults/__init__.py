@@ -1,0 +1,1 @@
+"""What the kit promises under faults, shown with figures: `python -m tests.faults`."""
