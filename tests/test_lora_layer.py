@@ -154,8 +154,8 @@ def test_dropout_gradients_equal_those_of_the_twin_under_the_same_mask(
 ) -> None:
     layer = make_layer(33, 65, SCHEMES[scheme], dropout=0.3).train()
     masks = []
-    draw: Callable[[Tensor], Tensor | None] = layer._draw_kept
-    monkeypatch.setattr(layer, "_draw_kept", lambda rows: masks.append(draw(rows)) or masks[-1])
+    draw: Callable[..., Tensor | None] = layer.draw_kept
+    monkeypatch.setattr(layer, "draw_kept", lambda *of: masks.append(draw(*of)) or masks[-1])
     x = random(4, 5, 65, seed=4).requires_grad_()
     inputs = (x, layer.lora_A, layer.lora_B)
     found = layer(x)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_kit.errors import DataError, OutputError, StorageError
+from qlora_kit.errors import DataError, EnvironmentFault, OutputError, StorageError
 from qlora_kit.storage import (
+    LOCK,
+    MANIFEST,
+    clean_up,
+    delete_folder,
     load_tensors,
+    only_writer,
     parse_json,
     read_json_lines,
     read_lines,
     save_tensors,
     staged_folder,
+    storage_errors,
     verify_folder,
     write_bytes,
     write_text,
@@ -155,3 +166,169 @@ def test_an_interrupt_between_the_two_renames_leaves_the_old_folder(
         write_text(staging / "file", "new")
     assert os.listdir(tmp_path) == ["run"]
     assert (target / "file").read_text() == "old"
+
+
+# ---------------------------------------------------------------- what a power cut leaves
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The flushes and renames that happen from here on, each with the path it is about."""
+    calls: list[tuple[str, str]] = []
+
+    def watch(name: str, path_of: Callable[[Any], str]) -> None:
+        real = getattr(os, name)
+
+        def watched(first: Any, *rest: Any) -> Any:
+            calls.append((name, path_of(first)))
+            return real(first, *rest)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    watch("rename", os.fspath)
+    watch("replace", os.fspath)
+    return calls
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux for open files")
+def test_a_folder_is_flushed_before_its_rename_and_its_name_after(
+    tmp_path: Path, disk_calls: list[tuple[str, str]]
+) -> None:
+    target = tmp_path / "run"
+    with staged_folder(target) as staging:
+        (staging / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (staging / name).write_text(name)
+    (renamed,) = (n for n, call in enumerate(disk_calls) if call == ("rename", str(staging)))
+    before = {path for name, path in disk_calls[:renamed] if name == "fsync"}
+    flushed = {str(staging / name) for name in ("", "a", "inner", "inner/b")}
+    assert before >= flushed
+    assert any(path.startswith(str(staging / f".{MANIFEST}")) for path in before)
+    assert ("fsync", str(tmp_path)) in disk_calls[renamed:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux for open files")
+@pytest.mark.parametrize("kind", ["bytes", "tensors"])
+def test_a_file_is_flushed_before_its_rename_and_its_name_after(
+    tmp_path: Path, disk_calls: list[tuple[str, str]], kind: str
+) -> None:
+    import torch
+
+    file = tmp_path / "file"
+    if kind == "bytes":
+        write_bytes(file, b"content")
+    else:
+        save_tensors(file, {"a": torch.arange(3)})
+    names = [name for name, _ in disk_calls]
+    assert names == ["fsync", "replace", "fsync"]
+    assert disk_calls[0][1] == disk_calls[1][1] != str(file)
+    assert disk_calls[2][1] == str(tmp_path)
+
+
+def test_what_killed_processes_left_is_undone_and_what_living_ones_do_is_not(
+    tmp_path: Path,
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("moved", "both"):
+        (tmp_path / f".{name}.{ended.pid}.replaced").mkdir()
+    (tmp_path / "both").mkdir()
+    (tmp_path / f".half.{ended.pid}.staging").mkdir()
+    (tmp_path / f".file.{ended.pid}.staging").write_text("half")
+    (tmp_path / f".living.{os.getppid()}.staging").mkdir()
+    (tmp_path / f".own.{os.getpid()}.staging").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    clean_up(tmp_path, "half")
+    assert not (tmp_path / f".half.{ended.pid}.staging").exists()
+    assert (tmp_path / f".file.{ended.pid}.staging").exists()
+    clean_up(tmp_path)
+    left = {".hidden", f".living.{os.getppid()}.staging", "both", "moved"}
+    assert set(os.listdir(tmp_path)) == left
+
+
+def test_a_deleted_folder_loses_its_name_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "run"
+    with staged_folder(target) as staging:
+        write_text(staging / "file", "content")
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse)
+        with pytest.raises(StorageError, match="input/output error"):
+            delete_folder(target)
+        verify_folder(target)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refuse)
+        with pytest.raises(StorageError, match="input/output error"):
+            delete_folder(target)
+        assert not target.exists()
+    clean_up(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("  ", " "),
+        lambda text: text + "\n",
+        lambda text: text.replace("{\n", '{\n  "more": 1,\n', 1),
+        lambda text: text.replace('"file"', '"../file"'),
+        lambda text: text.replace('"file"', '"/file"'),
+        lambda text: '{\n  "sha256": {}\n}\n',
+        lambda text: "[]",
+        lambda text: text.replace("sha256", "sha1"),
+    ],
+)
+def test_a_manifest_has_one_form(tmp_path: Path, change: Callable[[str], str]) -> None:
+    target = tmp_path / "run"
+    with staged_folder(target) as staging:
+        write_text(staging / "file", "content")
+    manifest = target / MANIFEST
+    changed = change(manifest.read_text())
+    assert changed != manifest.read_text()
+    manifest.write_text(changed)
+    with pytest.raises(StorageError, match="not whole"):
+        verify_folder(target)
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from qlora_kit.storage import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_until_it_dies(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(EnvironmentFault, match="another qlora-kit process writes here"),
+            only_writer(tmp_path),
+        ):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    with only_writer(tmp_path):
+        assert (tmp_path / LOCK).is_file()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_the_system_told_a_library_is_one_line_too(tmp_path: Path) -> None:
+    """The tokenizers library has no error class for a full disk."""
+    with (
+        pytest.raises(StorageError, match="run: no space left on device; free space"),
+        storage_errors(tmp_path / "run"),
+    ):
+        raise Exception("No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="else"), storage_errors(tmp_path / "run"):
+        raise RuntimeError("something else")

@@ -280,3 +280,25 @@ def test_without_save_steps_a_run_saves_at_each_epochs_end(
     config = options(max_steps=None, epochs=3.0, batch_size=2)
     qk.train_adapter(adapter, make_rows(4), config, saving=saving)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 4, 6)]
+
+
+@pytest.mark.parametrize("unnamed", ["last", "best"])
+def test_a_last_checkpoint_not_yet_named_is_named_by_resuming(
+    save_tiny: Callable[..., Path], tmp_path: Path, unnamed: str
+) -> None:
+    """Killed just after its last save, a run has nothing left to save when it is resumed."""
+    adapter = make_adapter(save_tiny())
+    record = qk.BaseRecord.of(adapter.base)
+    measured = iter([3.0, 2.0, 1.0])
+    config = options(max_steps=3, save_steps=1, eval_steps=1, save_total_limit=1)
+    qk.train_adapter(
+        adapter, make_rows(4), config.model_copy(update={"save_total_limit": 2}),
+        saving=Saving(tmp_path, record), evaluate=lambda: next(measured),
+    )  # fmt: skip
+    (tmp_path / unnamed).write_text("checkpoint-2\n")
+    found = find_checkpoint(tmp_path, "latest").folder
+    assert found == tmp_path / "checkpoint-3"
+    again = Saving(tmp_path, record, found)
+    qk.train_adapter(make_adapter(save_tiny()), make_rows(4), config, saving=again)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert (tmp_path / "last").read_text() == (tmp_path / "best").read_text() == "checkpoint-3\n"

@@ -1,0 +1,79 @@
+"""`python -m tests.faults`: all promises, each as a line of the table when it is done."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from .runs import Sample, make_sample, prepare
+from .table import Row, line, timed, write
+
+_SEED = 20260
+
+
+def promises(*, quick: bool) -> dict[str, Callable[[Sample], Row]]:
+    """Return what makes each row, by its short name; `quick` is a small part of each."""
+    from .artefacts import artefacts
+    from .corruption import corruption
+    from .disk import disk_errors, full_disks
+    from .kills import kills
+    from .memory import memory
+    from .mutations import MUTATIONS, mutations
+    from .numerics import numerics
+    from .resumes import resumes
+    from .stops import stops
+
+    if quick:
+        return {
+            "kills": partial(kills, count=6, seed=_SEED, in_shell=0, stride=150),
+            "resumes": partial(resumes, steps=(15,), kinds=((4, 3), (16, 1))),
+            "stops": partial(stops, at_random=1, seed=_SEED, stride=7),
+            "corruption": partial(corruption, count=40, seed=_SEED),
+            "disk-errors": partial(disk_errors, count=4),
+            "full-disks": partial(full_disks, count=2),
+            "numerics": partial(numerics, count=6, seed=_SEED),
+            "memory": partial(memory, per_phase=1, limits=1),
+            "artefacts": partial(artefacts, count=4),
+            "mutations": partial(mutations, wanted=MUTATIONS[:2]),
+        }
+    return {
+        "kills": partial(kills, count=200, seed=_SEED),
+        "resumes": resumes,
+        "stops": partial(stops, at_random=16, seed=_SEED),
+        "corruption": partial(corruption, count=300, seed=_SEED),
+        "disk-errors": partial(disk_errors, count=120),
+        "full-disks": partial(full_disks, count=20),
+        "numerics": partial(numerics, count=30, seed=_SEED),
+        "memory": partial(memory, per_phase=6, limits=3),
+        "artefacts": artefacts,
+        "mutations": mutations,
+    }
+
+
+def main() -> int:
+    """Make the rows that were asked for; return 1 if a promise was broken."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--only", help="names of promises, comma-separated")
+    parser.add_argument("--quick", action="store_true", help="a small part of each")
+    parser.add_argument("--json", type=Path, help="where to write the table too")
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="qlora-kit-faults-") as name:
+        prepare(Path(name))
+        makers = promises(quick=given.quick)
+        wanted = given.only.split(",") if given.only else list(makers)
+        sample = make_sample(Path(name) / "sample")
+        for promise in wanted:
+            rows.append(timed(partial(makers[promise], sample)))
+            print(line(rows[-1]), flush=True)  # noqa: T201
+    if given.json:
+        write(given.json, rows)
+    return int(not all(row.is_kept for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""A small part of the table of promises; `make test-faults` is all of it.
+
+The harness forks hundreds of processes, so it runs in one that pytest has not filled with
+threads. One start of it makes every row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+PROMISES = (
+    "kills", "resumes", "stops", "corruption", "disk-errors", "full-disks", "numerics", "memory",
+    "artefacts", "mutations",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The rows of the quick table, by the name of the promise."""
+    file = tmp_path_factory.mktemp("faults") / "faults.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", "--quick", "--json", str(file)],
+        cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert file.is_file(), done.stderr
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return dict(zip(PROMISES, rows, strict=True))
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_a_promise_is_kept_under_faults(table: dict[str, dict[str, Any]], promise: str) -> None:
+    row = table[promise]
+    if not row["tried"]:
+        pytest.skip(row["detail"])
+    assert row["held"] == row["tried"], row["detail"]
