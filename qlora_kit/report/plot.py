@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from qlora_kit.storage import write_bytes
 
 NAME = "loss.png"
 _SMOOTHING = 0.9
@@ -42,8 +45,21 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     rate.set_ylabel("learning rate (dotted)")
     rate.set_ylim(bottom=0)
     axes.legend(loc="upper right")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG, and let go of it.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    from matplotlib import pyplot
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     pyplot.close(figure)
+    write_bytes(path, picture.getvalue())
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
