@@ -346,8 +346,11 @@ def test_loss_scaling_finds_its_scale_and_resumes_with_the_same_bits(
 
 @pytest.fixture
 def handled() -> Iterator[None]:
+    # Started in the background, the tests would inherit that SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with signals.stop_on_signals():
         yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("handled")
