@@ -99,7 +99,7 @@ def _run_phases(settings: dict[str, Any], meter: _GpuMeter | _CpuMeter) -> None:
     from qlora_kit.data.batch import collate
     from qlora_kit.model.head import head_of
     from qlora_kit.step.forward import loss_sum, scores
-    from qlora_kit.step.recompute import set_recompute
+    from qlora_kit.step.reducers import apply, resolve
     from qlora_kit.train.optimizer import build_optimizer
 
     base = meter.phase("load", lambda: _load(settings))
@@ -109,7 +109,7 @@ def _run_phases(settings: dict[str, Any], meter: _GpuMeter | _CpuMeter) -> None:
     parameters = list(adapter.parameters().values())
     optimizer = build_optimizer(parameters, qk.TrainConfig())
     head = head_of(base.model)
-    set_recompute(base.model, True)
+    apply(base.model, resolve(qk.TrainConfig(), hardware), hardware)
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.model.config.get_text_config().vocab_size
     shape = (settings["batch_size"], settings["length"])

@@ -145,6 +145,13 @@ class BaseModelOptions(Options):
     double_quant: bool = option(
         True, "quantise the 4-bit constants as well", also=["bnb_4bit_use_double_quant"]
     )
+    embedding_on_cpu: bool | None = option(
+        None, "keep the input embedding in host memory; default: on a GPU, unless head and "
+        "embedding are one",
+    )  # fmt: skip
+    head_bits: Bits = option(
+        16, "bits the output head is held in; below 16 it is approximate, and so is the loss"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     dtype: DtypeName = option(
         "auto", "compute dtype; auto: bfloat16 where the GPU has it, else float32",
@@ -222,6 +229,13 @@ class StepOptions(Options):
         True, "recompute activations in backward (gradient checkpointing)",
         also=["gradient_checkpointing"],
     )  # fmt: skip
+    offload_checkpoints: bool | None = option(
+        None, "hold what recomputation keeps in host memory; default: on a GPU"
+    )
+    mlp_tile_tokens: int | None = option(
+        None, "tokens an MLP works on at a time, keeping its input only; 0: as its model has it; "
+        "default: 2048 with recompute, else 0", ge=0,
+    )  # fmt: skip
     loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
 
 
@@ -294,6 +308,15 @@ class TrainConfig(
     BaseModelOptions,
 ):
     """Options of `qlora-kit train`."""
+
+
+class PlanConfig(TrainConfig):
+    """Options of `qlora-kit plan`: those of the run that is planned, and how to show it."""
+
+    vram: ByteCount | None = option(
+        None, "memory of the whole card, such as 10GB or 8GiB; says whether the run fits", ge=1
+    )
+    plot: Path | None = option(None, "picture of the memory of each phase, such as plan.png")
 
 
 class EvaluateConfig(TokenOptions, AdapterOption, BaseModelOptions):

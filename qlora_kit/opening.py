@@ -107,10 +107,14 @@ class Opened:
     def load(self, options: BaseModelOptions, announce: Announce) -> Base:
         """Load the base, quantised and frozen."""
         from qlora_kit.model.hardware import choose_hardware
-        from qlora_kit.model.load import load_base
+        from qlora_kit.model.load import Placement, is_tied, load_base
 
         hardware = choose_hardware(options.device, options.dtype)
-        return load_base(self.spec(options), hardware, announce)
+        base = load_base(self.spec(options), hardware, announce, Placement.of(options))
+        if options.embedding_on_cpu and not base.placement.embedding_on_cpu:
+            why = "it is the head as well" if is_tied(base.model) else "all of it runs on the CPU"
+            announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
+        return base
 
 
 def open_tokenizer(

@@ -22,6 +22,7 @@ from qlora_kit.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    PlanConfig,
     TrainConfig,
 )
 from qlora_kit.data.samples import Samples, load_samples
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.lora.attach import Adapter, LoraSpec
     from qlora_kit.model.load import Base
+    from qlora_kit.plan.planning import Plan
     from qlora_kit.train.loop import TrainResult
 
 
@@ -376,6 +378,54 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     (text,) = continue_prompts(base, opened.tokenizer, [ids], sampling)
     announce(Answered(text.strip()))
     return {"prompt": config.prompt, "text": text}
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
+    """Predict the memory of a run by running its code on fake tensors."""
+    from qlora_kit.plan.planning import make_plan
+    from qlora_kit.plan.simulate import PURPOSES
+    from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
+
+    made = make_plan(config)
+    found = made.as_json()
+    for warning in made.warnings:
+        announce(Notice(warning))
+    title = (
+        f"{config.model}, {config.bits} bits, {config.batch_size} × {config.max_length} tokens "
+        f"on {found['settings']['device']} ({found['settings']['dtype']})"
+    )
+    peaks = phase_rows(found["phase_peaks_bytes"], found["host_phase_peaks_bytes"])
+    announce(Facts(f"predicted peak of each phase: {title}", peaks))
+    announce(
+        Facts("at the largest of them", breakdown_rows(made.prediction.peak.by_purpose, PURPOSES))
+    )
+    announce(Facts("predicted peak", _card_rows(made)))
+    if config.plot is not None:
+        draw_memory(found["breakdown_bytes"], PURPOSES, title, config.plot)
+        announce(Closing((str(config.plot),), ()))
+    if made.fits is False:
+        raise ConfigError(
+            f"--vram: the run takes {made.card_bytes / 1e9:.2f} GB of a card and the budget is "
+            f"{(config.vram or 0) / 1e9:.2f} GB; pass a smaller --max-length, --batch-size or "
+            "--eval-batch-size, or fewer --bits"
+        )
+    return found
+
+
+def _card_rows(made: Plan) -> tuple[tuple[str, str], ...]:
+    from qlora_kit.plan.planning import CONTEXT_BYTES, FRAGMENTATION
+
+    rows = [("allocated", f"{made.prediction.peak.bytes / 1e9:.2f} GB")]
+    if made.settings["device"] == "cuda":
+        assumed = f"{CONTEXT_BYTES / 1e9:.1f} GB context and {FRAGMENTATION:.0%} margin, assumed"
+        rows.append(("of a card", f"{made.card_bytes / 1e9:.2f} GB (with {assumed})"))
+    if made.budget_bytes is not None:
+        verdict = "fits" if made.fits else "does not fit"
+        rows.append(("budget", f"{made.budget_bytes / 1e9:.2f} GB: {verdict}"))
+    return tuple(rows)
 
 
 # ---------------------------------------------------------------- export

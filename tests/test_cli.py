@@ -130,6 +130,7 @@ def _changed(name: str) -> tuple[str, object]:
     special: dict[str, tuple[str, object]] = {
         "model": ("tinyllama", "tinyllama"),
         "revision": ("main", "main"), "weights": ("random", "random"), "bits": ("8", 8),
+        "head_bits": ("4", 4),
         "quant_type": ("fp4", "fp4"),
         "device": ("cpu", "cpu"), "dtype": ("float32", "float32"),
         "targets": ("mlp", ["mlp"]), "rank_pattern": ("q_proj=2", {"q_proj": 2}),
@@ -153,7 +154,7 @@ def test_each_flag_changes_its_own_value_and_no_other(
     flag = "--" + name.replace("_", "-")
     default = TrainConfig(model="tinyllama") if name != "model" else TrainConfig()
     before = default.model_dump(mode="json")
-    if TrainConfig.model_fields[name].annotation is bool:
+    if "bool" in str(TrainConfig.model_fields[name].annotation):
         value: object = not before[name]
         arguments = [flag if value else f"--no-{flag[2:]}"]
     else:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill_lora
+from torch import Tensor
 
 import qlora_kit as qk
 from qlora_kit.data.batch import collate
 from qlora_kit.model.head import head_of
+from qlora_kit.model.load import Placement
 from qlora_kit.model.names import find_model
 from qlora_kit.step.forward import loss_sum
+from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply
 
 pytestmark = pytest.mark.gpu
 
@@ -157,3 +161,115 @@ def test_a_card_too_small_for_the_micro_batch_takes_a_smaller_one() -> None:
     (one,), (other,) = ([e for e in each if isinstance(e, StepFinished)] for each in found)
     assert other.loss == pytest.approx(one.loss, rel=1e-3)
     assert other.tokens == one.tokens
+
+
+# ---------------------------------------------------------------- memory reducers
+
+
+def one_step(adapter: qk.Adapter, tokens: int, reducers: Reducers) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of two rows of unequal length."""
+    base = adapter.base
+    apply(base.model.train(), reducers, base.hardware)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (tokens, tokens // 3)]
+    batch = collate([{"input_ids": r, "labels": r, "row": 0} for r in ids], 0)
+    torch.manual_seed(5)
+    loss = loss_sum(base.model, batch.to(base.hardware.device), head_of(base.model))
+    loss.backward()
+    grads = []
+    for parameter in adapter.parameters().values():
+        assert parameter.grad is not None
+        grads.append(parameter.grad)
+        parameter.grad = None
+    return loss.item(), grads
+
+
+PLAIN = Reducers(recompute=True, offload_checkpoints=False, mlp_tile_tokens=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_offloaded_checkpoints_change_no_bit(dtype: str) -> None:
+    """Large enough for copies to be under way while kernels run, and for memory to be reused."""
+    spec = qk.BaseSpec(find_model("smollm2-135m"), None, qk.Quantization(4), random=True)
+    base = qk.load_base(spec, qk.choose_hardware("cuda", dtype))
+    adapter = qk.attach(base, qk.LoraSpec(rank=4, dropout=0.1, targets=("all-linear",)))
+    offloaded = Reducers(recompute=True, offload_checkpoints=True, mlp_tile_tokens=0)
+    for tokens in (2048, 700, 2048, 1500):
+        loss, grads = one_step(adapter, tokens, PLAIN)
+        for _ in range(3):
+            found, found_grads = one_step(adapter, tokens, offloaded)
+            assert found == loss
+            assert all(torch.equal(a, b) for a, b in zip(grads, found_grads, strict=True))
+
+
+def test_offloading_lowers_the_measured_peak() -> None:
+    spec = qk.BaseSpec(find_model("smollm2-135m"), None, qk.Quantization(4), random=True)
+    adapter = qk.attach(qk.load_base(spec, qk.choose_hardware("cuda")), qk.LoraSpec(rank=4))
+    layers = adapter.base.model.config.num_hidden_layers
+    peaks = {}
+    for offload in (True, False):
+        reducers = Reducers(
+            recompute=True, offload_checkpoints=offload, mlp_tile_tokens=MLP_TILE_TOKENS
+        )
+        one_step(adapter, 4096, reducers)
+        torch.cuda.reset_peak_memory_stats()
+        one_step(adapter, 4096, reducers)
+        peaks[offload] = torch.cuda.max_memory_allocated()
+    checkpoint = 2 * 4096 * adapter.base.model.config.hidden_size * 2
+    # Two or three are on the device at the peak, of all layers'.
+    assert peaks[False] - peaks[True] > (layers - 4) * checkpoint
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_a_tiled_mlp_computes_the_same_on_a_gpu(
+    save_tiny: Callable[..., Path], dtype: str, tolerance: float
+) -> None:
+    for name in ("tinyllama", "gemma-2-9b", "phi-4-mini"):
+        base = load(save_tiny(name, initializer_range=0.05), 4, "cuda", dtype)
+        adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=("all-linear",)), seed=1)
+        fill_lora(adapter)
+        loss, grads = one_step(adapter, 60, PLAIN)
+        tiles = Reducers(recompute=True, offload_checkpoints=True, mlp_tile_tokens=16)
+        found, found_grads = one_step(adapter, 60, tiles)
+        assert found == pytest.approx(loss, rel=tolerance)
+        for ours, theirs in zip(found_grads, grads, strict=True):
+            assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "gemma-2-9b", "phi-4-mini"])
+def test_an_embedding_on_the_cpu_changes_no_bit(save_tiny: Callable[..., Path], name: str) -> None:
+    """Gemma-2 scales what it looked up; Phi-4-mini's embedding is its head and stays."""
+    folder = save_tiny(name, initializer_range=0.05)
+    spec = qk.BaseSpec(find_model(str(folder)), folder, qk.Quantization(4))
+    found = []
+    for on_cpu in (False, True):
+        placement = Placement(embedding_on_cpu=on_cpu)
+        base = qk.load_base(spec, qk.choose_hardware("cuda", "bfloat16"), placement=placement)
+        is_tied = bool(base.model.all_tied_weights_keys)
+        where = base.model.get_input_embeddings().weight.device.type
+        assert where == ("cpu" if on_cpu and not is_tied else "cuda")
+        assert base.model.device.type == "cuda", "generation asks for this"
+        adapter = qk.attach(base, qk.LoraSpec(rank=4), seed=1)
+        ids = torch.tensor([[5, 7, 11]], device="cuda")
+        text = base.model.eval().generate(ids, max_new_tokens=8, do_sample=False)
+        found.append((one_step(adapter, 60, PLAIN), text.tolist()))
+    ((loss, grads), text), ((other, other_grads), other_text) = found
+    assert (loss, text) == (other, other_text)
+    assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "limit"),
+    [(2048, 4, 5.0e9), (4096, 4, 5.3e9), (8192, 4, 5.8e9), (32768, 4, 10e9), (2048, 8, 8.0e9)],
+)
+def test_7b_stays_under_its_bar(tokens: int, bits: int, limit: float) -> None:
+    """Exact reducers only, as they are by default; random weights of deepseek-7b."""
+    spec = qk.BaseSpec(find_model("deepseek-7b"), None, qk.Quantization(bits), random=True)
+    base = qk.load_base(spec, qk.choose_hardware("cuda"))
+    adapter = qk.attach(base, qk.LoraSpec())
+    ids = torch.randint(0, 102400, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    config = qk.TrainConfig(max_steps=2, gradient_accumulation_steps=1, max_length=tokens)
+    qk.train_adapter(adapter, [{"input_ids": ids, "labels": ids, "row": 0}], config)
+    assert torch.cuda.max_memory_allocated() < limit

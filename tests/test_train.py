@@ -302,3 +302,22 @@ def test_a_last_checkpoint_not_yet_named_is_named_by_resuming(
     qk.train_adapter(make_adapter(save_tiny()), make_rows(4), config, saving=again)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
     assert (tmp_path / "last").read_text() == (tmp_path / "best").read_text() == "checkpoint-3\n"
+
+
+def test_a_fused_optimizer_goes_on_where_it_was() -> None:
+    """What is built for a GPU counts its steps on the device; a CPU can fuse as well."""
+    from qlora_kit.train.optimizer import optimizer_tensors, restore_optimizer
+
+    def stepped(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> torch.Tensor:
+        parameter.grad = torch.full_like(parameter, 0.3)
+        optimizer.step()
+        return parameter.detach().clone()
+
+    first = torch.nn.Parameter(torch.ones(5))
+    optimizer = torch.optim.AdamW([first], lr=0.1, fused=True)
+    second = torch.nn.Parameter(stepped(optimizer, first))
+    tensors, values = optimizer_tensors(optimizer, {"p": first})
+    fresh = torch.optim.AdamW([second], lr=0.1, fused=True)
+    restore_optimizer(fresh, {"p": second}, tensors, values)
+    assert torch.equal(stepped(fresh, second), stepped(optimizer, first))
+    assert float(fresh.state[second]["step"]) == 2

@@ -12,6 +12,7 @@ from qlora_kit.cli.evaluate import evaluate
 from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.models import doctor, models
+from qlora_kit.cli.plan import plan
 from qlora_kit.cli.train import train
 from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
 from qlora_kit.redact import one_line, redacted
@@ -29,7 +30,7 @@ def cli() -> None:
     """
 
 
-for command in (train, evaluate, generate, export, models, doctor):
+for command in (plan, train, evaluate, generate, export, models, doctor):
     cli.add_command(command)
 
 

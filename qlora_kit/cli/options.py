@@ -76,7 +76,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     also = typing.cast("list[str]", extra.get("also", [])) if isinstance(extra, dict) else []
     flags = [_flag(each) for each in (name, *also)]
     text = f"{field.description}{_default(field)}"
-    if field.annotation is bool:
+    if bool in _kinds(field.annotation):
         pairs = [f"{flag}/--no-{flag[2:]}" for flag in flags]
         return click.option(name, *pairs, cls=_Option, default=None, help=text)
     settings: dict[str, Any] = {"default": None, "help": text, "metavar": _metavar(field)}

@@ -26,7 +26,7 @@ class Batch:
     """One micro-batch, padded on the right."""
 
     input_ids: torch.Tensor
-    """(B, T) int64"""
+    """(B, T) int64, in host memory: the embedding fetches them to where it is"""
     labels: torch.Tensor
     """(B, T) int64; the id at the same position, or -100; the loss shifts them by one"""
     attention_mask: torch.Tensor | None
@@ -49,11 +49,13 @@ class Batch:
         return len(self.positions)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on another device; copies from pinned memory do not block."""
+        """Return the batch on another device, but for its ids.
+
+        Of an embedding in host memory the device would have to be waited for to give them back.
+        """
         mask = self.attention_mask
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             attention_mask=None if mask is None else mask.to(device, non_blocking=True),

@@ -108,7 +108,7 @@ def merge_to(
     ):
         stream = frozen_tensors(spec, skeleton, device or torch.device("cpu"), digest, announce)
         writer = _ShardWriter(staging, shard_bytes)
-        for name, tensor in _merged_tensors(stream, stored, dtype):
+        for name, tensor in merged_tensors(stream, stored, dtype):
             writer.add(name, tensor)
         shards = writer.finish()
         if stored.record is not None and digest.hexdigest() != stored.record.digest:
@@ -140,9 +140,19 @@ def _merged_bytes(skeleton: PreTrainedModel, dtype: torch.dtype) -> int:
 
 
 @torch.no_grad()
-def _merged_tensors(
+def merged_tensors(
     stream: Iterator[tuple[str, FrozenWeight | Tensor]], stored: StoredAdapter, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of the merged model as it is written, on the CPU.
+
+    Args:
+        stream: every parameter of the base, frozen as in training.
+        stored: the adapter.
+        dtype: of the merged weights.
+
+    Raises:
+        ModelError: a merged value does not fit the dtype.
+    """
     unpacked = dtype_named(stored.record.dequantization_dtype) if stored.record else torch.float32
     for name, value in stream:
         tensor = value.dequantize(unpacked) if isinstance(value, FrozenWeight) else value

@@ -1,7 +1,8 @@
 """The LoRA layer: y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ, with W frozen and packed.
 
-One autograd function for 4, 8 and 16 bits. It saves x and the small h = dropout(x) Aᵀ; backward
-asks W to be unpacked again, so no unpacked weight outlives its product.
+One autograd function for 4, 8 and 16 bits. It saves x and the small h = dropout(x) Aᵀ, before
+the product with W, so that a recomputed layer that ends in one does not compute it again;
+backward asks W to be unpacked again, so no unpacked weight outlives its product.
 
 Source: LoRA (arXiv:2106.09685), section 4.1; QLoRA (arXiv:2305.14314), equation 5; rsLoRA
 (arXiv:2312.03732) for scaling = alpha / √rank.
@@ -10,6 +11,7 @@ Source: LoRA (arXiv:2106.09685), section 4.1; QLoRA (arXiv:2305.14314), equation
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +20,57 @@ from torch import Tensor, nn
 
 from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.quantize import FrozenWeight
+from qlora_kit.model.save_first import save_first
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The trained term of one call, scaling · h Bᵀ with h = dropout(x) Aᵀ, and its gradients.
+
+    Attributes:
+        a: (R, D), fp32 or wider.
+        b: (K, R), likewise.
+        kept: bool (N, D), which inputs of A dropout kept; None without dropout.
+        scaling: factor of the term.
+        keep_probability: of an input of A; 1 without dropout.
+    """
+
+    a: Tensor
+    b: Tensor
+    kept: Tensor | None
+    scaling: float
+    keep_probability: float
+
+    def rows(self, rows: slice) -> LowRank:
+        """Return the term for some of the rows of x."""
+        return self if self.kept is None else replace(self, kept=self.kept[rows])
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Return h (N, R) of x (N, D)."""
+        return _masked(x, self.kept).to(self.a.dtype) @ self.a.T / self.keep_probability
+
+    def add_to(self, y: Tensor, h: Tensor) -> None:
+        """Add the term to y (N, K) in place."""
+        _add_product(y, h, self.b.T, self.scaling)
+
+    def inner_gradient(self, grad_y: Tensor) -> Tensor:
+        """Return the gradient of x Aᵀ (N, R) from that of y (N, K), given in the dtype of A."""
+        return (grad_y @ self.b).mul_(self.scaling).div_(self.keep_probability)
+
+    def gradients(
+        self, x: Tensor, h: Tensor, grad_y: Tensor, grad_inner: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of A and B, from that of y in the dtype of A."""
+        grad_a = grad_inner.T @ _masked(x, self.kept).to(self.a.dtype)
+        grad_b = (grad_y.T @ h).mul_(self.scaling)
+        return grad_a, grad_b
+
+    def add_input_gradient(self, grad_x: Tensor, grad_inner: Tensor) -> None:
+        """Add what the term contributes to the gradient of x (N, D), in place."""
+        if self.kept is None:
+            _add_product(grad_x, grad_inner, self.a, 1.0)
+        else:
+            grad_x += _masked(grad_inner @ self.a, self.kept)
 
 
 class LoRALinear(nn.Module):
@@ -59,24 +112,33 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""
         rows = x.reshape(-1, x.shape[-1])
-        kept = self._draw_kept(rows)
+        term = self.low_rank(self.draw_kept(len(rows), rows.device))
+        with torch.no_grad():
+            h = term.inner(rows)
+        saved = save_first(rows, term.a, term.b, term.kept, h)
         y: Tensor = _LoRAMatmul.apply(
             rows,
-            self.lora_A,
-            self.lora_B,
-            kept,
+            term.a,
+            term.b,
+            h,
             self.frozen.bias,
             self.frozen.weight,
-            self.scaling,
-            1.0 if kept is None else 1 - self.dropout,
+            (term.scaling, term.keep_probability),
+            *saved,
         )
         return y.view(*x.shape[:-1], -1)
 
-    def _draw_kept(self, rows: Tensor) -> Tensor | None:
+    def low_rank(self, kept: Tensor | None) -> LowRank:
+        """Return the trained term of a call with the mask that was drawn for it."""
+        keep_probability = 1.0 if kept is None else 1 - self.dropout
+        return LowRank(self.lora_A, self.lora_B, kept, self.scaling, keep_probability)
+
+    def draw_kept(self, rows: int, device: torch.device) -> Tensor | None:
         """Draw which inputs of A are kept: bool (N, D), or None without dropout."""
         if not self.training or self.dropout == 0:
             return None
-        return torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - self.dropout)
+        kept = torch.empty(rows, self.frozen.in_features, dtype=torch.bool, device=device)
+        return kept.bernoulli_(1 - self.dropout)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -95,37 +157,32 @@ class _LoRAMatmul(torch.autograd.Function):
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        kept: Tensor | None,
+        h: Tensor,
         bias: Tensor | None,
         weight: FrozenWeight,
-        scaling: float,
-        keep_probability: float,
+        factors: tuple[float, float],
+        token: Tensor,
+        node: Any,
     ) -> Tensor:
-        ctx.weight, ctx.scaling, ctx.keep_probability = weight, scaling, keep_probability
-        h = _masked(x, kept).to(a.dtype) @ a.T / keep_probability
+        ctx.weight, ctx.factors, ctx.node = weight, factors, node
         y = F.linear(x, weight.dequantize(x.dtype), _cast(bias, x.dtype))
-        _add_product(y, h, b.T, scaling)
-        ctx.save_for_backward(x, a, b, kept, h)
+        LowRank(a, b, None, *factors).add_to(y, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        x, a, b, kept, h = ctx.saved_tensors
+        x, a, b, kept, h = ctx.node.saved_tensors
+        term = LowRank(a, b, kept, *ctx.factors)
         grad_y_wide = grad_y.to(a.dtype)
-        grad_h = (grad_y_wide @ b).mul_(ctx.scaling)
-        grad_b = (grad_y_wide.T @ h).mul_(ctx.scaling)
+        grad_inner = term.inner_gradient(grad_y_wide)
+        grad_a, grad_b = term.gradients(x, h, grad_y_wide, grad_inner)
         del grad_y_wide
-        grad_h /= ctx.keep_probability
-        grad_a = grad_h.T @ _masked(x, kept).to(a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype)
-            if kept is None:
-                _add_product(grad_x, grad_h, a, 1.0)
-            else:
-                grad_x += _masked(grad_h @ a, kept)
-        return (grad_x, grad_a, grad_b, *(None for _ in range(5)))
+            term.add_input_gradient(grad_x, grad_inner)
+        return (grad_x, grad_a, grad_b, *(None for _ in range(6)))
 
 
 def _masked(x: Tensor, kept: Tensor | None) -> Tensor:

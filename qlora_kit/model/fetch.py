@@ -57,7 +57,11 @@ def fetch(source: ModelSource, *, random: bool = False, revision: str | None = N
         demo = known_models()[DEMO].folder
         assert demo is not None
         return Fetched(None, demo)
-    assert source.hub_id is not None
+    if source.hub_id is None:
+        raise ModelError(
+            f"{source.name}: a config.json alone has no weights; expected the folder of a model; "
+            "pass --weights random, or plan with it"
+        )
     folder = _download(source.hub_id, revision, with_weights=not random)
     check_confined(folder, ModelError)
     # snapshot_download names the folder after the commit.

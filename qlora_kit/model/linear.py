@@ -43,13 +43,18 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y: Tensor = _FrozenMatmul.apply(x, bias, self.weight)
-        return y
+        return frozen_product(x, self.weight, bias)
 
     def extra_repr(self) -> str:
         """Show shape and bits when the model is printed."""
         bits = self.weight.bits if "weight" in self._modules else "empty"
         return f"{self.in_features}, {self.out_features}, bits={bits}"
+
+
+def frozen_product(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + b (..., K) of x (..., D), differentiable in x; the graph keeps no tensor."""
+    y: Tensor = _FrozenMatmul.apply(x, bias, weight)
+    return y
 
 
 class _FrozenMatmul(torch.autograd.Function):

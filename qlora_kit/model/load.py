@@ -7,15 +7,16 @@ reads it again to merge. Never holds the checkpoint as a whole, never upcasts in
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ModelError
 from qlora_kit.events import Announce, LoadProgress, silent
 from qlora_kit.model.architecture import (
@@ -28,7 +29,7 @@ from qlora_kit.model.architecture import (
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.hardware import Hardware, dtype_name
-from qlora_kit.model.head import verify_head
+from qlora_kit.model.head import quantize_head, verify_head
 from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
@@ -66,6 +67,43 @@ class BaseSpec:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How the parts that are no layers, embedding and head, are held.
+
+    Attributes:
+        embedding_on_cpu: keep the input embedding in host memory, look up there and move only
+            the rows that were asked for: the same bits. None: where the model runs on a GPU.
+        head_bits: 16: the head as it is stored. Fewer: quantised, which is approximate. A
+            tied embedding keeps its own 16 bits then: what goes in stays exact, and once it
+            is not the head it can be in host memory.
+    """
+
+    embedding_on_cpu: bool | None = None
+    head_bits: Literal[4, 8, 16] = 16
+
+    @classmethod
+    def of(cls, options: BaseModelOptions) -> Placement:
+        """Return what the options ask for."""
+        return cls(options.embedding_on_cpu, options.head_bits)
+
+    def resolved(self, device: torch.device, *, tied: bool) -> Placement:
+        """Return what is done for a model on `device`.
+
+        Args:
+            device: where the layers run. Beside a CPU there is no other memory to save.
+            tied: whether the head is the embedding; it has to be where the logits are then.
+        """
+        is_head = tied and self.head_bits == 16
+        moved = self.embedding_on_cpu is not False and device.type != "cpu" and not is_head
+        return replace(self, embedding_on_cpu=moved)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head of a skeleton is its input embedding."""
+    return bool(model.all_tied_weights_keys)
+
+
+@dataclass(frozen=True)
 class Base:
     """A loaded base: frozen, ready for LoRA.
 
@@ -76,6 +114,7 @@ class Base:
         digest: of every stored tensor; two bases with the same digest are the same.
         parameters: number of weights, tied ones counted once, however they are packed.
         unquantized_share: of the weights outside embeddings and head.
+        placement: how embedding and head are held.
     """
 
     model: PreTrainedModel
@@ -84,6 +123,7 @@ class Base:
     digest: str
     parameters: int
     unquantized_share: float
+    placement: Placement = Placement(embedding_on_cpu=False)
 
     @property
     def quantization(self) -> Quantization:
@@ -147,10 +187,12 @@ def frozen_tensors(
     device: torch.device,
     digest: Digest,
     announce: Announce = silent,
+    on_host: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
     """Yield every parameter of the skeleton once: linear weights frozen, the rest as stored.
 
-    Tied copies are not yielded. What is yielded lies on `device` in memory of its own.
+    Tied copies are not yielded. What is yielded lies on `device` in memory of its own, but for
+    the names `on_host`, which stay in host memory.
 
     Raises:
         ModelError: a tensor missing, surplus, of another shape, or not finite; all missing
@@ -182,7 +224,8 @@ def frozen_tensors(
         else:
             for name, tensor in assembly.tensors(read, skeleton).items():
                 _check_tensor(name, tensor, expected)
-                yield name, freeze(name, tensor, name in linear, quantization, device)
+                where = torch.device("cpu") if name in on_host else device
+                yield name, freeze(name, tensor, name in linear, quantization, where)
         announce(LoadProgress(done, len(assemblies)))
 
 
@@ -241,11 +284,22 @@ def _check_tensor(name: str, tensor: Tensor, expected: dict[str, Tensor]) -> Non
 # ---------------------------------------------------------------- the model
 
 
-def load_base(spec: BaseSpec, hardware: Hardware, announce: Announce = silent) -> Base:
+def load_base(
+    spec: BaseSpec,
+    hardware: Hardware,
+    announce: Announce = silent,
+    placement: Placement | None = None,
+) -> Base:
     """Load a base, frozen and quantised, onto its device.
 
     Embeddings and head stay in 16 bits: the compute dtype where that has 16 bits, else the
     checkpoint's. Nothing requires a gradient.
+
+    Args:
+        spec: what is loaded.
+        hardware: where it goes and what it computes in.
+        announce: receives the progress.
+        placement: how embedding and head are held; as suits the device if None.
 
     Raises:
         ModelError: the checkpoint does not fit its architecture, or the architecture would
@@ -255,42 +309,70 @@ def load_base(spec: BaseSpec, hardware: Hardware, announce: Announce = silent) -
     share = unquantized_share(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = Digest()
+    placement = (placement or Placement()).resolved(hardware.device, tied=is_tied(model))
+    on_host = names_on_host(model, placement)
+    tensors = frozen_tensors(spec, model, hardware.device, digest, announce, on_host)
     with memory_returned(), torch.no_grad():
-        fill(model, frozen_tensors(spec, model, hardware.device, digest, announce), hardware)
+        fill(model, tensors, hardware, head_quantization(spec, placement))
         verify_head(model, hardware)
-    return Base(model, spec, hardware, digest.hexdigest(), parameters, share)
+    return Base(model, spec, hardware, digest.hexdigest(), parameters, share, placement)
+
+
+def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | None:
+    """Return how the head is quantised, or None; code book and constants are the base's."""
+    bits = placement.head_bits
+    return None if bits == 16 else replace(spec.quantization, bits=bits)
+
+
+def names_on_host(model: PreTrainedModel, placement: Placement) -> frozenset[str]:
+    """Return the parameters of a skeleton that a resolved placement loads into host memory.
+
+    A head that will be quantised is among them: its slices go to the device one by one.
+    """
+    modules = []
+    if placement.embedding_on_cpu:
+        modules.append(model.get_input_embeddings())
+    if placement.head_bits != 16:
+        modules.append(model.get_output_embeddings())
+    return frozenset(f"{_path_of(model, module)}.weight" for module in modules)
 
 
 def fill(
     model: PreTrainedModel,
     tensors: Iterable[tuple[str, FrozenWeight | Tensor]],
     hardware: Hardware,
+    head: Quantization | None = None,
 ) -> None:
     """Turn a skeleton into a frozen model in evaluation mode, tensor by tensor.
 
     Args:
         model: a skeleton, changed in place.
-        tensors: every parameter once, see `frozen_tensors`.
-        hardware: where it goes and what it computes in.
+        tensors: every parameter once, see `frozen_tensors`. Each stays where it is: an embedding
+            in host memory is looked up there.
+        hardware: where the layers run and what they compute in.
+        head: how the head is quantised; as it is stored if None.
 
     Raises:
         ModelError: a tensor is missing.
     """
     head_path = _path_of(model, model.get_output_embeddings())
-    empty = set(model.state_dict()) - set(model.all_tied_weights_keys or {})
+    empty = set(model.state_dict(keep_vars=True)) - set(model.all_tied_weights_keys or {})
     for name, value in tensors:
         _place(model, name, value, hardware)
         empty.discard(name)
     if empty:
         raise ModelError(f"not filled by the checkpoint: {', '.join(sorted(empty)[:5])}")
     _share_tied(model, head_path)
+    if head is not None:
+        stored = model.get_submodule(head_path)
+        model.set_submodule(head_path, quantize_head(stored, head, hardware.device))
     _move_buffers(model, hardware.device)
     if hardware.device.type == "cuda":
         torch.cuda.empty_cache()  # what quantising took counts against small cards
     model.requires_grad_(False)
     model.config.use_cache = False
     model.config.dtype = hardware.dtype
-    _cast_embedding_output(model, hardware.dtype)
+    _connect_embedding(model.get_input_embeddings(), hardware)
     model.eval()
 
 
@@ -313,6 +395,10 @@ def _place(
             module.bias = value
     elif leaf in module._buffers:
         module._buffers[leaf] = value
+    elif value.device != hardware.device:
+        # As a buffer: transformers takes the device of the first parameter for the model's.
+        del module._parameters[leaf]
+        module.register_buffer(leaf, value)
     else:
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
@@ -338,10 +424,12 @@ def _share_tied(model: PreTrainedModel, head_path: str) -> None:
 
 def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Bring along what no checkpoint stores; every parameter is where it belongs already."""
+    embedding = model.get_input_embeddings()
     for module in model.modules():
+        target = embedding.weight.device if module is embedding else device
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
+            if buffer is not None and buffer.device != target:
+                module._buffers[name] = buffer.to(target)
 
 
 def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
@@ -351,8 +439,21 @@ def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
     raise ModelError("the model has no output head; expected a causal language model")
 
 
-def _cast_embedding_output(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the layers their compute dtype without upcasting the embedding itself."""
-    embedding = model.get_input_embeddings()
-    if embedding.weight.dtype != dtype:
-        embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
+def _connect_embedding(embedding: nn.Module, hardware: Hardware) -> None:
+    """Let an embedding take ids from anywhere and give the layers what they compute with.
+
+    The embedding itself is neither moved nor upcast.
+    """
+    stored: Any = embedding.weight
+    on_host = stored.device != hardware.device
+
+    def take(module: nn.Module, ids: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (ids[0].to(stored.device), *ids[1:])
+
+    def give(module: nn.Module, ids: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+        if on_host and hardware.device.type == "cuda":
+            rows = rows.pin_memory()  # only from there does a copy not make the processor wait
+        return rows.to(hardware.device, non_blocking=True).to(hardware.dtype)
+
+    embedding.register_forward_pre_hook(take)
+    embedding.register_forward_hook(give)

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.config_file import read_config_file
 
 DEMO = "demo"
 _PACKAGE = Path(__file__).parent.parent
@@ -75,7 +76,7 @@ def known_models() -> Mapping[str, ModelSource]:
 
 
 def find_model(name: str) -> ModelSource:
-    """Resolve the value of `--model`: a known name, then a folder, then a hub id.
+    """Resolve the value of `--model`: a known name, a bare config.json, a folder, a hub id.
 
     Raises:
         ModelError: none of the three, with the nearest known name; a file; or a folder that
@@ -85,6 +86,8 @@ def find_model(name: str) -> ModelSource:
     if name in known:
         return known[name]
     folder = Path(name).expanduser()
+    if folder.is_file() and folder.suffix == ".json":
+        return ModelSource(name=folder.stem, architecture=read_config_file(folder))
     if folder.is_file():
         raise ModelError(f"{name}: is a file; expected the folder of a model")
     if name and folder.is_dir():

@@ -98,8 +98,10 @@ class Int8Weight(FrozenWeight):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return codes · absmax / 127, computed in fp32 and rounded once."""
-        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
-        return torch.mul(self.codes, (self.absmax * _INT8_STEP).unsqueeze(1), out=weight)
+        # Codes are exact in every dtype. One product with both would first cast them into a
+        # temporary of the weight's size on a CPU.
+        weight = self.codes.to(dtype)
+        return weight.mul_((self.absmax * _INT8_STEP).unsqueeze(1))
 
 
 class FourBitWeight(FrozenWeight):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.model.linear import FrozenLinear
+
 _SMALL = 1  # dimensions of biases and norm weights
 
 
@@ -57,7 +59,8 @@ class RandomWeights:
         """Let the architecture say whether a norm starts at one or at zero."""
         path, _, leaf = name.rpartition(".")
         module: Any = self._skeleton.get_submodule(path)
-        if isinstance(module, nn.Linear):
+        # By the time a bias is read, its layer may have become a frozen one.
+        if isinstance(module, nn.Linear | FrozenLinear):
             return torch.zeros_like(self._meta[name], device=self._device)
         probe: nn.Module = object.__new__(type(module))
         nn.Module.__init__(probe)

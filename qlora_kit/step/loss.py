@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.config import StepOptions
-from qlora_kit.model.head import Head
+from qlora_kit.model.head import Head, SlicedWeight
 
 CHUNK_TOKENS = StepOptions().loss_chunk_tokens
 
@@ -105,7 +105,7 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
 
 
 def _walk(
-    hidden: Tensor, targets: Tensor, head: Head, weight: Tensor, size: int
+    hidden: Tensor, targets: Tensor, head: Head, weight: Tensor | SlicedWeight, size: int
 ) -> Iterator[tuple[slice, _Chunk]]:
     """Yield each chunk with its rows; all share one fp32 buffer (size, V), so use up one first."""
     shape = (min(size, len(hidden)), len(weight))
@@ -126,7 +126,7 @@ class _Chunk:
         hidden: Tensor,
         targets: Tensor,
         head: Head,
-        weight: Tensor,
+        weight: Tensor | SlicedWeight,
         buffer: Tensor,
         capped: Tensor | None,
     ) -> None:

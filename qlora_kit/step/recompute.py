@@ -9,17 +9,25 @@ Source: Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174), sectio
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import ModelError
+from qlora_kit.step.offload import Offload
 
 
-def set_recompute(model: nn.Module, enabled: bool) -> None:
+def set_recompute(model: nn.Module, enabled: bool, offload: Offload | None = None) -> None:
     """Switch recomputation of every decoder layer on or off; it acts in training mode only.
+
+    Args:
+        model: changed in place.
+        enabled: whether layers run again in backward.
+        offload: holds the inputs of the layers meanwhile; they stay on the device if None.
 
     Raises:
         ModelError: the architecture has no layers that can be recomputed.
@@ -27,10 +35,17 @@ def set_recompute(model: nn.Module, enabled: bool) -> None:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if enabled and not layers:
         raise ModelError("the model has no layers that can be recomputed; pass --no-recompute")
+    run = _recomputed if offload is None else partial(_offloaded, offload)
     for layer in layers:
         layer.gradient_checkpointing = enabled
-        layer._gradient_checkpointing_func = _recomputed  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = run  # type: ignore[assignment]
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(forward, *inputs, use_reentrant=False)
+
+
+def _offloaded(offload: Offload, forward: Callable[..., Any], *inputs: Any) -> Any:
+    # Inside the layer the checkpoint's own hooks are in force: these see its inputs alone.
+    with saved_tensors_hooks(offload.pack, offload.unpack):
+        return _recomputed(forward, *inputs)

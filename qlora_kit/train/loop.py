@@ -39,7 +39,7 @@ from qlora_kit.lora.adapter import BaseRecord
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes
 from qlora_kit.step.loss import ChunkLoss
-from qlora_kit.step.recompute import set_recompute
+from qlora_kit.step.reducers import apply, resolve, without_effect
 from qlora_kit.train.checkpoint import (
     Progress,
     StepPlan,
@@ -200,7 +200,7 @@ class _Run:
 
     def _begin(self) -> None:
         seed_everything(self.config.seed)
-        set_recompute(self.model, self.config.recompute)
+        self._reduce_memory()
         self.model.train()
         if self.saving is not None and self.saving.resume is not None:
             self.progress = restore_checkpoint(self.saving.resume, self.trainee)
@@ -217,6 +217,13 @@ class _Run:
                 evaluated_step=self.progress.evaluated_step,
             )
         )
+
+    def _reduce_memory(self) -> None:
+        hardware = self.adapter.base.hardware
+        reducers = resolve(self.config, hardware)
+        tiled = apply(self.model, reducers, hardware)
+        for text in without_effect(self.config, reducers, tiled):
+            self.announce(Notice(text))
 
     def _say_cost_of_determinism(self) -> None:
         if not self.config.deterministic:

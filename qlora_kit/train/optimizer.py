@@ -34,14 +34,16 @@ def build_optimizer(
         "eps": _EPSILON,
         "weight_decay": options.weight_decay,
     }
+    parameters = list(parameters)
+    on_gpu = parameters[0].device.type == "cuda"
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(list(parameters), **common)
+        # Fused: torch's default on a GPU makes several lists of tensors of all parameters' size.
+        return torch.optim.AdamW(parameters, **common, fused=True if on_gpu else None)
     from bitsandbytes import optim
 
-    parameters = list(parameters)
     bits = 8 if options.optimizer.endswith("8bit") else 32
     # Pages move between GPU and host; on a CPU the state is in host memory anyway.
-    paged = options.optimizer.startswith("paged") and parameters[0].device.type == "cuda"
+    paged = options.optimizer.startswith("paged") and on_gpu
     adamw: torch.optim.Optimizer = optim.AdamW(
         parameters, optim_bits=bits, is_paged=paged, **common
     )
@@ -104,14 +106,22 @@ def restore_optimizer(
             # bitsandbytes: let it allocate as it would, in paged memory too, and fill that.
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
         prefix = f"{name}/"
+        # The count of steps of torch's AdamW is on the CPU, but for the fused one.
+        is_fused = bool(optimizer.param_groups[0].get("fused"))
+        counts = parameter.device if is_fused else torch.device("cpu")
         for key in (key for key in tensors if key.startswith(prefix)):
-            _restore_entry(state, key.removeprefix(prefix), tensors[key], parameter.device)
+            _restore_entry(state, key.removeprefix(prefix), tensors[key], parameter.device, counts)
         state.update(values.get(name, {}))
 
 
-def _restore_entry(state: dict[str, Any], entry: str, stored: Tensor, device: torch.device) -> None:
+def _restore_entry(
+    state: dict[str, Any],
+    entry: str,
+    stored: Tensor,
+    device: torch.device,
+    counts_device: torch.device,
+) -> None:
     if isinstance(state.get(entry), Tensor):
         state[entry].copy_(stored)
     else:
-        # torch keeps the step count of AdamW on the CPU.
-        state[entry] = stored if stored.dim() == 0 else stored.to(device)
+        state[entry] = stored.to(counts_device if stored.dim() == 0 else device)

@@ -32,12 +32,12 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "rows",
     ),
     "tokenizer": ("tokenizer", "template"),
-    "base": ("base", "bits", "quant_type", "double_quant"),
+    "base": ("base", "bits", "quant_type", "double_quant", "head_bits"),
     "batch": ("batch_size", "gradient_accumulation_steps"),
     "seed": ("seed",),
     "lora": ("alpha", "alpha_pattern", "lora_dropout", "rslora"),
     "schedule": ("learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
-    "precision": ("device", "dtype", "loss_chunk_tokens", "deterministic"),
+    "precision": ("device", "dtype", "loss_chunk_tokens", "mlp_tile_tokens", "deterministic"),
 }
 # The shapes of the stored tensors follow from these.
 _FIXED = ("rank", "rank_pattern", "targets", "optimizer")
@@ -51,11 +51,15 @@ _REORDERING = ("data", "tokenizer", "batch", "seed")
 
 OPTIONS: tuple[str, ...] = (
     *_FIXED, "validation_fraction", "max_length", "long_samples", "train_on", "bits",
-    "quant_type", "double_quant",
+    "quant_type", "double_quant", "head_bits",
     "batch_size", "gradient_accumulation_steps", "seed", "alpha", "alpha_pattern",
-    "lora_dropout", "rslora", *GROUPS["schedule"], "loss_chunk_tokens", "deterministic",
+    "lora_dropout", "rslora", *GROUPS["schedule"], "loss_chunk_tokens", "mlp_tile_tokens",
+    "deterministic",
 )  # fmt: skip
 """The options that are part of a run's identity as they are."""
+
+# Options that older checkpoints do not name, and what was done then.
+_BEFORE: Mapping[str, Any] = {"head_bits": 16}
 
 
 def differences(
@@ -72,6 +76,7 @@ def differences(
         One line for each difference that is refused; and for each that is allowed, and what
         follows from it.
     """
+    stored = {**_BEFORE, **stored}
     differing = [name for name, value in identity.items() if stored.get(name) != value]
     for name, causes in _DERIVED.items():
         if name in differing and set(differing) & set(causes):

@@ -1,0 +1,78 @@
+"""Predict what each memory reducer gains, for a full model, on any machine.
+
+    python benchmarks/reducers.py --model deepseek-7b
+
+Runs the step on fake tensors (`qlora_kit.plan`), as `qlora-kit plan` does, with the reducers
+switched on one after the other; prints the predicted peak of a step in GB (10^9 bytes)
+by tokens a row, and saves it. Predicted for a CUDA GPU in bf16; measured on none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from measure import print_table, save_results
+
+OFF: dict[str, Any] = {
+    "embedding_on_cpu": False, "offload_checkpoints": False, "mlp_tile_tokens": 0,
+}  # fmt: skip
+# Each line adds to those above it, until "on its own".
+STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("no recompute, logits in chunks", {**OFF, "recompute": False}),
+    ("+ recompute", OFF),
+    ("+ embedding on the CPU", {**OFF, "embedding_on_cpu": True}),
+    ("+ layer checkpoints in host memory", {"mlp_tile_tokens": 0}),
+    ("+ MLP in tiles: the default on a GPU", {}),
+    ("+ 8-bit Adam", {"optimizer": "adamw8bit"}),
+    ("the default, 8 bits", {"bits": 8}),
+    ("the default, 16 bits", {"bits": 16}),
+)
+PHASES = ("forward", "backward", "optimizer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default="deepseek-7b")
+    parser.add_argument("--lengths", default="512,2048,4096,8192,32768", help="tokens a row")
+    arguments = parser.parse_args()
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    rows = [row(arguments.model, name, changes, lengths) for name, changes in STEPS]
+    print_table(
+        [{"reducers": r["name"], **{str(n): _gb(r["peak_bytes"][str(n)]) for n in lengths}}
+         for r in rows],
+        ["reducers", *map(str, lengths)],
+    )  # fmt: skip
+    print("saved", save_results(f"reducers_{arguments.model}", {"rows": rows}))
+
+
+def row(model: str, name: str, changes: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+    """Predict one line of the table."""
+    found: dict[str, Any] = {"name": name, "changes": changes, "peak_bytes": {}, "host_bytes": {}}
+    for length in lengths:
+        peak, host = predicted(model, changes, length)
+        found["peak_bytes"][str(length)], found["host_bytes"][str(length)] = peak, host
+        print(f"predicted {name}, {length}", file=sys.stderr)
+    return found
+
+
+def predicted(model: str, changes: dict[str, Any], length: int) -> tuple[int, int]:
+    """Return the predicted peak of training steps on the device, and on the host."""
+    from qlora_kit.config import PlanConfig
+    from qlora_kit.plan.planning import make_plan
+
+    config = PlanConfig(model=model, max_length=length, eval_batch_size=1, **changes)
+    plan = make_plan(config).prediction
+    peak = max(plan.device[phase].bytes for phase in PHASES)
+    return peak, max(plan.host[phase].bytes for phase in PHASES)
+
+
+def _gb(value: int) -> str:
+    return f"{value / 1e9:.2f}"
+
+
+if __name__ == "__main__":
+    main()
