@@ -352,6 +352,13 @@ def test_random_vectors_start_as_the_architecture_starts_them(name: str) -> None
         assert torch.equal(source.read(each).float(), expected[each]), each
 
 
+def test_random_weights_load_where_layers_have_biases() -> None:
+    source = ModelSource("biased", architecture=tiny_numbers("qwen2.5-7b"))
+    base = load_base(BaseSpec(source, None, Quantization(4), random=True), choose_hardware("cpu"))
+    biases = {name for name, _ in base.model.named_buffers() if name.endswith("q_proj.bias")}
+    assert len(biases) == TINY["num_hidden_layers"]
+
+
 # ---------------------------------------------------------------- memory
 
 MEASURE = textwrap.dedent(
