@@ -49,7 +49,7 @@ from qlora_kit.train.folder import CONFIG, checkpoints, claimed_run, clear_run
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.adapter import BaseRecord
-    from qlora_kit.lora.attach import Adapter, LoraSpec
+    from qlora_kit.lora.attach import Adapter
     from qlora_kit.model.load import Base
     from qlora_kit.plan.planning import Plan
     from qlora_kit.train.loop import TrainResult
@@ -76,7 +76,7 @@ def _train(
     announce: Announce,
 ) -> dict[str, Any]:
     from qlora_kit.lora.adapter import BaseRecord
-    from qlora_kit.lora.attach import attach
+    from qlora_kit.lora.attach import LoraSpec, attach
     from qlora_kit.model.hardware import make_deterministic
     from qlora_kit.model.tokenizer import template_hash
     from qlora_kit.report.facts import header
@@ -90,7 +90,7 @@ def _train(
     rows, held_out = _tokenize_data(samples, validation, opened.tokenizer, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
-    lora = _lora_spec(config)
+    lora = LoraSpec.of(config)
     plan = plan_steps(len(rows.rows), config)
     check_room(output, opened.trainable(config, lora), plan, config)
     base = opened.load(config, announce)
@@ -172,20 +172,6 @@ def _check_validation(config: TrainConfig, held_out: Tokenized | None, announce:
         raise ConfigError(f"--early-stopping-patience: there are no validation rows; {remedy}")
     if config.eval_steps is not None:
         announce(Notice(f"--eval-steps has no effect: there are no validation rows; {remedy}"))
-
-
-def _lora_spec(config: TrainConfig) -> LoraSpec:
-    from qlora_kit.lora.attach import LoraSpec
-
-    return LoraSpec(
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.lora_dropout,
-        targets=config.targets,
-        rslora=config.rslora,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-    )
 
 
 def _validation(

@@ -54,6 +54,19 @@ class LoraSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, options: LoraOptions) -> LoraSpec:
+        """Return what the options ask for."""
+        return cls(
+            rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.lora_dropout,
+            targets=options.targets,
+            rslora=options.rslora,
+            rank_pattern=options.rank_pattern,
+            alpha_pattern=options.alpha_pattern,
+        )
+
     def rank_of(self, path: str) -> int:
         """Return the rank of the layer at `path`."""
         return _by_pattern(self.rank_pattern, path, self.rank)

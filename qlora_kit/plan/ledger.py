@@ -1,8 +1,7 @@
 """Who holds how much memory, while code runs on fake tensors.
 
 A `Ledger` sees every operation, learns of each storage when it is made and when the last
-tensor of it is gone, and keeps the sum and its peak, told apart by purpose. It adds what an
-operation takes inside itself and no tensor shows, see `temporaries`.
+tensor of it is gone, and keeps the sum and its peak, told apart by purpose.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +18,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 # The CUDA allocator hands out multiples of this; the CPU's is told to, for one kind of sum.
 ROUNDED_BYTES = 512
-
-_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
-
-Temporaries = Callable[[Any, tuple[Any, ...], Any], int]
-"""Takes an operation, its arguments and its result; returns bytes it needs besides."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +59,14 @@ class Ledger(TorchDispatchMode):
 
     Args:
         device: type of the device that is planned for; all else is the host.
-        temporaries: what operations take inside themselves on the device.
-
-    Attributes:
-        flop: floating-point operations of the matrix products so far.
-        crossing_bytes: copied between device and host so far.
-        made_bytes: of all storages that were made, by purpose.
     """
 
-    def __init__(self, device: str, temporaries: Temporaries = lambda *seen: 0) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
         self.device = device
-        self.temporaries = temporaries
         self._accounts = {"device": _Account(), "host": _Account()}
         self._known: dict[int, tuple[str, str, int]] = {}
         self._purposes = ["activations"]
-        self.flop = 0
-        self.crossing_bytes = 0
-        self.made_bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -96,23 +79,7 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.book(leaf, self._purposes[-1])
-        self._count(func, args, kwargs or {}, result)
-        if extra := self.temporaries(func, args, result):
-            account = self._accounts["device"]
-            account.add("workspace", extra)
-            account.add("workspace", -extra)
         return result
-
-    def _count(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
-        """Count floating-point operations, and bytes that cross between device and host."""
-        if formula := flop_registry.get(func._overloadpacket):
-            self.flop += formula(*args, **kwargs, out_val=result)
-        sources = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        if func._overloadpacket in _COPIES and sources:
-            # `copy_` writes into its first argument; `_to_copy` makes what it returns.
-            target, source = (result, sources[-1])
-            if self._side(target) != self._side(source):
-                self.crossing_bytes += target.nbytes
 
     def _side(self, tensor: Tensor) -> str:
         return "device" if tensor.device.type == self.device else "host"
@@ -125,7 +92,6 @@ class Ledger(TorchDispatchMode):
             return
         amount = -(-storage.nbytes() // ROUNDED_BYTES) * ROUNDED_BYTES
         side = self._side(tensor)
-        self.made_bytes[purpose] += amount
         self._known[key] = (side, purpose, amount)
         self._accounts[side].add(purpose, amount)
         weakref.finalize(storage, self._forget, key)

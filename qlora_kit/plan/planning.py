@@ -88,12 +88,8 @@ def make_plan(config: PlanConfig) -> Plan:
     spec = BaseSpec(source, source.folder, quantization, random=True)
     architecture = spec.architecture()
     unquantized_share(build_skeleton(architecture))
-    lora = LoraSpec(
-        rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.lora_dropout,
-        rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern,
-    )  # fmt: skip
     hardware = planned_hardware(config)
-    prediction = predict(spec, lora, config, hardware, config.max_length)
+    prediction = predict(spec, LoraSpec.of(config), config, hardware, config.max_length)
     settings = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {"device": "cuda" if hardware.device.type == "meta" else "cpu"}
     settings |= {"dtype": hardware.dtype_name}

@@ -41,7 +41,7 @@ from qlora_kit.model.load import (
 from qlora_kit.model.quantize import FourBitWeight, FrozenWeight, Int8Weight, Quantization
 from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.ledger import Ledger, Peak
-from qlora_kit.plan.temporaries import temporaries_of, workspace_bytes
+from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.step import forward as step
 from qlora_kit.step.loss import cross_entropy_sum
 from qlora_kit.step.reducers import apply, resolve
@@ -137,7 +137,7 @@ def predict(
 @contextlib.contextmanager
 def _simulation(hardware: Hardware) -> Iterator[Ledger]:
     device = hardware.device.type
-    ledger = Ledger(device, temporaries_of(device))
+    ledger = Ledger(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # transformers builds masks for tracers, which fake tensors look like, and for no run.
