@@ -1,310 +1,362 @@
-"""Measure the peak memory of loading a model and of training steps on it.
+r"""Peak memory of training steps: predicted, measured, and beside the peers' stack.
 
     python benchmarks/peak_vram.py --model deepseek-7b --bits 4
-    python benchmarks/peak_vram.py --model deepseek-7b --bits 4,8 --lengths 512,2048 --limit 10GB
+    python benchmarks/peak_vram.py --model deepseek-7b,llama-3.1-8b,qwen2.5-7b --bits 4,8 \
+        --lengths 512,2048,8192 --ours "default,no reducers" --peers none
 
-On a GPU: the real architecture (random weights unless `--weights pretrained`: the memory is
-the same), each row in a fresh process, per phase the peak allocated and reserved by torch,
-and at the end what the device has in use. `--limit` makes torch refuse to go beyond, which
-emulates a smaller card.
+A row is two optimiser steps of two micro-batches each, random weights (the memory is that of
+trained ones), LoRA of rank 16 on the attention. Predicted: the code runs on fake tensors, the
+kit's by `qlora_kit.plan`, the peers' (transformers + peft + trl + bitsandbytes, settings in
+`peers_stack.py`) by `peers_simulated.py` with the same account. Measured: in a fresh process,
+what the allocator says.
 
-Without a GPU: the same code on a model scaled down to an eighth of the width and four
-layers, and the CPU allocator's own record of it; the table says so. These figures show where
-memory goes, not what the full model needs.
+On a GPU: the real architecture; torch's peak of allocated memory, what it reserved and what the
+device had in use; for each card of `--cards` the longest row that is predicted to fit, and whether
+it did when torch was held to that card's memory.
+
+Without a GPU: measured are models scaled down to an eighth of the width and vocabulary and four
+layers, by the CPU allocator's own record, in bf16. A CPU has no second memory, so of the kit's
+reducers only the tiled MLP acts there, and none of the peers' offloading. The full size is
+predicted for a GPU, and its measured column says "not measured".
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import functools
+import importlib.util
 import itertools
 import json
+import logging
 import sys
-import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import our_stack
+from longest import longest_length
 from measure import RESULTS, print_table, run_side, save_results
 
-PHASES = ("load", "forward_backward", "optimizer", "second_step", "evaluation")
-_SCALE, _LAYERS = 8, 4
+CARDS = "8GB,10GB,12GB,24GB"
+_PEERS = "default,bare,best"
+# Tokens a row that a CPU still takes in seconds.
+_LONGEST_ON_CPU = 2048
+_COLUMNS = [
+    "stack", "setting", "model", "bits", "batch", "length", "predicted GB", "measured GB",
+    "predicted/measured", "ours/this", "reserved GB", "device GB",
+]  # fmt: skip
+Run = dict[str, Any]
 
 
 def main() -> None:
+    arguments = _arguments()
+    if arguments.side:
+        print("\n" + json.dumps(measured(json.loads(arguments.settings))))
+        return
+    _quiet()
+    if arguments.peers and not all(map(importlib.util.find_spec, ("peft", "trl"))):
+        print("peft and trl are not installed: the peers' rows are left out")
+        arguments.peers = []
+    name = f"peak_vram_{'+'.join(arguments.model)}_{'gpu' if _on_gpu() else 'cpu'}"
+    found: dict[str, Any] = {"full_size": table(arguments, scaled=False)}
+    if not _on_gpu():
+        found["scaled_down"] = table(arguments, scaled=True)
+    found["cards"] = []
+    print("saved", draw(found, arguments.cards, RESULTS / f"{name}.png"))
+    # The cards take longest; what is there is kept, should they be broken off.
+    save_results(name, found)
+    for model in arguments.model:
+        for row in cards(arguments, model):
+            found["cards"].append(row)
+            save_results(name, found)
+    print_cards(found["cards"])
+    print("saved", RESULTS / f"{name}.json")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", default="deepseek-7b")
-    parser.add_argument("--bits", type=_integers, default=[4], help="such as 4,8,16")
-    parser.add_argument("--lengths", type=_integers, default=[512, 1024, 2048], help="tokens a row")
-    parser.add_argument("--batch-sizes", type=_integers, default=[1], help="rows a micro-batch")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--targets", default="attention")
-    parser.add_argument("--weights", choices=("random", "pretrained"), default="random")
-    parser.add_argument("--limit", help="hard limit of the GPU memory, such as 10GB")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--settings", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(measure_one(json.loads(arguments.settings))))
-        return
-    rows = [measure_row(settings) for settings in grid(arguments)]
-    report(arguments, rows)
+    add = parser.add_argument
+    add("--model", type=_names, default=["deepseek-7b"], help="one or several, with commas")
+    add("--bits", type=_integers, default=[4], help="such as 4,8,16")
+    add("--lengths", type=_integers, default=[512, 2048, 8192], help="tokens a row")
+    add("--batch-sizes", type=_integers, default=[1], help="rows a micro-batch")
+    add("--ours", type=_names, default=["default"], help='settings: "default,no reducers"')
+    add("--peers", type=_names, default=_names(_PEERS), help=f'settings: {_PEERS}, or "none"')
+    add("--cards", type=_names, default=_names(CARDS), help='such as 8GB,24GB, or "none"')
+    add("--rank", type=int, default=16)
+    add("--targets", choices=("attention", "all-linear"), default="attention")
+    add("--weights", choices=("random", "pretrained"), default="random")
+    add("--side", help=argparse.SUPPRESS)
+    add("--settings", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    return [] if text == "none" else [part.strip() for part in text.split(",")]
 
 
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def grid(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the settings of every row, in the order of the table."""
-    common = {k: getattr(arguments, k) for k in ("model", "rank", "targets", "weights", "limit")}
-    combinations = itertools.product(arguments.bits, arguments.batch_sizes, arguments.lengths)
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _quiet() -> None:
+    """Keep the peers' progress bars and advice out of the tables."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+# ---------------------------------------------------------------- one row
+
+
+def _runs(arguments: argparse.Namespace, *, scaled: bool) -> list[Run]:
+    """Return every run of a table, in its order."""
+    sides = [("ours", name) for name in arguments.ours]
+    sides += [("peers", name) for name in arguments.peers]
+    lengths = [n for n in arguments.lengths if not scaled or n <= _LONGEST_ON_CPU]
+    product = itertools.product(
+        arguments.model, arguments.bits, arguments.batch_sizes, lengths, sides
+    )
     return [
-        {**common, "bits": bits, "batch_size": batch, "length": length}
-        for bits, batch, length in combinations
+        _run(arguments, model, bits, side, batch=batch, length=length, scaled=scaled)
+        for model, bits, batch, length, side in product
+        if _is_known(side[0], bits, scaled=scaled)
     ]
 
 
-def measure_row(settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure one configuration in a fresh process."""
-    found = run_side(sys.argv[0], "measure", settings)
-    shown = {k: settings[k] for k in ("bits", "batch_size", "length")}
-    print(f"measured {shown}", file=sys.stderr)
-    return {**shown, **found}
+def _is_known(stack: str, bits: int, *, scaled: bool) -> bool:
+    """Return whether a row would have a figure that means something."""
+    if stack == "peers":
+        # Their 8-bit layers look at values, and compute otherwise on a CPU.
+        return bits == 4 or (bits == 8 and _on_gpu())
+    # In bf16 a CPU casts an 8-bit weight to fp32 and back where no tensor shows it; a GPU does not.
+    return not (scaled and bits == 8)
 
 
-# ---------------------------------------------------------------- one configuration
-
-
-def measure_one(settings: dict[str, Any]) -> dict[str, Any]:
-    """Load, take two optimiser steps and evaluate; return the peak of each phase."""
-    import torch
-
-    meter: _GpuMeter | _CpuMeter
-    meter = _GpuMeter(settings["limit"]) if torch.cuda.is_available() else _CpuMeter()
-    try:
-        _run_phases(settings, meter)
-    except torch.cuda.OutOfMemoryError:
-        return {"fits": False, **meter.summary()}
-    return {"fits": True, **meter.summary()}
-
-
-def _run_phases(settings: dict[str, Any], meter: _GpuMeter | _CpuMeter) -> None:
-    """Run the kit's own stages, each as one phase of the meter."""
-    import torch
-
-    import qlora_kit as qk
-    from qlora_kit.data.batch import collate
-    from qlora_kit.model.head import head_of
-    from qlora_kit.step.forward import loss_sum, scores
-    from qlora_kit.step.reducers import apply, resolve
-    from qlora_kit.train.optimizer import build_optimizer
-
-    base = meter.phase("load", lambda: _load(settings))
-    hardware = base.hardware
-    meter.note("parameters", base.parameters)
-    adapter = qk.attach(base, qk.LoraSpec(rank=settings["rank"], targets=(settings["targets"],)))
-    parameters = list(adapter.parameters().values())
-    optimizer = build_optimizer(parameters, qk.TrainConfig())
-    head = head_of(base.model)
-    apply(base.model, resolve(qk.TrainConfig(), hardware), hardware)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = base.model.config.get_text_config().vocab_size
-    shape = (settings["batch_size"], settings["length"])
-    ids = torch.randint(0, vocabulary, shape, generator=generator).tolist()
-    batch = collate([{"input_ids": r, "labels": r, "row": 0} for r in ids], 0).to(hardware.device)
-
-    def forward_backward() -> None:
-        base.model.train()
-        (loss_sum(base.model, batch, head) / batch.supervised_tokens).backward()
-
-    def step() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    meter.phase("forward_backward", forward_backward)
-    meter.phase("optimizer", step)
-    # Adam's state exists from now on: this is the step that every later one is like.
-    meter.phase("second_step", lambda: (forward_backward(), step()))
-    base.model.eval()
-    meter.phase("evaluation", lambda: scores(base.model, batch, head))
-
-
-def _load(settings: dict[str, Any]) -> Any:
-    import torch
-
-    import qlora_kit as qk
-    from qlora_kit.model.fetch import fetch
-
-    source = qk.find_model(settings["model"])
-    hardware = qk.choose_hardware()
-    if not torch.cuda.is_available():
-        source = scaled_down(source)
-    is_random = settings["weights"] == "random" or not torch.cuda.is_available()
-    folder = fetch(source, random=is_random).folder
-    spec = qk.BaseSpec(source, folder, qk.Quantization(settings["bits"]), is_random)
-    return qk.load_base(spec, hardware)
-
-
-def scaled_down(source: Any) -> Any:
-    """Return the same architecture with an eighth of the width and vocabulary and four layers."""
-    import dataclasses
-
-    numbers = dict(source.architecture)
-    for name in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
-        numbers[name] = max(1, numbers[name] // _SCALE)
-    numbers["num_key_value_heads"] = max(1, numbers["num_key_value_heads"] // _SCALE)
-    numbers["num_hidden_layers"] = _LAYERS
-    numbers["torch_dtype"] = "float32"
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        numbers.pop(name, None)
-    return dataclasses.replace(source, architecture=numbers, folder=None)
-
-
-# ---------------------------------------------------------------- meters
-
-
-class _GpuMeter:
-    """Peaks of torch's caching allocator, and what the device has in use at the end."""
-
-    def __init__(self, limit: str | None) -> None:
-        import torch
-
-        self._torch = torch
-        self._found: dict[str, Any] = {"measured_on": torch.cuda.get_device_name(), "scaled": False}
-        self._peaks: dict[str, dict[str, int]] = {}
-        if limit:
-            from qlora_kit.config import parse_size
-
-            total = torch.cuda.mem_get_info()[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, parse_size(limit) / total))
-        torch.empty(1, device="cuda")
-        self._used_before = self._in_use()
-
-    def _in_use(self) -> int:
-        free, total = self._torch.cuda.mem_get_info()
-        return int(total - free)
-
-    def note(self, name: str, value: Any) -> None:
-        self._found[name] = value
-
-    def phase(self, name: str, run: Callable[[], Any]) -> Any:
-        cuda = self._torch.cuda
-        gc.collect()
-        cuda.synchronize()
-        cuda.reset_peak_memory_stats()
-        result = run()
-        cuda.synchronize()
-        self._peaks[name] = {
-            "allocated_bytes": cuda.max_memory_allocated(),
-            "reserved_bytes": cuda.max_memory_reserved(),
-        }
-        return result
-
-    def summary(self) -> dict[str, Any]:
-        allocated = {name: peak["allocated_bytes"] for name, peak in self._peaks.items()}
-        return {
-            **self._found,
-            "phase_peaks_bytes": allocated,
-            "peak_bytes": max(allocated.values(), default=0),
-            "reserved_bytes": max((p["reserved_bytes"] for p in self._peaks.values()), default=0),
-            "device_bytes": self._in_use(),
-            "context_bytes": self._used_before,
-        }
-
-
-class _CpuMeter:
-    """The CPU allocator's own record: live bytes after each allocation, from torch's profiler."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, Any] = {"measured_on": "CPU allocator", "scaled": True}
-        self._live = 0
-        self._peaks: dict[str, int] = {}
-
-    def note(self, name: str, value: Any) -> None:
-        self._found[name] = value
-
-    def phase(self, name: str, run: Callable[[], Any]) -> Any:
-        from torch.profiler import ProfilerActivity, profile
-
-        gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            result = run()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            record.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        changes = [e["args"]["Bytes"] for e in events if e.get("name") == "[memory]"]
-        running = list(itertools.accumulate(changes, initial=self._live))
-        self._peaks[name], self._live = max(running), running[-1]
-        return result
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            **self._found,
-            "phase_peaks_bytes": self._peaks,
-            "peak_bytes": max(self._peaks.values(), default=0),
-            "reserved_bytes": None,
-            "device_bytes": None,
-        }
-
-
-# ---------------------------------------------------------------- report
-
-
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print the table, draw the picture and save the figures."""
-    scaled = rows[0]["scaled"]
-    where = rows[0]["measured_on"]
-    if scaled:
-        print(
-            f"\nNo GPU here: {arguments.model} scaled down (width and vocabulary / {_SCALE}, "
-            f"{_LAYERS} layers, fp32), measured by the {where}.\n"
-            "What the full model needs on a GPU: not measured on this machine."
-        )
-    print_table([_shown(row) for row in rows], ["bits", "batch", "length", *PHASES, "peak GB",
-                                                "reserved GB", "device GB", "fits"])  # fmt: skip
-    name = f"peak_vram_{arguments.model}_{'cpu_scaled' if scaled else 'gpu'}"
-    if arguments.limit:
-        name += f"_{arguments.limit}"
-    print("saved", save_results(name, {"limit": arguments.limit, "rows": rows}))
-    print("saved", draw(rows, RESULTS / f"{name}.png", arguments.model))
-
-
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    def gb(value: int | None) -> str:
-        return "-" if value is None else f"{value / 1e9:.3f}"
-
-    phases = {name: gb(row["phase_peaks_bytes"].get(name)) for name in PHASES}
+def _run(
+    arguments: argparse.Namespace, model: str, bits: int, side: tuple[str, str], *,
+    length: int, batch: int = 1, scaled: bool = False, limit: int | None = None,
+) -> Run:  # fmt: skip
     return {
-        "bits": row["bits"], "batch": row["batch_size"], "length": row["length"], **phases,
-        "peak GB": gb(row["peak_bytes"]), "reserved GB": gb(row["reserved_bytes"]),
-        "device GB": gb(row["device_bytes"]), "fits": "yes" if row["fits"] else "no",
+        "stack": side[0], "setting": side[1], "model": model, "bits": bits,
+        "batch_size": batch, "length": length, "rank": arguments.rank,
+        "targets": arguments.targets, "weights": arguments.weights, "scaled": scaled,
+        "limit": limit,
     }  # fmt: skip
 
 
-def draw(rows: list[dict[str, Any]], path: Path, model: str) -> Path:
-    """Draw the peak of each phase, a group of bars for each row."""
+def predicted(run: Run) -> int | None:
+    """Return the predicted peak of a step in bytes; None where nothing can predict it."""
+    return _predicted(json.dumps(run | {"limit": None}))
+
+
+@functools.cache
+def _predicted(run_as_json: str) -> int | None:
+    run = json.loads(run_as_json)
+    if run["stack"] == "ours":
+        return our_stack.predicted(run)["step"]
+    if run["bits"] != 4:
+        return None
+    from peers_simulated import simulate
+
+    return simulate(_architecture(run), run, for_gpu=not run["scaled"])["step"]
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """Train in this process; return what the allocator recorded."""
+    import torch
+    from meters import meter_of_this_machine
+
+    _quiet()
+    meter = meter_of_this_machine(run["limit"])
+    fits = True
+    try:
+        if run["stack"] == "ours":
+            our_stack.measure(run, meter)
+        else:
+            import peers_stack
+
+            peers_stack.measure(_architecture(run), run, meter)
+    except torch.OutOfMemoryError:
+        fits = False
+    found = meter.summary()
+    peaks = found["phase_peaks_bytes"]
+    steps = [peaks[phase] for phase in our_stack.STEP_PHASES if phase in peaks]
+    return {"measured_bytes": max(steps, default=None), "fits": fits, **found}
+
+
+def _architecture(run: Run) -> Any:
+    import qlora_kit as qk
+
+    source = our_stack.source_of(run)
+    return qk.BaseSpec(source, None, qk.Quantization(run["bits"]), random=True).architecture()
+
+
+def _row(run: Run) -> dict[str, Any]:
+    row = {**run, "predicted_bytes": predicted(run), "measured_bytes": None}
+    if run["scaled"] or _on_gpu():
+        row |= _in_a_fresh_process(run)
+    print("done:", *(run[key] for key in ("stack", "setting", "model", "length")), file=sys.stderr)
+    return row
+
+
+def _in_a_fresh_process(run: Run) -> dict[str, Any]:
+    return run_side(sys.argv[0], "measure", run)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(arguments: argparse.Namespace, *, scaled: bool) -> list[dict[str, Any]]:
+    """Predict, and where possible measure, every run; print the table and return its rows."""
+    rows = [_row(run) for run in _runs(arguments, scaled=scaled)]
+    if scaled:
+        print("\nScaled down, in bf16, by the CPU allocator's record:")
+    else:
+        print(f"\nFull size, {'on this GPU' if _on_gpu() else 'for a GPU, which is not here'}:")
+    print_table([_shown(row, rows) for row in rows], _COLUMNS)
+    return rows
+
+
+def _shown(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    shown = {
+        "stack": row["stack"], "setting": row["setting"], "model": row["model"],
+        "bits": row["bits"], "batch": row["batch_size"], "length": row["length"],
+        "predicted GB": _gb(row["predicted_bytes"], "not simulated"),
+        "measured GB": _gb(row["measured_bytes"]),
+        "reserved GB": _gb(row.get("reserved_bytes")),
+        "device GB": _gb(row.get("device_bytes")),
+    }  # fmt: skip
+    if not row.get("fits", True):
+        shown["measured GB"] = "out of memory"
+    elif row["measured_bytes"] and row["predicted_bytes"]:
+        shown["predicted/measured"] = f"{row['predicted_bytes'] / row['measured_bytes']:.4f}"
+    share = _share_of(row, rows)
+    return shown | {"ours/this": "-" if share is None else f"{share:.3f}"}
+
+
+def _share_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """Return our default's peak over this one's: measured if both were, else predicted."""
+    same = ("model", "bits", "batch_size", "length")
+    for ours in rows:
+        is_default = (ours["stack"], ours["setting"]) == ("ours", "default")
+        if is_default and all(ours[key] == row[key] for key in same):
+            for kind in ("measured_bytes", "predicted_bytes"):
+                if ours[kind] and row[kind]:
+                    return float(ours[kind] / row[kind])
+    return None
+
+
+def _gb(value: int | None, otherwise: str = "not measured") -> str:
+    if value is None:
+        return otherwise
+    return f"{value / 1e9:.3f}" if value >= 1e9 else f"{value / 1e9:.4f}"
+
+
+# ---------------------------------------------------------------- cards
+
+
+def cards(arguments: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
+    """Find the longest row that is predicted to fit each card, and try it where there is a GPU."""
+    for bits, card in itertools.product(arguments.bits, arguments.cards):
+        yield _card_row(arguments, model, bits, card)
+
+
+def _card_row(arguments: argparse.Namespace, model: str, bits: int, card: str) -> dict[str, Any]:
+    from qlora_kit.config import parse_size
+    from qlora_kit.plan.budget import CONTEXT_BYTES, Budget
+
+    def run_of(length: int, limit: int | None = None) -> Run:
+        return _run(arguments, model, bits, ("ours", "default"), length=length, limit=limit)
+
+    def taken(length: int) -> int:
+        return Budget().taken_of_card(predicted(run_of(length)) or 0)
+
+    size = parse_size(card)
+    length = longest_length(taken, size, arguments.lengths)
+    print("found:", model, bits, card, length, file=sys.stderr)
+    row = {"model": model, "bits": bits, "card": card, "longest_length": length, "measured": None}
+    if length and _on_gpu():
+        row["measured"] = _in_a_fresh_process(run_of(length, size - CONTEXT_BYTES))
+    return row
+
+
+def print_cards(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    print(
+        "\nThe longest row of one micro-batch by card, with context and fragmentation allowed for:"
+    )
+    print_table(
+        [
+            {
+                "model": row["model"], "bits": row["bits"], "card": row["card"],
+                "longest, predicted": row["longest_length"] or "none",
+                "measured": _verdict(row["measured"]),
+            }
+            for row in rows
+        ],
+        ["model", "bits", "card", "longest, predicted", "measured"],
+    )  # fmt: skip
+
+
+def _verdict(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not measured"
+    return f"fits, {_gb(found['measured_bytes'])} GB" if found["fits"] else "out of memory"
+
+
+# ---------------------------------------------------------------- picture
+
+
+def draw(found: dict[str, Any], cards: list[str], path: Path) -> Path:
+    """Draw the peak by length at full size, a line a stack and setting; the cards beside."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.6 * len(rows)), 4.2), layout="constrained")
-    width = 0.8 / len(PHASES)
-    for index, phase in enumerate(PHASES):
-        heights = [row["phase_peaks_bytes"].get(phase, 0) / 1e9 for row in rows]
-        x = [position + (index - len(PHASES) / 2 + 0.5) * width for position in range(len(rows))]
-        axes.bar(x, heights, width, label=phase.replace("_", " "))
-    labels = [f"{row['bits']} bits\n{row['batch_size']} × {row['length']}" for row in rows]
-    axes.set_xticks(range(len(rows)), labels)
-    axes.set_ylabel("peak allocated (GB = 10⁹ bytes)")
-    note = "scaled down, CPU allocator" if rows[0]["scaled"] else rows[0]["measured_on"]
-    axes.set_title(f"{model}: peak of each phase ({note})")
-    figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize="small")
-    axes.grid(axis="y", alpha=0.25)
+    from qlora_kit.config import parse_size
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
+    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in found["full_size"]:
+        key = tuple(row[name] for name in ("stack", "setting", "model", "bits", "batch_size"))
+        lines.setdefault(key, []).append(row)
+    for (stack, setting, model, bits, batch), rows in lines.items():
+        known = [row for row in rows if row["predicted_bytes"]]
+        lengths = [row["length"] for row in known]
+        label = f"{stack}, {setting}: {model}, {bits} bits, {batch} a micro-batch"
+        heights = [row["predicted_bytes"] / 1e9 for row in known]
+        (line,) = axes.plot(lengths, heights, "-" if stack == "ours" else "--", label=label)
+        true = [row for row in rows if row["measured_bytes"]]
+        heights = [row["measured_bytes"] / 1e9 for row in true]
+        axes.plot([row["length"] for row in true], heights, "o", color=line.get_color())
+    for card in cards:
+        axes.axhline(parse_size(card) / 1e9, color="0.8", linewidth=0.8, zorder=0)
+        beside = axes.get_yaxis_transform()  # x in widths of the picture, y in GB
+        axes.text(1.01, parse_size(card) / 1e9, card, transform=beside, size="small", va="center")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens a row")
+    axes.set_ylabel("peak of a step (GB = 10⁹ bytes)")
+    dots = "dots: measured" if _on_gpu() else "measured on no GPU"
+    axes.set_title(f"Peak memory of a training step (lines: predicted; {dots})")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
     return path

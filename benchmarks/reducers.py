@@ -14,22 +14,22 @@ import sys
 from typing import Any
 
 from measure import print_table, save_results
+from our_stack import OFF, peaks
 
-OFF: dict[str, Any] = {
-    "embedding_on_cpu": False, "offload_checkpoints": False, "mlp_tile_tokens": 0,
-}  # fmt: skip
-# Each line adds to those above it, until "on its own".
+# Each line adds to those above it, until "the default".
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("no recompute, logits in chunks", {**OFF, "recompute": False}),
+    ("no recompute, all logits at once", {**OFF, "recompute": False, "loss_chunk_tokens": 1 << 20}),
+    ("+ logits in chunks", {**OFF, "recompute": False}),
     ("+ recompute", OFF),
     ("+ embedding on the CPU", {**OFF, "embedding_on_cpu": True}),
     ("+ layer checkpoints in host memory", {"mlp_tile_tokens": 0}),
     ("+ MLP in tiles: the default on a GPU", {}),
     ("+ 8-bit Adam", {"optimizer": "adamw8bit"}),
+    ("+ head in 8 bits, approximate", {"optimizer": "adamw8bit", "head_bits": 8}),
+    ("+ head in 4 bits, approximate", {"optimizer": "adamw8bit", "head_bits": 4}),
     ("the default, 8 bits", {"bits": 8}),
     ("the default, 16 bits", {"bits": 16}),
 )
-PHASES = ("forward", "backward", "optimizer")
 
 
 def main() -> None:
@@ -61,13 +61,11 @@ def row(model: str, name: str, changes: dict[str, Any], lengths: list[int]) -> d
 
 def predicted(model: str, changes: dict[str, Any], length: int) -> tuple[int, int]:
     """Return the predicted peak of training steps on the device, and on the host."""
-    from qlora_kit.config import PlanConfig
-    from qlora_kit.plan.planning import make_plan
+    import qlora_kit as qk
 
-    config = PlanConfig(model=model, max_length=length, eval_batch_size=1, **changes)
-    plan = make_plan(config).prediction
-    peak = max(plan.device[phase].bytes for phase in PHASES)
-    return peak, max(plan.host[phase].bytes for phase in PHASES)
+    config = qk.TrainConfig(model=model, max_length=length, eval_batch_size=1, **changes)
+    found = peaks(qk.find_model(model), config, for_gpu=True)
+    return found["step"], found["host"]
 
 
 def _gb(value: int) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fill_lora
+from test_cli import run
 from torch import Tensor
 
 import qlora_kit as qk
@@ -101,6 +103,25 @@ def test_a_step_of_7b_fits_ten_gigabytes() -> None:
     config = qk.TrainConfig(max_steps=2, gradient_accumulation_steps=1)
     qk.train_adapter(adapter, rows, config)
     assert torch.cuda.max_memory_allocated() < 10e9
+
+
+def test_a_run_keeps_its_prediction_and_its_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "long.txt"
+    data.write_text("forty-two comes before forty-three and after forty-one. " * 2000)
+    code, _, err = run(
+        "train", "--model", "deepseek-7b", "--weights", "random", "--data", str(data),
+        "--max-length", "2048", "--vram", "9GB", "--max-steps", "3", "--output",
+        str(tmp_path / "run"), capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    account = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert abs(account["rehearsal"]["difference"]) < 0.02
+    assert account["run"]["peak_allocated_bytes"] <= account["rehearsal"]["measured_peak_bytes"]
+    free, total = torch.cuda.mem_get_info()
+    assert torch.cuda.max_memory_reserved() < 9e9
+    assert total - free < 9e9
 
 
 def gpu_adapter(folder: Path, dtype: str) -> qk.Adapter:

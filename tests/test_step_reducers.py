@@ -48,6 +48,7 @@ REDUCED = {
     "offload": replace(PLAIN, recompute=True, offload_checkpoints=True),
     "tiles": replace(PLAIN, mlp_tile_tokens=5),
     "one tile": replace(PLAIN, mlp_tile_tokens=4096),
+    "one kept": replace(PLAIN, recompute=True, offload_checkpoints=True, keep_layers=1),
     "all": Reducers(recompute=True, offload_checkpoints=True, mlp_tile_tokens=5),
 }
 TARGETS = ("attention", "mlp", "all-linear")
@@ -113,6 +114,36 @@ def test_reducers_change_no_loss_and_no_gradient_on_real_weights(
     stories: Path, bits: int, targets: str, dropout: float
 ) -> None:
     assert_equal_steps(make_adapter(stories, bits, targets, dropout), padded_batch(500))
+
+
+def own_step(adapter: Adapter, batch: Batch) -> tuple[float, Gradients]:
+    """A step as anyone would write it: the model's own logits, all of them, and torch's loss."""
+    model = adapter.base.model.train()
+    torch.manual_seed(5)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    targets = batch.labels[:, 1:].flatten()
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
+    loss.backward()
+    return loss.item(), gradients_of(adapter)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 4096])
+@pytest.mark.parametrize(("bits", "targets"), [(4, "all-linear"), (8, "attention"), (16, "mlp")])
+def test_all_of_them_and_no_logits_equal_none_of_them_on_real_weights(
+    stories: Path, bits: int, targets: str, chunk_tokens: int
+) -> None:
+    adapter, batch = make_adapter(stories, bits, targets, dropout=0.2), padded_batch(500)
+    model = adapter.base.model
+    apply(model, PLAIN, CPU)
+    loss, grads = own_step(adapter, batch)
+    assert all(grad.norm() > 0 for grad in grads.values())
+    apply(model, REDUCED["all"], CPU)
+    torch.manual_seed(5)
+    found: Any = loss_sum(model.train(), batch, head_of(model), chunk_tokens=chunk_tokens)
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=1e-6)
+    for name, grad in gradients_of(adapter).items():
+        assert relative_error(grad, grads[name]) <= 3e-5, name
 
 
 @pytest.mark.parametrize("targets", ["attention", "all-linear"])

@@ -44,6 +44,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
+    """Let torch take no more than this of a GPU; beyond, an allocation fails as on a full card."""
+    if device.type != "cuda" or limit_bytes is None:
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the host has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

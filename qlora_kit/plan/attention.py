@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qlora_kit.plan.ledger import Ledger
 
 
 class _Flash(torch.autograd.Function):
@@ -24,36 +27,59 @@ class _Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, ledger: Ledger
+    ) -> Tensor:
         out = torch.empty_like(query)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.save_for_backward(query, key, value, out, sums, bias)
+        ctx.ledger, ctx.flop = ledger, _flop(query, key)
+        _count(ledger, ctx.flop)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, out, _ = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, _, bias = ctx.saved_tensors
+        # Five products where forward has two.
+        _count(ctx.ledger, 5 * ctx.flop // 2)
         delta = query.new_empty(query.shape[:-1], dtype=torch.float32)
         summed = torch.empty_like(query, dtype=torch.float32)
         groups = query.shape[1] // key.shape[1]
         # With grouped heads each query head gets its own, summed over the group afterwards.
         wide = [torch.empty_like(t) for t in (query, query)] if groups > 1 else []
         gradients = tuple(torch.empty_like(t) for t in (query, key, value))
-        del delta, summed, wide, out
-        return gradients
+        del delta, summed, wide, out, bias
+        return *gradients, None, None
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    if options.get("attn_mask") is not None:
-        # The memory-efficient kernel, which takes a mask, keeps as much as the flash kernel.
+def _count(ledger: Ledger, flop: int) -> None:
+    if ledger.work is not None:
+        ledger.work.flop += flop
+
+
+def _flop(query: Tensor, key: Tensor) -> int:
+    """Return the operations of both products of forward; the half above the diagonal is left out.
+
+    Shapes: query (B, heads, T, d), key (B, key heads, T, d).
+    """
+    rows, heads, tokens, width = query.shape
+    return 2 * rows * heads * tokens * key.shape[2] * width
+
+
+def _attention(ledger: Ledger, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    mask, bias = options.get("attn_mask"), None
+    if mask is not None:
+        # The memory-efficient kernel, which takes a mask, keeps as much as the flash kernel and
+        # the mask in the dtype of the queries.
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    out: Tensor = _Flash.apply(query, key, value)
+        bias = mask if mask.dtype == query.dtype else query.new_empty(mask.shape)
+    out: Tensor = _Flash.apply(query, key, value, bias, ledger)
     return out
 
 
 @contextlib.contextmanager
-def planned_attention() -> Iterator[None]:
-    """Let every attention in the block be the planned one."""
-    with mock.patch.object(F, "scaled_dot_product_attention", _attention):
+def planned_attention(ledger: Ledger) -> Iterator[None]:
+    """Let every attention in the block be the planned one; its work is counted in `ledger`."""
+    with mock.patch.object(F, "scaled_dot_product_attention", partial(_attention, ledger)):
         yield

@@ -1,7 +1,8 @@
-"""Who holds how much memory, while code runs on fake tensors.
+"""Who holds how much memory, while code runs on fake tensors or on real ones.
 
 A `Ledger` sees every operation, learns of each storage when it is made and when the last
-tensor of it is gone, and keeps the sum and its peak, told apart by purpose.
+tensor of it is gone, and keeps the sum and its peak, told apart by purpose; and it counts the
+work. It sees real tensors as well, but never what an operation takes for itself meanwhile.
 """
 
 from __future__ import annotations
@@ -11,16 +12,41 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 # The CUDA allocator hands out multiples of this; the CPU's is told to, for one kind of sum.
 ROUNDED_BYTES = 512
+
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
+
+class Change(NamedTuple):
+    """So many bytes more, or fewer, on the device for a purpose."""
+
+    purpose: str
+    bytes: int
+
+
+@dataclass
+class Work:
+    """What was computed and moved.
+
+    Attributes:
+        flop: floating-point operations of matrix products and attention.
+        unpacked_bytes: written by dequantisation.
+        crossing_bytes: copied between host and device, in either direction.
+    """
+
+    flop: int = 0
+    unpacked_bytes: int = 0
+    crossing_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,10 @@ class Ledger(TorchDispatchMode):
 
     Args:
         device: type of the device that is planned for; all else is the host.
+
+    Attributes:
+        work: of the block that `counted` encloses, and None outside of one.
+        changes: of the block that `recorded` encloses, and None outside of one.
     """
 
     def __init__(self, device: str) -> None:
@@ -67,6 +97,8 @@ class Ledger(TorchDispatchMode):
         self._accounts = {"device": _Account(), "host": _Account()}
         self._known: dict[int, tuple[str, str, int]] = {}
         self._purposes = ["activations"]
+        self.work: Work | None = None
+        self.changes: list[Change] | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -76,10 +108,22 @@ class Ledger(TorchDispatchMode):
             # A number that code asks for; every check of the kit passes on 1.
             return 1
         result = func(*args, **(kwargs or {}))
+        if self.work is not None:
+            self._count(self.work, func, args, kwargs or {}, result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.book(leaf, self._purposes[-1])
         return result
+
+    def _count(
+        self, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            work.flop += int(count(*args, **kwargs, out_val=result))
+        elif func in _COPIES:
+            source = args[1] if func is _COPIES[0] else args[0]
+            if self._side(source) != self._side(result):
+                work.crossing_bytes += result.nbytes
 
     def _side(self, tensor: Tensor) -> str:
         return "device" if tensor.device.type == self.device else "host"
@@ -93,12 +137,17 @@ class Ledger(TorchDispatchMode):
         amount = -(-storage.nbytes() // ROUNDED_BYTES) * ROUNDED_BYTES
         side = self._side(tensor)
         self._known[key] = (side, purpose, amount)
-        self._accounts[side].add(purpose, amount)
+        self._change(side, purpose, amount)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         side, purpose, amount = self._known.pop(key)
-        self._accounts[side].add(purpose, -amount)
+        self._change(side, purpose, -amount)
+
+    def _change(self, side: str, purpose: str, amount: int) -> None:
+        self._accounts[side].add(purpose, amount)
+        if self.changes is not None and side == "device":
+            self.changes.append(Change(purpose, amount))
 
     def claim(self, tensor: Tensor, purpose: str) -> None:
         """Say what a tensor is for, whatever it was made as."""
@@ -112,6 +161,8 @@ class Ledger(TorchDispatchMode):
             account = self._accounts[side]
             account.live[before] -= amount
             account.live[purpose] += amount
+            if self.changes is not None and side == "device":
+                self.changes += [Change(before, -amount), Change(purpose, amount)]
 
     @contextlib.contextmanager
     def purpose(self, name: str) -> Iterator[None]:
@@ -127,6 +178,30 @@ class Ledger(TorchDispatchMode):
         account = self._accounts[side]
         parts = {name: amount for name, amount in account.at_peak.items() if amount}
         return Peak(account.peak, parts)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Work]:
+        """Count the work of the block."""
+        self.work = work = Work()
+        try:
+            yield work
+        finally:
+            self.work = None
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[list[Change]]:
+        """Record what changes on the device in the block; the first entries are what is there."""
+        live = self._accounts["device"].live
+        self.changes = changes = [Change(name, amount) for name, amount in live.items() if amount]
+        try:
+            yield changes
+        finally:
+            self.changes = None
+
+    @property
+    def live_bytes(self) -> int:
+        """What is held on the device now."""
+        return self._accounts["device"].total
 
     def restart(self) -> None:
         """Begin a new phase: what is live now is its first peak."""

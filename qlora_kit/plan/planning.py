@@ -1,4 +1,4 @@
-"""From a configuration to a plan: what the run would need, and whether that fits.
+"""From a configuration to a plan: what the run will need, and with a budget, its settings.
 
 Takes the options of `train`; returns a `Plan`. Needs no GPU, no weights and no network: of a
 model it reads the architecture.
@@ -6,31 +6,28 @@ model it reads the architecture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig
-
-from qlora_kit.config import PlanConfig
-from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.config import TrainConfig
 from qlora_kit.model.architecture import build_skeleton, unquantized_share
-from qlora_kit.model.hardware import Hardware, dtype_named
-from qlora_kit.model.load import BaseSpec
-from qlora_kit.model.names import find_model
-from qlora_kit.model.quantize import Quantization
-from qlora_kit.plan.simulate import Prediction, predict
-
-# What a card holds besides the allocated memory: the CUDA context, published as 0.3 to 0.5 GB,
-# and what the caching allocator cannot use of its blocks. Assumed; not measured yet.
-CONTEXT_BYTES = 500_000_000
-FRAGMENTATION = 0.05
+from qlora_kit.model.hardware import Hardware
+from qlora_kit.plan.alternatives import nothing_fits
+from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.search import Found
+from qlora_kit.plan.simulate import Prediction
+from qlora_kit.plan.subject import Subject
+from qlora_kit.report.memory import size_text
 
 _SETTINGS = (
     "model", "bits", "quant_type", "double_quant", "rank", "targets", "max_length", "batch_size",
-    "gradient_accumulation_steps", "eval_batch_size", "recompute", "loss_chunk_tokens",
-    "optimizer", "embedding_on_cpu", "head_bits", "offload_checkpoints", "mlp_tile_tokens",
+    "gradient_accumulation_steps", "eval_batch_size", "recompute", "keep_layers",
+    "offload_checkpoints", "mlp_tile_tokens", "loss_chunk_tokens", "optimizer",
+    "embedding_on_cpu", "head_bits",
 )  # fmt: skip
+# How often a choice that turns out larger than extrapolated makes room for the next.
+_MOST_TRIES = 4
+_CHOICES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -38,26 +35,42 @@ class Plan:
     """What a run would need.
 
     Attributes:
+        config: with the settings that were planned.
+        hardware: that it was planned for.
         prediction: the peak of each phase.
-        settings: what was planned.
+        budget: what the run may take.
         warnings: what the user should know before the run.
-        budget_bytes: of the whole card, or None where none was named.
+        found: what the search for settings found, if there was one.
     """
 
+    config: TrainConfig
+    hardware: Hardware
     prediction: Prediction
-    settings: dict[str, Any]
-    warnings: tuple[str, ...]
-    budget_bytes: int | None = None
+    budget: Budget
+    warnings: tuple[str, ...] = ()
+    found: Found | None = None
 
     @property
     def card_bytes(self) -> int:
         """What the run takes of a whole card: with context and a margin for fragmentation."""
-        return CONTEXT_BYTES + round(self.prediction.peak.bytes * (1 + FRAGMENTATION))
+        return self.budget.taken_of_card(self.prediction.peak.bytes)
+
+    @property
+    def over_bytes(self) -> int:
+        """By how much the run goes over its budget; 0 where it fits or has none."""
+        return self.budget.over_bytes(self.prediction.peak.bytes, self.prediction.host_peak.bytes)
 
     @property
     def fits(self) -> bool | None:
         """Whether the run fits its budget; None without one."""
-        return None if self.budget_bytes is None else self.card_bytes <= self.budget_bytes
+        return not self.over_bytes if self.budget.is_bounded else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was planned, value by name."""
+        found = {name: getattr(self.config, name) for name in _SETTINGS}
+        device = "cpu" if self.hardware.device.type == "cpu" else "cuda"
+        return {**found, "device": device, "dtype": self.hardware.dtype_name}
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan for programs; all sizes in bytes."""
@@ -71,45 +84,97 @@ class Plan:
             "settings": self.settings,
             "card_bytes": self.card_bytes,
             "fits": self.fits,
-            "budget_bytes": self.budget_bytes,
+            "budget_bytes": self.budget.card_bytes,
+            "host_budget_bytes": self.budget.host_bytes,
             "warnings": list(self.warnings),
+            "choices": self.found.as_json(_CHOICES_SHOWN) if self.found else [],
+            "why": self.found.why if self.found else None,
         }
 
+    def choice_rows(self) -> tuple[tuple[str, str], ...]:
+        """Return the first choices of the search as a table, and why the first one is."""
+        if self.found is None:
+            return ()
+        best = self.found.fitting[0].cost
+        rows = []
+        for place, choice in enumerate(self.found.ranked[:_CHOICES_SHOWN], start=1):
+            work = choice.micro_batches * choice.needs.work.flop
+            copied = choice.micro_batches * choice.needs.work.crossing_bytes
+            rows.append(
+                (
+                    f"{place}.",
+                    f"{size_text(choice.needs.peak_bytes):>8}  work {choice.cost / best:4.2f}  "
+                    f"{work:.2e} FLOP  {size_text(copied):>8} copied  "
+                    f"{choice.describe(self.found.layers)}",
+                )
+            )
+        return (*rows, ("why", self.found.why))
 
-def make_plan(config: PlanConfig) -> Plan:
-    """Plan a run for a CUDA GPU, or for a CPU with `--device cpu`.
+
+def make_plan(
+    config: TrainConfig, subject: Subject, budget: Budget, *, choose: bool = True
+) -> Plan:
+    """Predict what a run needs; with a budget, choose its settings first.
+
+    Args:
+        config: what was asked for.
+        subject: the run it is for.
+        budget: what the run may take.
+        choose: False leaves the settings as they are, as a run that goes on has them.
 
     Raises:
-        ModelError: the model is unknown, or of an architecture that the kit does not train.
-        ConfigError: a target names no layer.
+        ModelError: of an architecture that the kit does not train.
+        ConfigError: a target names no layer; or nothing fits, with what would.
     """
-    source = find_model(config.model)
-    quantization = Quantization(config.bits, config.quant_type, config.double_quant)
-    spec = BaseSpec(source, source.folder, quantization, random=True)
-    architecture = spec.architecture()
+    architecture = subject.spec.architecture()
     unquantized_share(build_skeleton(architecture))
-    hardware = planned_hardware(config)
-    prediction = predict(spec, LoraSpec.of(config), config, hardware, config.max_length)
-    settings = {name: getattr(config, name) for name in _SETTINGS}
-    settings |= {"device": "cuda" if hardware.device.type == "meta" else "cpu"}
-    settings |= {"dtype": hardware.dtype_name}
-    return Plan(prediction, settings, tuple(_warnings(config, architecture)), config.vram)
+    warnings = tuple(_warnings(subject))
+    if not (budget.is_bounded and choose):
+        return replace(_as_asked(config, subject, budget), warnings=warnings)
+    found = subject.searched(config, budget)
+    if not found.fitting:
+        raise nothing_fits(config, subject, budget, found.least)
+    return replace(_first_that_fits(config, subject, budget, found), warnings=warnings)
 
 
-def planned_hardware(config: PlanConfig) -> Hardware:
-    """Return what stands in for the device: `meta` for a GPU, which need not be there."""
-    if config.device == "cpu":
-        dtype = torch.float32 if config.dtype == "auto" else dtype_named(config.dtype)
-        return Hardware(torch.device("cpu"), dtype, "planned")
-    dtype = torch.bfloat16 if config.dtype == "auto" else dtype_named(config.dtype)
-    return Hardware(torch.device("meta"), dtype, "planned")
+def _as_asked(config: TrainConfig, subject: Subject, budget: Budget) -> Plan:
+    """Predict settings as they are, and settle what only the prediction can."""
+    prediction = subject.predicted(config)
+    settled = config.model_copy(update={"eval_batch_size": prediction.evaluation_rows})
+    return Plan(settled, subject.hardware, prediction, budget)
 
 
-def _warnings(config: PlanConfig, architecture: PreTrainedConfig) -> list[str]:
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
+def _first_that_fits(config: TrainConfig, subject: Subject, budget: Budget, found: Found) -> Plan:
+    """Run the first choice in full; where it is larger than extrapolated, a smaller one."""
+    excess = host_excess = 0
+    choices = list(found.fitting)
+    for _ in range(_MOST_TRIES):
+        chosen = choices[0]
+        settled = chosen.applied(config)
+        plan = replace(_as_asked(settled, subject, budget), found=found)
+        if plan.fits:
+            return replace(plan, found=replace(found, fitting=tuple(choices)))
+        needs, prediction = chosen.needs, plan.prediction
+        excess = max(excess, prediction.peak.bytes - needs.peak_bytes)
+        host_excess = max(host_excess, prediction.host_peak.bytes - needs.host_peak_bytes)
+        choices = [
+            c
+            for c in choices[1:]
+            if not budget.over_bytes(
+                c.needs.peak_bytes + excess, c.needs.host_peak_bytes + host_excess
+            )
+        ]
+        if not choices:
+            break
+    raise nothing_fits(config, subject, budget, found.least)
+
+
+def _warnings(subject: Subject) -> list[str]:
+    text = subject.spec.architecture().get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and subject.rows.tokens > positions:
         return [
-            f"{config.max_length:,} tokens are more than the model's {positions:,} positions; "
+            f"{subject.rows.tokens:,} tokens are more than the model's {positions:,} positions; "
             "training refuses such rows"
         ]
     return []

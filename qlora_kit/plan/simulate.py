@@ -2,29 +2,28 @@
 
 Takes a base that need not exist on this machine and a configuration; returns a
 `Prediction`. The code that runs is the code that trains: loading, the step, evaluation,
-saving, merging. What stands here is only how they are called and what each storage is for.
+saving, merging. What stands here is only how they are called.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_kit.config import ExportConfig, TrainConfig
+from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.data.batch import Batch
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.lora.adapter import StoredAdapter
-from qlora_kit.lora.attach import LoraSpec, attach, frozen_layers, resolve_targets
+from qlora_kit.lora.attach import LoraSpec, attach, resolve_targets
 from qlora_kit.model.architecture import build_skeleton, linear_layers
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
@@ -40,24 +39,41 @@ from qlora_kit.model.load import (
 )
 from qlora_kit.model.quantize import FourBitWeight, FrozenWeight, Int8Weight, Quantization
 from qlora_kit.plan.attention import planned_attention
-from qlora_kit.plan.ledger import Ledger, Peak
-from qlora_kit.plan.temporaries import workspace_bytes
+from qlora_kit.plan.ledger import Ledger, Peak, Work
+from qlora_kit.plan.temporaries import pinned_bytes, workspace_bytes
+from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
 from qlora_kit.step import forward as step
-from qlora_kit.step.loss import cross_entropy_sum
+from qlora_kit.step.offload import InPlaceLane
 from qlora_kit.step.reducers import apply, resolve
 from qlora_kit.train.optimizer import build_optimizer, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
 
+# In the order of a run; the simulation itself gives the optimiser its state first.
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation", "save", "merge")
 _SHARD_BYTES: int = ExportConfig.model_fields["max_shard_size"].default
-_CONSTANTS = "quantisation constants"
-# Names of purposes, in the order in which a picture stacks them.
-PURPOSES = (
-    "base weights", _CONSTANTS, "norms and biases", "embeddings", "head", "LoRA",
-    "gradients", "optimiser", "layer checkpoints", "activations", "loss chunk",
-    "dequantised weight", "workspace", "copies to save",
-)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What decides the memory of a batch.
+
+    Attributes:
+        rows: that go through the model at one time.
+        tokens: of the longest row.
+        supervised: targets of the whole batch; every token but the first of each row if None.
+        padded: whether rows differ in length.
+    """
+
+    rows: int
+    tokens: int
+    supervised: int | None = None
+    padded: bool = False
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether attention takes a mask: a single row is never padded."""
+        return self.padded and self.rows > 1
 
 
 @dataclass(frozen=True)
@@ -67,15 +83,22 @@ class Prediction:
     Attributes:
         device: the peak of each phase on the device, by phase.
         host: on the host, beside what the process itself takes.
+        evaluation_rows: rows of a batch in evaluation.
     """
 
     device: dict[str, Peak]
     host: dict[str, Peak]
+    evaluation_rows: int
 
     @property
     def peak(self) -> Peak:
         """The largest of the phases of training on the device."""
         return _largest(self.device)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of training that has it."""
+        return next(name for name, peak in self.device.items() if peak == self.peak)
 
     @property
     def host_peak(self) -> Peak:
@@ -109,6 +132,11 @@ def predict(
     config: TrainConfig,
     hardware: Hardware,
     tokens: int,
+    *,
+    supervised: int | None = None,
+    padded: bool = False,
+    evaluation_tokens: int | None = None,
+    evaluation_padded: bool = False,
 ) -> Prediction:
     """Predict the memory of a run.
 
@@ -117,21 +145,52 @@ def predict(
         lora: the trained part.
         config: how a step is computed, and by which optimiser.
         hardware: `meta` stands in for a GPU and is told apart from the host.
-        tokens: of each row, all of them supervised.
+        tokens: of the longest row.
+        supervised: targets of the largest micro-batch; all but the first of each row if None.
+        padded: whether the rows of this micro-batch differ in length.
+        evaluation_tokens: of the longest row in evaluation, if that is another.
+        evaluation_padded: whether rows differ in length there.
     """
-    skeleton = build_skeleton(spec.architecture())
-    with _simulation(hardware) as ledger:
-        run = _Run(ledger, spec, config, hardware, skeleton)
-        run.load()
-        run.attach(lora)
-        run.train(tokens)
-        run.evaluate(tokens)
+    architecture = spec.architecture()
+    with simulated_run(spec, lora, config, hardware, build_skeleton(architecture)) as run:
+        run.step(config, BatchShape(config.batch_size, tokens, supervised, padded))
+        evaluated = BatchShape(
+            config.eval_batch_size, evaluation_tokens or tokens, None, evaluation_padded
+        )
+        evaluation_rows = run.evaluate_within_step(config, evaluated)
         run.save()
     # Built outside: the placeholders of a skeleton are no memory.
-    skeleton = build_skeleton(spec.architecture())
+    skeleton = build_skeleton(architecture)
     with _simulation(hardware) as ledger:
         _merge(ledger, skeleton, spec, lora, hardware, run)
-    return Prediction(run.device, run.host)
+    device = {phase: run.device[phase] for phase in PHASES}
+    return Prediction(device, {phase: run.host[phase] for phase in PHASES}, evaluation_rows)
+
+
+def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return the same architecture with so many decoder layers."""
+    short = copy.deepcopy(architecture)
+    text = short.get_text_config()
+    text.num_hidden_layers = layers
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = (kinds * layers)[:layers]
+    return short
+
+
+@contextlib.contextmanager
+def simulated_run(
+    spec: BaseSpec,
+    lora: LoraSpec,
+    config: TrainConfig,
+    hardware: Hardware,
+    skeleton: PreTrainedModel,
+) -> Iterator[SimulatedRun]:
+    """Load a base, attach an adapter and take its first optimiser step, all of it simulated."""
+    with _simulation(hardware) as ledger:
+        run = SimulatedRun(ledger, spec, config, hardware, skeleton)
+        run.load()
+        run.attach(lora)
+        yield run
 
 
 @contextlib.contextmanager
@@ -143,13 +202,29 @@ def _simulation(hardware: Hardware) -> Iterator[Ledger]:
         # transformers builds masks for tracers, which fake tensors look like, and for no run.
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", return_value=False))
         if device == "meta":
-            stack.enter_context(planned_attention())
+            stack.enter_context(planned_attention(ledger))
+            stack.enter_context(mock.patch.object(InPlaceLane, "host_memory", _pinned(ledger)))
         stack.enter_context(ledger)
         yield ledger
 
 
-class _Run:
-    """One simulated run: its phases in their order."""
+def _pinned(ledger: Ledger) -> Callable[[InPlaceLane, Tensor], Tensor]:
+    def host_memory(_: InPlaceLane, like: Tensor) -> Tensor:
+        block = torch.empty(pinned_bytes(like.nbytes), dtype=torch.uint8, device="cpu")
+        ledger.claim(block, "layer checkpoints")
+        return block[: like.nbytes].view(like.dtype).view(like.shape)
+
+    return host_memory
+
+
+class SimulatedRun:
+    """One simulated run: its phases in their order.
+
+    Attributes:
+        device: the peak of each phase so far, on the device.
+        host: on the host.
+        work: of the last step.
+    """
 
     def __init__(
         self,
@@ -163,9 +238,11 @@ class _Run:
         self.model = skeleton
         self.device: dict[str, Peak] = {}
         self.host: dict[str, Peak] = {}
+        self.work = Work()
 
     @contextlib.contextmanager
     def phase(self, name: str, ledger: Ledger | None = None) -> Iterator[None]:
+        """Note the peaks of the block under this name."""
         ledger = ledger or self.ledger
         ledger.restart()
         yield
@@ -176,6 +253,7 @@ class _Run:
 
     @torch.no_grad()
     def load(self) -> None:
+        """Load the base as training does, from tensors without content."""
         placement = Placement.of(self.config).resolved(
             self.hardware.device, tied=is_tied(self.model)
         )
@@ -187,7 +265,7 @@ class _Run:
             fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
         self.base = Base(self.model, self.spec, self.hardware, "", 0, 0.0, placement)
         self.head = head_of(self.model)
-        self._claim_weights()
+        claim_model(self.ledger, self.model, self.head)
         workspace = workspace_bytes(self.hardware.device.type)
         self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.hardware.device)
         self.ledger.claim(self.workspace, "workspace")
@@ -196,80 +274,80 @@ class _Run:
         """Say of each tensor what it is for, as soon as it is there."""
         for name, value in stream:
             for part, tensor in _parts(value):
-                is_packed = part in ("", "codes", "values")
-                self.ledger.claim(tensor, "base weights" if is_packed else _CONSTANTS)
+                self.ledger.claim(tensor, purpose_of_part(part))
             yield name, value
 
-    def _claim_weights(self) -> None:
-        claim = self.ledger.claim
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            claim(tensor, "norms and biases")
-        for layer in frozen_layers(self.model).values():
-            for name, tensor in layer.weight.named_buffers():
-                is_packed = name in ("codes", "values")
-                claim(tensor, "base weights" if is_packed else _CONSTANTS)
-        for tensor in self.head.linear.weight.buffers():
-            claim(tensor, "head")
-        claim(self.model.get_input_embeddings().weight, "embeddings")  # last: it may be the head
-
     def attach(self, lora: LoraSpec) -> None:
-        with self.ledger.purpose("LoRA"):
-            self.adapter = attach(self.base, lora, self.config.seed)
-        self.parameters = self.adapter.parameters()
+        """Attach the adapter and let the optimiser make its state, as every later step has it."""
+        self.parameters = attach(self.base, lora, self.config.seed).parameters()
+        self.optimizer = build_optimizer(self.parameters.values(), self.config)
+        self._give_gradients()
+        with self.phase("optimizer"), watched(self.ledger, self.model, self.optimizer):
+            limit = self.config.max_grad_norm or 1.0
+            with self.ledger.purpose("optimiser"):
+                torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _give_gradients(self) -> None:
         for parameter in self.parameters.values():
-            hooked: Any = parameter
-            hooked.register_post_accumulate_grad_hook(
-                lambda p: self.ledger.claim(p.grad, "gradients")
-            )
+            parameter.grad = torch.empty_like(parameter)
+        claim_trained(self.ledger, self.optimizer)
 
     # ------------------------------------------------------------ training
 
-    def train(self, tokens: int) -> None:
-        apply(self.model, resolve(self.config, self.hardware), self.hardware)
+    def step(self, options: StepOptions, shape: BatchShape) -> None:
+        """Run a micro-batch forward and backward; with accumulation, one that is not the first.
+
+        Every such step finds the optimiser's state, as all but the first of a run do.
+        """
+        apply(self.model, resolve(options, self.hardware), self.hardware)
         self.model.train()
-        self._claim_checkpoints()
-        self._take_first_step()
-        if self.config.gradient_accumulation_steps == 1:
-            self.optimizer.zero_grad(set_to_none=True)
-        batch = _batch(self.config.batch_size, tokens, self.hardware.device)
-        with self.phase("forward"), _loss_purposes(self.ledger):
-            loss: Any = step.loss_sum(
-                self.model, batch, self.head, chunk_tokens=self.config.loss_chunk_tokens
-            )
-        with self.phase("backward"), _dequantised(self.ledger):
-            loss.backward()
+        if options.gradient_accumulation_steps > 1:
+            self._give_gradients()
+        batch = _batch(shape, self.hardware.device)
+        with (
+            self.ledger.counted() as self.work,
+            watched(self.ledger, self.model, self.optimizer),
+            _masked(shape.is_masked),
+        ):
+            with self.phase("forward"):
+                loss = step.loss_sum(
+                    self.model, batch, self.head, chunk_tokens=options.loss_chunk_tokens
+                )
+            with self.phase("backward"):
+                torch.autograd.backward(loss)
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _claim_checkpoints(self) -> None:
-        def claim(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden = inputs[0] if inputs else named["hidden_states"]
-            self.ledger.claim(hidden, "layer checkpoints")
-
-        if self.config.recompute:
-            for layer in self.model.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.register_forward_pre_hook(claim, with_kwargs=True)
-
-    def _take_first_step(self) -> None:
-        """Let the optimiser make its state, as every later micro-batch finds it."""
-        for parameter in self.parameters.values():
-            parameter.grad = torch.empty_like(parameter)
-            self.ledger.claim(parameter.grad, "gradients")
-        with self.phase("optimizer"), self.ledger.purpose("optimiser"):
-            self.optimizer = build_optimizer(self.parameters.values(), self.config)
-            limit = self.config.max_grad_norm or 1.0
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
-            self.optimizer.step()
 
     # ------------------------------------------------------------ after training
 
-    def evaluate(self, tokens: int) -> None:
+    def evaluate(self, config: TrainConfig, shape: BatchShape) -> None:
+        """Measure a batch of validation rows."""
         self.model.eval()
-        batch = _batch(self.config.eval_batch_size, tokens, self.hardware.device)
-        with self.phase("evaluation"), _dequantised(self.ledger):
-            step.scores(self.model, batch, self.head, self.config.loss_chunk_tokens)
+        batch = _batch(shape, self.hardware.device)
+        with (
+            self.phase("evaluation"),
+            watched(self.ledger, self.model, self.optimizer),
+            _masked(shape.is_masked),
+        ):
+            step.scores(self.model, batch, self.head, config.loss_chunk_tokens)
+
+    def evaluate_within_step(self, config: TrainConfig, shape: BatchShape) -> int:
+        """Evaluate with as many rows as asked for, or as take no more than the step did.
+
+        Returns:
+            How many rows that are.
+        """
+        is_asked = "eval_batch_size" in config.model_fields_set
+        allowed = max(self.device[phase].bytes for phase in ("forward", "backward"))
+        while True:
+            self.evaluate(config, shape)
+            if is_asked or shape.rows == 1 or self.device["evaluation"].bytes <= allowed:
+                return shape.rows
+            shape = replace(shape, rows=shape.rows // 2)
 
     def save(self) -> None:
+        """Save a checkpoint."""
         with self.phase("save"), self.ledger.purpose("copies to save"):
             kept = [parameter.detach().cpu().clone() for parameter in self.parameters.values()]
             tensors, _ = optimizer_tensors(self.optimizer, self.parameters)
@@ -283,7 +361,7 @@ def _merge(
     spec: BaseSpec,
     lora: LoraSpec,
     hardware: Hardware,
-    run: _Run,
+    run: SimulatedRun,
 ) -> None:
     """Merge as `export` does."""
     layers = linear_layers(skeleton)
@@ -337,35 +415,16 @@ def _stored_dtype(skeleton: PreTrainedModel) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
-def _batch(rows: int, tokens: int, device: torch.device) -> Batch:
-    ids = torch.zeros(rows, tokens, dtype=torch.int64, device="cpu")
-    positions = torch.zeros(rows * (tokens - 1), dtype=torch.int64, device="cpu")
-    return Batch(ids, ids, None, tuple(range(rows)), positions).to(device)
+def _batch(shape: BatchShape, device: torch.device) -> Batch:
+    ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device="cpu")
+    supervised = shape.supervised or shape.rows * (shape.tokens - 1)
+    positions = torch.zeros(supervised, dtype=torch.int64, device="cpu")
+    mask = torch.ones_like(ids) if shape.is_masked else None
+    return Batch(ids, ids, mask, tuple(range(shape.rows)), positions).to(device)
 
 
 @contextlib.contextmanager
-def _loss_purposes(ledger: Ledger) -> Iterator[None]:
-    def booked(*arguments: Any) -> Tensor:
-        with ledger.purpose("loss chunk"):
-            return cross_entropy_sum(*arguments)
-
-    with _dequantised(ledger), mock.patch.object(step, "cross_entropy_sum", booked):
+def _masked(padded: bool) -> Iterator[None]:
+    """Let transformers believe what a fake mask cannot show: whether anything is padded."""
+    with mock.patch("transformers.masking_utils.fast_all", return_value=not padded):
         yield
-
-
-@contextlib.contextmanager
-def _dequantised(ledger: Ledger) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for kind in (FourBitWeight, Int8Weight):
-            stack.enter_context(mock.patch.object(kind, "dequantize", _booked(kind, ledger)))
-        yield
-
-
-def _booked(kind: type[FrozenWeight], ledger: Ledger) -> Any:
-    real = kind.dequantize
-
-    def dequantize(self: FrozenWeight, dtype: torch.dtype) -> Tensor:
-        with ledger.purpose("dequantised weight"):
-            return real(self, dtype)
-
-    return dequantize

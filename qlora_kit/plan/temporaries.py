@@ -1,7 +1,7 @@
 """What a device takes that no tensor shows.
 
-On the CPU nothing was found: predictions agree with the allocator's record (`tests/test_plan.py`).
-On a GPU not measured yet.
+On the CPU nothing was found: predictions agree with the allocator's record
+(`tests/test_plan_allocator.py`). On a GPU not measured yet.
 """
 
 from __future__ import annotations
@@ -14,3 +14,8 @@ _CUBLAS_BYTES = 32 << 20
 def workspace_bytes(device: str) -> int:
     """Return what is taken once, by the first matrix product; "meta" stands in for a GPU."""
     return _CUBLAS_BYTES if device == "meta" else 0
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what torch pins for a tensor: its caching host allocator rounds to powers of two."""
+    return 1 << (size - 1).bit_length()

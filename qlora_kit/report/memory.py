@@ -1,6 +1,6 @@
-"""The memory of a run, as tables and as a picture of stacked bars.
+"""The memory of a run, as tables and as pictures: of its phases, and of one step in time.
 
-Takes plain numbers: bytes by purpose, by phase.
+Takes plain numbers: bytes by purpose, by phase or by moment.
 """
 
 from __future__ import annotations
@@ -18,15 +18,79 @@ _GB = 10**9
 def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
     """Return one row a phase: its peak on the device, and on the host."""
     return tuple(
-        (phase, f"{peak / _GB:6.2f} GB   host {host[phase] / _GB:5.2f} GB")
+        (phase, f"{size_text(peak):>8}   host {size_text(host[phase]):>8}")
         for phase, peak in device.items()
     )
 
 
 def breakdown_rows(parts: Breakdown, order: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Return one row a purpose, those below a megabyte left out."""
-    present = [name for name in order if parts.get(name, 0) >= _MB]
-    return tuple((name, f"{parts[name] / _GB:6.3f} GB") for name in present)
+    """Return one row a purpose, those below a thousandth of the whole left out."""
+    least = sum(parts.values()) / 1000
+    present = [name for name in order if parts.get(name, 0) > least]
+    return tuple((name, f"{size_text(parts[name]):>8}") for name in present)
+
+
+def size_text(size: int) -> str:
+    """Return a size as people read it: "4.70 GB", "37.4 MB"; 10⁹ and 10⁶ bytes."""
+    return f"{size / _GB:.2f} GB" if size >= _GB / 10 else f"{size / _MB:.1f} MB"
+
+
+def _unit(largest: int) -> tuple[int, str]:
+    """Return the unit of a picture: bytes and name."""
+    return (_GB, "GB (10⁹ bytes)") if largest >= _GB / 10 else (_MB, "MB (10⁶ bytes)")
+
+
+def difference_text(measured: int, predicted: int) -> str:
+    """Return how far a measured peak is from the predicted one, such as "-1.2 %"."""
+    return f"{(measured - predicted) / predicted:+.1%}"
+
+
+def draw_timeline(
+    timeline: Sequence[Sequence[int]],
+    order: Sequence[str],
+    levels: Mapping[str, int],
+    title: str,
+    path: Path,
+) -> None:
+    """Draw the memory of one optimiser step in time.
+
+    Args:
+        timeline: bytes by purpose at each moment.
+        order: of the purposes, from the bottom.
+        levels: bytes that are drawn as a line, by what they are.
+        title: over the picture.
+        path: of the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
+    colors = pyplot.get_cmap("tab20").colors
+    largest = max((sum(moment) for moment in timeline), default=0)
+    unit, label = _unit(largest)
+    heights = [[moment[index] / unit for moment in timeline] for index in range(len(order))]
+    shown = [i for i, row in enumerate(heights) if max(row, default=0) * unit > largest / 1000]
+    if timeline:
+        axes.stackplot(
+            range(len(timeline)),
+            *(heights[i] for i in shown),
+            labels=[order[i] for i in shown],
+            colors=[colors[i % len(colors)] for i in shown],
+        )
+    for (name, level), style in zip(levels.items(), ("--", ":"), strict=False):
+        axes.axhline(level / unit, color="black", linestyle=style, linewidth=1, label=name)
+    axes.set_xlabel("moments of one optimiser step")
+    axes.set_ylabel(label)
+    axes.set_title(title)
+    axes.set_xlim(0, max(1, len(timeline) - 1))
+    axes.margins(y=0.08)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.25)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_figure(figure, path)
 
 
 def draw_memory(
@@ -49,15 +113,17 @@ def draw_memory(
     colors = pyplot.get_cmap("tab20").colors
     names = list(phases)
     bottom = [0.0] * len(names)
+    largest = max(sum(parts.values()) for parts in phases.values())
+    unit, label = _unit(largest)
     for color, purpose in zip(colors, order, strict=False):
-        heights = [phases[phase].get(purpose, 0) / _GB for phase in names]
-        if max(heights) * _GB < _MB:
+        heights = [phases[phase].get(purpose, 0) / unit for phase in names]
+        if max(heights) * unit < largest / 1000:
             continue
         axes.bar(names, heights, bottom=bottom, color=color, label=purpose, width=0.7)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     for index, top in enumerate(bottom):
         axes.text(index, top, f"{top:.2f}", ha="center", va="bottom", fontsize=9)
-    axes.set_ylabel("GB (10⁹ bytes) at the peak of the phase")
+    axes.set_ylabel(f"{label} at the peak of the phase")
     axes.set_title(title)
     axes.margins(y=0.08)
     axes.grid(axis="y", alpha=0.25)

@@ -36,7 +36,7 @@ class Lane(Protocol):
         ...
 
 
-class _Stream:
+class StreamLane:
     """Copies on a stream of their own; the processor waits for none of them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -44,9 +44,11 @@ class _Stream:
         self._stream = torch.cuda.Stream(device)
 
     def host_memory(self, like: Tensor) -> Tensor:
+        """See `Lane`."""
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        """See `Lane`."""
         # Of the two the one on the device belongs to the computing stream: as a source it must
         # have been computed; as a target its memory may be that of a tensor which was freed a
         # moment ago, and which kernels in the queue of that stream still read.
@@ -57,20 +59,23 @@ class _Stream:
         return end
 
     def wait(self, end: torch.cuda.Event) -> None:
+        """See `Lane`."""
         torch.cuda.current_stream(self._device).wait_event(end)
 
 
-class _InPlace:
+class InPlaceLane:
     """Copies at once: what a CPU does, and fake tensors."""
 
     def host_memory(self, like: Tensor) -> Tensor:
+        """See `Lane`."""
         return torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
     def copy(self, target: Tensor, source: Tensor) -> None:
+        """See `Lane`."""
         target.copy_(source)
 
     def wait(self, end: None) -> None:
-        pass
+        """See `Lane`: what is copied at once is there."""
 
 
 class _Held:
@@ -139,7 +144,7 @@ class Offload:
     @classmethod
     def on(cls, device: torch.device) -> Offload:
         """Return an offload whose copies run beside what a GPU computes."""
-        return cls(_Stream(device) if device.type == "cuda" else _InPlace())
+        return cls(StreamLane(device) if device.type == "cuda" else InPlaceLane())
 
     def pack(self, x: Tensor) -> _Held:
         """Begin to copy the input of a layer out, and free that of the layer before.

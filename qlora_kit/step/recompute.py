@@ -21,13 +21,17 @@ from qlora_kit.errors import ModelError
 from qlora_kit.step.offload import Offload
 
 
-def set_recompute(model: nn.Module, enabled: bool, offload: Offload | None = None) -> None:
-    """Switch recomputation of every decoder layer on or off; it acts in training mode only.
+def set_recompute(
+    model: nn.Module, enabled: bool, offload: Offload | None = None, keep_layers: int = 0
+) -> None:
+    """Switch recomputation of the decoder layers on or off; it acts in training mode only.
 
     Args:
         model: changed in place.
         enabled: whether layers run again in backward.
         offload: holds the inputs of the layers meanwhile; they stay on the device if None.
+        keep_layers: layers that keep their activations instead. The last ones: backward begins
+            with them, so what they kept is free again when the others are recomputed.
 
     Raises:
         ModelError: the architecture has no layers that can be recomputed.
@@ -36,8 +40,9 @@ def set_recompute(model: nn.Module, enabled: bool, offload: Offload | None = Non
     if enabled and not layers:
         raise ModelError("the model has no layers that can be recomputed; pass --no-recompute")
     run = _recomputed if offload is None else partial(_offloaded, offload)
-    for layer in layers:
-        layer.gradient_checkpointing = enabled
+    recomputed = max(0, len(layers) - keep_layers) if enabled else 0
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < recomputed
         layer._gradient_checkpointing_func = run  # type: ignore[assignment]
 
 

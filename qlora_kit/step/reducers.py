@@ -3,7 +3,7 @@
 | reducer | same bits | costs |
 |---|---|---|
 | embedding on the CPU | yes | one copy of (B, T, D) a micro-batch |
-| recompute | yes | a second forward of every layer |
+| recompute | yes | a second forward of every layer that does not keep its activations |
 | checkpoints in host memory | yes | copies beside the computation |
 | MLP in tiles | but for the order of sums | nothing where layers are recomputed |
 
@@ -35,11 +35,13 @@ class Reducers:
         recompute: run each layer again in backward.
         offload_checkpoints: hold the layers' inputs in host memory meanwhile.
         mlp_tile_tokens: tokens a gated MLP works on at a time; 0: all, as its model has it.
+        keep_layers: so many of the last layers are not run again.
     """
 
     recompute: bool
     offload_checkpoints: bool
     mlp_tile_tokens: int
+    keep_layers: int = 0
 
 
 def resolve(options: StepOptions, hardware: Hardware) -> Reducers:
@@ -57,6 +59,7 @@ def resolve(options: StepOptions, hardware: Hardware) -> Reducers:
         recompute=options.recompute,
         offload_checkpoints=on_gpu and options.recompute and offload is not False,
         mlp_tile_tokens=tile,
+        keep_layers=options.keep_layers,
     )
 
 
@@ -70,7 +73,7 @@ def apply(model: nn.Module, reducers: Reducers, hardware: Hardware) -> int:
         ModelError: the architecture has no layers that can be recomputed.
     """
     offload = Offload.on(hardware.device) if reducers.offload_checkpoints else None
-    set_recompute(model, reducers.recompute, offload)
+    set_recompute(model, reducers.recompute, offload, reducers.keep_layers)
     return set_mlp_tiles(model, reducers.mlp_tile_tokens, hardware.dtype)
 
 
@@ -80,6 +83,8 @@ def without_effect(options: StepOptions, reducers: Reducers, tiled_mlps: int) ->
     if options.offload_checkpoints and not reducers.offload_checkpoints:
         reason = "the model runs on a CPU" if options.recompute else "nothing is recomputed"
         said.append(f"--offload-checkpoints has no effect: {reason}")
+    if options.keep_layers and not options.recompute:
+        said.append("--keep-layers has no effect: nothing is recomputed")
     if options.mlp_tile_tokens and not tiled_mlps:
         said.append("--mlp-tile-tokens has no effect: the model's MLPs are of another kind")
     return said

@@ -114,6 +114,7 @@ def train_adapter(
     evaluate: Callable[[], float] | None = None,
     loss: ChunkLoss | None = None,
     saving: Saving | None = None,
+    before_first_step: Callable[[OptimizerStep], None] | None = None,
     announce: Announce = silent,
 ) -> TrainResult:
     """Train an attached adapter.
@@ -127,6 +128,7 @@ def train_adapter(
         loss: custom loss of a chunk of logits and targets, returning a sum; cross-entropy if
             None.
         saving: where checkpoints go; without it nothing is written.
+        before_first_step: called with what will take the steps; it must leave all as it was.
         announce: receives the events of the run.
 
     Raises:
@@ -137,7 +139,9 @@ def train_adapter(
         Stopped: a signal came.
     """
     _check_one_process()
-    run = _Run(adapter, rows, config, pad_token_id, evaluate, loss, saving, announce)
+    run = _Run(
+        adapter, rows, config, pad_token_id, evaluate, loss, saving, before_first_step, announce
+    )
     with signals.deferred():
         return run.run()
 
@@ -153,6 +157,7 @@ class _Run:
     evaluate: Callable[[], float] | None
     loss: ChunkLoss | None
     saving: Saving | None
+    before_first_step: Callable[[OptimizerStep], None] | None
     announce: Announce
 
     def __post_init__(self) -> None:
@@ -209,6 +214,8 @@ class _Run:
             self.progress.finished = False
             self.step.micro_batch_rows = self.progress.micro_batch_rows or self.config.batch_size
         self._say_cost_of_determinism()
+        if self.before_first_step is not None:
+            self.before_first_step(self.step)
         self.announce(
             RunStarted(
                 first_step=self.progress.optimizer_step + 1,

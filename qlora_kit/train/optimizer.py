@@ -73,6 +73,49 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+# ---------------------------------------------------------------- state in memory
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let bitsandbytes make its state now; what its first step would do. torch's makes it then."""
+    if not hasattr(optimizer, "init_state"):
+        return
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if not optimizer.state[parameter]:
+                optimizer.init_state(group, parameter, group_index, index)
+
+
+def optimizer_copy(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return a copy of the state of each parameter, its tensors in host memory."""
+    return [
+        {
+            name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            for name, value in optimizer.state.get(parameter, {}).items()
+        }
+        for parameter in _parameters(optimizer)
+    ]
+
+
+@torch.no_grad()
+def restore_copy(optimizer: torch.optim.Optimizer, copies: list[dict[str, Any]]) -> None:
+    """Put back what `optimizer_copy` returned; state that was made since goes."""
+    for parameter, kept in zip(_parameters(optimizer), copies, strict=True):
+        if not kept:
+            optimizer.state.pop(parameter, None)
+            continue
+        state = optimizer.state[parameter]
+        for name, value in kept.items():
+            if isinstance(value, Tensor):
+                state[name].copy_(value)
+            else:
+                state[name] = value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 # ---------------------------------------------------------------- state on disk
 
 

@@ -7,6 +7,7 @@ weight changes and the rows are named. Stopped between two micro-batches: the st
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from qlora_kit.model.memory import is_out_of_memory, release_memory
 from qlora_kit.signals import safe_point
 from qlora_kit.step.forward import loss_sum
 from qlora_kit.step.loss import ChunkLoss
+from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
 from qlora_kit.train.random_states import random_states, restore_random_states
 
 Window = Sequence[Indices]
@@ -184,6 +186,28 @@ class OptimizerStep:
             )
         self.micro_batch_rows = math.ceil(most / 2)
         self.on_halved(self.micro_batch_rows)
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Put weights, optimiser, loss scale and random states back after the block, bit for bit.
+
+        The copies are in host memory: the device holds no more than without them.
+        """
+        make_state(self.optimizer)
+        states = random_states(self.device)
+        weights = [parameter.detach().cpu().clone() for parameter in self.parameters]
+        moments = optimizer_copy(self.optimizer)
+        scale = self.scaler.state_dict()
+        try:
+            yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for parameter, kept in zip(self.parameters, weights, strict=True):
+                    parameter.copy_(kept)
+            restore_copy(self.optimizer, moments)
+            self.scaler.load_state_dict(scale)
+            restore_random_states(states, self.device)
 
     def cost_of_determinism(self, window: Window) -> float:
         """Measure how much longer a micro-batch takes with deterministic algorithms.

@@ -31,7 +31,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "train_on",
         "rows",
     ),
-    "tokenizer": ("tokenizer", "template"),
+    "tokenizer": ("tokenizer", "chat_template", "template"),
     "base": ("base", "bits", "quant_type", "double_quant", "head_bits"),
     "batch": ("batch_size", "gradient_accumulation_steps"),
     "seed": ("seed",),
@@ -43,6 +43,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 _FIXED = ("rank", "rank_pattern", "targets", "optimizer")
 # What follows from others is a difference of its own only where those are equal.
 _DERIVED: Mapping[str, tuple[str, ...]] = {
+    "template": ("chat_template",),
     "rows": (*GROUPS["data"][:-1], *GROUPS["tokenizer"], "seed"),
     "validation": ("data", *GROUPS["data"][2:-1], *GROUPS["tokenizer"], "seed"),
 }
@@ -50,8 +51,8 @@ _DERIVED: Mapping[str, tuple[str, ...]] = {
 _REORDERING = ("data", "tokenizer", "batch", "seed")
 
 OPTIONS: tuple[str, ...] = (
-    *_FIXED, "validation_fraction", "max_length", "long_samples", "train_on", "bits",
-    "quant_type", "double_quant", "head_bits",
+    *_FIXED, "validation_fraction", "max_length", "long_samples", "train_on", "chat_template",
+    "bits", "quant_type", "double_quant", "head_bits",
     "batch_size", "gradient_accumulation_steps", "seed", "alpha", "alpha_pattern",
     "lora_dropout", "rslora", *GROUPS["schedule"], "loss_chunk_tokens", "mlp_tile_tokens",
     "deterministic",
@@ -59,7 +60,7 @@ OPTIONS: tuple[str, ...] = (
 """The options that are part of a run's identity as they are."""
 
 # Options that older checkpoints do not name, and what was done then.
-_BEFORE: Mapping[str, Any] = {"head_bits": 16}
+_BEFORE: Mapping[str, Any] = {"head_bits": 16, "chat_template": None}
 
 
 def differences(

@@ -1,0 +1,67 @@
+"""Predict which rows fit which card: the table of the README.
+
+    python benchmarks/cards.py
+
+For each model, the longest row of one micro-batch whose whole run fits a card of that size, with
+everything exact that needs less memory, the context and the margin that `qlora-kit plan --vram`
+allows for. Predicted for a CUDA GPU in bf16; measured on none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from typing import Any
+
+from longest import longest_length
+from measure import print_table, save_results
+
+CARDS = "5GB,6GB,8GB,10GB,12GB,16GB,24GB"
+MODELS = "deepseek-7b:4,deepseek-7b:8,mistral-7b:4,llama-3.1-8b:4,qwen2.5-7b:4,gemma-2-9b:4"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--cards", default=CARDS, help=f"default {CARDS}")
+    parser.add_argument("--models", default=MODELS, help=f"with bits; default {MODELS}")
+    arguments = parser.parse_args()
+    cards = arguments.cards.split(",")
+    rows = [row(*model.split(":"), cards) for model in arguments.models.split(",")]
+    print_table(rows, ["model", "bits", *cards])
+    print("saved", save_results("cards", {"longest_row_tokens": rows}))
+
+
+def row(model: str, bits: str, cards: list[str]) -> dict[str, Any]:
+    """Find the longest row for each card."""
+    from qlora_kit.config import parse_size
+    from qlora_kit.plan.budget import Budget
+
+    @functools.cache
+    def taken(length: int) -> int:
+        return Budget().taken_of_card(predicted(model, int(bits), length))
+
+    found: dict[str, Any] = {"model": model, "bits": int(bits)}
+    for card in cards:
+        found[card] = longest_length(taken, parse_size(card), known=(512, 2048, 8192))
+        print(f"found: {model}, {bits} bits, {card}: {found[card]}", file=sys.stderr)
+    return found
+
+
+def predicted(model: str, bits: int, length: int) -> int:
+    """Return the peak of a run on the device, load and evaluation included."""
+    import qlora_kit as qk
+    from qlora_kit.plan.subject import Rows, Subject, planned_hardware
+
+    config = qk.TrainConfig(
+        model=model, bits=bits, batch_size=1, gradient_accumulation_steps=2, eval_batch_size=1
+    )
+    spec = qk.BaseSpec(qk.find_model(model), None, qk.Quantization(bits), random=True)
+    what = Subject(spec, qk.LoraSpec.of(config), planned_hardware(config), Rows(length))
+    return what.predicted(config).peak.bytes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What a side of a benchmark held at most in each phase, by the allocator's own record."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Meter(Protocol):
+    """Runs phases and remembers the peak of each."""
+
+    def phase(self, name: str, run: Callable[[], Any]) -> Any:
+        """Run one phase, note its peak and return what it returned."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was found, in bytes."""
+        ...
+
+
+def meter_of_this_machine(limit: int | None) -> Meter:
+    """Return a meter for the GPU if there is one, else for the CPU.
+
+    Args:
+        limit: bytes that torch may take of the GPU at most; emulates a smaller card.
+    """
+    import torch
+
+    return GpuMeter(limit) if torch.cuda.is_available() else CpuMeter()
+
+
+class GpuMeter:
+    """Peaks of torch's caching allocator, and what the device has in use at the end."""
+
+    def __init__(self, limit: int | None) -> None:
+        import torch
+
+        self._cuda = torch.cuda
+        self._peaks: dict[str, dict[str, int]] = {}
+        if limit:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        torch.empty(1, device="cuda")
+        self._context = self._in_use()
+
+    def _in_use(self) -> int:
+        free, total = self._cuda.mem_get_info()
+        return int(total - free)
+
+    def phase(self, name: str, run: Callable[[], Any]) -> Any:
+        """Run one phase; also when it runs out of memory its peak is noted."""
+        gc.collect()
+        self._cuda.synchronize()
+        self._cuda.reset_peak_memory_stats()
+        try:
+            return run()
+        finally:
+            self._cuda.synchronize()
+            self._peaks[name] = {
+                "allocated_bytes": self._cuda.max_memory_allocated(),
+                "reserved_bytes": self._cuda.max_memory_reserved(),
+            }
+
+    def summary(self) -> dict[str, Any]:
+        """Return the peaks; `context_bytes` is what the device had in use before the first."""
+        return {
+            "measured_on": self._cuda.get_device_name(),
+            "phase_peaks_bytes": {n: p["allocated_bytes"] for n, p in self._peaks.items()},
+            "reserved_bytes": max((p["reserved_bytes"] for p in self._peaks.values()), default=0),
+            "device_bytes": self._in_use(),
+            "context_bytes": self._context,
+        }
+
+
+class CpuMeter:
+    """The CPU allocator's own record: live bytes after each allocation, from torch's profiler.
+
+    It knows of what was allocated in one of its phases only, and of what is freed in one.
+    """
+
+    def __init__(self) -> None:
+        self._live = 0
+        self._peaks: dict[str, int] = {}
+
+    def phase(self, name: str, run: Callable[[], Any]) -> Any:
+        """Run one phase under the profiler."""
+        from torch.profiler import ProfilerActivity, profile
+
+        gc.collect()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            result = run()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            record.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        changes = sorted(
+            (e["ts"], i, e["args"]["Bytes"])
+            for i, e in enumerate(events)
+            if e.get("name") == "[memory]"
+        )
+        running = list(itertools.accumulate((c[-1] for c in changes), initial=self._live))
+        self._peaks[name], self._live = max(running), running[-1]
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """Return the peaks; nothing is reserved ahead on a CPU."""
+        return {
+            "measured_on": "CPU allocator",
+            "phase_peaks_bytes": self._peaks,
+            "reserved_bytes": None,
+            "device_bytes": None,
+            "context_bytes": None,
+        }

@@ -1,0 +1,150 @@
+"""The kit's side of `peak_vram.py`: one configuration measured, and the same one predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from meters import Meter
+
+OFF: dict[str, Any] = {
+    "embedding_on_cpu": False, "offload_checkpoints": False, "mlp_tile_tokens": 0,
+}  # fmt: skip
+# What is done to need less memory, by what a table calls it; all of it exact.
+SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "no reducers": OFF}
+# Two micro-batches, so that the second finds the gradients of the first.
+ACCUMULATION = 2
+# Peaks that belong to a training step.
+STEP_PHASES = ("micro_batches", "optimizer", "second_step")
+_SCALE, _LAYERS = 8, 4
+
+
+def source_of(run: dict[str, Any]) -> Any:
+    """Return the model; `scaled`: an eighth of its width and vocabulary, and four layers."""
+    import qlora_kit as qk
+
+    source = qk.find_model(run["model"])
+    if not run["scaled"]:
+        return source
+    numbers = dict(source.architecture)
+    for name in (
+        "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
+        "num_key_value_heads",
+    ):  # fmt: skip
+        numbers[name] = max(1, numbers[name] // _SCALE)
+    numbers["num_hidden_layers"] = _LAYERS
+    if "layer_types" in numbers:
+        numbers["layer_types"] = numbers["layer_types"][:_LAYERS]
+    numbers |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return dataclasses.replace(source, architecture=numbers, folder=None)
+
+
+def spec_of(run: dict[str, Any]) -> Any:
+    """Return the base of a run; on disk only where pretrained weights are asked for."""
+    import qlora_kit as qk
+    from qlora_kit.model.fetch import fetch
+
+    source = source_of(run)
+    is_random = run["weights"] == "random" or run["scaled"]
+    folder = fetch(source, random=is_random).folder
+    return qk.BaseSpec(source, folder, qk.Quantization(run["bits"]), is_random)
+
+
+def config_of(run: dict[str, Any]) -> Any:
+    """Return the options of a run; all that is not named is the kit's default."""
+    import qlora_kit as qk
+
+    return qk.TrainConfig(
+        model=run["model"], bits=run["bits"], rank=run["rank"], targets=(run["targets"],),
+        batch_size=run["batch_size"], eval_batch_size=run["batch_size"],
+        gradient_accumulation_steps=ACCUMULATION, max_length=run["length"],
+        **SETTINGS[run["setting"]],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- measured
+
+
+def measure(run: dict[str, Any], meter: Meter) -> None:
+    """Load, take two optimiser steps and evaluate, each as one phase of the meter.
+
+    Args:
+        run: `model`, `scaled`, `weights`, `bits`, `rank`, `targets`, `batch_size`, `length`,
+            and `setting` (one of `SETTINGS`).
+        meter: notes the peaks.
+    """
+    import qlora_kit as qk
+    from qlora_kit.model.head import head_of
+    from qlora_kit.model.load import Placement
+    from qlora_kit.step.forward import loss_sum, scores
+    from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.train.optimizer import build_optimizer
+
+    config = config_of(run)
+    hardware = qk.choose_hardware(dtype="bfloat16")
+    placement = Placement.of(config)
+    base = meter.phase("load", lambda: qk.load_base(spec_of(run), hardware, placement=placement))
+    adapter = meter.phase("attach", lambda: qk.attach(base, qk.LoraSpec.of(config)))
+    parameters = list(adapter.parameters().values())
+    optimizer = build_optimizer(parameters, config)
+    head = head_of(base.model)
+    apply(base.model, resolve(config, hardware), hardware)
+    batch = _batch(run, head.linear.out_features).to(hardware.device)
+
+    def micro_batches() -> None:
+        base.model.train()
+        for _ in range(ACCUMULATION):
+            loss: Any = loss_sum(base.model, batch, head, chunk_tokens=config.loss_chunk_tokens)
+            (loss / batch.supervised_tokens).backward()
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    meter.phase("micro_batches", micro_batches)
+    meter.phase("optimizer", step)
+    # Adam's state exists from now on: this is the step that every later one is like.
+    meter.phase("second_step", lambda: (micro_batches(), step()))
+    base.model.eval()
+    meter.phase("evaluation", lambda: scores(base.model, batch, head, config.loss_chunk_tokens))
+
+
+def _batch(run: dict[str, Any], vocabulary: int) -> Any:
+    import torch
+
+    from qlora_kit.data.batch import collate
+
+    shape = (run["batch_size"], run["length"])
+    ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).tolist()
+    return collate([{"input_ids": row, "labels": row, "row": 0} for row in ids], 0)
+
+
+# ---------------------------------------------------------------- predicted
+
+
+def predicted(run: dict[str, Any]) -> dict[str, int]:
+    """Return the predicted peak of a training step and of an evaluation, in bytes.
+
+    A run that is `scaled` is measured on a CPU, so a CPU is planned for; else a GPU is, whether
+    there is one or not. Both in bf16.
+    """
+    return peaks(source_of(run), config_of(run), for_gpu=not run["scaled"])
+
+
+def peaks(source: Any, config: Any, *, for_gpu: bool) -> dict[str, int]:
+    """Return the predicted peaks of a step, on device and host, and of an evaluation."""
+    import torch
+
+    import qlora_kit as qk
+    from qlora_kit.model.hardware import Hardware
+    from qlora_kit.plan.simulate import predict
+
+    hardware = Hardware(torch.device("meta" if for_gpu else "cpu"), torch.bfloat16, "planned")
+    spec = qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True)
+    found = predict(spec, qk.LoraSpec.of(config), config, hardware, config.max_length)
+    step = ("forward", "backward", "optimizer")
+    return {
+        "step": max(found.device[phase].bytes for phase in step),
+        "host": max(found.host[phase].bytes for phase in step),
+        "evaluation": found.device["evaluation"].bytes,
+    }

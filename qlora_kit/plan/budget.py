@@ -1,0 +1,129 @@
+"""How much memory a run may have, and what it takes of that besides its tensors.
+
+Takes sizes as they were asked for, or asks the machine; returns a `Budget`. GB is 10⁹ bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from qlora_kit.config import BudgetOptions
+from qlora_kit.errors import ConfigError
+from qlora_kit.report.memory import size_text
+
+# What a card holds besides the allocated memory: the CUDA context, published as 0.3 to 0.5 GB,
+# and what the caching allocator cannot use of its blocks. Assumed; not measured yet.
+CONTEXT_BYTES = 500_000_000
+FRAGMENTATION = 0.05
+# Resident after the imports, measured on a CPU: 0.45 to 0.6 GB.
+PROCESS_BYTES = 600_000_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take; None is without a bound.
+
+    Attributes:
+        card_bytes: of the whole card, context and other processes included; on a CPU, of the
+            memory that the model computes in.
+        host_bytes: of the host, the process itself included.
+        other_bytes: of the card, taken by others.
+        on_gpu: whether the model runs on a card.
+    """
+
+    card_bytes: int | None = None
+    host_bytes: int | None = None
+    other_bytes: int = 0
+    on_gpu: bool = True
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether anything was asked for."""
+        return self.card_bytes is not None or self.host_bytes is not None
+
+    @property
+    def allocatable_bytes(self) -> int | None:
+        """Return what torch may reserve of the card."""
+        if self.card_bytes is None:
+            return None
+        return self.card_bytes - self.other_bytes - (CONTEXT_BYTES if self.on_gpu else 0)
+
+    def taken_of_card(self, peak_bytes: int) -> int:
+        """Return what a run with this peak of allocated memory takes of the whole card."""
+        if not self.on_gpu:
+            return peak_bytes
+        return self.other_bytes + CONTEXT_BYTES + round(peak_bytes * (1 + FRAGMENTATION))
+
+    def taken_of_host(self, host_peak_bytes: int, peak_bytes: int) -> int:
+        """Return what it takes of the host; there the model itself is, without a card."""
+        return PROCESS_BYTES + host_peak_bytes + (0 if self.on_gpu else peak_bytes)
+
+    def over_bytes(self, peak_bytes: int, host_peak_bytes: int) -> int:
+        """Return by how much a run goes over the budget; 0 where it fits."""
+        over = 0
+        if self.card_bytes is not None:
+            over = max(over, self.taken_of_card(peak_bytes) - self.card_bytes)
+        if self.host_bytes is not None:
+            over = max(over, self.taken_of_host(host_peak_bytes, peak_bytes) - self.host_bytes)
+        return over
+
+    def describe(self) -> str:
+        """Such as "10.00 GB of the card and 16.00 GB of host memory"."""
+        where = "the card" if self.on_gpu else "memory"
+        parts = []
+        if self.card_bytes is not None:
+            parts.append(f"{size_text(self.card_bytes)} of {where}")
+        if self.host_bytes is not None:
+            parts.append(f"{size_text(self.host_bytes)} of host memory")
+        return " and ".join(parts)
+
+
+def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
+    """Return what was asked for; `auto` is all that nobody else has taken.
+
+    Raises:
+        ConfigError: `auto`, and there is no GPU to ask; or less than a process takes by itself.
+    """
+    other, card, host = 0, options.vram, options.ram
+    if on_gpu and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        # What this process has reserved is its own; its context is counted where it is planned.
+        other = max(0, total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES)
+        card = total if card == "auto" else card
+    elif card == "auto" and on_gpu:
+        raise ConfigError(
+            "--vram auto: there is no GPU here to ask; name the size of its memory, as --vram 10GB"
+        )
+    elif card == "auto":
+        card = psutil.virtual_memory().available
+    host = psutil.virtual_memory().available if host == "auto" else host
+    budget = Budget(card, host, other, on_gpu)
+    _check(budget)
+    return budget
+
+
+def _check(budget: Budget) -> None:
+    allocatable = budget.allocatable_bytes
+    if allocatable is not None and allocatable <= 0:
+        taken = f"{size_text(CONTEXT_BYTES)} of context"
+        if budget.other_bytes:
+            taken += f" and {size_text(budget.other_bytes)} of other processes"
+        raise ConfigError(
+            f"--vram: {size_text(budget.card_bytes or 0)} are no more than the {taken}; "
+            "expected the memory of the whole card; pass a larger --vram"
+        )
+    if budget.host_bytes is not None and budget.host_bytes <= PROCESS_BYTES:
+        raise ConfigError(
+            f"--ram: {size_text(budget.host_bytes)} are no more than the "
+            f"{size_text(PROCESS_BYTES)} of the process itself; pass a larger --ram"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what is free where the model will run."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

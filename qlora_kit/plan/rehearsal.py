@@ -1,0 +1,131 @@
+"""One real step on the longest rows before the first: what a run takes, before it takes it.
+
+Takes what will take the steps; leaves its weights, optimiser and random states bit for bit as
+they were, and returns what was measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from qlora_kit.data.batch import largest_batch, row_lengths
+from qlora_kit.plan.ledger import Change, Ledger
+from qlora_kit.plan.watch import PURPOSES, claim_model, claim_trained, watched
+from qlora_kit.train.optimizer_step import OptimizerStep
+
+# Moments that a picture shows; each is the largest of its share of the step.
+_MOMENTS = 800
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step on the longest rows took.
+
+    Attributes:
+        rows: that went through the model at one time.
+        rows_asked: that were to go; fewer did where memory ran out.
+        tokens: of the longest of them.
+        peak_bytes: as the allocator of the device recorded it.
+        how: which record that is.
+        timeline: bytes by purpose at moments of the step, in the order of `PURPOSES`; what an
+            operation takes for itself meanwhile is not in it.
+    """
+
+    rows: int
+    rows_asked: int
+    tokens: int
+    peak_bytes: int
+    how: str
+    timeline: tuple[tuple[int, ...], ...]
+
+
+def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
+    """Take one optimiser step on the longest rows, measure it and undo it.
+
+    Where memory runs out the micro-batch is halved, as it would be in training.
+
+    Args:
+        step: what will take the steps.
+        micro_batches: of a step; from the second on, the gradients of the first are there.
+    """
+    largest = largest_batch(row_lengths(step.rows), step.micro_batch_rows)
+    window = [largest] * min(2, micro_batches)
+    ledger = Ledger(step.device.type)
+    claim_model(ledger, step.model, step.head)
+    with step.undone():
+        _make_moments(step)
+        claim_trained(ledger, step.optimizer)
+        with (
+            _allocator_record(step.device, ledger.live_bytes) as record,
+            watched(ledger, step.model, step.optimizer),
+            ledger.recorded() as changes,
+            ledger,
+        ):
+            step.take(window, rate=0.0)
+    rows = min(step.micro_batch_rows, len(largest))
+    return Rehearsal(
+        rows=rows,
+        rows_asked=len(largest),
+        tokens=len(step.rows[largest[0]]["input_ids"]),
+        peak_bytes=record.peak_bytes,
+        how=record.how,
+        timeline=tuple(_timeline(changes)),
+    )
+
+
+def _make_moments(step: OptimizerStep) -> None:
+    """Let the optimiser make its state, which every step but the first one finds."""
+    for parameter in step.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
+
+
+class _Record:
+    peak_bytes = 0
+    how = ""
+
+
+@contextmanager
+def _allocator_record(device: torch.device, held_bytes: int) -> Iterator[_Record]:
+    """Record the peak of the block.
+
+    A GPU's allocator keeps its own, since the process began; of a CPU's, torch's profiler tells
+    every change, which are added to what the model holds.
+    """
+    record = _Record()
+    if device.type == "cuda":
+        yield record
+        record.peak_bytes, record.how = torch.cuda.max_memory_allocated(device), "CUDA allocator"
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        yield record
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    record.peak_bytes = held_bytes + max(
+        itertools.accumulate((change for _, change in changes), initial=0)
+    )
+    record.how = "CPU allocator"
+
+
+def _timeline(changes: Sequence[Change]) -> Iterator[tuple[int, ...]]:
+    """Yield bytes by purpose, at the largest moment of each of some equal shares of a step."""
+    share = max(1, len(changes) // _MOMENTS)
+    live: Counter[str] = Counter()
+    total = largest = 0
+    moment: tuple[int, ...] = ()
+    for index, change in enumerate(changes):
+        live[change.purpose] += change.bytes
+        total += change.bytes
+        if total >= largest:
+            largest, moment = total, tuple(live[purpose] for purpose in PURPOSES)
+        if (index + 1) % share == 0:
+            yield moment
+            largest = 0

@@ -1,0 +1,213 @@
+"""The plan of a run that is about to start, and the account of what it then takes.
+
+Takes the options and the tokenised rows; settles what was left open in the options, rehearses
+the largest step, and holds what was measured against what was predicted: on the terminal, in
+`memory.json` and in `memory.png`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.config import TrainConfig
+from qlora_kit.data.batch import row_lengths
+from qlora_kit.errors import ConfigError, QloraKitError
+from qlora_kit.events import Announce, Facts, Notice
+from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.model.hardware import Hardware, choose_hardware
+from qlora_kit.model.load import BaseSpec
+from qlora_kit.model.memory import limit_memory
+from qlora_kit.plan.budget import budget_of, free_bytes
+from qlora_kit.plan.planning import Plan, make_plan
+from qlora_kit.plan.rehearsal import Rehearsal, rehearse
+from qlora_kit.plan.subject import Rows, Subject, standing_in_for
+from qlora_kit.plan.watch import PURPOSES
+from qlora_kit.redact import redacted_values
+from qlora_kit.report.memory import difference_text, draw_timeline, size_text
+from qlora_kit.storage import write_text
+from qlora_kit.train.optimizer_step import OptimizerStep, TokenRows
+
+NAME = "memory.json"
+PICTURE = "memory.png"
+
+
+def plan_run(
+    config: TrainConfig,
+    spec: BaseSpec,
+    lora: LoraSpec,
+    rows: TokenRows,
+    held_out: TokenRows | None,
+    announce: Announce,
+    *,
+    choose: bool = True,
+) -> Plan | None:
+    """Predict the memory of a run before anything is loaded, and keep it to its budget.
+
+    Args:
+        config: what was asked for.
+        spec: the base.
+        lora: the trained part.
+        rows: tokenised, of training.
+        held_out: of validation.
+        announce: receives the prediction and the choice.
+        choose: False for a run that goes on: its settings were chosen before.
+
+    Returns:
+        The plan, its settings those to train with. None where the code could not be simulated;
+        with a budget that is an error.
+
+    Raises:
+        ConfigError: nothing fits the budget, or the settings do not fit what is free.
+    """
+    hardware = choose_hardware(config.device, config.dtype)
+    budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
+    evaluation_tokens = max(row_lengths(held_out)) if held_out is not None else None
+    most = config.batch_size * config.gradient_accumulation_steps
+    subject = Subject(spec, lora, standing_in_for(hardware), Rows.of(rows, most, evaluation_tokens))
+    try:
+        plan = make_plan(config, subject, budget, choose=choose)
+    except QloraKitError:
+        raise
+    except Exception as error:
+        # A plan is a promise about a run; that none can be made is no reason not to run.
+        if budget.is_bounded:
+            raise
+        announce(Notice(f"the memory of this run is not predicted ({type(error).__name__})"))
+        return None
+    _announce(plan, announce)
+    if budget.is_bounded:
+        limit_memory(hardware.device, budget.allocatable_bytes)
+    else:
+        _check_free(plan, hardware, announce)
+    return plan
+
+
+def _announce(plan: Plan, announce: Announce) -> None:
+    if plan.found is not None:
+        announce(Facts(f"settings for {plan.budget.describe()}", plan.choice_rows()))
+    peak = plan.prediction.peak.bytes
+    rows = [("predicted peak", f"{size_text(peak)}, in {plan.prediction.peak_phase}")]
+    if plan.budget.on_gpu:
+        rows.append(("on the host", f"{size_text(plan.prediction.host_peak.bytes)}"))
+    if plan.budget.card_bytes is not None:
+        rows.append(("of the budget", f"{plan.card_bytes / plan.budget.card_bytes:.0%}"))
+    announce(Facts("memory", tuple(rows)))
+
+
+def _check_free(plan: Plan, hardware: Hardware, announce: Announce) -> None:
+    """Check settings that were not chosen against the memory that is free now.
+
+    Raises:
+        ConfigError: not even the tensors fit.
+    """
+    free, peak = free_bytes(hardware.device), plan.prediction.peak.bytes
+    if peak > free:
+        raise ConfigError(
+            f"the run needs {size_text(peak)} and {size_text(free)} of memory are free; "
+            "expected it to fit; pass --vram auto to choose settings that do, or a smaller "
+            "--max-length, --batch-size or --eval-batch-size"
+        )
+    if plan.card_bytes > free:
+        announce(
+            Notice(
+                f"the run needs {size_text(plan.card_bytes)} with all margins and "
+                f"{size_text(free)} are free: it may not fit; --vram auto chooses what does"
+            )
+        )
+
+
+# ---------------------------------------------------------------- predicted and measured
+
+
+@dataclass
+class MemoryAccount:
+    """What a run was predicted to take and what it took, kept in its folder.
+
+    Attributes:
+        output: the run's folder.
+        plan: what was predicted, or None.
+        announce: receives both.
+    """
+
+    output: Path
+    plan: Plan | None
+    announce: Announce
+    rehearsal: Rehearsal | None = field(default=None, init=False)
+
+    def rehearse(self, step: OptimizerStep) -> None:
+        """Take the largest step there will be, undo it, and say what it took."""
+        plan = self.plan
+        micro_batches = plan.config.gradient_accumulation_steps if plan else 2
+        self.rehearsal = found = rehearse(step, micro_batches)
+        measured = f"{size_text(found.peak_bytes)} by the {found.how}"
+        if (predicted := self._predicted_step(found)) is not None:
+            measured += f", predicted {size_text(predicted)}"
+            measured += f" ({difference_text(found.peak_bytes, predicted)})"
+        rows = f"{found.rows} × {found.tokens:,} tokens"
+        self.announce(Notice(f"rehearsed a step on the longest rows, {rows}: {measured}"))
+        self._write(None)
+        levels = {"measured": found.peak_bytes}
+        if predicted is not None:
+            levels["predicted"] = predicted
+        title = f"one optimiser step on the longest rows, {rows}"
+        draw_timeline(found.timeline, PURPOSES, levels, title, self.output / PICTURE)
+
+    def _predicted_step(self, found: Rehearsal) -> int | None:
+        """Return the prediction of what the rehearsal measured, unless it had to be cut down."""
+        if self.plan is None or found.rows < found.rows_asked:
+            return None
+        phases = ["forward", "backward", "optimizer"]
+        if self.plan.budget.on_gpu:
+            # Its allocator's record begins with the process.
+            phases.append("load")
+        return max(self.plan.prediction.device[phase].bytes for phase in phases)
+
+    def close(self, run_peak_bytes: int) -> tuple[tuple[str, str], ...]:
+        """Write the account of a finished run and return it as a table.
+
+        Args:
+            run_peak_bytes: allocated on a GPU; on a CPU resident, which is more than tensors.
+        """
+        self._write(run_peak_bytes)
+        rows = []
+        if self.plan is not None:
+            rows.append(("predicted peak", f"{size_text(self.plan.prediction.peak.bytes)}"))
+        measured, predicted = self._measured(run_peak_bytes), None
+        if self.plan is not None and self.plan.budget.on_gpu:
+            predicted = self.plan.prediction.peak.bytes
+        elif self.rehearsal is not None:
+            predicted = self._predicted_step(self.rehearsal)
+        if measured is not None:
+            text = f"{size_text(measured)}"
+            if predicted is not None:
+                text += f" ({difference_text(measured, predicted)})"
+            rows.append(("measured peak", text))
+        return tuple(rows)
+
+    def _measured(self, run_peak_bytes: int) -> int | None:
+        if self.plan is not None and self.plan.budget.on_gpu:
+            return run_peak_bytes
+        return self.rehearsal.peak_bytes if self.rehearsal else None
+
+    def _write(self, run_peak_bytes: int | None) -> None:
+        content: dict[str, Any] = {"predicted": self.plan.as_json() if self.plan else None}
+        if (found := self.rehearsal) is not None:
+            predicted = self._predicted_step(found)
+            content["rehearsal"] = {
+                "rows": found.rows,
+                "tokens": found.tokens,
+                "measured_peak_bytes": found.peak_bytes,
+                "measured_by": found.how,
+                "predicted_peak_bytes": predicted,
+                "difference": None if predicted is None else found.peak_bytes / predicted - 1,
+                "purposes": PURPOSES,
+                "timeline_bytes": found.timeline,
+            }
+        if run_peak_bytes is not None:
+            on_gpu = self.plan is not None and self.plan.budget.on_gpu
+            kind = "allocated" if on_gpu else "resident"
+            content["run"] = {f"peak_{kind}_bytes": run_peak_bytes}
+        write_text(self.output / NAME, json.dumps(redacted_values(content), indent=1) + "\n")

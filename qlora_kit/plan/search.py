@@ -1,0 +1,256 @@
+"""Choose the settings of a step that fit a budget with the least work.
+
+Takes the options of `train` and a `Budget`; returns ranked choices. What the user set stays as
+it is, but for the micro-batch: the effective batch stays what it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qlora_kit.config import TrainConfig
+from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.model.hardware import Hardware
+from qlora_kit.model.load import BaseSpec
+from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.ledger import Work
+from qlora_kit.plan.simulate import BatchShape
+from qlora_kit.plan.survey import Needs, Setting, Survey, take_survey
+from qlora_kit.report.memory import size_text
+from qlora_kit.step.reducers import MLP_TILE_TOKENS
+
+# Rates that make one number of work, as a card of 24 GB reaches them in practice. They rank
+# choices; no time is predicted from them.
+_FLOP_RATE = 60e12
+_MEMORY_RATE = 0.7e12
+_LINK_RATE = 12e9
+# Copies run beside the computation; the published cost of doing so is 0 to 2 %.
+_SHARE_OF_COPIES_SEEN = 0.1
+# What is unpacked is written once and read once, and read a quarter as large before.
+_PASSES_OVER_UNPACKED = 2.25
+# More rows at a time than this gain nothing that would be worth looking for.
+_MOST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting and what it would take.
+
+    Attributes:
+        setting: what is chosen.
+        needs: of one micro-batch and of an evaluation, extrapolated over the layers.
+        micro_batches: of an optimiser step.
+        eval_rows: rows of a batch in evaluation: as many as asked for, or as fit.
+        cost: work of an optimiser step as one number; only ratios have a meaning.
+    """
+
+    setting: Setting
+    needs: Needs
+    micro_batches: int
+    eval_rows: int
+    cost: float
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        """Return the configuration with this choice."""
+        return self.setting.applied(config).model_copy(update={"eval_batch_size": self.eval_rows})
+
+    def describe(self, layers: int) -> str:
+        """Such as "2 × 8 rows, 12 of 30 layers keep activations, checkpoints on the host"."""
+        setting = self.setting
+        parts = [f"{setting.rows} × {self.micro_batches} rows"]
+        if setting.keep_layers < layers:
+            parts.append(f"{setting.keep_layers} of {layers} layers keep activations")
+            if setting.offload:
+                parts.append("checkpoints on the host")
+        else:
+            parts.append("no recompute")
+        if setting.tile_tokens:
+            parts.append("MLP in tiles")
+        if setting.embedding_on_cpu:
+            parts.append("embedding on the host")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        layers: decoder layers of the model.
+        fitting: the choices that fit, the least work first.
+        least: the one that goes least over the budget, or the first that fits.
+        asked: the settings as they were before.
+        considered: how many choices there were.
+    """
+
+    layers: int
+    fitting: tuple[Choice, ...]
+    least: Choice
+    asked: Choice
+    considered: int
+
+    @property
+    def ranked(self) -> tuple[Choice, ...]:
+        """The best choice of each kind; they differ in more than in the number of layers kept."""
+        best: dict[Setting, Choice] = {}
+        for choice in self.fitting:
+            best.setdefault(replace(choice.setting, keep_layers=0), choice)
+        return tuple(best.values())
+
+    @property
+    def why(self) -> str:
+        """Why the first choice is the first."""
+        chosen, asked = self.fitting[0], self.asked
+        ratio = chosen.cost / asked.cost
+        return (
+            f"the least work of {len(self.fitting):,} choices that fit, of {self.considered:,}: "
+            f"{ratio:.2f} times that of the settings as they were, which would need "
+            f"{size_text(asked.needs.peak_bytes)}"
+        )
+
+    def as_json(self, most: int) -> list[dict[str, Any]]:
+        """Return the first choices for programs."""
+        return [
+            {
+                **asdict(choice.setting),
+                "micro_batches": choice.micro_batches,
+                "eval_batch_size": choice.eval_rows,
+                "peak_bytes": choice.needs.peak_bytes,
+                "host_peak_bytes": choice.needs.host_peak_bytes,
+                "flop": choice.micro_batches * choice.needs.work.flop,
+                "crossing_bytes": choice.micro_batches * choice.needs.work.crossing_bytes,
+                "relative_cost": choice.cost / self.fitting[0].cost,
+            }
+            for choice in self.ranked[:most]
+        ]
+
+
+def search(
+    spec: BaseSpec,
+    lora: LoraSpec,
+    config: TrainConfig,
+    hardware: Hardware,
+    budget: Budget,
+    batch: BatchShape,
+    rows: Sequence[int] | None = None,
+) -> Found:
+    """Find the settings that fit a budget.
+
+    Args:
+        spec: the base.
+        lora: the trained part.
+        config: what was asked for.
+        hardware: `meta` stands in for a GPU.
+        budget: what the run may take.
+        batch: tokens of the longest row, and whether rows differ in length.
+        rows: micro-batches to choose from; every divisor of the effective batch if None.
+    """
+    rows, tiles = rows or _micro_batches(config), _tiles(config)
+    survey = take_survey(spec, lora, config, hardware, batch, rows, tiles)
+    kinds = list(itertools.product(rows, tiles))
+    on_gpu = hardware.device.type != "cpu"
+
+    def choice(setting: Setting) -> Choice:
+        micro_batches = _effective_batch(config) // setting.rows
+        needs = survey.needs(setting)
+        cost = micro_batches * _cost(needs.work)
+        eval_rows = _eval_rows(survey, setting, budget)
+        peak = max(needs.peak_bytes, survey.evaluation_bytes(eval_rows, setting))
+        return Choice(setting, replace(needs, peak_bytes=peak), micro_batches, eval_rows, cost)
+
+    def over(choice: Choice) -> int:
+        return budget.over_bytes(choice.needs.peak_bytes, choice.needs.host_peak_bytes)
+
+    choices = [choice(setting) for setting in _settings(config, survey, kinds, on_gpu)]
+    fitting = [each for each in choices if not over(each)]
+    return Found(
+        layers=survey.layers,
+        fitting=tuple(sorted(fitting, key=_rank)),
+        least=min(choices, key=lambda each: (over(each), _rank(each))),
+        asked=choice(_asked(config, survey, kinds, on_gpu)),
+        considered=len(choices),
+    )
+
+
+def _eval_rows(survey: Survey, setting: Setting, budget: Budget) -> int:
+    fitting = [
+        rows
+        for rows in survey.evaluations
+        if not budget.over_bytes(survey.evaluation_bytes(rows, setting), 0)
+    ]
+    return max(fitting, default=1)
+
+
+def _rank(choice: Choice) -> tuple[float, int, int]:
+    return choice.cost, choice.micro_batches, choice.needs.peak_bytes
+
+
+def _cost(work: Work) -> float:
+    computing = work.flop / _FLOP_RATE
+    computing += _PASSES_OVER_UNPACKED * work.unpacked_bytes / _MEMORY_RATE
+    copying = work.crossing_bytes / _LINK_RATE
+    return max(computing, copying) + _SHARE_OF_COPIES_SEEN * copying
+
+
+# ---------------------------------------------------------------- what there is to choose
+
+
+def _effective_batch(config: TrainConfig) -> int:
+    return config.batch_size * config.gradient_accumulation_steps
+
+
+def _micro_batches(config: TrainConfig) -> list[int]:
+    effective = _effective_batch(config)
+    rows = [rows for rows in range(1, min(effective, _MOST_ROWS) + 1) if effective % rows == 0]
+    # Of an effective batch with many divisors those about a factor of two apart.
+    kept = [rows[0]]
+    for each in rows[1:]:
+        if each >= 2 * kept[-1] or each == config.batch_size:
+            kept.append(each)
+    return kept
+
+
+def _tiles(config: TrainConfig) -> list[int]:
+    return [0, MLP_TILE_TOKENS] if config.mlp_tile_tokens is None else [config.mlp_tile_tokens]
+
+
+def _settings(
+    config: TrainConfig, survey: Survey, kinds: list[tuple[int, int]], on_gpu: bool
+) -> Iterator[Setting]:
+    offloads = _either(config.offload_checkpoints, on_gpu)
+    on_cpu = _either(config.embedding_on_cpu, survey.has_embedding_on_cpu)
+    for rows, tile in kinds:
+        for keep_layers in _kept(config, survey.layers):
+            for offload in offloads if keep_layers < survey.layers else [False]:
+                for embedding_on_cpu in on_cpu:
+                    yield Setting(rows, tile, offload, embedding_on_cpu, keep_layers)
+
+
+def _either(asked: bool | None, possible: bool) -> list[bool]:
+    if not possible:
+        return [False]
+    return [True, False] if asked is None else [asked]
+
+
+def _kept(config: TrainConfig, layers: int) -> list[int]:
+    if not config.recompute:
+        return [layers]
+    if "keep_layers" in config.model_fields_set:
+        return [min(config.keep_layers, layers)]
+    return list(range(layers + 1))
+
+
+def _asked(
+    config: TrainConfig, survey: Survey, kinds: list[tuple[int, int]], on_gpu: bool
+) -> Setting:
+    """Return the setting that the options alone would give, its rows among those surveyed."""
+    rows = max(rows for rows, _ in kinds if rows <= max(config.batch_size, kinds[0][0]))
+    tile = config.mlp_tile_tokens
+    if tile is None:
+        tile = MLP_TILE_TOKENS if config.recompute else 0
+    keep_layers = min(config.keep_layers, survey.layers) if config.recompute else survey.layers
+    offload = on_gpu and keep_layers < survey.layers and config.offload_checkpoints is not False
+    return Setting(rows, tile, offload, survey.has_embedding_on_cpu, keep_layers)

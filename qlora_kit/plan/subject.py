@@ -1,0 +1,114 @@
+"""What a plan is about: the base, the trained part, the device that is planned for, the rows.
+
+Takes what `train` takes; needs none of it to exist on this machine but the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qlora_kit.config import TrainConfig
+from qlora_kit.data.batch import largest_batch, row_lengths
+from qlora_kit.data.encode import IGNORED
+from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.model.hardware import Hardware, dtype_named
+from qlora_kit.model.load import BaseSpec
+from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.search import Found, search
+from qlora_kit.plan.simulate import BatchShape, Prediction, predict
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What decides the memory of the rows of a run.
+
+    Attributes:
+        tokens: of the longest row.
+        differ: whether others are shorter.
+        supervised: targets of the largest batch of one row, of two, and so on; all tokens but
+            the first of each row if None.
+        evaluation_tokens: of the longest row in evaluation, if that is another.
+    """
+
+    tokens: int
+    differ: bool = True
+    supervised: tuple[int, ...] | None = None
+    evaluation_tokens: int | None = None
+
+    def supervised_of(self, rows: int) -> int | None:
+        """Return the targets of the largest batch of so many rows."""
+        if self.supervised is None:
+            return None
+        return self.supervised[min(rows, len(self.supervised)) - 1]
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Mapping[str, Any]], most: int, evaluation_tokens: int | None
+    ) -> Rows:
+        """Describe tokenised rows by the largest batches of them.
+
+        Args:
+            rows: with `input_ids` and `labels`.
+            most: rows that a batch may have.
+            evaluation_tokens: of the longest row in evaluation, if there is one.
+        """
+        lengths = row_lengths(rows)
+        supervised = []
+        for count in range(1, min(most, len(lengths)) + 1):
+            labels = [rows[index]["labels"] for index in largest_batch(lengths, count)]
+            supervised.append(sum(label != IGNORED for each in labels for label in each[1:]))
+        differ = min(lengths) < max(lengths)
+        return cls(max(lengths), differ, tuple(supervised), evaluation_tokens)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run that is planned, all but its settings."""
+
+    spec: BaseSpec
+    lora: LoraSpec
+    hardware: Hardware
+    rows: Rows
+
+    def predicted(self, config: TrainConfig) -> Prediction:
+        """Predict a run with exactly these settings."""
+        rows = self.rows
+        return predict(
+            self.spec,
+            self.lora,
+            config,
+            self.hardware,
+            rows.tokens,
+            supervised=rows.supervised_of(config.batch_size),
+            padded=rows.differ,
+            evaluation_tokens=rows.evaluation_tokens,
+            evaluation_padded=rows.differ,
+        )
+
+    def searched(
+        self, config: TrainConfig, budget: Budget, rows: Sequence[int] | None = None
+    ) -> Found:
+        """Search the settings that fit, with any micro-batch or with these only."""
+        tokens = max(self.rows.tokens, self.rows.evaluation_tokens or 0)
+        batch = BatchShape(1, tokens, padded=self.rows.differ)
+        return search(self.spec, self.lora, config, self.hardware, budget, batch, rows)
+
+
+def planned_hardware(config: TrainConfig) -> Hardware:
+    """Return what stands in for the device: `meta` for a GPU, which need not be there."""
+    if config.device == "cpu":
+        dtype = torch.float32 if config.dtype == "auto" else dtype_named(config.dtype)
+        return Hardware(torch.device("cpu"), dtype, "planned")
+    dtype = torch.bfloat16 if config.dtype == "auto" else dtype_named(config.dtype)
+    return Hardware(torch.device("meta"), dtype, "planned")
+
+
+def standing_in_for(hardware: Hardware) -> Hardware:
+    """Return what stands in for a device that is there."""
+    if hardware.device.type == "cpu":
+        return hardware
+    return replace(hardware, device=torch.device("meta"))

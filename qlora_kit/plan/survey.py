@@ -1,0 +1,299 @@
+"""What every kind of step needs, extrapolated from a model of a few layers.
+
+Takes the options of `train`; returns a `Survey` that answers for any setting at once. Each
+decoder layer takes as much as the next, so what one adds is measured between two depths, and
+between keeping its activations and recomputing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from qlora_kit.config import TrainConfig
+from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.model.architecture import build_skeleton
+from qlora_kit.model.hardware import Hardware
+from qlora_kit.model.load import BaseSpec
+from qlora_kit.plan.ledger import Work
+from qlora_kit.plan.simulate import BatchShape, SimulatedRun, shortened, simulated_run
+from qlora_kit.plan.temporaries import pinned_bytes
+
+# Of the shortened model: with one or two layers that keep their activations, the first does
+# not. It keeps less than the others: its input, the embedding's output, takes no gradient.
+_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What can be chosen of a step.
+
+    Attributes:
+        rows: of a micro-batch.
+        tile_tokens: tokens an MLP works on at a time; 0: all.
+        offload: whether the inputs of recomputed layers are in host memory.
+        embedding_on_cpu: whether the embedding is in host memory.
+        keep_layers: decoder layers that keep their activations.
+    """
+
+    rows: int
+    tile_tokens: int
+    offload: bool
+    embedding_on_cpu: bool
+    keep_layers: int
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        """Return the configuration with this setting, its effective batch what it was."""
+        effective = config.batch_size * config.gradient_accumulation_steps
+        return config.model_copy(
+            update={
+                "batch_size": self.rows,
+                "gradient_accumulation_steps": effective // self.rows,
+                "mlp_tile_tokens": self.tile_tokens,
+                "offload_checkpoints": self.offload,
+                "embedding_on_cpu": self.embedding_on_cpu,
+                "keep_layers": self.keep_layers,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step takes.
+
+    Attributes:
+        peak_bytes: on the device.
+        host_peak_bytes: on the host, beside the process itself.
+        work: of one micro-batch.
+    """
+
+    peak_bytes: int
+    host_peak_bytes: int
+    work: Work
+
+
+class _Sample(NamedTuple):
+    """What one step of the shortened model took."""
+
+    forward: int
+    backward: int
+    flop: int
+    unpacked_bytes: int
+
+
+class _Kind(NamedTuple):
+    """Steps of one micro-batch and tile, with the activations of none, one and two layers kept."""
+
+    none_kept: _Sample
+    one_kept: _Sample
+    two_kept: _Sample
+
+
+def _between(low: _Sample, high: _Sample, share: float) -> _Sample:
+    return _Sample(*(round(a + share * (b - a)) for a, b in zip(low, high, strict=True)))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The needs of every setting.
+
+    Attributes:
+        layers: decoder layers of the model.
+        layer_bytes: what the weights of one take on the device, with all that is trained of it.
+        head_work: of the parts of a step outside of the layers, with one row.
+        checkpoint_bytes: of the input of a layer, with one row.
+        embedding_bytes: of the input embedding.
+        host_load_bytes: on the host while the base is loaded.
+        host_bytes: on the host, always.
+        layer_copy_bytes: on the host, of each layer, while a checkpoint of the run is saved.
+        is_offloaded: whether the steps that were measured held checkpoints on the host.
+        has_embedding_on_cpu: whether they had the embedding there.
+        kinds: what was measured, by tile and rows.
+        evaluations: peaks of an evaluation, by rows.
+    """
+
+    layers: int
+    layer_bytes: int
+    checkpoint_bytes: int
+    embedding_bytes: int
+    host_load_bytes: int
+    host_bytes: int
+    layer_copy_bytes: int
+    head_work: Work
+    is_offloaded: bool
+    has_embedding_on_cpu: bool
+    kinds: dict[int, dict[int, _Kind]]
+    evaluations: dict[int, int]
+
+    def needs(self, setting: Setting) -> Needs:
+        """Return what a step with this setting takes."""
+        none, one, two = self._kind(setting)
+        keep, recomputed = setting.keep_layers, self.layers - setting.keep_layers
+        held = self._held(recomputed, setting.offload) * setting.rows
+        held_with_one = self._held(_DEPTH - 1, self.is_offloaded) * setting.rows
+        held_with_two = self._held(_DEPTH - 2, self.is_offloaded) * setting.rows
+        activations = (two.forward - held_with_two) - (one.forward - held_with_one)
+        # At the end of forward, then in backward of the last layer, all that is kept is there;
+        # in backward of the first, one layer's activations and every checkpoint.
+        peaks = [
+            one.forward - held_with_one + (keep - 1) * activations,
+            two.backward - held_with_two + (keep - 2) * activations,
+        ]
+        if recomputed:
+            peaks.append(none.backward - self._held(_DEPTH, self.is_offloaded) * setting.rows)
+        moved = self._moved(setting)
+        deeper = (self.layers - _DEPTH) * self.layer_bytes
+        checkpoints = pinned_bytes(self.checkpoint_bytes * setting.rows) if setting.offload else 0
+        beside = max(recomputed * checkpoints, self.layers * self.layer_copy_bytes)
+        host = max(self.host_load_bytes, self.host_bytes + beside) - moved
+        return Needs(max(peaks) + held + deeper + moved, host, self._work(setting))
+
+    def _kind(self, setting: Setting) -> _Kind:
+        """Return what was measured with so many rows, or lies between two that were.
+
+        The largest of several sums that grow with the rows lies below that line, never above.
+        """
+        measured = self.kinds[setting.tile_tokens]
+        low = max(rows for rows in measured if rows <= setting.rows)
+        high = min(rows for rows in measured if rows >= setting.rows)
+        if low == high:
+            return measured[low]
+        share = (setting.rows - low) / (high - low)
+        samples = zip(measured[low], measured[high], strict=True)
+        return _Kind(*(_between(a, b, share) for a, b in samples))
+
+    def evaluation_bytes(self, rows: int, setting: Setting) -> int:
+        """Return the peak of an evaluation of so many rows at a time."""
+        deeper = (self.layers - _DEPTH) * self.layer_bytes
+        return self.evaluations[rows] + deeper + self._moved(setting)
+
+    def _moved(self, setting: Setting) -> int:
+        return self.embedding_bytes * (self.has_embedding_on_cpu - setting.embedding_on_cpu)
+
+    def _held(self, recomputed: int, offload: bool) -> int:
+        """Bytes of checkpoints on the device, for one row; of those in host memory one stays."""
+        return self.checkpoint_bytes * (min(recomputed, 1) if offload else recomputed)
+
+    def _work(self, setting: Setting) -> Work:
+        _, one, two = self._kind(setting)
+        recomputed = self.layers - setting.keep_layers
+
+        def whole(one: int, two: int, outside: int) -> int:
+            saved = one - two
+            layer = (one + saved - outside) / _DEPTH
+            return round(outside + self.layers * layer - setting.keep_layers * saved)
+
+        copies = 2 * recomputed * setting.offload + setting.embedding_on_cpu
+        return Work(
+            whole(one.flop, two.flop, self.head_work.flop * setting.rows),
+            whole(one.unpacked_bytes, two.unpacked_bytes, self.head_work.unpacked_bytes),
+            copies * self.checkpoint_bytes * setting.rows,
+        )
+
+
+def take_survey(
+    spec: BaseSpec,
+    lora: LoraSpec,
+    config: TrainConfig,
+    hardware: Hardware,
+    batch: BatchShape,
+    rows: Sequence[int],
+    tiles: Sequence[int],
+) -> Survey:
+    """Measure what steps need.
+
+    Args:
+        spec: the base.
+        lora: the trained part.
+        config: all that is not in a setting.
+        hardware: `meta` stands in for a GPU.
+        batch: tokens of the longest row, and whether rows differ in length; its rows have no
+            meaning here.
+        rows: micro-batches that settings will have, in order.
+        tiles: tiles that they will have.
+    """
+    architecture = spec.architecture()
+    text = architecture.get_text_config()
+    on_gpu = hardware.device.type != "cpu"
+    # A single row takes no mask, so it is on no line with the others.
+    measured = sorted({rows[0], rows[min(1, len(rows) - 1)], rows[-1]})
+
+    def run_of(depth: int) -> AbstractContextManager[SimulatedRun]:
+        skeleton = build_skeleton(shortened(architecture, depth))
+        return simulated_run(spec, lora, config, hardware, skeleton)
+
+    with run_of(_DEPTH + 1) as run:
+        deeper = _sample(run, config, replace(batch, rows=rows[0]), tiles[0], keep_layers=1)
+    with run_of(_DEPTH) as run:
+        kinds = {
+            tile: {each: _kind(run, config, replace(batch, rows=each), tile) for each in measured}
+            for tile in tiles
+        }
+        evaluations = _evaluations(run, config, batch)
+        run.save()
+    host = {phase: run.host[phase].bytes for phase in ("load", "optimizer", "save")}
+    first = kinds[tiles[0]][rows[0]]
+    checkpoint = batch.tokens * text.hidden_size * hardware.dtype.itemsize
+    layer = deeper.forward - first.one_kept.forward
+    return Survey(
+        layers=text.num_hidden_layers,
+        layer_bytes=layer - (0 if on_gpu else checkpoint * rows[0]),
+        checkpoint_bytes=checkpoint,
+        embedding_bytes=run.model.get_input_embeddings().weight.nbytes,
+        host_load_bytes=host["load"],
+        host_bytes=host["optimizer"],
+        layer_copy_bytes=(host["save"] - host["optimizer"]) // _DEPTH,
+        head_work=_outside(first, deeper, rows[0]),
+        is_offloaded=on_gpu,
+        has_embedding_on_cpu=run.base.placement.embedding_on_cpu is True,
+        kinds=kinds,
+        evaluations=evaluations,
+    )
+
+
+def _kind(run: SimulatedRun, config: TrainConfig, batch: BatchShape, tile_tokens: int) -> _Kind:
+    one, two = (_sample(run, config, batch, tile_tokens, keep) for keep in (1, 2))
+    # Without tiles, a layer that is recomputed holds in backward what one that is kept holds.
+    none = _sample(run, config, batch, tile_tokens, 0) if tile_tokens else one
+    return _Kind(none, one, two)
+
+
+def _sample(
+    run: SimulatedRun, config: TrainConfig, batch: BatchShape, tile_tokens: int, keep_layers: int
+) -> _Sample:
+    setting = Setting(batch.rows, tile_tokens, True, True, keep_layers)
+    # Without recompute every layer would keep its activations, and no difference would show.
+    recomputing = config.model_copy(update={"recompute": True})
+    run.step(setting.applied(recomputing), batch)
+    forward, backward = run.device["forward"].bytes, run.device["backward"].bytes
+    return _Sample(forward, backward, run.work.flop, run.work.unpacked_bytes)
+
+
+def _outside(first: _Kind, deeper: _Sample, rows: int) -> Work:
+    """Return the work outside of the layers, for one row, from that of steps of two depths."""
+    one, two = first.one_kept, first.two_kept
+
+    def outside(one: int, two: int, deeper: int) -> int:
+        return one + (one - two) - _DEPTH * (deeper - one)
+
+    unpacked = outside(one.unpacked_bytes, two.unpacked_bytes, deeper.unpacked_bytes)
+    return Work(outside(one.flop, two.flop, deeper.flop) // rows, unpacked)
+
+
+def _evaluations(run: SimulatedRun, config: TrainConfig, batch: BatchShape) -> dict[int, int]:
+    """Return the peaks of evaluations of as many rows as asked for, and of half as many, to one.
+
+    They grow in proportion to the rows, so that two are enough to know all.
+    """
+
+    def peak(rows: int) -> int:
+        run.evaluate(config, BatchShape(rows, batch.tokens, None, batch.padded))
+        return run.device["evaluation"].bytes
+
+    most = config.eval_batch_size
+    largest, smallest = peak(most), peak(1)
+    each = (largest - smallest) // max(1, most - 1)
+    halved = [most >> halvings for halvings in range(most.bit_length())]
+    return {rows: smallest + (rows - 1) * each for rows in halved}

@@ -1,0 +1,184 @@
+"""With a budget the plan chooses settings that fit, do the least work, and keep what was asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import run
+
+import qlora_kit as qk
+from qlora_kit.config import PlanConfig, TrainConfig
+from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.model.architecture import build_skeleton
+from qlora_kit.model.names import find_model
+from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.planning import Plan, make_plan
+from qlora_kit.plan.search import Found
+from qlora_kit.plan.simulate import BatchShape, simulated_run
+from qlora_kit.plan.subject import Rows, Subject, planned_hardware
+
+GIB = 1 << 30
+LAYERS = 8
+
+
+def planned(config: TrainConfig, rows: Rows | None = None) -> Subject:
+    source = find_model(config.model)
+    if config.model != "deepseek-7b":
+        fewer = {**(source.architecture or {}), "num_hidden_layers": LAYERS}
+        source = dataclasses.replace(source, architecture=fewer)
+    spec = qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True)
+    rows = rows or Rows(config.max_length)
+    return Subject(spec, LoraSpec.of(config), planned_hardware(config), rows)
+
+
+def found_for(config: TrainConfig, card_bytes: int, on_gpu: bool = True) -> Found:
+    return planned(config).searched(config, Budget(card_bytes, on_gpu=on_gpu))
+
+
+def step_peak(config: TrainConfig, tokens: int) -> tuple[int, int]:
+    """Return the peak of a step of the whole model, and its floating-point operations."""
+    what = planned(config)
+    skeleton = build_skeleton(what.spec.architecture())
+    with simulated_run(what.spec, what.lora, config, what.hardware, skeleton) as run:
+        run.step(config, BatchShape(config.batch_size, tokens, padded=True))
+        peak = max(run.device[phase].bytes for phase in ("forward", "backward"))
+        return peak, run.work.flop
+
+
+def plan_of(config: TrainConfig, card_bytes: int, **rows: Any) -> Plan:
+    return make_plan(config, planned(config, **rows), Budget(card_bytes))
+
+
+SMALL = PlanConfig(model="smollm2-135m", bits=4, max_length=512, eval_batch_size=1)
+
+
+@pytest.mark.parametrize(("device", "recompute"), [("auto", True), ("cpu", True), ("cpu", False)])
+def test_what_is_extrapolated_from_three_layers_is_what_the_whole_model_takes(
+    device: str, recompute: bool
+) -> None:
+    config = SMALL.model_copy(update={"device": device, "recompute": recompute})
+    found = found_for(config, 4 * GIB, on_gpu=device != "cpu")
+    for choice in found.fitting[:: max(1, len(found.fitting) // 5)]:
+        peak, flop = step_peak(choice.setting.applied(config), config.max_length)
+        assert choice.needs.peak_bytes == pytest.approx(peak, rel=0.03), choice.setting
+        assert choice.needs.work.flop == pytest.approx(flop, rel=1e-6), choice.setting
+
+
+def test_the_choice_fits_and_does_less_work_the_larger_the_budget() -> None:
+    costs = []
+    for budget in (int(0.72e9), int(0.9e9), int(2e9)):
+        plan = plan_of(SMALL, budget)
+        assert plan.fits
+        assert plan.card_bytes <= budget
+        assert plan.found is not None
+        costs.append(plan.found.fitting[0].cost)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.8 * costs[0]
+
+
+def test_with_memory_to_spare_nothing_is_recomputed_nor_copied() -> None:
+    plan = plan_of(SMALL, 80 * GIB)
+    assert plan.config.keep_layers == LAYERS
+    assert not plan.config.embedding_on_cpu
+    assert plan.found is not None
+    assert plan.found.fitting[0].needs.work.crossing_bytes == 0
+
+
+def test_the_effective_batch_and_what_the_user_set_stay() -> None:
+    asked = SMALL.model_copy(
+        update={"batch_size": 6, "gradient_accumulation_steps": 4, "mlp_tile_tokens": 1024}
+        | {"offload_checkpoints": False, "keep_layers": 3}
+    )
+    config = plan_of(asked, int(1.5e9)).config
+    assert config.batch_size * config.gradient_accumulation_steps == 24
+    assert config.mlp_tile_tokens == 1024
+    assert config.offload_checkpoints is False
+    assert config.keep_layers == 3
+
+
+def test_host_memory_is_kept_to_as_well() -> None:
+    config = SMALL.model_copy(update={"model": "tinyllama", "gradient_accumulation_steps": 2})
+    card, host = int(1.4e9), int(0.8e9)
+    plan = make_plan(config, planned(config), Budget(card))
+    assert plan.config.embedding_on_cpu
+    assert plan.budget.taken_of_host(plan.prediction.host_peak.bytes, 0) > host
+    plan = make_plan(config, planned(config), Budget(card, host))
+    assert not plan.config.embedding_on_cpu
+    assert plan.fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gigabytes", [6, 8, 10, 12, 16, 24])
+def test_the_headline_model_gets_settings_for_each_card(gigabytes: int) -> None:
+    config = PlanConfig(model="deepseek-7b", max_length=2048)
+    plan = plan_of(config, gigabytes * 10**9)
+    assert plan.fits
+    assert plan.card_bytes > 0.85 * gigabytes * 10**9 or plan.config.keep_layers == 30
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_ranked_choices_are_shown_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("plan", "--model", "demo", "--vram", "600MB", capsys=capsys)
+    assert code == 0
+    assert "settings for 0.60 GB of the card" in out
+    assert "the least work of" in out
+    code, out, _ = run("plan", "--model", "demo", "--vram", "600MB", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert found["fits"] is True
+    costs = [choice["relative_cost"] for choice in found["choices"]]
+    assert costs[0] == 1.0
+    assert costs == sorted(costs)
+    assert found["choices"][0]["rows"] == found["settings"]["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--vram", "505MB"), "takes 0.5"),
+        (("--vram", "300MB"), "no more than the 0.50 GB of context"),
+        (("--vram", "10 bananas"), "expected a number with a unit"),
+        (("--vram", "10XB"), "expected a number with a unit"),
+        (("--vram", "auto"), "no GPU here to ask"),
+        (("--ram", "10MB"), "no more than the 0.60 GB of the process itself"),
+        (("--vram", "0GB"), "no more than the"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_one_line(
+    arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run("plan", "--model", "demo", *arguments, capsys=capsys)
+    assert code == 2
+    assert expected in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_when_nothing_fits_it_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ("plan", "--model", "smollm2-135m", "--max-length", "4096", "--bits", "16")
+    code, _, err = run(*plan, "--vram", "1GB", capsys=capsys)
+    assert code == 2
+    assert "would fit: " in err
+    assert "--max-length 2048" in err or "--max-length 1024" in err
+
+
+def test_experts_are_refused_before_anything_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 320,
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(numbers))
+    for more in ((), ("--vram", "10GB")):
+        code, _, err = run("plan", "--model", str(tmp_path), *more, capsys=capsys)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert "quantised" in err or "unquantised" in err
