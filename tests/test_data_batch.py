@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.batch import collate, epoch_batches, plan_windows, row_lengths
+from qlora_kit.data.batch import (
+    collate,
+    epoch_batches,
+    largest_batch,
+    plan_windows,
+    row_lengths,
+)
 from qlora_kit.data.shapes import Pair
 from qlora_kit.data.tokens import tokenize
 
@@ -117,3 +123,20 @@ def test_a_supervised_end_survives_padding_with_the_same_token() -> None:
     assert batch.labels[0].tolist().count(tokenizer.eos_token_id) == 1
     assert batch.supervised_tokens == made.counts.supervised_tokens
     assert batch.tokens == made.counts.tokens
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count", "expected"),
+    [
+        ([3, 9, 5], 1, (1,)),
+        ([3, 9, 5], 2, (1, 2)),
+        ([9, 3, 9, 9, 5], 2, (0, 4)),
+        ([9, 3, 9, 9, 5], 3, (0, 2, 4)),
+        ([7, 7, 7], 2, (0, 1)),
+        ([7, 4], 5, (0, 1)),
+    ],
+)
+def test_the_largest_batch_is_of_the_longest_rows_and_padded_where_any_is(
+    lengths: list[int], count: int, expected: tuple[int, ...]
+) -> None:
+    assert largest_batch(lengths, count) == expected

@@ -10,8 +10,9 @@ import pytest
 from data_fixtures import CHATML, chat, conversation, make_tokenizer
 from transformers import AutoTokenizer
 
+from qlora_kit.data.chat_text import wants_bos
 from qlora_kit.data.shapes import Message, Pair, Text
-from qlora_kit.data.template import Renderer, wants_bos
+from qlora_kit.data.template import Renderer
 from qlora_kit.errors import DataError
 
 QUESTION = "Hello, how are you?"
@@ -22,7 +23,7 @@ FOUR_TURNS = conversation(
 
 
 def _supervised(renderer: Renderer, sample: Any) -> list[str]:
-    rendered = renderer.render(sample)
+    (rendered,) = renderer.render(sample)
     texts = [rendered.text[start:end] for start, end in rendered.spans]
     if rendered.append_eos:
         texts[-1] += "+EOS"
@@ -38,7 +39,7 @@ def test_a_model_without_a_template_is_given_one() -> None:
     sample = conversation(
         ("system", "Be kind."), *((m.role, m.content) for m in FOUR_TURNS.messages)
     )
-    rendered = renderer.render(sample)
+    (rendered,) = renderer.render(sample)
     assert rendered.text == (
         f"<s>Be kind.\n\n### Instruction:\n{QUESTION}\n\n### Response:\n{ANSWER}</s>\n\n"
         "### Instruction:\nAnd now?\n\n### Response:\nYes {{ }}</s>"
@@ -51,7 +52,7 @@ def test_a_model_without_a_template_is_given_one() -> None:
 
 def test_the_default_template_gives_no_bos_where_none_is_wanted() -> None:
     tokenizer = make_tokenizer(bos_token="</s>")
-    assert Renderer(tokenizer).render(chat("a", "b")).text == (
+    assert Renderer(tokenizer).render(chat("a", "b"))[0].text == (
         "### Instruction:\na\n\n### Response:\nb</s>"
     )
 
@@ -61,7 +62,7 @@ def test_the_prompt_is_what_training_starts_with() -> None:
     sample = chat("a", "b")
     prompt = renderer.prompt_text(sample.messages[:1])
     assert prompt == "<s>### Instruction:\na\n\n### Response:\n"
-    assert renderer.render(sample).text.startswith(prompt)
+    assert renderer.render(sample)[0].text.startswith(prompt)
     assert renderer.prompt_text("as it is") == "as it is"
 
 
@@ -71,7 +72,7 @@ def test_the_prompt_is_what_training_starts_with() -> None:
 def test_pairs_and_texts_are_used_as_they_are() -> None:
     renderer = Renderer(make_tokenizer(chat_template=CHATML))
     assert _supervised(renderer, Pair("ab ", "cd ", "x:1")) == ["cd +EOS"]
-    assert renderer.render(Pair("ab ", "cd ", "x:1")).text == "ab cd "
+    assert renderer.render(Pair("ab ", "cd ", "x:1"))[0].text == "ab cd "
     assert _supervised(renderer, Text("ab ", "x:1")) == ["ab +EOS"]
 
 
@@ -94,7 +95,7 @@ GOLDEN_SUPERVISED = {
     ],
     "mistralai/Mistral-7B-Instruct-v0.1": [ANSWER + "</s>", "Yes {{ }}</s>"],
     # Closes a turn only when the next one opens, with a token that is not its EOS here.
-    "Qwen/Qwen1.5-72B-Chat": [ANSWER, "Yes {{ }}+EOS"],
+    "Qwen/Qwen1.5-72B-Chat": [ANSWER + "<|im_end|>", "Yes {{ }}+EOS"],
     "deepseek-ai/deepseek-llm-7b-chat": [" " + ANSWER + "</s>", " Yes {{ }}</s>"],
     "internlm/internlm2-chat-7b": [ANSWER + "<|im_end|>", "Yes {{ }}<|im_end|>\n</s>"],
 }
@@ -123,7 +124,9 @@ def test_golden_templates(assets: Path, name: str) -> None:
     renderer = Renderer(tokenizer)
     assert _supervised(renderer, FOUR_TURNS) == GOLDEN_SUPERVISED[name]
     turns = [{"role": m.role, "content": m.content} for m in FOUR_TURNS.messages]
-    assert renderer.render(FOUR_TURNS).text == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert renderer.render(FOUR_TURNS)[0].text == tokenizer.apply_chat_template(
+        turns, tokenize=False
+    )
 
 
 def test_a_turn_closed_by_the_next_one_is_supervised_up_to_its_eos(assets: Path) -> None:
@@ -146,29 +149,55 @@ def test_qwen_and_llama_templates(assets: Path) -> None:
     assert _supervised(llama, FOUR_TURNS) == [ANSWER + "<|eot_id|>", "Yes {{ }}<|eot_id|>"]
 
 
-def test_a_template_that_opens_answers_otherwise_than_its_prompt_is_refused(assets: Path) -> None:
-    tokenizer = _from_file(assets, "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja")
+def test_a_template_that_opens_answers_otherwise_than_its_prompt_is_refused() -> None:
+    template = CHATML.replace("<|im_start|>assistant\n' }}{% endif", "SOLUTION: ' }}{% endif")
+    tokenizer = make_tokenizer(chat_template=template)
     with pytest.raises(DataError, match=r"^data.jsonl:1: .* turn 2 .*; use --train-on all") as e:
         Renderer(tokenizer).render(chat("SECRET", "b"))
     assert "SECRET" not in str(e.value)
-    everything = Renderer(tokenizer, "all").render(chat("a", "b"))
+    (everything,) = Renderer(tokenizer, "all").render(chat("a", "b"))
     assert everything.spans == ((0, len(everything.text)),)
 
 
 # ---------------------------------------------------------------- templates that do not fit
 
+_ROLES = "{% for m in messages %}{{ m['role'] + ': ' + CONTENT + eos_token }}{% endfor %}"
 
-def test_a_template_that_rewrites_turns_is_refused() -> None:
-    template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] if loop.last else '...') }}"
-        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("(m['content'] if loop.last else '...')", "leaves out turn 1"),
+        ("(m['content'] if m['role'] != 'system' else '')", r"leaves out turn 1 \(the system's\)"),
+    ],
+)
+@pytest.mark.parametrize("train_on", ["completion", "last-turn", "all"])
+def test_a_template_that_leaves_turns_out_is_refused(
+    content: str, found: str, train_on: Any
+) -> None:
+    template = _ROLES.replace("CONTENT", content)
+    system = ("system", "Be brief.")
+    sample = conversation(system, *((m.role, m.content) for m in FOUR_TURNS.messages))
+    with pytest.raises(DataError, match=f"^data.jsonl:1: the chat template {found}"):
+        Renderer(make_tokenizer(chat_template=template), train_on).render(sample)
+
+
+def test_an_answer_that_the_template_changes_is_refused() -> None:
+    template = _ROLES.replace("CONTENT", "m['content'].split('#')[0]") + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
+    sample = chat("a", "kept # SECRET")
     tokenizer = make_tokenizer(chat_template=template)
-    with pytest.raises(
-        DataError, match=r"^data.jsonl:1: .* rewrites earlier turns; expected .*; use"
+    for train_on, found in (
+        ("completion", "changes"),
+        ("last-turn", "changes"),
+        ("all", "shorten"),
     ):
-        Renderer(tokenizer).render(FOUR_TURNS)
-    assert Renderer(tokenizer, "all").render(FOUR_TURNS).append_eos
+        with pytest.raises(
+            DataError, match=f"^data.jsonl:1: .*{found}s? the answer of turn 2"
+        ) as e:
+            Renderer(tokenizer, train_on).render(sample)  # type: ignore[arg-type]
+        assert "SECRET" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from qlora_kit.config import TokenOptions, TrainConfig
+from qlora_kit.data.chat_text import wants_bos
 from qlora_kit.data.encode import IGNORED, Encoder, prompt_ids
 from qlora_kit.data.samples import Samples, load_samples
 from qlora_kit.data.shapes import Pair, Sample, Shape, Text
-from qlora_kit.data.template import Renderer, wants_bos
+from qlora_kit.data.template import Renderer
 from qlora_kit.data.tokens import Tokenized, split_validation, tokenize
 from qlora_kit.errors import DataError
 
@@ -75,7 +76,7 @@ def test_chats_supervise_each_answer_and_its_end(turns: list[tuple[str, str]]) -
     learnt = [_decode(tokenizer, ids) for supervised, ids in _runs(row) if supervised]
     assert learnt == [answer + "<|im_end|>" for _, answer in turns]
     renderer = Renderer(tokenizer)
-    assert _decode(tokenizer, row["input_ids"]) == renderer.render(sample).text
+    assert _decode(tokenizer, row["input_ids"]) == renderer.render(sample)[0].text
     # An answer divided from its prompt is so in the row; as history of a later prompt it is
     # encoded whole, so only a first prompt is always a prefix.
     clean = all(answer == answer.lstrip() for _, answer in turns)
@@ -340,21 +341,29 @@ def test_counts_always_add_up(
 @pytest.mark.parametrize(
     ("options", "sample", "cause"),
     [
-        ({"max_length": 4}, Pair("q" * 9, "z", "x:1"), "the prompts alone fill 4 tokens; .* raise"),
+        (
+            {"max_length": 4},
+            Pair("q" * 9, "z", "x:1"),
+            "the prompts alone fill --max-length 4; .* raise",
+        ),
         (
             {"max_length": 4, "long_samples": "drop"},
             Pair("q", _letters(9), "x:1"),
-            "all are longer than 4 tokens; .*; raise --max-length or pass --long-samples",
+            "all are longer than --max-length 4; .*; raise --max-length or pass --long-samples",
         ),
+        # One token has none before it that could predict it.
+        ({}, Text("z", "x:1"), "the mask of --train-on completion covers all; .*--train-on all"),
     ],
 )
 def test_nothing_to_learn_is_an_error_with_its_cause(
     letters: Any, options: dict[str, Any], sample: Sample, cause: str
 ) -> None:
+    # The text is itself the end token, and it is there once.
+    single = make_tokenizer(bos_token=None, eos_token="z")
     with pytest.raises(
-        DataError, match="^data.jsonl: no supervised token is left in 1 rows, " + cause
+        DataError, match="^data.jsonl: no supervised token is left in 1 rows: " + cause
     ):
-        _rows(letters, sample, **options)
+        _rows(single if isinstance(sample, Text) else letters, sample, **options)
 
 
 def test_faults_of_the_template_are_collected() -> None:
@@ -370,10 +379,10 @@ def test_faults_of_the_template_are_collected() -> None:
 def test_counts_describe_themselves(letters: Any) -> None:
     items = [Pair("q", _letters(9), "x:1"), Pair("q", "z", "x:2"), Pair("q" * 20, "z", "x:3")]
     assert _rows(letters, *items, max_length=8).counts.describe() == (
-        "3 pair rows; 1 truncated; 1 dropped; 12 tokens, 67% supervised; 6 supervised tokens lost"
+        "3 pair rows; 1 truncated; 12 tokens, 67% supervised; lost: 1 row, 6 supervised tokens"
     )
     assert _rows(letters, Text("zz", "x:1")).counts.describe() == (
-        "1 text row; 4 tokens, 75% supervised"
+        "1 text row; 4 tokens, 75% supervised; lost: nothing"
     )
 
 
@@ -412,6 +421,8 @@ def test_whatever_changes_the_rows_changes_the_fingerprint(cache: Path) -> None:
             ({}, {}),
             ({}, {"max_length": 99}),
             ({}, {"train_on": "all"}),
+            ({}, {"train_on": "last-turn"}),
+            ({}, {"chat_template": "vicuna"}),
             ({}, {"long_samples": "drop"}),
             ({"chat_template": CHATML}, {}),
             ({"bos_token": None}, {}),
@@ -435,6 +446,25 @@ def test_a_damaged_cache_is_made_again(cache: Path, letters: Any, suffix: str) -
     file.write_bytes(b"damaged")
     again = tokenize(samples, letters, TokenOptions())
     assert (again.counts, list(again.rows)) == (made.counts, rows)
+
+
+def test_one_wrong_bit_in_the_cache_is_not_believed(cache: Path, letters: Any) -> None:
+    samples = samples_of(Pair("q", _letters(50), "x:1"))
+    made = tokenize(samples, letters, TokenOptions())
+    rows, token = list(made.rows), letters("z")["input_ids"][0]
+    assert "tokens/s" in made.describe()
+    assert tokenize(samples, letters, TokenOptions()).describe().endswith("; from the cache")
+    (file,) = cache.glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    # In the middle of the ids, where Arrow's own reader sees nothing wrong.
+    place = content.index(token.to_bytes(4, "little") * 20) + 8
+    content[place] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    again = tokenize(samples, letters, TokenOptions())
+    assert again.seconds is not None
+    assert list(again.rows) == rows
+    assert tokenize(samples, letters, TokenOptions()).seconds is None
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(cache: Path, letters: Any) -> None:
@@ -546,7 +576,7 @@ def test_deepseek_gives_the_text_back(assets: Path, prompt: str, completion: str
     tokenizer = _deepseek(assets)
     # Its 13 added single letters decode to a replacement character, in transformers too.
     assume(not {*_DEEPSEEK_LOSES} & {*(prompt + completion)})
-    rendered = [Renderer(tokenizer).render(Pair(prompt, completion, "x:1"))]
+    rendered = Renderer(tokenizer).render(Pair(prompt, completion, "x:1"))
     (row,) = _deepseek_encoder(assets).encode(rendered)
     assert _decode(tokenizer, row.ids) == (
         tokenizer.bos_token + prompt + completion + tokenizer.eos_token

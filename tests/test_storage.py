@@ -24,7 +24,6 @@ from qlora_kit.storage import (
     load_tensors,
     only_writer,
     parse_json,
-    read_json_lines,
     read_lines,
     save_tensors,
     staged_folder,
@@ -50,7 +49,7 @@ def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: byte 10 is not UTF-8"):
-        list(read_json_lines(file))
+        list(read_lines(file))
 
 
 @pytest.mark.parametrize(

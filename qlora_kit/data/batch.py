@@ -104,6 +104,20 @@ def row_lengths(rows: Any) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
 
 
+def largest_batch(lengths: Sequence[int], count: int) -> Indices:
+    """Return the indices of so many rows, given the tokens of all, that take the most memory.
+
+    The longest ones; but where these are all of one length and there are shorter rows, one of
+    those takes the place of the last: a padded batch needs a mask besides.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    largest, longest = order[:count], lengths[order[0]]
+    if len(largest) > 1 and lengths[largest[-1]] == longest:
+        shorter = next((index for index in order if lengths[index] < longest), largest[-1])
+        largest[-1] = shorter
+    return tuple(largest)
+
+
 def largest_token(rows: Any) -> int:
     """Return the largest token id of a `datasets.Dataset` or a sequence of rows."""
     if hasattr(rows, "with_format"):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from qlora_kit.data.template import Rendered, wants_bos
+from qlora_kit.data.chat_text import wants_bos
+from qlora_kit.data.template import Rendered
 
 IGNORED = -100
 """label of a token that is not supervised"""

@@ -32,13 +32,15 @@ _MOST_CHARACTERS = 1 << 20
 _POLL_SECONDS = 0.0005
 
 _FINISHED, _TOO_LARGE = 0, 3
-_CONVERSATIONS: tuple[tuple[list[dict[str, str]], bool], ...] = tuple(
-    ([{"role": role, "content": "a b"} for role in roles], opens_answer)
-    for roles, opens_answer in (
-        (("user",), True),
-        (("user", "assistant"), False),
-        (("system", "user", "assistant", "user", "assistant"), False),
-        (("system", "user", "assistant", "user"), True),
+_TOOL = {"type": "function", "function": {"name": "a", "description": "b", "parameters": {}}}
+_CONVERSATIONS: tuple[tuple[list[dict[str, str]], dict[str, Any]], ...] = tuple(
+    ([{"role": role, "content": "a b"} for role in roles], options)
+    for roles, options in (
+        (("user",), {"add_generation_prompt": True}),
+        (("user", "assistant"), {}),
+        (("system", "user", "assistant", "user", "assistant"), {}),
+        (("system", "user", "assistant", "user"), {"add_generation_prompt": True}),
+        (("user", "assistant", "tool"), {"add_generation_prompt": True, "tools": [_TOOL]}),
     )
 )
 
@@ -77,11 +79,9 @@ def _name(tokenizer: Any) -> str:
 
 
 def _render_all(tokenizer: Any) -> None:
-    for turns, opens_answer in _CONVERSATIONS:
+    for turns, options in _CONVERSATIONS:
         try:
-            text = tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=opens_answer
-            )
+            text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
         except MemoryError:
             raise
         except Exception:

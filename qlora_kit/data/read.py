@@ -1,124 +1,225 @@
-"""Reads a data file into records, whatever its format.
+"""Reads data files into records, whatever their format.
 
-Takes a path; yields `Line(file, line, record)` in file order. Never looks at what a record
+Takes paths; yields `Record(place, content)` in file order. Never looks at what a record
 means, and imports neither torch nor datasets.
 """
 
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from itertools import chain
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.data.faults import is_plain
 from qlora_kit.errors import DataError
-from qlora_kit.storage import Line, read_json, read_json_lines, read_lines
+from qlora_kit.storage import (
+    Line,
+    decode,
+    parse_json,
+    read_json_list,
+    read_lines,
+    read_raw_lines,
+    read_text,
+    read_whole,
+)
+from qlora_kit.storage.reading import MOST_LINE_BYTES
 
-_COUNTED_BY_RECORD = (".json", ".parquet")
+_ROWS_AT_A_TIME = 1024
 
 
-def read_records(path: Path) -> Iterator[Line]:
-    """Yield the records of a data file; the suffix tells the format.
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a file, or the fault that stands in its place."""
 
-    `Line.line` counts from 1: lines of a text format (of a record over several lines, its
-    first), records of .json and .parquet; `place` words the difference.
+    place: str
+    """how errors name it: `file:412`, or `file record 412` where there are no lines"""
+    content: Any
+    """a `DataError` where this record, and only this, cannot be read"""
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a data file, whose suffix tells the format; `.gz` may follow it.
 
     Raises:
         DataError: the file is missing, a folder, of unknown format, damaged, or empty.
     """
-    reader = _reader_for(path)
-    found = False
-    for line in reader(path):
-        found = True
-        yield line
-    if not found:
-        raise DataError(f"{path}: no records; expected at least one; add rows or name another file")
+    return _at_least_one(path, _reader_for(path)(path))
 
 
-def place(line: Line) -> str:
-    """Return where a record stands, as errors name it: `file:412` or `file record 412`."""
-    separator = ":" if _counts_lines(line.file) else " record "
-    return f"{line.file}{separator}{line.line}"
+def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
+    """Yield the lines of two files as pairs, named as their `ALIGNED_FIELDS`.
+
+    Raises:
+        DataError: one is missing, damaged or empty, or they have different numbers of lines.
+    """
+    for path in (asked, answered):
+        _check_regular(path)
+    return _at_least_one(asked, _read_aligned(asked, answered))
 
 
-@lru_cache(maxsize=8)
-def _counts_lines(file: str) -> bool:
-    suffix = Path(file).suffix.lower()
-    return suffix in _READERS and suffix not in _COUNTED_BY_RECORD
+ALIGNED_FIELDS = ("question", "answer")
 
 
 def is_data_file_name(path: Path) -> bool:
-    """Return whether the suffix is one that `read_records` reads."""
-    return path.suffix.lower() in _READERS
+    """Return whether `read_records` reads files of this name."""
+    return _suffix(path) in _READERS
 
 
-def _reader_for(path: Path) -> Callable[[Path], Iterator[Line]]:
-    known = ", ".join(_READERS)
-    if path.is_dir():
-        raise DataError(f"{path}: a folder; expected one data file ({known}); name a file in it")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; expected a data file ({known}); check the path")
-    reader = _READERS.get(path.suffix.lower())
+def without_gzip(path: Path) -> Path:
+    """Return the name without the `.gz` at its end."""
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+
+
+def _suffix(path: Path) -> str:
+    return without_gzip(path).suffix.lower()
+
+
+def _reader_for(path: Path) -> Callable[[Path], Iterator[Record]]:
+    _check_regular(path)
+    reader = _READERS.get(_suffix(path))
     if reader is None:
-        found = f'suffix "{path.suffix}"' if path.suffix else "no suffix"
-        raise DataError(f"{path}: {found}; expected one of {known}; convert or rename the file")
+        found = f'suffix "{_suffix(path)}"' if _suffix(path) else "no suffix"
+        raise DataError(
+            f"{path}: {found}; expected one of {_known()}; convert or rename the file, or name "
+            "two line-aligned ones as FILE+FILE"
+        )
     return reader
 
 
-def _read_json_list(path: Path) -> Iterator[Line]:
-    if not path.stat().st_size:
-        return
-    content = read_json(path)
-    if not isinstance(content, list):
+def _check_regular(path: Path) -> None:
+    # Those of `os.path` answer no where `Path`'s raise, as for a name that is too long.
+    if os.path.isdir(path):
+        raise DataError(f"{path}: a folder; expected one data file ({_known()}); name a file in it")
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file; expected a data file ({_known()}); check the path")
+    # A pipe nobody writes into would be waited for without end.
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: not a regular file; expected a data file; save the data in one")
+
+
+def _known() -> str:
+    return ", ".join(_READERS) + ", each also as .gz"
+
+
+def _at_least_one(path: Path, records: Iterator[Record]) -> Iterator[Record]:
+    first = next(records, None)
+    if first is None:
+        raise DataError(f"{path}: no records; expected at least one; add rows or name another file")
+    yield first
+    yield from records
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _read_json_lines(path: Path) -> Iterator[Record]:
+    for line in read_raw_lines(path):
+        where = f"{path}:{line.line}"
+        try:
+            text = decode(line)
+            if text.strip():
+                yield Record(where, parse_json(text, where))
+        except DataError as error:
+            yield Record(where, error)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    try:
+        for number, line in enumerate(read_json_list(path), 1):
+            # A list may stand on one line, so its records are counted as well.
+            yield Record(f"{path}:{line.line} (record {number})", line.record)
+    except DataError as error:
+        if "Extra data" not in str(error):
+            raise
         raise DataError(
-            f"{path}: {kind_of(content)} at the top; expected a list of records; "
-            "wrap it in [ ], or save one record a line as .jsonl"
-        )
-    for number, record in enumerate(content, 1):
-        yield Line(str(path), number, record)
+            f"{path}: more than one JSON value; expected one list of records; wrap them in [ ] "
+            "with commas between, or name the file .jsonl if it has one record a line"
+        ) from error
 
 
-def _read_text(path: Path) -> Iterator[Line]:
-    text = "\n".join(line.record for line in read_lines(path))
+# ---------------------------------------------------------------- plain text
+
+
+def _read_text(path: Path) -> Iterator[Record]:
+    text = read_text(path)
+    _check_text(text, str(path))
     if text.strip():
-        yield Line(str(path), 1, {"text": text})
+        yield Record(f"{path}:1", {"text": text.removesuffix("\n")})
 
 
-def _read_csv(path: Path) -> Iterator[Line]:
-    return _read_table(path, ",")
+def _read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
+    counts = [0, 0]
+    for one, other in zip_longest(read_lines(asked), read_lines(answered)):
+        counts = [counts[0] + (one is not None), counts[1] + (other is not None)]
+        if counts[0] != counts[1]:
+            continue  # counts on, for the error to say how many there are
+        for line in (one, other):
+            _check_text(line.record, f"{line.file}:{line.line}")
+        fields = zip(ALIGNED_FIELDS, (one.record, other.record), strict=True)
+        yield Record(f"{asked}:{one.line}", dict(fields))
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"{asked}: {counts[0]} lines, and {counts[1]} in {answered}; expected line-aligned "
+            "files; align them, one sample a line"
+        )
 
 
-def _read_tsv(path: Path) -> Iterator[Line]:
+def _check_text(text: str, where: str) -> None:
+    if "\0" in text:
+        # UTF-16 without its mark is valid UTF-8, with a NUL beside every letter.
+        raise DataError(
+            f"{where}: has a NUL; expected UTF-8 text, and this is UTF-16 or no text at all; save "
+            "it as UTF-8"
+        )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    # Where the comma is the decimal mark, spreadsheets write semicolons.
+    header = next((line for line in _text_lines(path) if line.strip()), "")
+    return _read_table(path, ";" if ";" in header and "," not in header else ",")
+
+
+def _read_tsv(path: Path) -> Iterator[Record]:
     return _read_table(path, "\t")
 
 
-def _read_table(path: Path, delimiter: str) -> Iterator[Line]:
+def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
     header: list[str] | None = None
     for file, number, fields in _read_fields(path, delimiter):
         if header is None:
             header = [name.strip() for name in fields]
-            if "" in header or len(set(header)) < len(header):
-                raise DataError(
-                    f"{file}:{number}: a column without a name or a name twice; "
-                    "expected the first line to name every column; correct it"
-                )
+            _check_columns(header, f"{file}:{number}")
         elif len(fields) != len(header):
-            raise DataError(
+            fault = DataError(
                 f"{file}:{number}: {len(fields)} fields; expected {len(header)} as in the "
                 "first line; quote fields that hold a separator, a quote or a line end"
             )
+            yield Record(f"{file}:{number}", fault)
         else:
-            yield Line(file, number, dict(zip(header, fields, strict=True)))
+            yield Record(f"{file}:{number}", dict(zip(header, fields, strict=True)))
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    if "" in names or len(set(names)) < len(names):
+        twice = next((name for name in names if names.count(name) > 1 and is_plain(name)), None)
+        found = f'"{twice}" twice' if twice else "a column without a name or a name twice"
+        raise DataError(
+            f"{where}: {found}; expected a name of its own for every column; correct it"
+        )
 
 
 def _read_fields(path: Path, delimiter: str) -> Iterator[Line]:
     # The module's default refuses fields over 128 KiB, which a long document passes.
-    csv.field_size_limit(sys.maxsize)
-    lines = (line.record + "\n" for line in read_lines(path))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    csv.field_size_limit(MOST_LINE_BYTES)
+    reader = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -134,32 +235,56 @@ def _read_fields(path: Path, delimiter: str) -> Iterator[Line]:
             yield Line(str(path), number, fields)
 
 
-def _read_parquet(path: Path) -> Iterator[Line]:
+def _text_lines(path: Path) -> Iterator[str]:
+    for line in read_lines(path):
+        _check_text(line.record, f"{path}:{line.line}")
+        yield line.record + "\n"
+
+
+# ---------------------------------------------------------------- parquet
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
+    is_plain_file = without_gzip(path) == path
+    source = path if is_plain_file else io.BytesIO(read_whole(path))
     try:
-        with parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches())
-            for number, record in enumerate(chain.from_iterable(batches), 1):
-                yield Line(str(path), number, record)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        with parquet.ParquetFile(source, page_checksum_verification=True) as file:
+            _check_columns(file.schema_arrow.names, str(path))
+            number = 0
+            for batch in file.iter_batches(_ROWS_AT_A_TIME):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{path} record {number}", without_nulls(record))
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
         raise DataError(
             f"{path}: not a readable parquet file; expected one written whole; write it again"
         ) from error
 
 
-def kind_of(value: Any) -> str:
-    """Return the kind of a JSON value in plain words, such as "a list"."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    if value is None:
-        return "null"
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "a value")
+def without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of a typed table without the nulls inside of its fields.
+
+    Such a table gives every object every key that one of them has: a call of one tool gets the
+    arguments of all others, as nulls. What is null is not there.
+    """
+    return {
+        name: _filled(value) if isinstance(value, dict | list) else value
+        for name, value in record.items()
+    }
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
-    ".jsonl": read_json_lines,
-    ".json": _read_json_list,
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,

@@ -1,47 +1,35 @@
 """Turns samples into text, and says which characters of it are supervised.
 
 Takes a tokenizer and samples; returns `Rendered`. Training and generation render their
-prompts here and nowhere else. A template is a stranger's program: transformers renders it in
-a sandbox that cannot change anything, and here it has limits of time and memory. Never
-tokenises a sample.
+prompts here and nowhere else: what is supervised begins where the generation prompt ends.
+Never tokenises a sample.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_kit.data.probe import probe_template
+from qlora_kit.data.chat_template import choose_template
+from qlora_kit.data.chat_text import ChatWriter, Tools, special_tokens
 from qlora_kit.data.shapes import Conversation, Message, Pair, Sample, Text
-from qlora_kit.errors import DataError, ModelError
-from qlora_kit.time_limit import TimeUp, time_limit
-
-# For models without a chat template. Set on the tokenizer, so that generation and whoever
-# loads the adapter use the same one.
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}"
-    "{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ '### Response:\n' + message['content'] + eos_token }}"
-    "{% if not loop.last %}{{ '\n\n' }}{% endif %}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
-
-# Without and with a BOS token.
-_OWN_TEMPLATES = (DEFAULT_TEMPLATE, "{{ bos_token }}" + DEFAULT_TEMPLATE)
-
-SECONDS_A_RENDERING = 10.0
+from qlora_kit.errors import DataError
 
 Span = tuple[int, int]
+
+# What a generation prompt may end with to open the answer's reasoning, and what closes it.
+_OPENED_REASONING = re.compile(r"<(think|thinking|reasoning)>\s*$")
+
+# Tokens that end a turn in released models, for templates that write a turn's end only when the
+# next one opens: there the text alone does not tell an end from an opening.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The text of one sample."""
+    """One text to learn from, of a sample; most samples have one."""
 
     text: str
     spans: tuple[Span, ...]
@@ -52,166 +40,251 @@ class Rendered:
     """whether the end token follows the text, as a token and supervised"""
 
 
-def wants_bos(tokenizer: Any) -> bool:
-    """Return whether every sample of this tokenizer begins with its BOS token, exactly once.
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A conversation up to one answer: the text, and where its answer begins and ends."""
 
-    True where a BOS token exists and one of these holds: it is not the end token at the same
-    time; the tokenizer's own encoding puts it first; the chat template starts with it.
-    So Llama, Mistral, Gemma and DeepSeek have it; Qwen (no BOS) and GPT-2 (BOS = EOS) do not.
-    """
-    if not tokenizer.bos_token or tokenizer.bos_token_id is None:
-        return False
-    if tokenizer.bos_token_id != tokenizer.eos_token_id:
-        return True
-    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return True
-    try:
-        text = _apply(tokenizer, [Message("user", "a")], "a short conversation")
-    except DataError:
-        return False
-    return text.startswith(tokenizer.bos_token)
+    text: str
+    start: int
+    end: int
+    ended: bool
+    """whether the answer ends with an end token"""
 
 
 class Renderer:
     """Renders samples with the tokenizer's chat template.
 
-    A tokenizer without one is given `DEFAULT_TEMPLATE`.
-
     Args:
-        tokenizer: transformers' tokenizer; its `chat_template` is set where it has none.
-        train_on: what is supervised: the answers, or everything but the BOS token.
+        tokenizer: transformers' tokenizer; its `chat_template` is set by `choose_template`.
+        train_on: what is supervised: every answer, only the last of a conversation, or
+            everything but the BOS token.
+        chat_template: a built-in name or a file; None for the tokenizer's own.
 
     Raises:
-        ModelError: the template takes too long or too much memory, see `probe_template`.
+        ConfigError, ModelError: the template is not usable, see `choose_template`.
     """
 
     def __init__(
-        self, tokenizer: Any, train_on: Literal["completion", "all"] = "completion"
+        self,
+        tokenizer: Any,
+        train_on: Literal["completion", "last-turn", "all"] = "completion",
+        chat_template: str | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = _OWN_TEMPLATES[wants_bos(tokenizer)]
-        elif tokenizer.chat_template not in _OWN_TEMPLATES:
-            probe_template(tokenizer)
+        choose_template(tokenizer, chat_template)
         self.tokenizer = tokenizer
         self.train_on = train_on
+        self._writer = ChatWriter(tokenizer)
         self._eos = str(tokenizer.eos_token)
-        self._end_tokens = _end_tokens(tokenizer)
+        self._end_tokens = end_tokens(tokenizer)
 
-    def render(self, sample: Sample) -> Rendered:
+    def render(self, sample: Sample) -> tuple[Rendered, ...]:
         """Render one sample.
 
-        A conversation goes through the template; pairs and texts are used as they are.
+        A conversation goes through the template; pairs and texts are used as they are. It
+        becomes several texts where the template rewrites earlier turns, as those do that leave
+        their reasoning out: each answer is then learnt after the prompt it would be generated
+        from.
 
         Raises:
-            DataError: the template refuses the turns, or, where only answers are supervised,
-                does not render them so that each prompt is a prefix of the whole.
-            ModelError: it takes longer than `SECONDS_A_RENDERING`.
+            DataError: the template refuses the turns, leaves some out, changes an answer, or
+                does not open one with its generation prompt.
+            ModelError: it takes longer than `chat_text.SECONDS_A_RENDERING`.
         """
         if isinstance(sample, Conversation):
-            return self._render_chat(sample)
+            return self._render_all(sample) if self.train_on == "all" else self._answers(sample)
         if isinstance(sample, Pair):
             start = len(sample.prompt)
             text = sample.prompt + sample.completion
             first = 0 if self.train_on == "all" else start
-            return Rendered(text, ((first, len(text)),), (start,), append_eos=True)
+            return (Rendered(text, ((first, len(text)),), (start,), append_eos=True),)
         assert isinstance(sample, Text)
-        return Rendered(sample.text, ((0, len(sample.text)),), (), append_eos=True)
+        return (Rendered(sample.text, ((0, len(sample.text)),), (), append_eos=True),)
 
-    def prompt_text(self, prompt: str | Sequence[Message], place: str = "the prompt") -> str:
+    def prompt_text(
+        self, prompt: str | Sequence[Message], place: str = "the prompt", tools: Tools = ()
+    ) -> str:
         """Return the text that generation continues.
 
         Args:
             prompt: raw text, returned as it is, or turns for the template.
             place: where the prompt stands, for errors.
+            tools: what may be called, as `Conversation.tools`.
 
         Raises:
-            DataError: the template refuses the turns.
+            DataError: the template refuses the turns or leaves some out.
         """
         if isinstance(prompt, str):
             return prompt
-        return _apply(self.tokenizer, prompt, place, generation=True)
+        return self._writer.write(prompt, place, tools, generation=True)
 
-    def _render_chat(self, sample: Conversation) -> Rendered:
-        text = _apply(self.tokenizer, sample.messages, sample.place)
+    def learnt_turns(self, sample: Conversation) -> list[int]:
+        """Return which turns are answers to be learnt: every one, or only the last.
+
+        Raises:
+            DataError: no turn is the assistant's.
+        """
+        numbers = [i for i, turn in enumerate(sample.messages) if turn.role == "assistant"]
+        if not numbers:
+            raise DataError(
+                f"{sample.place}: no turn is the assistant's; expected one to learn from; add "
+                "the answer or remove the record"
+            )
+        numbers = numbers[-1:] if self.train_on == "last-turn" else numbers
+        return [number for number in numbers if sample.messages[number].is_learnt]
+
+    # ------------------------------------------------------------ everything
+
+    def _render_all(self, sample: Conversation) -> tuple[Rendered, ...]:
+        text = self._writer.write(sample.messages, sample.place, sample.tools)
+        for number, message in enumerate(sample.messages, 1):
+            if not message.is_learnt:
+                raise DataError(
+                    f"{sample.place}: turn {number} is marked not to be learnt; expected no such "
+                    "turn with --train-on all; use --train-on completion, or take the mark away"
+                )
+            if message.role == "assistant" and not _holds(text, message.content):
+                raise DataError(
+                    f"{sample.place}: the chat template shortens the answer of turn {number}; "
+                    "expected all of it in the text; use --train-on completion, which renders "
+                    "each turn, or another template"
+                )
         ended = text.rstrip().endswith(self._end_tokens)
-        if self.train_on == "all":
-            return Rendered(text, ((0, len(text)),), (), append_eos=not ended)
-        spans = self._answer_spans(sample, text)
+        return (Rendered(text, ((0, len(text)),), (), append_eos=not ended),)
+
+    # ------------------------------------------------------------ answers
+
+    def _answers(self, sample: Conversation) -> tuple[Rendered, ...]:
+        """Render the conversation up to each answer; join what extends the text before it.
+
+        An answer that is not to be learnt is a part of the prompts of those after it.
+        """
+        numbers = self.learnt_turns(sample)
+        if not numbers:
+            # Counted as dropped, as is every row in which nothing is supervised.
+            text = self._writer.write(sample.messages, sample.place, sample.tools)
+            return (Rendered(text, (), (), append_eos=False),)
+        texts: list[list[_Turn]] = []
+        for index in numbers:
+            turn = self._up_to(sample, index)
+            before = self._extended(texts[-1][-1], turn) if texts else None
+            if before is None:
+                texts.append([turn])
+            else:
+                texts[-1][-1:] = [before, turn]
+        return tuple(self._rendered(turns) for turns in texts)
+
+    def _rendered(self, turns: Sequence[_Turn]) -> Rendered:
+        text, ended = turns[-1].text, turns[-1].ended
+        spans = [(turn.start, turn.end) for turn in turns]
         if not ended:
             # The EOS is learnt as what follows the text, so the white space before it is too.
             spans[-1] = (spans[-1][0], len(text))
         return Rendered(text, tuple(spans), tuple(start for start, _ in spans), not ended)
 
-    def _answer_spans(self, sample: Conversation, text: str) -> list[Span]:
-        """Find each answer by rendering the turns up to it."""
-        messages, last = sample.messages, len(sample.messages) - 1
-        spans = []
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            prompt = self.prompt_text(messages[:index], sample.place)
-            turn = text if index == last else self._up_to(messages[: index + 1], sample, text)
-            if not turn.startswith(prompt):
+    def _up_to(self, sample: Conversation, index: int) -> _Turn:
+        """Render a conversation up to the answer at `index`, beginning with its prompt."""
+        messages, answer = sample.messages, sample.messages[index]
+        place = sample.place
+        prompt = self._writer.write(messages[:index], place, sample.tools, generation=True)
+        text = self._writer.write(messages[: index + 1], place, sample.tools)
+        if not text.startswith(prompt):
+            reopened = _after_opened_reasoning(prompt, text, answer.content)
+            if reopened is None:
                 raise DataError(
-                    f"{sample.place}: the chat template does not open turn {index + 1} with its "
+                    f"{place}: the chat template does not open turn {index + 1} with its "
                     "generation prompt; expected the prompt to be a prefix of the answer's "
                     "text; use --train-on all or another template"
                 )
-            spans.append((len(prompt), self._end_of_turn(turn, text)))
-        return spans
-
-    def _up_to(self, messages: Sequence[Message], sample: Conversation, text: str) -> str:
-        turn = _apply(self.tokenizer, messages, sample.place)
-        if not text.startswith(turn):
-            # Some templates end the last message, and only that, with an EOS of its own.
-            turn = turn.removesuffix(self._eos)
-        if not text.startswith(turn):
+            text = reopened
+        opened = _OPENED_REASONING.search(prompt)
+        if not _holds(text[opened.start() if opened else len(prompt) :], answer.content):
             raise DataError(
-                f"{sample.place}: the chat template rewrites earlier turns; expected each turn "
-                "to extend the text before it; use --train-on all or another template"
+                f"{place}: the chat template changes the answer of turn {index + 1}; expected "
+                "it as it is written; change the answer or use another template"
             )
-        return turn
+        end = len(text.rstrip())
+        return _Turn(text, len(prompt), end, text[:end].endswith(self._end_tokens))
 
-    def _end_of_turn(self, turn: str, text: str) -> int:
-        end = len(turn.rstrip())
-        if not turn[:end].endswith(self._end_tokens) and text.startswith(self._eos, len(turn)):
-            # Templates that close a turn only when the next one opens.
-            end = len(turn) + len(self._eos)
-        return end
+    def _extended(self, turn: _Turn, later: _Turn) -> _Turn | None:
+        """Return an earlier answer as it stands in a later text; None where it does not."""
+        text = turn.text
+        if not later.text.startswith(text):
+            # Some templates end the last message, and only that, with an EOS of its own.
+            text = text.removesuffix(self._eos)
+            if not later.text.startswith(text):
+                return None
+        if later.start < len(text):
+            return None
+        end = min(turn.end, len(text.rstrip()))
+        if text[:end].endswith(self._end_tokens):
+            return _Turn(text, turn.start, end, ended=True)
+        # Templates that close a turn only when the next one opens.
+        for token in (self._eos, *_TURN_ENDS):
+            if token in self._end_tokens and later.text.startswith(token, len(text)):
+                return _Turn(text, turn.start, len(text) + len(token), ended=True)
+        return None
 
 
-def _apply(
-    tokenizer: Any, messages: Sequence[Message], place: str, generation: bool = False
-) -> str:
-    """Render turns with the tokenizer's template, within the limit of time."""
-    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+def _after_opened_reasoning(prompt: str, text: str, content: str) -> str | None:
+    """Return the prompt and the answer after it, where the prompt opens the reasoning.
+
+    Templates of reasoning models end their generation prompt with `<think>`, and write turns
+    without it and without their reasoning. Generation continues the prompt, so that is what is
+    learnt: the reasoning as the answer has it, or, where it has none, its end at once.
+
+    Args:
+        prompt: the generation prompt.
+        text: the turns with the answer, which does not begin with `prompt`.
+        content: the answer as it stands in the data.
+
+    Returns:
+        None where the prompt opens no reasoning, or the text does not go on with the answer.
+    """
+    opened = _OPENED_REASONING.search(prompt)
+    if opened is None or not text.startswith(prompt[: opened.start()]):
+        return None
+    opening, closing = f"<{opened[1]}>", f"</{opened[1]}>"
+    rest = text[opened.start() :]
+    shown = content.rpartition(closing)[2]
+    visible = next(
+        (way for way in (shown, shown.lstrip("\n"), shown.strip()) if rest.startswith(way)), None
+    )
+    if visible is None:
+        return None
+    if closing in content:
+        reasoning = content[: len(content) - len(shown)].lstrip().removeprefix(opening)
+        before = reasoning.lstrip("\n") if opened[0].endswith("\n") else reasoning
+        # The white space that the template takes off the answer belongs to the reasoning here.
+        before += shown[: len(shown) - len(shown.lstrip())] if visible != shown else ""
+    else:
+        before = f"\n{closing}\n\n"
+    return prompt + before + rest
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether a text has all of an answer, white space aside: templates trim it."""
+    return content.strip() in text or "".join(content.split()) in "".join(text.split())
+
+
+# ---------------------------------------------------------------- what ends an answer
+
+
+def end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return the tokens that may end an answer: the EOS, the template's own, well-known ones."""
+    known = {token for token in _TURN_ENDS if token in special_tokens(tokenizer)}
+    return tuple(sorted(known | {str(tokenizer.eos_token), *_last_token_of_an_answer(tokenizer)}))
+
+
+def _last_token_of_an_answer(tokenizer: Any) -> tuple[str, ...]:
+    """Return the special token that the chat template ends a plain answer with, if it does."""
+    if not tokenizer.chat_template:
+        return ()
+    turns = [Message("user", "a"), Message("assistant", "a")]
     try:
-        with time_limit(SECONDS_A_RENDERING):
-            text: str = tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generation
-            )
-    except (TimeUp, MemoryError) as error:
-        found = "takes too long" if isinstance(error, TimeUp) else "needs too much memory"
-        # Not a fault of one row, to be collected with others: each would take as long again.
-        raise ModelError(
-            f"{place}: the chat template {found} for these turns; expected at most "
-            f"{SECONDS_A_RENDERING:.0f} s; shorten the row or use another template"
-        ) from error
-    except Exception as error:
-        # A template may raise anything, and so may what it calls.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise DataError(
-            f"{place}: the chat template refuses these turns ({reason}); expected turns it "
-            "can render; change them or use another template"
-        ) from error
-    return text
-
-
-def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the special tokens that may end an answer: the EOS, and those like <|im_end|>."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    special = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
-    return tuple(sorted((special - {tokenizer.bos_token} | {str(tokenizer.eos_token)}) - {""}))
+        text = ChatWriter(tokenizer).write(turns, "a short conversation").rstrip()
+    except DataError:
+        return ()
+    return tuple(token for token in special_tokens(tokenizer) if text.endswith(token))
 
 
 def end_token_ids(tokenizer: Any, configured: int | Sequence[int] | None = None) -> list[int]:
@@ -225,13 +298,5 @@ def end_token_ids(tokenizer: Any, configured: int | Sequence[int] | None = None)
         configured: `eos_token_id` of a configuration: one, several or none.
     """
     named = [configured] if isinstance(configured, int) else (configured or [])
-    ends = {tokenizer.eos_token_id, *named}
-    probe = [Message("user", "a"), Message("assistant", "a")]
-    if tokenizer.chat_template:
-        try:
-            text = _apply(tokenizer, probe, "a short conversation").rstrip()
-        except DataError:
-            text = ""
-        last = [token for token in _end_tokens(tokenizer) if text.endswith(token)]
-        ends.update(tokenizer.convert_tokens_to_ids(token) for token in last)
-    return sorted(ends)
+    last = tokenizer.convert_tokens_to_ids(list(_last_token_of_an_answer(tokenizer)))
+    return sorted({tokenizer.eos_token_id, *named, *last})

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy
@@ -38,13 +40,14 @@ from qlora_kit.time_limit import many_limits
 MIN_ROWS_FOR_VALIDATION = 200
 
 # Part of the fingerprint: raise it when the same samples become other rows.
-_ROWS_VERSION = 1
+_ROWS_VERSION = 3
 _BATCH_ROWS = 1000
 _SCHEMA = pyarrow.schema(
     [
         ("input_ids", pyarrow.list_(pyarrow.int32())),
         ("labels", pyarrow.list_(pyarrow.int32())),
         ("row", pyarrow.int64()),
+        ("uncut_tokens", pyarrow.int32()),
     ]
 )
 
@@ -63,11 +66,13 @@ class Counts:
     rows_kept: int = 0
     """source rows of which at least one token row is left"""
     rows_truncated: int = 0
-    """kept rows that lost their end"""
+    """kept rows that lost a part to `max_length`, mostly their end"""
     rows_dropped: int = 0
     """too long, or without a supervised token"""
     rows_split: int = 0
-    """kept rows that became several token rows"""
+    """kept rows of which chunks were made, one or several"""
+    rows_by_turn: int = 0
+    """those rendered once an answer: the template changes earlier ones, or does not end them"""
     rows_unaligned: int = 0
     """rows where a token straddles the end of a prompt and could not be divided"""
     chunks: int = 0
@@ -83,32 +88,55 @@ class Counts:
             parts.append(f"{self.rows_kept:,} in this part")
         for count, word in (
             (self.rows_truncated, "truncated"),
-            (self.rows_dropped, "dropped"),
             (self.rows_split, f"split into {self.chunks:,} chunks"),
+            (self.rows_by_turn, "of these learnt turn by turn, each answer after its own prompt"),
             (self.rows_unaligned, "with a token across the end of a prompt"),
         ):
             if count:
                 parts.append(f"{count:,} {word}")
         share = self.supervised_tokens / max(self.tokens, 1)
         parts.append(f"{self.tokens:,} tokens, {share:.0%} supervised")
-        if self.supervised_tokens_lost:
-            parts.append(f"{self.supervised_tokens_lost:,} supervised tokens lost")
+        parts.append(f"lost: {self._lost()}")
         return "; ".join(parts)
+
+    def _lost(self) -> str:
+        """Return what nobody will learn, in words; said even where it is nothing."""
+        lost = [
+            f"{count:,} {word}{'' if count == 1 else 's'}"
+            for count, word in (
+                (self.rows_dropped, "row"),
+                (self.supervised_tokens_lost, "supervised token"),
+            )
+            if count
+        ]
+        return ", ".join(lost) or "nothing"
 
 
 @dataclass(frozen=True)
 class Tokenized:
     """Token rows ready to be batched.
 
-    `rows` has the columns `input_ids`, `labels` (the id at the same position, or -100) and
-    `row` (index of the source sample). `fingerprint` is of all that decides the rows, `origin`
-    the hashes of its parts: data, tokenizer, template.
+    `rows` has the columns `input_ids`, `labels` (the id at the same position, or -100), `row`
+    (index of the source sample) and `uncut_tokens` (how many there were before `max_length`
+    was applied). `fingerprint` is of all that decides the rows, `origin`
+    the hashes of its parts: data, tokenizer, template. `seconds` is what making them took; None
+    where they came from the cache.
     """
 
     rows: datasets.Dataset
     counts: Counts
     fingerprint: str
     origin: Mapping[str, str | None]
+    seconds: float | None = None
+    dropped: Mapping[int, int] = field(default_factory=dict)
+    """tokens of each source sample of which no row is left, by its index"""
+
+    def describe(self) -> str:
+        """Return one line for people: what became of the rows, and how fast."""
+        if self.seconds is None:
+            return f"{self.counts.describe()}; from the cache"
+        speed = self.counts.tokens / max(self.seconds, 1e-9)
+        return f"{self.counts.describe()}; {speed:,.0f} tokens/s"
 
     def content_hash(self) -> str:
         """Return a hash of the token rows themselves, wherever they come from."""
@@ -131,13 +159,14 @@ def tokenize(
 
     Args:
         samples: what `load_samples` returned.
-        tokenizer: transformers' tokenizer; is given a chat template if it has none.
+        tokenizer: transformers' tokenizer; its chat template is set, see `choose_template`.
         options: longest row, what happens to longer ones, what is supervised.
         cache: reuse and keep the rows in the cache folder of `datasets`.
 
     Raises:
         DataError: the template does not fit a row, a row is too long where that is an error,
             or no supervised token is left.
+        ConfigError, ModelError: the chat template is not usable.
     """
     work = _Work(samples, tokenizer, options)
     fingerprint = work.fingerprint()
@@ -154,8 +183,13 @@ def tokenize(
         except DataError:
             file.unlink(missing_ok=True)
             raise
-        # Written last: rows without their counts are not taken from the cache.
-        storage.write_json(file.with_suffix(".json"), asdict(made.counts))
+        # Written last: rows without their counts and hash are not taken from the cache.
+        about = {
+            "counts": asdict(made.counts),
+            "dropped": list(made.dropped.items()),
+            "sha256": storage.file_hash(file),
+        }
+        storage.write_json(file.with_suffix(".json"), about)
     except (OSError, StorageError):
         # A cache that cannot be written costs time, not the run.
         return _Work(samples, tokenizer, options).run(fingerprint, None)
@@ -163,13 +197,27 @@ def tokenize(
 
 
 def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) -> Tokenized | None:
+    """Return the rows of an earlier run, or None where they are missing or not as written."""
     try:
-        counts = storage.read_json(file.with_suffix(".json"))
+        about = storage.read_json(file.with_suffix(".json"))
+        if about["sha256"] != storage.file_hash(file):
+            return None
         rows = datasets.Dataset.from_file(str(file))
-        counts = Counts(**{**counts, "shape": Shape(counts["shape"])})
-    except (DataError, OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException):
+        counts = Counts(**{**about["counts"], "shape": Shape(about["counts"]["shape"])})
+        dropped = {int(index): int(tokens) for index, tokens in about["dropped"]}
+    except (
+        DataError, StorageError, OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException,
+    ):  # fmt: skip
         return None
-    return Tokenized(rows, counts, fingerprint, origin)
+    return Tokenized(rows, counts, fingerprint, origin, dropped=dropped)
+
+
+class _Piece(NamedTuple):
+    """A row that fits, or what was cut off one that does not."""
+
+    ids: list[int]
+    labels: list[int]
+    uncut_tokens: int
 
 
 class _Work:
@@ -177,7 +225,7 @@ class _Work:
 
     def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
         self.samples = samples
-        self.renderer = Renderer(tokenizer, options.train_on)
+        self.renderer = Renderer(tokenizer, options.train_on, options.chat_template)
         self.encoder = Encoder(tokenizer)
         self.max_length = options.max_length
         self.long_samples: str = options.long_samples
@@ -191,6 +239,7 @@ class _Work:
             "template": template_hash(tokenizer),
         }
         self.tally: Counter[str] = Counter()
+        self.dropped: dict[int, int] = {}
         self.faults = Faults()
 
     def fingerprint(self) -> str:
@@ -205,6 +254,7 @@ class _Work:
 
     def run(self, fingerprint: str, file: Path | None) -> Tokenized:
         """Make all rows, into `file` or into memory."""
+        started = time.perf_counter()
         source = datasets.Dataset.from_dict({"sample": range(len(self.samples.items))})
         with _no_progress_bars():
             rows = source.map(
@@ -222,48 +272,61 @@ class _Work:
         counts = Counts(self.samples.shape, len(self.samples.items), **self.tally)
         if not counts.supervised_tokens:
             raise DataError(self._nothing_to_learn())
-        return Tokenized(rows, counts, fingerprint, self.origin)
+        seconds = time.perf_counter() - started
+        return Tokenized(rows, counts, fingerprint, self.origin, seconds, self.dropped)
 
     def _table(self, indices: Sequence[int]) -> pyarrow.Table:
-        rendered, kept = self._render(indices)
-        columns: tuple[list[list[int]], list[list[int]], list[int]] = ([], [], [])
-        for index, row in zip(kept, self.encoder.encode(rendered), strict=True):
-            for ids, labels in self._fit(index, row):
-                columns[0].append(ids)
-                columns[1].append(labels)
-                columns[2].append(index)
-        return pyarrow.table(list(columns), schema=_SCHEMA)
+        rendered, sources = self._render(indices)
+        encoded = zip(sources, self.encoder.encode(rendered), strict=True)
+        rows: list[tuple[list[int], list[int], int, int]] = []
+        for index, of_one in itertools.groupby(encoded, key=lambda pair: pair[0]):
+            fitted = self._fit(index, [row for _, row in of_one])
+            rows += [(piece.ids, piece.labels, index, piece.uncut_tokens) for piece in fitted]
+        columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
+        return pyarrow.table(list(map(list, columns)), schema=_SCHEMA)
 
     def _render(self, indices: Sequence[int]) -> tuple[list[Rendered], list[int]]:
-        rendered, kept = [], []
+        """Return the texts of samples, and of each text the index of its sample."""
+        rendered: list[Rendered] = []
+        sources: list[int] = []
         with many_limits():
             for index in indices:
                 try:
-                    rendered.append(self.renderer.render(self.samples.items[index]))
-                    kept.append(index)
+                    texts = self.renderer.render(self.samples.items[index])
                 except DataError as error:
                     self.faults.add(*error.faults)
-        return rendered, kept
+                    continue
+                rendered += texts
+                sources += [index] * len(texts)
+        return rendered, sources
 
-    def _fit(self, index: int, row: Labelled) -> list[tuple[list[int], list[int]]]:
-        """Bring one row to length and count what that costs."""
-        all_supervised = supervised_count(row.labels)
-        pieces = self._shorten(index, row)
-        left = [piece for piece in pieces if supervised_count(piece[1])]
-        supervised = sum(supervised_count(labels) for _, labels in left)
+    def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_Piece]:
+        """Bring the rows of one sample to length and count what that costs."""
+        pieces = [
+            _Piece(ids, labels, len(row.ids))
+            for row in rows
+            for ids, labels in self._shorten(index, row)
+        ]
+        left = [piece for piece in pieces if supervised_count(piece.labels)]
+        supervised = sum(supervised_count(piece.labels) for piece in left)
+        all_supervised = sum(supervised_count(row.labels) for row in rows)
         self.tally.update(
             rows_kept=int(bool(left)),
             rows_dropped=int(not left),
-            rows_unaligned=int(not row.aligned),
-            tokens=sum(len(ids) for ids, _ in left),
+            rows_unaligned=int(not all(row.aligned for row in rows)),
+            tokens=sum(len(piece.ids) for piece in left),
             supervised_tokens=supervised,
             supervised_tokens_lost=all_supervised - supervised,
         )
-        if left and len(row.ids) > self.max_length:
-            if self.long_samples == "split":
-                self.tally.update(rows_split=1, chunks=len(left))
-            else:
-                self.tally.update(rows_truncated=1)
+        if not left:
+            self.dropped[index] = max(len(row.ids) for row in rows)
+            return []
+        by_turn, is_split = len(rows) > 1, self.long_samples == "split"
+        is_long = any(len(row.ids) > self.max_length for row in rows)
+        if by_turn or (is_long and is_split):
+            self.tally.update(rows_split=1, chunks=len(left), rows_by_turn=int(by_turn))
+        if is_long and not is_split:
+            self.tally.update(rows_truncated=1)
         return left
 
     def _shorten(self, index: int, row: Labelled) -> list[tuple[list[int], list[int]]]:
@@ -293,18 +356,22 @@ class _Work:
         return chunks
 
     def _nothing_to_learn(self) -> str:
+        """Say which of length and mask has taken every supervised token."""
         source, lost = self.samples.source, self.tally["supervised_tokens_lost"]
         found = f"{source}: no supervised token is left in {len(self.samples.items)} rows"
         if not lost:
-            return f"{found}; expected text to learn; add longer answers or pass --train-on all"
+            return (
+                f"{found}: the mask of --train-on {self.renderer.train_on} covers all; expected "
+                "text to learn; add longer answers or pass --train-on all"
+            )
         if self.long_samples == "drop":
             return (
-                f"{found}, all are longer than {self.max_length} tokens; expected shorter ones; "
-                "raise --max-length or pass --long-samples truncate"
+                f"{found}: all are longer than --max-length {self.max_length}; expected shorter "
+                "ones; raise --max-length or pass --long-samples truncate"
             )
         return (
-            f"{found}, the prompts alone fill {self.max_length} tokens; expected room for the "
-            "answers; raise --max-length"
+            f"{found}: the prompts alone fill --max-length {self.max_length}; expected room for "
+            "the answers; raise --max-length"
         )
 
 
@@ -358,7 +425,7 @@ def split_validation(
         tokens=part.counts.tokens,
         supervised_tokens=part.counts.supervised_tokens,
     )
-    return rest, replace(part, counts=own)
+    return rest, replace(part, counts=own, dropped={})
 
 
 def _part(tokenized: Tokenized, table: pyarrow.Table, mask: Any, name: str) -> Tokenized:
@@ -375,4 +442,4 @@ def _part(tokenized: Tokenized, table: pyarrow.Table, mask: Any, name: str) -> T
     )
     digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
     rows = tokenized.rows.select(numpy.flatnonzero(mask))
-    return Tokenized(rows, counts, digest, tokenized.origin)
+    return replace(tokenized, rows=rows, counts=counts, fingerprint=digest)

@@ -29,16 +29,21 @@ from qlora_kit.storage.folders import (
 )
 from qlora_kit.storage.reading import (
     Line,
+    decode,
     parse_json,
     read_json,
-    read_json_lines,
+    read_json_list,
     read_lines,
+    read_raw_lines,
+    read_text,
+    read_whole,
 )
 from qlora_kit.storage.space import LOCK, check_space, check_writable, only_writer
 
 __all__ = [
     "LOCK", "MANIFEST", "Line", "check_confined", "check_space", "check_writable", "clean_up",
-    "delete_folder", "file_hash", "is_sealed", "load_tensors", "manifest_hash", "only_writer",
-    "parse_json", "read_json", "read_json_lines", "read_lines", "save_tensors", "staged_folder",
-    "storage_errors", "sync_file", "verify_folder", "write_bytes", "write_json", "write_text",
+    "decode", "delete_folder", "file_hash", "is_sealed", "load_tensors", "manifest_hash",
+    "only_writer", "parse_json", "read_json", "read_json_list", "read_lines", "read_raw_lines",
+    "read_text", "read_whole", "save_tensors", "staged_folder", "storage_errors", "sync_file",
+    "verify_folder", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip

@@ -1,17 +1,26 @@
-"""The one reader of lines, and strict JSON.
+"""The one reader of files: lines, whole texts, strict JSON; gzipped where the name ends in .gz.
 
-Takes a file; yields `(file, line, record)` so that every error can name its line.
+Takes a file; yields `(file, line, record)` so that every error can name its line. Reads a
+bounded number of bytes at a time, whatever a file claims to hold.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from qlora_kit.errors import DataError
 from qlora_kit.storage.faults import reason
+
+MOST_LINE_BYTES = 64 * 2**20
+MOST_WHOLE_BYTES = 2**30
+_GZIP = b"\x1f\x8b"
 
 
 class Line(NamedTuple):
@@ -22,42 +31,121 @@ class Line(NamedTuple):
     record: Any
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    r"""Yield the lines of a UTF-8 text file, without their line ends.
+# ---------------------------------------------------------------- bytes
+
+
+def read_raw_lines(path: Path) -> Iterator[Line]:
+    r"""Yield the lines of a file as bytes, without their line ends.
 
     Only "\n" (and "\r\n") ends a line: `str.splitlines` would also split at U+2028 and
     give later lines the wrong number.
 
     Raises:
-        DataError: the file is missing, a folder, not readable or not UTF-8.
+        DataError: the file is missing, a folder, not readable, its compression is damaged, or a
+            line is longer than `MOST_LINE_BYTES`.
     """
+    with _opened(path) as stream:
+        number = 0
+        while raw := stream.readline(MOST_LINE_BYTES + 1):
+            number += 1
+            if len(raw) > MOST_LINE_BYTES:
+                raise DataError(
+                    f"{path}:{number}: a line of more than {MOST_LINE_BYTES / 2**20:.0f} MiB; "
+                    "expected one record a line; split it"
+                )
+            yield Line(str(path), number, raw.removesuffix(b"\n").removesuffix(b"\r"))
+
+
+def read_whole(path: Path) -> bytes:
+    """Read a file that is one document.
+
+    Raises:
+        DataError: as `read_raw_lines`; longer than `MOST_WHOLE_BYTES`.
+    """
+    with _opened(path) as stream:
+        content = stream.read(MOST_WHOLE_BYTES + 1)
+    if len(content) > MOST_WHOLE_BYTES:
+        raise DataError(
+            f"{path}: more than {MOST_WHOLE_BYTES / 2**30:.0f} GiB in one document; expected "
+            "less, as it is held in memory whole; split it, or save one record a line as .jsonl"
+        )
+    return content
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open for reading, through gzip where the name says so; what fails is one line."""
     try:
         with path.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                yield Line(str(path), number, _decode(raw, path, number))
-    except OSError as error:
-        raise DataError(f"{path}: {reason(error)}; expected a readable file") from error
-
-
-def _decode(raw: bytes, path: Path, number: int) -> str:
-    encoding = "utf-8-sig" if number == 1 else "utf-8"
-    try:
-        return raw.decode(encoding).removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
+            if _is_gzip(path, stream.peek(2)[:2]):
+                with gzip.GzipFile(fileobj=stream) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            else:
+                yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}:{number}: byte {error.start} is not UTF-8; save the file as UTF-8"
+            f"{path}: damaged gzip data; expected a file written whole; write or fetch it again"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: {reason(error)}; expected a readable file; check the path and its rights"
         ) from error
 
 
-def read_json_lines(path: Path) -> Iterator[Line]:
-    """Yield the records of a JSON-lines file; blank lines are skipped but counted.
+def _is_gzip(path: Path, start: bytes) -> bool:
+    named = path.suffix.lower() == ".gz"
+    if named and start and start != _GZIP:
+        raise DataError(
+            f"{path}: not gzip data; expected what .gz says; take .gz from the name, or gzip it"
+        )
+    if start == _GZIP and not named:
+        raise DataError(f"{path}: gzip data; expected .gz at the end of the name; add it")
+    return named
+
+
+# ---------------------------------------------------------------- text
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield the lines of a UTF-8 text file, as `read_raw_lines` divides them.
 
     Raises:
-        DataError: a line is not valid JSON, see `parse_json`.
+        DataError: as `read_raw_lines`; a line is not UTF-8.
     """
-    for file, number, text in read_lines(path):
-        if text.strip():
-            yield Line(file, number, parse_json(text, f"{file}:{number}"))
+    for line in read_raw_lines(path):
+        yield line._replace(record=decode(line))
+
+
+def decode(line: Line) -> str:
+    """Return the text of a raw line; the byte order mark of a file is not part of it.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    return _decode(line.record, line.file, line.line)
+
+
+def _decode(raw: bytes, file: str, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        number += raw.count(b"\n", 0, error.start)
+        column = error.start - (raw.rfind(b"\n", 0, error.start) + 1)
+        raise DataError(
+            f"{file}:{number}: byte {column} is not UTF-8; expected UTF-8 text; save the file so"
+        ) from error
+
+
+def read_text(path: Path) -> str:
+    r"""Read a UTF-8 text whole, with "\n" at the end of its lines.
+
+    Raises:
+        DataError: as `read_whole`; not UTF-8.
+    """
+    return _decode(read_whole(path), str(path), 1).replace("\r\n", "\n")
+
+
+# ---------------------------------------------------------------- JSON
 
 
 def read_json(path: Path) -> Any:
@@ -66,7 +154,7 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: the file is missing or is not valid JSON.
     """
-    return parse_json("\n".join(line.record for line in read_lines(path)), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -75,16 +163,82 @@ def parse_json(text: str, where: str) -> Any:
     Raises:
         DataError: naming `where` and what was found.
     """
-    try:
+    with _json_errors(where, text):
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+
+
+def read_json_list(path: Path) -> Iterator[Line]:
+    """Yield the values of a JSON list and the line each begins in; of any other value, itself.
+
+    Raises:
+        DataError: the file is missing or is not valid JSON; values before the fault are yielded.
+    """
+    text, file = read_text(path), str(path)
+    start = _skip_blank(text, 0)
+    if text.startswith("[", start):
+        yield from _items(text, file, _skip_blank(text, start + 1))
+    elif text.strip():
+        yield Line(file, 1 + text.count(_END, 0, start), parse_json(text, file))
+
+
+def _items(text: str, file: str, index: int) -> Iterator[Line]:
+    """Yield what stands in a list; `index` is that of its first value, or of its end."""
+    number = 1 + text.count(_END, 0, index)
+    is_over = text.startswith("]", index)
+    after = _skip_blank(text, index + is_over)
+    while not is_over:
+        with _json_errors(f"{file}:{number}", text, file):
+            value, after = _STRICT.raw_decode(text, index)
+        yield Line(file, number, value)
+        after = _skip_blank(text, after)
+        is_over = text.startswith("]", after)
+        if not is_over and not text.startswith(",", after):
+            raise DataError(
+                f"{file}:{number + text.count(_END, index, after)}: not valid JSON (no comma after "
+                "a value of the list); expected a comma or ]; correct it"
+            )
+        after = _skip_blank(text, after + 1)
+        number, index = number + text.count(_END, index, after), after
+    if after < len(text):
+        raise DataError(
+            f"{file}: not valid JSON (more after the list); expected one list; correct it"
+        )
+
+
+_END = "\n"
+_BLANK = re.compile(r"[ \t\n\r]*")
+
+
+def _skip_blank(text: str, index: int) -> int:
+    match = _BLANK.match(text, index)
+    return match.end() if match else index
+
+
+@contextlib.contextmanager
+def _json_errors(where: str, text: str, file: str = "") -> Iterator[None]:
+    """Turn what the parser raises into one line.
+
+    Args:
+        where: the place of what is parsed.
+        text: all of what is parsed; of several lines, the error names the one.
+        file: what stands before that line, where it is not `where`.
+    """
+    try:
+        yield
     except RecursionError as error:
-        raise DataError(f"{where}: JSON nested too deeply; flatten the record") from error
+        raise DataError(
+            f"{where}: JSON nested too deeply; expected a record of few levels; flatten it"
+        ) from error
     except ValueError as error:
         found = str(error)
         if isinstance(error, json.JSONDecodeError):
-            found = error.msg
-            where = f"{where}:{error.lineno}" if "\n" in text else where
-        raise DataError(f"{where}: not valid JSON ({found}); correct it") from error
+            found = f"{error.msg} at column {error.colno}"
+            where = f"{file or where}:{error.lineno}" if file or "\n" in text else where
+        elif "integer string conversion" in found:
+            found = "a number of thousands of digits"
+        raise DataError(f"{where}: not valid JSON ({found}); expected it whole; correct it") from (
+            error
+        )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,9 +246,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'key "{twice}" stands twice')
+        # A key may be sample text, which errors never repeat.
+        named = f' "{twice}"' if twice.isidentifier() and len(twice) <= 30 else ""
+        raise ValueError(f"key{named} stands twice")
     return record
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)

@@ -1,0 +1,290 @@
+"""Writes turns as text, through the tokenizer's chat template.
+
+Takes messages and tools; returns the text. A template is a stranger's program: transformers
+renders it in a sandbox that cannot change anything, and here it has a limit of time. It may
+refuse turns, and some leave turns, tools or calls out without a word: that is refused here.
+Never says what is supervised, and never tokenises a sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_kit.data.shapes import Message
+from qlora_kit.errors import DataError, ModelError
+from qlora_kit.time_limit import TimeUp, time_limit
+
+SECONDS_A_RENDERING = 10.0
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+def wants_bos(tokenizer: Any) -> bool:
+    """Return whether every sample of this tokenizer begins with its BOS token, exactly once.
+
+    True where a BOS token exists and one of these holds: it is not the end token at the same
+    time; the tokenizer's own encoding puts it first; the chat template starts with it.
+    So Llama, Mistral, Gemma and DeepSeek have it; Qwen (no BOS) and GPT-2 (BOS = EOS) do not.
+    """
+    if not tokenizer.bos_token or tokenizer.bos_token_id is None:
+        return False
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        return True
+    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return True
+    if not tokenizer.chat_template:
+        return False
+    try:
+        text = _apply(tokenizer, [{"role": "user", "content": "a"}], "a short conversation")
+    except DataError:
+        return False
+    return text.startswith(tokenizer.bos_token)
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Return the tokens that may end something: the special ones without the BOS token."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
+    return special - {"", tokenizer.bos_token} | {str(tokenizer.eos_token)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """How an assistant turn that calls tools is handed to a template; they differ in this."""
+
+    empty_content: bool
+    """whether a turn that only calls has an empty content, or no such key"""
+    arguments_as_text: bool
+
+
+# As the documentation of transformers has it first.
+_SPELLINGS = (
+    _Spelling(True, False), _Spelling(False, False), _Spelling(True, True), _Spelling(False, True),
+)  # fmt: skip
+
+# What is the same for conversations that a template treats alike: whether there are tools, and
+# of each turn its role, whether it has content, and how many tools it calls.
+_Pattern = tuple[bool, tuple[tuple[str, bool, int], ...]]
+
+
+class ChatWriter:
+    """Writes conversations with one tokenizer's chat template.
+
+    Args:
+        tokenizer: transformers' tokenizer, with a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._spellings: dict[_Pattern, _Spelling] = {}
+
+    def write(
+        self,
+        messages: Sequence[Message],
+        place: str,
+        tools: Tools = (),
+        *,
+        generation: bool = False,
+    ) -> str:
+        """Return the text of turns.
+
+        Args:
+            messages: the turns, in order.
+            place: where they stand, for errors.
+            tools: what may be called, as `Conversation.tools`.
+            generation: end with what opens the assistant's next turn.
+
+        Raises:
+            DataError: the template refuses the turns, or leaves some of them out.
+            ModelError: it takes longer than `SECONDS_A_RENDERING`.
+        """
+        turns = tuple((m.role, bool(m.content), len(m.tool_calls)) for m in messages)
+        pattern = (bool(tools), turns)
+        spelling = self._spellings.get(pattern)
+        if spelling is None:
+            spelling = self._spelling_for(messages, place, tools, pattern)
+        return self._render(messages, place, tools, spelling, generation)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        place: str,
+        tools: Tools,
+        spelling: _Spelling,
+        generation: bool = False,
+    ) -> str:
+        turns = [_as_turn(message, spelling) for message in messages]
+        return _apply(self._tokenizer, turns, place, tools, generation)
+
+    def _spelling_for(
+        self, messages: Sequence[Message], place: str, tools: Tools, pattern: _Pattern
+    ) -> _Spelling:
+        """Find how the template takes such turns, with markers in place of their content.
+
+        A marker that does not come out tells what the template leaves out, whatever the turns
+        say. Conversations of one pattern are looked at once.
+
+        Raises:
+            DataError: it takes them in no spelling, or something is left out in each.
+        """
+        calls = any(message.tool_calls for message in messages)
+        spellings = _SPELLINGS if calls else _SPELLINGS[:1]
+        faults: list[DataError] = []
+        # Templates that look into contents may refuse markers; then the turns themselves decide.
+        for marked in (True, False):
+            for spelling in spellings:
+                try:
+                    self._check_complete(messages, place, tools, spelling, marked)
+                except DataError as fault:
+                    faults.append(fault)
+                    continue
+                if marked:
+                    self._spellings[pattern] = spelling
+                return spelling
+            left_out = [fault for fault in faults if isinstance(fault, _LeftOut)]
+            if left_out:
+                raise left_out[0]
+        raise faults[len(spellings)]
+
+    def _check_complete(
+        self,
+        messages: Sequence[Message],
+        place: str,
+        tools: Tools,
+        spelling: _Spelling,
+        marked: bool,
+    ) -> None:
+        if marked:
+            messages, tools = _with_markers(messages), _marked_tools(tools)
+        text = self._render(messages, place, tools, spelling)
+        found = _left_out(messages, tools, text)
+        if found:
+            raise _LeftOut(
+                f"{place}: the chat template leaves out {found}; expected all of the "
+                "conversation in its text; remove it or use another template"
+            )
+
+
+class _LeftOut(DataError):  # noqa: N818 - caught by name here, a DataError to others
+    """The template renders a conversation without a part of it."""
+
+
+def _as_turn(message: Message, spelling: _Spelling) -> dict[str, Any]:
+    """Return a message as templates expect it; without calls there is no such key."""
+    if not message.tool_calls:
+        tool = {"tool_call_id": message.tool_call_id, "name": message.name}
+        known = {key: value for key, value in tool.items() if value}
+        return {"role": message.role, "content": message.content, **known}
+    calls = [_as_call(call, spelling) for call in message.tool_calls]
+    has_content = message.content or spelling.empty_content
+    content = {"content": message.content} if has_content else {}
+    return {"role": message.role, **content, "tool_calls": calls}
+
+
+def _as_call(call: Mapping[str, Any], spelling: _Spelling) -> dict[str, Any]:
+    function = dict(call["function"])
+    if spelling.arguments_as_text and not isinstance(function.get("arguments"), str):
+        function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+    return {**call, "function": function}
+
+
+# ---------------------------------------------------------------- what a template leaves out
+
+
+def _marker(number: int) -> str:
+    # Letters and digits only: no template escapes them, and no white space is trimmed.
+    return f"q{number}marker{number}q"
+
+
+def _with_markers(messages: Sequence[Message]) -> list[Message]:
+    marked = []
+    for number, message in enumerate(messages, 1):
+        calls = tuple(
+            _marked_call(call, _marker(1000 * number + index))
+            for index, call in enumerate(message.tool_calls)
+        )
+        content = _marker(number) if message.content else ""
+        marked.append(replace(message, content=content, tool_calls=calls))
+    return marked
+
+
+def _marked_call(call: Mapping[str, Any], marker: str) -> dict[str, Any]:
+    function = {"name": marker, "arguments": {"value": f"v{marker}"}}
+    return {**call, "function": {**call["function"], **function}}
+
+
+def _marked_tools(tools: Tools) -> list[dict[str, Any]]:
+    return [
+        {**tool, "function": {**tool["function"], "name": f"tool{_marker(number)}"}}
+        for number, tool in enumerate(tools)
+    ]
+
+
+def _left_out(messages: Sequence[Message], tools: Tools, text: str) -> str | None:
+    """Return in words the first part of a conversation that is not in its text."""
+    holds = _search_in(text)
+    for tool in tools:
+        if not holds(str(tool["function"].get("name", ""))):
+            return "the tools"
+    for number, message in enumerate(messages, 1):
+        if not holds(message.content):
+            return f"turn {number} (the {message.role}'s)"
+        for call in message.tool_calls:
+            function = call["function"]
+            arguments = function.get("arguments")
+            values = [*arguments.values()] if isinstance(arguments, Mapping) else []
+            texts = [function.get("name"), *(v for v in values if isinstance(v, str))]
+            if not all(holds(str(part)) for part in texts):
+                return f"the tool calls of turn {number}"
+    return None
+
+
+def _search_in(text: str) -> Callable[[str], bool]:
+    spaceless = "".join(text.split())
+
+    def holds(part: str) -> bool:
+        if part.strip() in text:
+            return True
+        ways = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+        return any("".join(way.split()) in spaceless for way in ways)
+
+    return holds
+
+
+# ---------------------------------------------------------------- the template itself
+
+
+def _apply(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    place: str,
+    tools: Tools = (),
+    generation: bool = False,
+) -> str:
+    """Render turns with the tokenizer's template, within the limit of time."""
+    try:
+        with time_limit(SECONDS_A_RENDERING):
+            text: str = tokenizer.apply_chat_template(
+                list(turns),
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+    except (TimeUp, MemoryError) as error:
+        found = "takes too long" if isinstance(error, TimeUp) else "needs too much memory"
+        # Not a fault of one row, to be collected with others: each would take as long again.
+        raise ModelError(
+            f"{place}: the chat template {found} for these turns; expected at most "
+            f"{SECONDS_A_RENDERING:.0f} s; shorten the row or use another template"
+        ) from error
+    except Exception as error:
+        # A template may raise anything, and so may what it calls.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(
+            f"{place}: the chat template refuses these turns ({reason}); expected turns it "
+            "can render; change them or use another template"
+        ) from error
+    return text

@@ -1,0 +1,259 @@
+"""Turns of conversations, in the forms they are written in, as `Message`s.
+
+Takes what stands in `messages`, `conversations` and `tools` of a record; returns messages and
+tools in the one form that chat templates read. Never drops or joins a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qlora_kit.data.faults import is_plain, kind_of
+from qlora_kit.data.shapes import ROLES, Message
+from qlora_kit.data.text_fields import clean, filled, optional, string
+from qlora_kit.errors import DataError
+from qlora_kit.storage import parse_json
+
+_FROM = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "function_call",
+    "observation": "tool",
+    "tool": "tool",
+}
+"""Who speaks in a ShareGPT turn; `function_call` is an assistant's turn with only a call in it."""
+
+_DEEPEST = 64
+
+_TURN_KEYS = frozenset({"role", "content", "tool_calls", "from", "value", "weight", "train"})
+_TOOL_KEYS = ("tool_call_id", "name")
+_LEARNT_KEYS = ("weight", "train")
+
+
+def read_turns(turns: Any, field: str, where: str) -> tuple[Message, ...]:
+    """Return the messages of a list of turns, each `role` + `content` or `from` + `value`.
+
+    Raises:
+        DataError: it is no such list, a role is unknown, or a turn is empty.
+    """
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else kind_of(turns)
+        raise DataError(
+            f'{where}: "{field}" is {found}; expected a list of turns; '
+            "give at least one user and one assistant turn"
+        )
+    return tuple(_message(turn, number, where) for number, turn in enumerate(turns, 1))
+
+
+def unread_keys(turn: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a turn holds that is of no use here."""
+    is_tool = "tool" in (turn.get("role"), _FROM.get(str(turn.get("from"))))
+    for name in turn.keys() - _TURN_KEYS:
+        if turn[name] is not None and not (is_tool and name in _TOOL_KEYS):
+            yield name
+
+
+def _message(turn: Any, number: int, where: str) -> Message:
+    if not isinstance(turn, dict):
+        turn = {}
+    # Tables give every turn every column, so a field that is null is not there.
+    if turn.get("from") is not None and "value" in turn:
+        message = _from_sharegpt(turn, number, where)
+    elif turn.get("role") is not None and ("content" in turn or turn.get("tool_calls")):
+        message = _from_chat(turn, number, where)
+    else:
+        raise DataError(
+            f'{where}: turn {number} has no "role" or no "content"; expected both; '
+            'write each turn as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
+        )
+    if message.role == "tool":
+        answers, name = (optional(turn, k, where, f"turn {number}: ") for k in _TOOL_KEYS)
+        message = replace(message, tool_call_id=answers, name=name)
+    return _asked_for(message, turn, f"{where}: turn {number}")
+
+
+def _asked_for(message: Message, turn: Mapping[str, Any], where: str) -> Message:
+    """Return the message with what the data says of learning it: its `weight`, its `train`."""
+    said = {key: _is_on(turn[key], key, where) for key in _LEARNT_KEYS if turn.get(key) is not None}
+    if True in said.values() and message.role != "assistant":
+        key = next(key for key, is_on in said.items() if is_on)
+        raise DataError(
+            f'{where} is the {message.role}\'s and has "{key}" on; expected only answers to be '
+            f'learnt; remove the "{key}"'
+        )
+    if len({*said.values()}) > 1:
+        raise DataError(
+            f'{where} has a "weight" and a "train" that contradict each other; expected one of '
+            "them; remove the other"
+        )
+    return replace(message, is_learnt=False not in said.values())
+
+
+def _is_on(value: Any, key: str, where: str) -> bool:
+    # 1.0 and true are 1 to Python as well.
+    if value in (0, 1):
+        return bool(value)
+    found = value if isinstance(value, int | float) else kind_of(value)
+    raise DataError(
+        f'{where} has {found} for "{key}"; expected 0 or 1, false or true: a turn is learnt or it '
+        "is not; correct it"
+    )
+
+
+def _from_sharegpt(turn: Mapping[str, Any], number: int, where: str) -> Message:
+    role, within = _role(turn["from"], _FROM, number, where), f"turn {number}: "
+    if role == "function_call":
+        calls = _many(filled(turn, "value", where, within), f"{where}: {within}the call")
+        return Message("assistant", "", _each(calls, _call, f"{where}: turn {number}"))
+    return Message(_FROM[role], _content(_FROM[role], turn, "value", where, within))
+
+
+def _from_chat(turn: Mapping[str, Any], number: int, where: str) -> Message:
+    within = f"turn {number}: "
+    role = _role(turn["role"], ROLES, number, where)
+    calls = turn.get("tool_calls")
+    if not calls:
+        return Message(role, _content(role, turn, "content", where, within))
+    if role != "assistant":
+        raise DataError(
+            f"{where}: turn {number} calls a tool as {role}; expected only an assistant to; "
+            "correct its role or remove the call"
+        )
+    said = "" if turn.get("content") is None else _joined(turn, "content", where, within)
+    return Message(role, said, _each(calls, _call, f"{where}: turn {number}"))
+
+
+def _role(role: Any, known: Sequence[str] | Mapping[str, str], number: int, where: str) -> str:
+    if isinstance(role, str) and role in known:
+        return role
+    named = f'role "{role}"' if is_plain(role) else "a role that is no plain name"
+    raise DataError(
+        f"{where}: turn {number} has {named}; expected {', '.join(known)}; rename or remove it"
+    )
+
+
+def _content(role: str, turn: Mapping[str, Any], key: str, where: str, within: str) -> str:
+    text = _joined(turn, key, where, within)
+    if role in ("user", "assistant"):
+        return filled({key: text}, key, where, within)
+    return text
+
+
+def _joined(turn: Mapping[str, Any], key: str, where: str, within: str) -> str:
+    """Return a content that is a string, or a list of parts that are text."""
+    content = turn[key]
+    if not isinstance(content, list):
+        return string(turn, key, where, within)
+    return "".join(_part(part, where, within) for part in content)
+
+
+def _part(part: Any, where: str, within: str) -> str:
+    if isinstance(part, str):
+        return clean(part, f"{where}: {within}a part")
+    if isinstance(part, dict) and part.get("type", "text") == "text" and "text" in part:
+        return string(part, "text", where, within)
+    kind = part.get("type") if isinstance(part, dict) else None
+    named = f'a part of type "{kind}"' if is_plain(kind) else "a part that is no text"
+    raise DataError(
+        f'{where}: {within}{named}; expected {{"type": "text", "text": ...}}; '
+        "remove the record: only text is trained"
+    )
+
+
+# ---------------------------------------------------------------- tools
+
+
+def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Return the tools a conversation may call; a list, or one written as JSON, or nothing.
+
+    Raises:
+        DataError: it is neither, or a tool has no name.
+    """
+    if value is None or value == "" or value == []:
+        return ()
+    return _each(_many(value, f'{where}: "tools"'), _tool, where)
+
+
+def _many(value: Any, what: str) -> list[Any]:
+    """Return the objects a value is or, as JSON, writes."""
+    if isinstance(value, str):
+        value = _parsed(value, what)
+    return value if isinstance(value, list) else [value]
+
+
+def _parsed(text: str, what: str) -> Any:
+    value = parse_json(clean(text, what), what)
+    # Half a character written as an escape passes the check of the text around it.
+    _check_texts(value, what)
+    return value
+
+
+def _check_texts(value: Any, what: str) -> None:
+    """Check every text of a JSON value, and that whoever walks it later finds an end."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        for each in level:
+            for text in each if isinstance(each, dict) else [each]:
+                if isinstance(text, str):
+                    clean(text, what)
+        level = [inner for each in level for inner in _inside(each)]
+        if not level:
+            return
+    raise DataError(f"{what} is nested too deeply; expected {_DEEPEST} levels at most; flatten it")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _each(
+    values: Any, convert: Callable[[Any, str], Mapping[str, Any]], where: str
+) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(values, list):
+        raise DataError(
+            f"{where}: tool calls are {kind_of(values)}; expected a list; write them in [ ]"
+        )
+    return tuple(convert(value, where) for value in values)
+
+
+def _tool(tool: Any, where: str) -> Mapping[str, Any]:
+    inner = _function_of(tool)
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise DataError(
+            f'{where}: a tool without a "name"; expected a JSON schema of it; write it as '
+            '{"name": ..., "description": ..., "parameters": ...}'
+        )
+    _check_texts(inner, f'{where}: "tools"')
+    return {"type": "function", "function": inner}
+
+
+def _call(call: Any, where: str) -> Mapping[str, Any]:
+    inner = _function_of(call)
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise DataError(
+            f'{where} calls a tool without its "name"; expected name and arguments; write the '
+            'call as {"name": ..., "arguments": {...}}'
+        )
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{where}: the arguments of a call") if arguments else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise DataError(
+            f"{where} calls a tool with {kind_of(arguments)} for arguments; expected an object; "
+            'write them as {"name": value}'
+        )
+    _check_texts(inner, f"{where}: a call")
+    made = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
+
+
+def _function_of(value: Any) -> Any:
+    """Return what stands under "function", or the value itself where it has no such level."""
+    return value.get("function", value) if isinstance(value, dict) else value

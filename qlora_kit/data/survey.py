@@ -1,0 +1,405 @@
+"""Surveys what a model would learn from: lengths, repeats, ends, prompts, and rows to look at.
+
+Takes the samples and token rows that training takes; returns a frozen `Survey`. Never changes a
+row, and tokenises nothing but the prompts it tries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy
+import xxhash
+
+from qlora_kit.config import TokenOptions
+from qlora_kit.data.encode import IGNORED, prompt_ids
+from qlora_kit.data.pieces import Piece, pieces_of
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
+from qlora_kit.data.template import Renderer, end_tokens
+from qlora_kit.data.tokens import Counts, Tokenized
+from qlora_kit.errors import DataError
+from qlora_kit.time_limit import many_limits
+
+_MOST_LISTED = 5
+_SAMPLES_TRIED = 100
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples, and the token rows made of them or of some of them."""
+
+    samples: Samples
+    tokenized: Tokenized
+
+
+@dataclass(frozen=True)
+class Bin:
+    """How many samples have between `first` and `last` tokens, both included."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens samples have before any is cut."""
+
+    median: int
+    p95: int
+    longest: int
+    histogram: tuple[Bin, ...]
+    """its borders are powers of two, halves of them, and `max_length`"""
+
+
+@dataclass(frozen=True)
+class LongRow:
+    """One of the longest samples."""
+
+    place: str
+    tokens: int
+    outcome: str
+    """whole, truncated, split or dropped"""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Token rows that stand twice."""
+
+    rows: int
+    """those that repeat another"""
+    of: int
+    prompts: int
+    """those that repeat the (first) prompt of another, but not its answer"""
+    places: tuple[tuple[str, str], ...]
+    """the first of the former, each with the place of what it repeats"""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens by which a model learns to stop."""
+
+    rows: int
+    """token rows whose last supervised token is an end token"""
+    of: int
+    tokens: Mapping[str, int]
+    """in how many rows each is the last"""
+
+
+@dataclass(frozen=True)
+class PromptTest:
+    """Whether rows begin with the very ids that generation would be given."""
+
+    tried: int
+    """prompts, of a sample of the data"""
+    differing: int
+    places: tuple[str, ...]
+    """where the first of those that differ stand"""
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A sampled token row, piece by piece."""
+
+    place: str
+    tokens: int
+    supervised_tokens: int
+    uncut_tokens: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a model would learn from, and be measured on."""
+
+    source: str
+    max_length: int
+    training: Counts
+    validation: Counts | None
+    lengths: Lengths
+    longest: tuple[LongRow, ...]
+    ends: Ends
+    prompts: PromptTest
+    repeats: Repeats
+    """within the training rows"""
+    overlap: Repeats | None
+    """of the validation rows with the training rows"""
+    shown: tuple[ShownRow, ...]
+
+    @property
+    def supervised_share(self) -> float:
+        """Return how many of the training tokens are supervised, 0 to 1."""
+        return self.training.supervised_tokens / self.training.tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures, without any text of the data."""
+        figures = {name: value for name, value in asdict(self).items() if name != "shown"}
+        share = {"supervised_share": round(self.supervised_share, 4)}
+        return {**figures, **share, "warnings": list(self.warnings())}
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what looks wrong with data that can be trained on, one line each."""
+        counts, lengths = self.training, self.lengths
+        if counts.rows_truncated:
+            yield (
+                f"rows longer than --max-length {self.max_length:,}, which lose their end: "
+                f"{counts.rows_truncated:,} of {counts.rows_read:,}; {lengths.p95:,} would keep "
+                f"95 % whole, {lengths.longest:,} all"
+            )
+        if counts.rows_dropped:
+            yield (
+                f"rows left out, with nothing to learn within --max-length {self.max_length:,}: "
+                f"{counts.rows_dropped:,} of {counts.rows_read:,}"
+            )
+        if not self.ends.rows and counts.shape is not Shape.TEXT:
+            yield "no row ends with an end token; the model does not learn to stop"
+        if self.prompts.differing:
+            yield (
+                "prompts whose tokens are others in generation than in training: "
+                f"{self.prompts.differing:,} of {self.prompts.tried:,} tried, the first in "
+                f"{self.prompts.places[0]}"
+            )
+        for repeats, what, remedy in (
+            (self.repeats, "training rows that repeat another", "or they count twice"),
+            (
+                self.overlap,
+                "validation rows that are also trained on",
+                "or the validation loss looks better than it is",
+            ),
+        ):
+            if repeats is not None and repeats.rows:
+                place, earlier = repeats.places[0]
+                yield (
+                    f"{what}: {repeats.rows:,}, the first {place}, as {earlier}; remove them, "
+                    f"{remedy}"
+                )
+
+
+def survey(
+    training: Part,
+    validation: Part | None,
+    tokenizer: Any,
+    options: TokenOptions,
+    *,
+    seed: int,
+    shown_rows: int,
+) -> Survey:
+    """Survey the data of a run.
+
+    Args:
+        training: what is learnt from.
+        validation: what is measured on; its samples may be those of `training`.
+        tokenizer: transformers' tokenizer, whose chat template the rows were made with.
+        options: what the rows were made with.
+        seed: of which rows are shown and tried; the same are for the same rows.
+        shown_rows: how many rows are cut into pieces, to be looked at.
+    """
+    rows, counts = _Rows(training), training.tokenized.counts
+    known = _Known({}, set())
+    lengths = [tokens for _, tokens in rows.sample_lengths()]
+    return Survey(
+        source=training.samples.source,
+        max_length=options.max_length,
+        training=counts,
+        validation=None if validation is None else validation.tokenized.counts,
+        lengths=_lengths(lengths, options.max_length),
+        longest=tuple(_longest(rows, counts, options.max_length)),
+        ends=_ends(rows, tokenizer),
+        prompts=_try_prompts(rows, tokenizer, options, seed),
+        repeats=_repeats(rows, known, remember=True),
+        overlap=None if validation is None else _repeats(_Rows(validation), known, remember=False),
+        shown=tuple(_shown(rows, tokenizer, seed, shown_rows)),
+    )
+
+
+# ---------------------------------------------------------------- the rows, as arrays
+
+
+class _Rows:
+    """Token rows one after the other: those of row i are `ids[starts[i] : starts[i + 1]]`."""
+
+    def __init__(self, part: Part) -> None:
+        table = part.tokenized.rows.with_format("arrow")[:]
+        ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
+        # The offsets of a slice do not begin at 0, and what `flatten` returns does.
+        self.starts = ids.offsets.to_numpy() - ids.offsets[0].as_py()
+        self.ids = ids.flatten().to_numpy()
+        self.labels = labels.flatten().to_numpy()
+        self.uncut_tokens = table["uncut_tokens"].to_numpy()
+        self.sample_of_row = table["row"].to_numpy()
+        self._samples = part.samples.items
+        self._dropped = part.tokenized.dropped
+        # A row's first token is never predicted, so it is not supervised, whatever its label.
+        is_supervised = self.labels != IGNORED
+        is_supervised[self.starts[:-1]] = False
+        self.supervised = numpy.flatnonzero(is_supervised)
+        """where there is a supervised token, in order; every row has one"""
+
+    def __len__(self) -> int:
+        return len(self.sample_of_row)
+
+    def span(self, row: int) -> slice:
+        """Return where the tokens of a row are."""
+        return slice(int(self.starts[row]), int(self.starts[row + 1]))
+
+    def of_sample(self, index: int) -> range:
+        """Return the rows that a sample has become."""
+        first, last = numpy.searchsorted(self.sample_of_row, [index, index + 1])
+        return range(int(first), int(last))
+
+    def sample(self, index: int) -> Sample:
+        """Return a sample by its index in the data."""
+        return self._samples[index]
+
+    def place(self, row: int) -> str:
+        """Return where the sample of a row stands, and which of several rows it is."""
+        index = int(self.sample_of_row[row])
+        several = len(self.of_sample(index)) > 1
+        return self.sample(index).place + (f" (token row {row + 1:,})" if several else "")
+
+    def sample_lengths(self) -> list[tuple[int, int]]:
+        """Return each sample's index and how many tokens it has before any are cut."""
+        names, which = numpy.unique(self.sample_of_row, return_inverse=True)
+        longest = numpy.zeros(len(names), dtype=numpy.int64)
+        numpy.maximum.at(longest, which, self.uncut_tokens)
+        kept = zip(names.tolist(), longest.tolist(), strict=True)
+        return [*kept, *self._dropped.items()]
+
+    def is_dropped(self, index: int) -> bool:
+        """Return whether nothing is left of a sample."""
+        return index in self._dropped
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def _lengths(tokens: Sequence[int], max_length: int) -> Lengths:
+    median, p95 = numpy.percentile(tokens, (50, 95), method="higher")
+    return Lengths(int(median), int(p95), max(tokens), tuple(_histogram(tokens, max_length)))
+
+
+def _histogram(tokens: Sequence[int], max_length: int) -> Iterator[Bin]:
+    powers = [1 << power for power in range(3, max(tokens).bit_length() + 1)]
+    borders = sorted({*powers, *(3 * power // 2 for power in powers), max_length, max(tokens)})
+    borders = [0, *(border for border in borders if border <= max(tokens))]
+    counts, _ = numpy.histogram(tokens, [border + 1 for border in borders] + [max(tokens) + 2])
+    bins = [
+        Bin(first + 1, last, int(count))
+        for first, last, count in zip(borders, borders[1:], counts, strict=False)
+    ]
+    shortest = next(index for index, each in enumerate(bins) if each.rows)
+    return iter(bins[shortest:])
+
+
+def _longest(rows: _Rows, counts: Counts, max_length: int) -> Iterator[LongRow]:
+    lengths = sorted(rows.sample_lengths(), key=lambda each: (-each[1], each[0]))
+    for index, tokens in lengths[:_MOST_LISTED]:
+        if rows.is_dropped(index):
+            outcome = "dropped"
+        elif tokens <= max_length:
+            outcome = "whole"
+        else:
+            outcome = "truncated" if counts.rows_truncated else "split"
+        yield LongRow(rows.sample(index).place, tokens, outcome)
+
+
+# ---------------------------------------------------------------- ends and prompts
+
+
+def _ends(rows: _Rows, tokenizer: Any) -> Ends:
+    last = numpy.searchsorted(rows.supervised, rows.starts[1:]) - 1
+    found = Counter(rows.ids[rows.supervised[last]].tolist())
+    texts = end_tokens(tokenizer)
+    known = dict(zip(tokenizer.convert_tokens_to_ids(list(texts)), texts, strict=True))
+    tokens = {known[token]: count for token, count in found.most_common() if token in known}
+    return Ends(sum(tokens.values()), len(rows), tokens)
+
+
+def _try_prompts(rows: _Rows, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
+    """Encode prompts as generation does, and look for rows that begin with them."""
+    renderer = Renderer(tokenizer, options.train_on)
+    names = numpy.unique(rows.sample_of_row).tolist()
+    picked = random.Random(f"prompts {seed}").sample(names, min(_SAMPLES_TRIED, len(names)))
+    tried, places = 0, []
+    with many_limits():
+        for index in sorted(picked):
+            made = [rows.ids[rows.span(row)].tolist() for row in rows.of_sample(index)]
+            for text in _prompts(rows.sample(index), renderer):
+                ids = prompt_ids(tokenizer, text)
+                if not any(len(row) > len(ids) for row in made):
+                    continue  # cut off before the answer
+                tried += 1
+                if not any(row[: len(ids)] == ids for row in made):
+                    places.append(rows.sample(index).place)
+    return PromptTest(tried, len(places), tuple(places[:_MOST_LISTED]))
+
+
+def _prompts(sample: Sample, renderer: Renderer) -> Iterator[str]:
+    """Yield the text before each answer that is learnt, as generation would be given it."""
+    if isinstance(sample, Pair):
+        yield renderer.prompt_text(sample.prompt)
+    elif isinstance(sample, Conversation):
+        for index in renderer.learnt_turns(sample):
+            # With everything supervised no prompt was rendered yet, and a template may refuse it.
+            with contextlib.suppress(DataError):
+                yield renderer.prompt_text(sample.messages[:index], sample.place, sample.tools)
+
+
+# ---------------------------------------------------------------- repeats
+
+
+class _Known(NamedTuple):
+    """What was seen, by its hash; of rows, the place of the first."""
+
+    rows: dict[bytes, str]
+    prompts: set[bytes]
+
+
+def _repeats(rows: _Rows, known: _Known, *, remember: bool) -> Repeats:
+    """Compare rows with those known: what counts is what the model sees, after any cut."""
+    places: list[tuple[str, str]] = []
+    repeated = prompts = 0
+    first = rows.supervised[numpy.searchsorted(rows.supervised, rows.starts[:-1])]
+    for row in range(len(rows)):
+        span = rows.span(row)
+        whole = _hash(rows.ids[span])
+        # One token before the answer is a BOS token at most.
+        asked = _hash(rows.ids[span.start : first[row]]) if first[row] - span.start > 1 else None
+        if whole in known.rows:
+            repeated += 1
+            if len(places) < _MOST_LISTED:
+                places.append((rows.place(row), known.rows[whole]))
+        elif asked in known.prompts:
+            prompts += 1
+        if remember:
+            known.rows.setdefault(whole, rows.place(row))
+            known.prompts.update([asked] if asked else [])
+    return Repeats(repeated, len(rows), prompts, tuple(places))
+
+
+def _hash(ids: Any) -> bytes:
+    return xxhash.xxh3_128_digest(ids.tobytes())
+
+
+# ---------------------------------------------------------------- rows to look at
+
+
+def _shown(rows: _Rows, tokenizer: Any, seed: int, count: int) -> Iterator[ShownRow]:
+    picked = random.Random(f"shown {seed}").sample(range(len(rows)), min(count, len(rows)))
+    for row in sorted(picked):
+        span = rows.span(row)
+        pieces = pieces_of(tokenizer, rows.ids[span].tolist(), rows.labels[span].tolist())
+        supervised = numpy.searchsorted(rows.supervised, [span.start, span.stop])
+        yield ShownRow(
+            rows.place(row),
+            tokens=span.stop - span.start,
+            supervised_tokens=int(supervised[1] - supervised[0]),
+            uncut_tokens=int(rows.uncut_tokens[row]),
+            pieces=pieces,
+        )
