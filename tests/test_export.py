@@ -203,7 +203,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(
     with pytest.raises(OutputError, match="exists"):
         export(adapter, tmp_path)
     assert (tmp_path / "merged" / "mine").read_text() == "mine"
-    with pytest.raises(OutputError, match="replaces a merged model, but this holds no manifest"):
+    with pytest.raises(OutputError, match="replaces a model that the kit wrote, but this holds no"):
         export(adapter, tmp_path, overwrite=True)
     assert (tmp_path / "merged" / "mine").read_text() == "mine"
     shutil.rmtree(tmp_path / "merged")
@@ -219,7 +219,7 @@ def test_the_adapter_is_never_what_overwrite_replaces(
     adapter = train_something(spec_of(save_tiny()))
     folder = save(adapter, tmp_path / "runs" / "mine")
     for target in (folder, tmp_path / "runs", save_tiny()):
-        with pytest.raises(OutputError, match="which the merge reads"):
+        with pytest.raises(OutputError, match="which is read for it"):
             qk.merge_to(
                 target, qk.read_adapter(folder), adapter.base.spec, make_tokenizer(), overwrite=True
             )

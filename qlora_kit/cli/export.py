@@ -16,7 +16,7 @@ from qlora_kit.config import ExportConfig
 @flags_of(ExportConfig, positional={"adapter": "RUN_OR_ADAPTER"})
 @common_flags
 def export(**given: Any) -> None:
-    """Dequantise the base, merge an adapter into it and write an unquantised model.
+    """Merge an adapter into its base, verify the merge, and write the model with its report.
 
     \b
     qlora-kit export runs/mine --to merged/mine

@@ -1,7 +1,7 @@
-"""Exact match: how many answers, generated greedily, equal the expected ones.
+"""Exact match: which answers, generated greedily, equal the expected ones.
 
-Takes samples that have a question and an answer; returns a count. White space around an
-answer does not count.
+Takes samples that have a question and an answer; returns a yes or no for each. White space
+around an answer does not count.
 """
 
 from __future__ import annotations
@@ -14,11 +14,25 @@ from qlora_kit.data.shapes import Conversation, Pair, Sample
 from qlora_kit.data.template import Renderer
 from qlora_kit.errors import DataError
 from qlora_kit.infer.generate import Sampling, generate
+from qlora_kit.lora.several import PerRow
 from qlora_kit.model.load import Base
 
 
-def count_exact(base: Base, tokenizer: Any, samples: Samples, max_new_tokens: int) -> int:
-    """Answer every sample's last question and count the answers that are exactly right.
+def exact_answers(
+    base: Base,
+    tokenizer: Any,
+    samples: Samples,
+    max_new_tokens: int,
+    per_row: PerRow | None = None,
+) -> list[bool]:
+    """Answer every sample's last question and say which answers are exactly right.
+
+    Args:
+        base: the model, with the adapter it may carry.
+        tokenizer: its tokenizer.
+        samples: the questions, and what is expected.
+        max_new_tokens: bound of an answer.
+        per_row: the adapter of each sample, where several are on the base.
 
     Raises:
         DataError: plain text, which asks nothing.
@@ -26,11 +40,12 @@ def count_exact(base: Base, tokenizer: Any, samples: Samples, max_new_tokens: in
     renderer = Renderer(tokenizer)
     asked = [_question(sample, renderer) for sample in samples.items]
     prompts = [prompt_ids(tokenizer, prompt) for prompt, _ in asked]
-    answers = generate(base, tokenizer, prompts, Sampling(max_new_tokens=max_new_tokens))
-    return sum(
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    answers = generate(base, tokenizer, prompts, sampling, per_row=per_row)
+    return [
         answer.strip() == expected.strip()
         for answer, (_, expected) in zip(answers, asked, strict=True)
-    )
+    ]
 
 
 def _question(sample: Sample, renderer: Renderer) -> tuple[str, str]:
@@ -38,6 +53,6 @@ def _question(sample: Sample, renderer: Renderer) -> tuple[str, str]:
     if isinstance(sample, Pair):
         return sample.prompt, sample.completion
     if isinstance(sample, Conversation):
-        prompt = renderer.prompt_text(sample.messages[:-1], sample.place)
+        prompt = renderer.prompt_text(sample.messages[:-1], sample.place, sample.tools)
         return prompt, sample.messages[-1].content
     raise DataError(f"{sample.place}: plain text has no answer to match; leave out --exact-match")

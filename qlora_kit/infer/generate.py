@@ -16,6 +16,7 @@ import torch
 from qlora_kit.config import GenerateConfig
 from qlora_kit.data.template import end_token_ids
 from qlora_kit.errors import OutOfMemory
+from qlora_kit.lora.several import PerRow
 from qlora_kit.model.architecture import read_generation_config
 from qlora_kit.model.load import Base
 from qlora_kit.model.memory import is_out_of_memory, release_memory
@@ -48,6 +49,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
     batch_size: int = 32,
+    per_row: PerRow | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of each prompt, in order, up to its end token.
 
@@ -57,6 +59,7 @@ def generate(
         prompts: token ids, BOS included where the model wants one.
         sampling: greedy if None.
         batch_size: prompts that are continued together; halved where memory runs out.
+        per_row: the adapter of each prompt, where several are on the base.
 
     Raises:
         OutOfMemory: even one prompt does not fit.
@@ -70,6 +73,8 @@ def generate(
         while done < len(prompts):
             safe_point()
             batch = prompts[done : done + batch_size]
+            if per_row is not None:
+                per_row.choose(range(done, done + len(batch)))
             texts = _if_it_fits(base, tokenizer, batch, sampling)
             if texts is None:
                 release_memory(base.hardware.device)

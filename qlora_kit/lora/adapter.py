@@ -10,23 +10,27 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.errors import AdapterError, StorageError
+from qlora_kit.errors import AdapterError, ModelError, StorageError
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach, frozen_layers
 from qlora_kit.lora.files import (
     CONFIG,
+    PICKLED_WEIGHTS,
     RECORD,
     WEIGHTS,
     check_adapter_folder,
     read_base_record,
     read_peft_config,
 )
+from qlora_kit.lora.saved import check_saved, put_in_place
+from qlora_kit.model.architecture import build_skeleton
+from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
 from qlora_kit.model.quantize import BLOCK_SIZE
@@ -35,7 +39,11 @@ from qlora_kit.storage import load_tensors, save_tensors, write_json
 from qlora_kit.time_limit import TimeUp, time_limit
 
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+# PEFT's own keys, with or without the adapter's name, and those of tools that leave the prefix out.
+_KEY = re.compile(r"(base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_SAVED_KEY = re.compile(
+    r"(base_model\.model\.)?(?P<path>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)"
+)
 _MOST_FAULTS = 5
 _PATTERN_SECONDS = 5.0
 _VERSIONED = ("torch", "transformers", "bitsandbytes")
@@ -115,6 +123,8 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     for path, layer in adapter.layers.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    for name, tensor in adapter.saved.items():
+        tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     save_tensors(folder / WEIGHTS, tensors)
     # A base may be named by a folder or an address that has a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
@@ -139,7 +149,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "target_modules": _target_modules(adapter),
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": sorted({n.rpartition(".")[0] for n in adapter.saved}) or None,
         "inference_mode": True,
     }
 
@@ -166,6 +176,8 @@ class StoredAdapter:
         tensors: (A, B) by path, fp32.
         base: what `adapter_config.json` names as its base.
         record: `qlora_kit.json`, or None for an adapter of another tool.
+        saved: parameters that stand in place of the base's, by name (`modules_to_save`).
+        targeted: last parts of the paths of layers that must have tensors.
     """
 
     folder: Path
@@ -173,11 +185,19 @@ class StoredAdapter:
     tensors: Mapping[str, tuple[Tensor, Tensor]]
     base: str | None
     record: BaseRecord | None
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+    targeted: tuple[str, ...] = ()
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it leaves every weight of its base as it is."""
+        pairs = self.tensors.values()
+        return not self.saved and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
 
     def delta(self, path: str) -> Tensor:
         """Return scaling · B A of one layer, (K, D), fp32."""
         a, b = self.tensors[path]
-        return self.spec.scaling_of(path) * (b @ a)
+        return (b @ a).mul_(self.spec.scaling_of(path))
 
 
 def read_record(folder: Path) -> BaseRecord | None:
@@ -200,11 +220,11 @@ def read_adapter(folder: Path) -> StoredAdapter:
     check_adapter_folder(folder)
     config = read_peft_config(folder)
     record = read_record(folder)
-    try:
-        raw = load_tensors(folder / WEIGHTS)
-    except StorageError as error:
-        raise AdapterError(f"{error}; expected the weights of a LoRA adapter") from error
-    tensors = _pair(raw, folder)
+    raw = _read_tensors(folder)
+    lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
+    others = {key: tensor for key, tensor in raw.items() if key not in lora}
+    saved = _saved(others, tuple(config.modules_to_save or ()), folder)
+    tensors = _pair(lora, folder)
     spec = LoraSpec(
         rank=config.r,
         alpha=config.lora_alpha,
@@ -217,7 +237,47 @@ def read_adapter(folder: Path) -> StoredAdapter:
     ranks = _ranks(folder, spec)
     for path, (a, b) in tensors.items():
         _check_pair(folder, path, a, b, ranks[path])
-    return StoredAdapter(folder, spec, tensors, config.base_model_name_or_path, record)
+    base, targeted = config.base_model_name_or_path, config.targeted_names
+    return StoredAdapter(folder, spec, tensors, base, record, saved, targeted)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read safetensors, or the plain tensors of a `.bin` where there are none."""
+    try:
+        if (folder / WEIGHTS).is_file():
+            return load_tensors(folder / WEIGHTS)
+        pickled = PickledShards([folder / PICKLED_WEIGHTS])
+        return {name: pickled.read(name).clone() for name in pickled.names}
+    except StorageError as error:
+        raise AdapterError(f"{error}; expected the weights of a LoRA adapter") from error
+    except ModelError as error:
+        raise AdapterError(*error.faults) from error
+
+
+def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
+    """Return the parameters of `modules_to_save` by the name they have in the base."""
+    file = folder / WEIGHTS
+    saved = {}
+    for key, tensor in raw.items():
+        match = _SAVED_KEY.fullmatch(key)
+        path = match["path"] if match else ""
+        # PEFT goes by the end of the path alone: "norm" names every layer norm.
+        if match is None or not path.endswith(modules):
+            raise AdapterError(f"{file}: unknown tensor {key}; expected lora_A and lora_B")
+        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+            raise AdapterError(f"{file}: {key} holds NaN or infinity; train it again")
+        saved[f"{path}.{match['leaf']}"] = tensor
+    for module in modules:
+        if not any(name.rpartition(".")[0].endswith(module) for name in saved):
+            raise AdapterError(
+                f"{file}: modules_to_save names {module} and there is no tensor of it; expected "
+                "its weights; save the adapter again"
+            )
+    return saved
+
+
+def _is_named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 def _ranks(folder: Path, spec: LoraSpec) -> dict[str, int]:
@@ -237,10 +297,7 @@ def _pair(raw: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Te
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in raw.items():
         match = _KEY.fullmatch(key)
-        if match is None:
-            raise AdapterError(
-                f"{folder / WEIGHTS}: unknown tensor {key}; expected lora_A and lora_B"
-            )
+        assert match is not None
         pair = sides.setdefault(match["path"], {})
         if match["side"] in pair or tensor.dim() != 2:
             raise AdapterError(
@@ -273,7 +330,8 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
     adapter.fill(stored.tensors)
-    return adapter
+    originals = put_in_place(base.model, stored.saved)
+    return replace(adapter, saved=stored.saved, originals=originals)
 
 
 def check_fits(stored: StoredAdapter, base: Base) -> None:
@@ -284,6 +342,9 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
             from those it was trained on.
     """
     check_layers(stored, frozen_layers(base.model), base.spec.source.name)
+    if stored.saved:
+        shapes = build_skeleton(base.spec.architecture()).state_dict()
+        check_saved(stored.saved, {n: tuple(t.shape) for n, t in shapes.items()}, stored.folder)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "
@@ -315,3 +376,14 @@ def check_layers(
             )
     if faults:
         raise AdapterError(*faults[:_MOST_FAULTS])
+    missing = sorted(
+        path
+        for path in shapes.keys() - stored.tensors.keys()
+        if f"{path}.weight" not in stored.saved
+        and any(_is_named(path, name) for name in stored.targeted)
+    )
+    if missing:
+        raise AdapterError(
+            f"{stored.folder / CONFIG}: targets {missing[0]}, and its tensors are missing "
+            f"({len(missing)} such layers); expected lora_A and lora_B; save the adapter again"
+        )

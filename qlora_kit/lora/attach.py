@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora_kit.config import LoraOptions
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.layer import LoRALinear
+from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.model.architecture import group_of
 from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
@@ -103,11 +104,15 @@ class Adapter:
         base: what it is attached to.
         spec: how.
         layers: the LoRA layers by path.
+        saved: parameters that stand in place of the base's, by name.
+        originals: the base's own, by name, see `lora.saved`.
     """
 
     base: Base
     spec: LoraSpec
     layers: Mapping[str, LoRALinear]
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+    originals: Mapping[str, Original] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -212,8 +217,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     Raises:
         ConfigError: a target or pattern matches nothing, or LoRA is attached already.
     """
-    if attached_layers(base):
-        raise ConfigError("the base carries an adapter already; detach it first")
+    check_free(base)
     frozen = frozen_layers(base.model)
     paths = resolve_targets(list(frozen), spec.targets)
     check_patterns(paths, spec)
@@ -231,6 +235,16 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     return Adapter(base, spec, layers)
 
 
+def check_free(base: Base) -> None:
+    """Check that `base` carries no adapter, of whatever kind.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if any(isinstance(getattr(m, "frozen", None), FrozenLinear) for m in base.model.modules()):
+        raise ConfigError("the base carries an adapter already; detach it first")
+
+
 def attached_layers(base: Base) -> dict[str, LoRALinear]:
     """Return the LoRA layers that `base` carries, by path."""
     modules = base.model.named_modules()
@@ -241,6 +255,7 @@ def detach(adapter: Adapter) -> Base:
     """Take the LoRA layers off: the base is again what it was, bit for bit."""
     for path, layer in adapter.layers.items():
         adapter.base.model.set_submodule(path, layer.frozen)
+    put_back(adapter.base.model, adapter.originals)
     return adapter.base
 
 

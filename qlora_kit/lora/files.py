@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.storage import check_confined, read_json
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
 RECORD = "qlora_kit.json"
 
@@ -32,7 +32,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
     "bias": (None, "none"),
     "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
@@ -45,11 +44,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     # adapter is silently wrong.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
-# PEFT options that say how the adapter came about, and nothing about what it computes. Where
-# it is attached is read off the names of its tensors.
+# PEFT options that say how the adapter came about, and nothing about what it computes.
 _HARMLESS = {
     "task_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "layers_pattern",
     "megatron_core", "ensure_weight_tying", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
@@ -121,6 +119,20 @@ class PeftConfig(_File):
     use_rslora: bool | None = None
     rank_pattern: Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None = None
     alpha_pattern: Annotated[dict[str, _Alpha], AfterValidator(_check_patterns)] | None = None
+    target_modules: list[_Text] | _Text | None = None
+    exclude_modules: list[_Text] | _Text | None = None
+    layers_to_transform: list[int] | int | None = None
+    modules_to_save: list[_Text] | None = None
+
+    @property
+    def targeted_names(self) -> tuple[str, ...]:
+        """Layers that must have tensors: names alone, for a pattern may match more than is meant.
+
+        Where the adapter is attached is read off its tensors; this finds those that are missing.
+        """
+        if self.exclude_modules or self.layers_to_transform is not None:
+            return ()
+        return tuple(self.target_modules) if isinstance(self.target_modules, list) else ()
 
 
 class Record(_File):
@@ -155,8 +167,9 @@ def check_adapter_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder; expected an adapter or run folder")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
+    has_weights = any((folder / name).is_file() for name in (WEIGHTS, PICKLED_WEIGHTS))
+    for name, is_there in ((CONFIG, (folder / CONFIG).is_file()), (WEIGHTS, has_weights)):
+        if not is_there:
             raise AdapterError(f"{folder}: no {name}; expected an adapter or run folder")
     check_confined(folder, AdapterError)
 

@@ -206,6 +206,25 @@ class Quantization:
             return _freeze_int8(weight)
         return _freeze_4bit(weight, self.quant_type, self.double_quant)
 
+    def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the `quantization_config` that transformers finds such weights by.
+
+        Args:
+            dtype: what transformers shall compute in.
+        """
+        named: dict[str, Any] = {"quant_method": "bitsandbytes"}
+        if self.bits == 8:
+            return {**named, "load_in_8bit": True, "load_in_4bit": False}
+        return {
+            **named,
+            "load_in_8bit": False,
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
     def describe(self) -> str:
         """Return the scheme in a few words, such as "4-bit nf4, double quantisation"."""
         if self.bits != 4:
@@ -238,6 +257,41 @@ def _constants(state: Any) -> dict[str, Tensor]:
         "absmax_code": state.state2.code,
         "absmax_offset": state.offset,
     }
+
+
+def bitsandbytes_parts(weight: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what a bitsandbytes checkpoint stores of a weight, see `read_quantized`.
+
+    Args:
+        weight: in 4 or 8 bits.
+        dtype: what it was before, which bitsandbytes unpacks it to.
+    """
+    if isinstance(weight, Int8Weight):
+        # The format is 0: codes by rows.
+        row_format = torch.zeros((), dtype=torch.uint8)
+        return {"weight": weight.codes, "SCB": weight.absmax, "weight_format": row_format}
+    assert isinstance(weight, FourBitWeight)
+    offset, constants = None, None
+    if weight.double_quant:
+        offset = weight.absmax_offset
+        constants = bnb.QuantState(
+            weight.absmax_scale,
+            code=weight.absmax_code,
+            blocksize=weight.constants_block_size,
+            dtype=torch.float32,
+        )
+    state = bnb.QuantState(
+        weight.absmax,
+        shape=torch.Size(weight.shape),
+        code=bnb.get_4bit_type(weight.quant_type, device=weight.device),
+        blocksize=weight.block_size,
+        quant_type=weight.quant_type,
+        dtype=dtype,
+        offset=offset,
+        state2=constants,
+    )
+    parts = {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    return {"weight": weight.codes, **parts}
 
 
 def read_quantized(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> FrozenWeight:

@@ -1,0 +1,174 @@
+"""What verifying a merge found: the content of `merge_report.json`.
+
+Records only; `verify` makes them, `verdict` judges them, `report/` shows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qlora_kit.errors import VerificationError
+from qlora_kit.model.quantize import Quantization
+
+NAME = "merge_report.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class VariantMeasure:
+    """One variant of the model against the adapter on its quantised base, all in fp32.
+
+    Attributes:
+        variant: see `forms.Variant`.
+        loss: nats per supervised token.
+        loss_change: its difference from the adapter's loss.
+        loss_change_error: standard error of that, over the tokens.
+        mean_kl: KL divergence of the adapter's predictions from its own, nats per token.
+        max_kl: of the worst token.
+        top1_agreement: share of tokens at which both choose the same.
+        logit_error: norm of the difference of the logits, relative to the adapter's.
+    """
+
+    variant: str
+    loss: float
+    loss_change: float
+    loss_change_error: float
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    logit_error: float
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What became of the weight W of an adapted layer; norms are Frobenius norms.
+
+    Attributes:
+        path: of the layer.
+        quantization_error: norm of W minus what training used in its place; None where the
+            base is not quantised, or has no other weights.
+        delta: norm of the adapter's delta.
+        weight: norm of the weight that training used.
+        kept: share of the delta that is in the written weight: its projection.
+        requantized_kept: the same after quantising the merged weight again, or None.
+    """
+
+    path: str
+    quantization_error: float | None
+    delta: float
+    weight: float
+    kept: float
+    requantized_kept: float | None
+
+    @property
+    def ratio(self) -> float:
+        """How much larger the quantisation error is than the delta."""
+        if self.quantization_error is None:
+            return 0.0
+        return self.quantization_error / self.delta if self.delta else math.inf
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from the measurements.
+
+    Attributes:
+        merge_into: which base to merge this adapter into.
+        requantizing: whether quantising the merged weights again keeps the delta; None where
+            the base is not quantised.
+        text: the same in words, a sentence each, with the numbers that decided.
+    """
+
+    merge_into: Literal["quantized", "original"]
+    requantizing: Literal["keeps", "loses"] | None
+    text: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """All that verifying a merge found.
+
+    Attributes:
+        base: its name.
+        adapter: name of its folder.
+        quantization: of the base in training.
+        dequantization_dtype: what training unpacked weights to.
+        dtype: of the written weights.
+        merged_over: "quantized" or "original".
+        is_requantized: whether the merged weights were quantised again.
+        rows: what the variants ran on, in words; None if they did not.
+        tokens: number of supervised tokens among them.
+        variants: the measurements.
+        layers: the adapted layers, that with the largest ratio first.
+        verdict: what follows.
+        versions: of what computed it.
+    """
+
+    base: str
+    adapter: str
+    quantization: Quantization
+    dequantization_dtype: str
+    dtype: str
+    merged_over: str
+    is_requantized: bool
+    rows: str | None
+    tokens: int
+    variants: tuple[VariantMeasure, ...]
+    layers: tuple[LayerChange, ...]
+    verdict: Verdict
+    versions: Mapping[str, str]
+
+    def variant(self, name: str) -> VariantMeasure | None:
+        """Return a measurement, or None where there is no such variant."""
+        return next((each for each in self.variants if each.variant == name), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `merge_report.json` holds; a ratio to a delta of nothing is null."""
+        ratios = [layer.ratio if math.isfinite(layer.ratio) else None for layer in self.layers]
+        layers = [
+            {**asdict(layer), "ratio": ratio if layer.quantization_error is not None else None}
+            for layer, ratio in zip(self.layers, ratios, strict=True)
+        ]
+        content = {"format": _FORMAT, **asdict(self), "layers": layers}
+        return {key: _without_infinity(value) for key, value in content.items()}
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_threshold(report: MergeReport, threshold: float | None) -> None:
+    """Refuse a merge whose predictions are further from the adapter's than is allowed.
+
+    Args:
+        report: of the merge.
+        threshold: largest mean KL divergence, nats per token; none if None.
+
+    Raises:
+        VerificationError: it is further, or was not measured.
+    """
+    if threshold is None:
+        return
+    written = report.variant("written")
+    if written is None:
+        raise VerificationError(
+            "--verify-threshold: nothing was measured; expected rows; pass --verify-tokens above 0"
+        )
+    if not written.mean_kl <= threshold:
+        remedy = (
+            "keep the adapter and its base" if report.is_requantized else "pass --dtype float32"
+        )
+        if report.merged_over == "original":
+            remedy = "pass --base quantized"
+        raise VerificationError(
+            f"the merged model is {written.mean_kl:.3g} nats per token (mean KL) from the adapter "
+            f"on its quantised base; expected at most {threshold:g}; {remedy}, or a larger "
+            "--verify-threshold"
+        )

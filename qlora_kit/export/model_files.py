@@ -1,0 +1,61 @@
+"""What stands beside the weights of a model: config.json, generation_config.json, tokenizer.
+
+Takes an architecture and a tokenizer; writes the files that plain transformers opens a folder
+with. Never writes weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from qlora_kit.data.template import end_token_ids
+from qlora_kit.model.architecture import read_generation_config
+from qlora_kit.model.hardware import dtype_name
+from qlora_kit.model.quantize import Quantization
+from qlora_kit.storage import write_json
+
+
+def write_model_files(
+    folder: Path,
+    skeleton: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    *,
+    base_folder: Path | None,
+    quantization: Quantization | None = None,
+    untied: bool = False,
+) -> None:
+    """Write all of a model but its weights.
+
+    Args:
+        folder: where.
+        skeleton: the architecture; its `config` is left as it is.
+        tokenizer: saved, and asked which tokens end an answer.
+        dtype: of the weights that are not quantised.
+        base_folder: has the generation settings of the base, if there are any.
+        quantization: how the weights of the linear layers are packed; None if they are not.
+        untied: whether a head that shared its weights with the embedding has its own now.
+    """
+    architecture: PreTrainedConfig = skeleton.config
+    numbers = json.loads(architecture.to_json_string(use_diff=True))
+    numbers.pop("quantization_config", None)
+    numbers.pop("torch_dtype", None)
+    numbers["architectures"] = [type(skeleton).__name__]
+    numbers["dtype"] = dtype_name(dtype)
+    if untied:
+        numbers["tie_word_embeddings"] = False
+    if quantization is not None:
+        numbers["quantization_config"] = quantization.as_bitsandbytes(dtype)
+    write_json(folder / "config.json", numbers)
+    generation = read_generation_config(base_folder) if base_folder else None
+    if generation is None:
+        generation = GenerationConfig.from_model_config(architecture)
+    ends = end_token_ids(tokenizer, generation.eos_token_id)
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

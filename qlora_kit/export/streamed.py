@@ -1,0 +1,189 @@
+"""Run several variants of a model together, one layer in memory at a time.
+
+Takes a skeleton and what gives each of its layers weights; returns the last hidden states of
+all variants. Every layer is read once, runs all variants on the same rows, and is let go; of its
+weights one is unpacked at a time. So a model larger than memory is run as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from qlora_kit.export.forms import Forms, Variant
+from qlora_kit.lora.adapter import StoredAdapter
+from qlora_kit.lora.layer import LowRank
+from qlora_kit.model.architecture import linear_layers
+
+UnitReader = Callable[[str], Sequence[Forms]]
+"""Returns the parameters of a module, all of its parts included."""
+
+
+class StreamedModel:
+    """A model on the meta device that borrows the weights of each layer as it reaches it.
+
+    Args:
+        skeleton: changed in place; good for nothing else afterwards.
+        units: its modules that are run as a whole, see `forms.units_of`.
+        read: gives a unit its parameters.
+        variants: which are run; each has the same rows.
+        stored: the adapter; its term is computed beside the weights of `Variant.ADAPTER`.
+        device: where layers run.
+    """
+
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        units: Mapping[str, nn.Module],
+        read: UnitReader,
+        variants: Sequence[Variant],
+        stored: StoredAdapter,
+        device: torch.device,
+    ) -> None:
+        self._model, self._read, self._variants = skeleton, read, variants
+        self._device = device
+        self._running = variants[0]
+        self._forms: Mapping[str, Forms] = {}
+        skeleton.eval()
+        for path, linear in linear_layers(skeleton).items():
+            self._multiply_by_borrowed(path, linear, _term(path, stored, device))
+        embedding = skeleton.get_input_embeddings()
+        for path, unit in units.items():
+            self._run_all_variants(path, unit, is_embedding=unit is embedding)
+        for module in skeleton.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor, mask: Tensor | None) -> dict[Variant, Tensor]:
+        """Return the last hidden states (B, T, D) of every variant, fp32.
+
+        Args:
+            input_ids: (B, T).
+            mask: (B, T), 1 where there is a token; None when nothing is padded.
+        """
+        count = len(self._variants)
+        outputs = self._model.base_model(
+            input_ids=input_ids.repeat(count, 1).to(self._device),
+            attention_mask=None if mask is None else mask.repeat(count, 1).to(self._device),
+            use_cache=False,
+        )
+        parts = outputs.last_hidden_state.chunk(count)
+        return dict(zip(self._variants, parts, strict=True))
+
+    # ------------------------------------------------------------ one unit
+
+    def _run_all_variants(self, path: str, unit: nn.Module, *, is_embedding: bool) -> None:
+        """Let a unit read its parameters once and run the rows of every variant with its own."""
+        own = unit.forward
+        if is_embedding:
+            # Only for its gradient; it must be in range where few rows are borrowed.
+            unit.padding_idx = None  # type: ignore[assignment]
+
+        def forward(*inputs: Any, **named: Any) -> Any:
+            self._forms = {form.name: form for form in self._read(path)}
+            rows = _rows(inputs, named)
+            results = []
+            for variant, part in zip(self._variants, _parts(rows, self._variants), strict=True):
+                self._running = variant
+                given, given_named = _part_of((inputs, named), rows, part)
+                if is_embedding:
+                    parameters = self._looked_up(path, given[0])
+                    given = (torch.unique(given[0], return_inverse=True)[1], *given[1:])
+                else:
+                    parameters = self._small_parameters(path)
+                unit.forward = own  # type: ignore[method-assign]
+                try:
+                    results.append(functional_call(unit, parameters, given, given_named))
+                finally:
+                    unit.forward = forward  # type: ignore[method-assign]
+            self._forms = {}
+            return _joined(results)
+
+        unit.forward = forward  # type: ignore[method-assign]
+
+    def _small_parameters(self, path: str) -> dict[str, Tensor]:
+        """Return all parameters of a unit but the weights that its linear layers borrow."""
+        return {
+            name.removeprefix(f"{path}."): form.of(self._running)
+            for name, form in self._forms.items()
+            if form.frozen is None
+        }
+
+    def _looked_up(self, path: str, ids: Tensor) -> dict[str, Tensor]:
+        """Return the rows of an embedding that are looked up; it is never upcast as a whole."""
+        (form,) = self._forms.values()
+        rows = form.plain(self._running)[torch.unique(ids).cpu()]
+        return {form.name.removeprefix(f"{path}."): rows.to(self._device).float()}
+
+    def _multiply_by_borrowed(self, path: str, linear: nn.Linear, term: LowRank | None) -> None:
+        """Let a linear layer have its weight in fp32 while it multiplies, and no longer."""
+
+        def forward(x: Tensor) -> Tensor:
+            weight = self._forms[f"{path}.weight"].of(self._running)
+            y = functional.linear(x, weight, linear.bias)
+            if term is not None and self._running is Variant.ADAPTER:
+                rows = x.reshape(-1, x.shape[-1])
+                term.add_to(y.view(-1, y.shape[-1]), term.inner(rows))
+            return y
+
+        linear.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def _term(path: str, stored: StoredAdapter, device: torch.device) -> LowRank | None:
+    if path not in stored.tensors:
+        return None
+    a, b = stored.tensors[path]
+    return LowRank(a.to(device), b.to(device), None, stored.spec.scaling_of(path), 1.0)
+
+
+# ---------------------------------------------------------------- rows of the variants
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _rows(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Return how many rows a unit is given: those of its first tensor."""
+    return len(next(_tensors((inputs, named))))
+
+
+def _parts(rows: int, variants: Sequence[Variant]) -> Iterator[slice]:
+    each = rows // len(variants)
+    return (slice(index * each, (index + 1) * each) for index in range(len(variants)))
+
+
+def _part_of(value: Any, rows: int, part: slice) -> Any:
+    """Return a nest of values with only some of the rows of what has a row for each."""
+    if isinstance(value, Tensor):
+        # One of a single dimension counts positions, not rows.
+        return value[part] if value.dim() > 1 and len(value) == rows else value
+    if isinstance(value, dict):
+        return {key: _part_of(each, rows, part) for key, each in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_part_of(each, rows, part) for each in value)
+    return value
+
+
+def _joined(results: Sequence[Any]) -> Any:
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(results))
+    if type(first) in (tuple, list):
+        return type(first)(_joined(each) for each in zip(*results, strict=True))
+    return first

@@ -1,0 +1,119 @@
+"""Judge a merge in words: which base to merge into, and whether to quantise again.
+
+Takes measurements only; every sentence gives the numbers that decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from qlora_kit.export.forms import Variant
+from qlora_kit.export.merge import Merge
+from qlora_kit.export.merge_report import LayerChange, VariantMeasure, Verdict
+from qlora_kit.export.rows import VerificationRows
+
+# A difference of less than two standard errors is not told from chance.
+_ERRORS = 2.0
+# Quantising again "keeps" a delta of which at least half is left in the weights, and which
+# leaves at most half of what the adapter does to the predictions undone.
+_HALF = 0.5
+
+
+def judge(
+    merge: Merge,
+    rows: VerificationRows | None,
+    measures: Sequence[VariantMeasure],
+    layers: Sequence[LayerChange],
+) -> Verdict:
+    """Return which base this adapter belongs in, and whether it survives quantising again.
+
+    Args:
+        merge: what was merged into what.
+        rows: what was measured on, or None.
+        measures: of the variants; empty if none were run.
+        layers: what became of the adapted layers.
+    """
+    by_name = {measure.variant: measure for measure in measures}
+    merge_into, why = _base(merge, rows, by_name)
+    requantizing, how = _requantizing(merge, by_name, layers)
+    texts = (why, how, _rounding(merge, layers))
+    return Verdict(merge_into, requantizing, tuple(text for text in texts if text))
+
+
+def _base(
+    merge: Merge, rows: VerificationRows | None, measures: dict[str, VariantMeasure]
+) -> tuple[Literal["quantized", "original"], str]:
+    if merge.spec.quantization.bits == 16:
+        return (
+            "quantized",
+            "The base was not quantised in training: there is only one to merge into.",
+        )
+    trained = "Merge into the quantised base (--base quantized): it is what was trained"
+    original = measures.get(Variant.ORIGINAL)
+    if original is None or rows is None:
+        reason = "not measured on rows" if rows is None else "there are no other weights"
+        return "quantized", f"{trained}; {reason}."
+    change, error = original.loss_change, original.loss_change_error
+    numbers = (
+        f"{change:+.4f} ± {error:.4f} nats per token, mean KL {original.mean_kl:.3g}, on "
+        f"{rows.source}"
+    )
+    if not rows.of_task:
+        return "quantized", (
+            f"{trained}. The original base changes the loss by {numbers}; whether that is better "
+            "only rows of the task can tell (--data FILE)."
+        )
+    if change < -_ERRORS * error:
+        return "original", (
+            f"Merge into the original base (--base original): the loss changes by {numbers}, "
+            "more than chance."
+        )
+    verdict = "is worse" if change > _ERRORS * error else "makes no difference that can be told"
+    return "quantized", f"{trained}. The original base {verdict}: {numbers}."
+
+
+def _requantizing(
+    merge: Merge, measures: dict[str, VariantMeasure], layers: Sequence[LayerChange]
+) -> tuple[Literal["keeps", "loses"] | None, str]:
+    kept = _share(layers)
+    if kept is None:
+        return None, ""
+    again = measures.get(Variant.WRITTEN if merge.requantize else Variant.REQUANTIZED)
+    without = measures.get(Variant.BASE)
+    undone, numbers = 0.0, f"{kept:.0%} of the delta stays in the weights"
+    if again is not None and without is not None and without.mean_kl > 0:
+        undone = again.mean_kl / without.mean_kl
+        numbers += (
+            f", mean KL {again.mean_kl:.3g} against {without.mean_kl:.3g} without the adapter, "
+            f"loss {again.loss_change:+.4f} ± {again.loss_change_error:.4f}"
+        )
+    bits = merge.spec.quantization.bits
+    if kept >= _HALF and undone <= _HALF:
+        return (
+            "keeps",
+            f"Quantising the merged weights to {bits} bits again keeps most of it: {numbers}.",
+        )
+    return "loses", (
+        f"Do not quantise the merged weights to {bits} bits again: it loses what was trained: "
+        f"{numbers}. Serve the adapter on its base instead."
+    )
+
+
+def _share(layers: Sequence[LayerChange]) -> float | None:
+    """Return the share of the whole delta that stays after quantising again."""
+    measured = [layer for layer in layers if layer.requantized_kept is not None]
+    total = sum(layer.delta**2 for layer in measured)
+    if not total:
+        return None
+    return sum((layer.requantized_kept or 0.0) * layer.delta**2 for layer in measured) / total
+
+
+def _rounding(merge: Merge, layers: Sequence[LayerChange]) -> str:
+    lost = [layer for layer in layers if layer.delta and layer.kept < _HALF]
+    if merge.requantize or not lost:
+        return ""
+    return (
+        f"Rounding takes most of the delta of {len(lost)} of {len(layers)} layers away, such as "
+        f"{lost[0].path} ({lost[0].kept:.0%} kept): --dtype float32 keeps it."
+    )

@@ -1,0 +1,360 @@
+"""Verify a merge: hold what was written against the adapter on its quantised base.
+
+Takes a merge and the folder it was written to; returns a `MergeReport`, or refuses the folder.
+Every written tensor is compared with what it must be, up to the rounding of its dtype; the
+variants of the model run on the same rows side by side, in fp32, layer by layer, so a model
+larger than memory is verified as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_kit.errors import VerificationError
+from qlora_kit.events import Announce, LoadProgress, silent
+from qlora_kit.export.forms import Forms, Parameters, Stored, Variant, units_of
+from qlora_kit.export.merge import Merge, untied_copies
+from qlora_kit.export.merge_report import LayerChange, MergeReport, VariantMeasure
+from qlora_kit.export.rows import VerificationRows
+from qlora_kit.export.streamed import StreamedModel
+from qlora_kit.export.verdict import judge
+from qlora_kit.lora.adapter import library_versions
+from qlora_kit.model.architecture import build_skeleton
+from qlora_kit.model.hardware import dtype_name
+from qlora_kit.model.head import Head, head_of
+from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.memory import memory_returned, out_of_memory_while
+from qlora_kit.model.quantize import FrozenWeight, PlainWeight
+from qlora_kit.signals import safe_point
+
+_CHUNK_TOKENS = 128
+_SLICE_ROWS = 8192
+_MOST_FAULTS = 5
+_MOSTLY = 0.5
+
+
+@torch.no_grad()
+def verify_merge(
+    merge: Merge,
+    folder: Path,
+    rows: VerificationRows | None = None,
+    announce: Announce = silent,
+) -> MergeReport:
+    """Compare a merged model with what was trained, tensor by tensor and on rows.
+
+    Args:
+        merge: what was merged into what.
+        folder: where it was written.
+        rows: what the variants are run on; only weights are compared if None.
+        announce: receives the progress.
+
+    Raises:
+        VerificationError: a tensor is not what it must be, is missing or surplus; or rounding
+            to the dtype takes most of the delta away. Layers are named.
+        OutOfMemory: a layer does not fit.
+    """
+    skeleton = build_skeleton(merge.spec.architecture())
+    parameters = Parameters(merge, skeleton, folder)
+    _check_names(parameters, skeleton, folder)
+    weigher = _Weigher(merge, folder)
+    variants = _variants(merge, parameters)
+    for copy, source in untied_copies(merge.stored, skeleton).items():
+        stored = _found(parameters.stored(source))
+        weigher.weigh(Forms(copy, merge, stored, None, parameters.written(copy)))
+    head_path = _path_of(skeleton, skeleton.get_output_embeddings())
+    units = units_of(skeleton, skeleton.get_submodule(head_path))
+    done = 0
+
+    def read(path: str) -> Sequence[Forms]:
+        nonlocal done
+        safe_point()
+        forms = list(parameters.under(path))
+        for form in forms:
+            weigher.weigh(form)
+        done += 1
+        announce(LoadProgress(done, len(units) + 1))
+        return forms
+
+    remedy = "pass --device cpu, or fewer --verify-tokens"
+    with out_of_memory_while("verifying the merge", remedy), memory_returned():
+        if rows is None:
+            for path in units:
+                read(path)
+            read(head_path)
+            weigher.raise_faults()
+            measures: tuple[VariantMeasure, ...] = ()
+        else:
+            model = StreamedModel(skeleton, units, read, variants, merge.stored, merge.device)
+            batch = rows.batch
+            hidden = model.hidden_states(batch.input_ids, batch.attention_mask)
+            read(head_path)
+            weigher.raise_faults()
+            heads = _heads(skeleton, head_path, parameters, merge, variants)
+            measures = _measure(hidden, heads, rows)
+    layers = tuple(sorted(weigher.layers, key=lambda layer: -layer.ratio))
+    return MergeReport(
+        base=merge.spec.source.identity,
+        adapter=merge.stored.folder.resolve().name,
+        quantization=merge.spec.quantization,
+        dequantization_dtype=dtype_name(merge.unpacked),
+        dtype=dtype_name(merge.dtype),
+        merged_over=merge.over,
+        is_requantized=merge.requantize,
+        rows=rows.source if rows else None,
+        tokens=len(rows.batch.positions) if rows else 0,
+        variants=measures,
+        layers=layers,
+        verdict=judge(merge, rows, measures, layers),
+        versions=library_versions(),
+    )
+
+
+def _variants(merge: Merge, parameters: Parameters) -> list[Variant]:
+    """Return the variants that differ for this base, the reference first."""
+    variants = [Variant.ADAPTER, Variant.BASE, Variant.QUANTIZED]
+    if merge.spec.quantization.bits != 16:
+        variants += [Variant.ORIGINAL] if parameters.has_original else []
+        variants += [] if merge.requantize else [Variant.REQUANTIZED]
+    return [*variants, Variant.WRITTEN]
+
+
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    paths = (str(path) for path, module in model.named_modules() if module is wanted)
+    return next(paths)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _check_names(parameters: Parameters, skeleton: PreTrainedModel, folder: Path) -> None:
+    tied = skeleton.all_tied_weights_keys or {}
+    for what, names in zip(
+        ("missing", "surplus"), parameters.missing_and_surplus(tied), strict=True
+    ):
+        if names:
+            shown = ", ".join(names[:_MOST_FAULTS])
+            raise VerificationError(
+                f"{folder.name}: {what} tensors in the merged model ({len(names)}): {shown}; "
+                "expected those of the base; export again"
+            )
+
+
+@dataclass
+class _Weigher:
+    """Compares each written tensor with what it must be, once, and keeps what layers changed."""
+
+    merge: Merge
+    folder: Path
+    layers: list[LayerChange] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def weigh(self, form: Forms) -> None:
+        """Compare one parameter."""
+        if form.written is None:
+            return
+        excess = self._weigh_layer(form) if form.frozen is not None else self._weigh_plain(form)
+        if not excess <= 1.0:
+            self.faults.append(
+                f"{form.name}: what was written differs from what was merged by {excess:.3g} times "
+                f"the rounding of {dtype_name(self.merge.dtype)}; expected at most 1; export again"
+            )
+
+    def _weigh_plain(self, form: Forms) -> float:
+        """Compare in slices: an embedding is never upcast as a whole."""
+        expected, written = form.plain(Variant.ADAPTER), form.plain(Variant.WRITTEN)
+        if expected.shape != written.shape:
+            return math.inf
+        largest = 0.0
+        for start in range(0, len(expected), _SLICE_ROWS):
+            part = slice(start, start + _SLICE_ROWS)
+            slices = expected[part].to(written.device).float(), written[part].float()
+            largest = max(largest, _excess(*slices, self.merge.dtype))
+        return largest
+
+    def _weigh_layer(self, form: Forms) -> float:
+        if form.is_adapted and self.merge.spec.quantization.bits != 16:
+            # Before anything else is unpacked: quantising takes the most memory of all.
+            _ = form.packed_again
+        base, delta, written = form.base(self.merge.over), form.delta, form.as_written()
+        if self.merge.requantize:
+            excess = _excess(form.requantized(), written, self.merge.dtype)
+        else:
+            merged = form.merged(self.merge.over) if delta is None else base + delta
+            excess = _excess(merged, written, self.merge.dtype)
+            del merged
+        if delta is not None and math.isfinite(excess):
+            self.layers.append(_change(form, base, delta, written))
+        return excess
+
+    def raise_faults(self) -> None:
+        """Refuse the folder if a tensor is not what it must be, or the delta is gone.
+
+        Raises:
+            VerificationError: a line for each of the first.
+        """
+        if self.faults:
+            raise VerificationError(*self.faults[:_MOST_FAULTS])
+        kept = mean_kept(self.layers)
+        if kept is not None and kept < _MOSTLY and not self.merge.requantize:
+            least = min(self.layers, key=lambda layer: layer.kept)
+            raise VerificationError(
+                f"{least.path}: {least.kept:.0%} of its delta is left after rounding to "
+                f"{dtype_name(self.merge.dtype)} ({kept:.0%} over all layers); expected it to "
+                "stay; pass --dtype float32"
+            )
+
+
+def _excess(expected: Tensor, written: Tensor, dtype: torch.dtype) -> float:
+    """Return the largest difference in units of what rounding to `dtype` may do."""
+    if expected.shape != written.shape:
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    # Half a unit in the last place is allowed for the rounding, as much for fp32 arithmetic.
+    limits = torch.finfo(dtype)
+    slack = limits.smallest_normal * limits.eps
+    slack += float(expected.abs().max()) * torch.finfo(torch.float32).eps
+    allowed = expected.abs().mul_(limits.eps).add_(slack)
+    return float((written - expected).abs_().div_(allowed).max().nan_to_num(nan=math.inf))
+
+
+def _change(form: Forms, base: Tensor, delta: Tensor, written: Tensor) -> LayerChange:
+    """Measure what quantising, merging and writing did to the weight of a layer."""
+    merge = form.merge
+    is_quantized = merge.spec.quantization.bits != 16
+    kept = _kept(written.sub_(base), delta)
+    requantized_kept = None
+    if is_quantized:
+        again = kept if merge.requantize else _kept(form.requantized().sub_(base), delta)
+        requantized_kept = again
+    trained = base if merge.over == "quantized" else form.base()
+    error = None
+    if is_quantized and isinstance(form.stored, Tensor):
+        error = float(form.base("original").sub_(trained).norm())
+    size = float(delta.norm())
+    return LayerChange(form.path, error, size, float(trained.norm()), kept, requantized_kept)
+
+
+def _kept(change: Tensor, delta: Tensor) -> float:
+    """Return the share of a delta that is in a change: its projection. Uses the change up."""
+    square = float(delta.square().sum())
+    return 1.0 if square == 0 else float(change.mul_(delta).sum()) / square
+
+
+def mean_kept(layers: Sequence[LayerChange]) -> float | None:
+    """Return the share of the whole delta that was written, or None without one."""
+    total = sum(layer.delta**2 for layer in layers)
+    if not total:
+        return None
+    return sum(layer.kept * layer.delta**2 for layer in layers) / total
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _heads(
+    skeleton: PreTrainedModel,
+    path: str,
+    parameters: Parameters,
+    merge: Merge,
+    variants: Sequence[Variant],
+) -> dict[Variant, Head]:
+    """Return the head of every variant; a tied one is the embedding of its own model."""
+    module = skeleton.get_submodule(path)
+    assert isinstance(module, nn.Linear)
+    skeleton.set_submodule(path, FrozenLinear.of(module))
+    name = f"{path}.weight"
+    embedding = (skeleton.all_tied_weights_keys or {}).get(name, name)
+
+    def stored_head() -> Stored:
+        found = parameters.stored(name)
+        return _found(parameters.stored(embedding) if found is None else found)
+
+    def written_head() -> Stored:
+        found = parameters.written(name)
+        return _found(parameters.written(embedding) if found is None else found)
+
+    of_base, saved = stored_head(), merge.stored.saved.get(name)
+    of_adapter = of_base if saved is None else saved.to(merge.device)
+    chosen: Mapping[Variant, Stored] = {Variant.BASE: of_base, Variant.WRITTEN: written_head()}
+    heads = {}
+    for variant in variants:
+        linear = FrozenLinear.of(module)
+        weight = chosen.get(variant, of_adapter)
+        linear.weight = weight if isinstance(weight, FrozenWeight) else PlainWeight(weight)
+        if module.bias is not None:
+            bias = parameters.stored(f"{path}.bias")
+            linear.bias = bias if isinstance(bias, Tensor) else None
+        skeleton.set_submodule(path, linear)
+        heads[variant] = head_of(skeleton)
+    return heads
+
+
+def _found(weight: Stored | None) -> Stored:
+    assert weight is not None, "names were compared before"
+    return weight
+
+
+def _measure(
+    hidden: Mapping[Variant, Tensor], heads: Mapping[Variant, Head], rows: VerificationRows
+) -> tuple[VariantMeasure, ...]:
+    """Compare the predictions of every variant with the adapter's, at the supervised tokens."""
+    device = next(iter(hidden.values())).device
+    positions = rows.batch.positions.to(device)
+    targets = rows.batch.labels.flatten().to(device).index_select(0, positions + 1)
+    states = {v: h.flatten(0, 1).index_select(0, positions) for v, h in hidden.items()}
+    tallies = {variant: _Tally() for variant in hidden}
+    for start in range(0, len(targets), _CHUNK_TOKENS):
+        part = slice(start, start + _CHUNK_TOKENS)
+        reference = heads[Variant.ADAPTER].logits(states[Variant.ADAPTER][part])
+        for variant, tally in tallies.items():
+            is_reference = variant is Variant.ADAPTER
+            logits = reference if is_reference else heads[variant].logits(states[variant][part])
+            tally.add(logits, reference, targets[part])
+    losses = torch.cat(tallies[Variant.ADAPTER].losses)
+    return tuple(tally.measure(variant, losses) for variant, tally in tallies.items())
+
+
+@dataclass
+class _Tally:
+    """Sums of one variant over the tokens."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    divergences: list[Tensor] = field(default_factory=list)
+    agreements: int = 0
+    error: float = 0.0
+    size: float = 0.0
+
+    def add(self, logits: Tensor, reference: Tensor, targets: Tensor) -> None:
+        """Count a chunk: logits (n, V) of the variant and of the reference, targets (n,)."""
+        logprobs, expected = logits.log_softmax(-1), reference.log_softmax(-1)
+        self.losses.append(-logprobs.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu())
+        divergence = (expected.exp() * (expected - logprobs)).sum(-1)
+        self.divergences.append(divergence.clamp_min_(0).double().cpu())
+        self.agreements += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+        self.error += float((logits - reference).double().square().sum())
+        self.size += float(reference.double().square().sum())
+
+    def measure(self, variant: Variant, reference_losses: Tensor) -> VariantMeasure:
+        """Return the means."""
+        losses, divergences = torch.cat(self.losses), torch.cat(self.divergences)
+        difference = losses - reference_losses
+        count = len(losses)
+        spread = float(difference.std()) / math.sqrt(count) if count > 1 else math.inf
+        return VariantMeasure(
+            variant=variant.value,
+            loss=float(losses.mean()),
+            loss_change=float(difference.mean()),
+            loss_change_error=spread,
+            mean_kl=float(divergences.mean()),
+            max_kl=float(divergences.max()),
+            top1_agreement=self.agreements / count,
+            logit_error=math.sqrt(self.error / self.size) if self.size else 0.0,
+        )

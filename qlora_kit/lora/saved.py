@@ -1,0 +1,86 @@
+"""Parameters that stand in place of the base's as a whole: PEFT's `modules_to_save`.
+
+Takes a loaded model and named tensors; puts them in, and the base's own back. Trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from qlora_kit.errors import AdapterError
+from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.quantize import FrozenWeight, PlainWeight
+
+Original = FrozenWeight | Tensor | None
+
+
+def check_saved(
+    saved: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    """Check that saved parameters fit a base.
+
+    Args:
+        saved: by the name they have in the base.
+        shapes: of the base's parameters, tied copies included.
+        folder: of the adapter, for the error.
+
+    Raises:
+        AdapterError: the base has no such parameter, or one of another shape.
+    """
+    for name, tensor in saved.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            found = f"of shape {shapes[name]}" if name in shapes else "missing"
+            hint = ""
+            if name in shapes and shapes[name][1:] == tuple(tensor.shape)[1:]:
+                hint = " (tokens were added; resize the base's embeddings first)"
+            raise AdapterError(
+                f"{folder}: its {name} {tuple(tensor.shape)} is {found} in the base{hint}; "
+                "expected the base it was trained on; name it with --model"
+            )
+
+
+def put_in_place(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, Original]:
+    """Replace parameters of a loaded model; return its own, for `put_back`.
+
+    A head that shares the embedding's weights keeps them: only what is saved is replaced.
+    """
+    originals: dict[str, Original] = {}
+    for name, tensor in saved.items():
+        module, leaf = _owner(model, name)
+        own = getattr(module, leaf)
+        originals[name] = own
+        if isinstance(own, FrozenWeight):
+            like = own.values if isinstance(own, PlainWeight) else tensor
+            setattr(module, leaf, PlainWeight(tensor.to(own.device, like.dtype)))
+        else:
+            _set(module, leaf, tensor.to(own.device, own.dtype))
+    return originals
+
+
+def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
+    """Undo `put_in_place`."""
+    for name, own in originals.items():
+        module, leaf = _owner(model, name)
+        if isinstance(own, FrozenWeight):
+            setattr(module, leaf, own)
+        else:
+            _set(module, leaf, own)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    frozen = getattr(module, "frozen", None)
+    return (frozen if isinstance(frozen, FrozenLinear) else module), leaf
+
+
+def _set(module: nn.Module, leaf: str, tensor: Tensor | None) -> None:
+    if leaf in module._buffers or tensor is None:
+        module._buffers[leaf] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,185 @@
+"""The merge report for people: rows for the terminal, a picture, and a model card.
+
+Takes the content of `merge_report.json`, so that a stored report is shown the same way; writes
+only the files it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from qlora_kit.redact import redacted
+from qlora_kit.report.plot import save_figure
+from qlora_kit.storage import write_text
+
+CARD, PICTURE = "README.md", "merge_report.png"
+_MOST_LAYERS = 20
+_NAMES = {
+    "base": "base, no adapter",
+    "adapter": "adapter on its base",
+    "merged_over_quantized": "over quantized",
+    "merged_over_original": "over original",
+    "requantized": "quantised again",
+    "written": "written",
+}
+Report = Mapping[str, Any]
+Rows = tuple[tuple[str, str], ...]
+
+
+def written_as(report: Report) -> str:
+    """Return how the weights lie in their files, in a few words."""
+    if report["is_requantized"]:
+        return f"over {report['merged_over']}, {report['quantization']['bits']} bits"
+    return f"over {report['merged_over']}, {report['dtype']}"
+
+
+def variant_rows(report: Report) -> Rows:
+    """Return a row for each variant that was measured."""
+    rows = []
+    for each in report["variants"]:
+        name = _NAMES[each["variant"]]
+        numbers = (
+            f"loss {each['loss']:.4f}  KL {each['mean_kl']:.1e} (most {each['max_kl']:.0e})  "
+            f"top-1 {each['top1_agreement']:.1%}"
+        )
+        rows.append((name, numbers))
+    return tuple(rows)
+
+
+def layer_rows(report: Report, most: int) -> Rows:
+    """Return a row for each of the layers whose delta is least of what quantising changed."""
+    return tuple((layer["path"], _layer(layer)) for layer in report["layers"][:most])
+
+
+def _layer(layer: Mapping[str, Any]) -> str:
+    parts = [f"‖ΔW‖ {layer['delta']:.2g}"]
+    if layer["quantization_error"] is not None:
+        ratio = "∞" if layer["ratio"] is None else f"{layer['ratio']:.2f}"
+        parts.append(f"‖W−deq(W)‖ {layer['quantization_error']:.2g}, ratio {ratio}")
+    kept = f"kept {layer['kept']:.0%}"
+    if layer["requantized_kept"] not in (None, layer["kept"]):
+        kept += f", quantised again {layer['requantized_kept']:.0%}"
+    return "  ".join([*parts, kept])
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def draw_layers(report: Report, path: Path) -> None:
+    """Draw what quantising and what training changed in each layer, the worst first.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    layers = report["layers"]
+    figure, (sizes, shares) = pyplot.subplots(
+        2, 1, figsize=(8, 6), sharex=True, layout="constrained"
+    )
+    x = list(range(1, len(layers) + 1))
+    if any(layer["quantization_error"] for layer in layers):
+        errors = [layer["quantization_error"] for layer in layers]
+        sizes.plot(x, errors, color="tab:orange", marker=".", label="‖W − deq(W)‖, by quantising")
+    deltas = [layer["delta"] for layer in layers]
+    sizes.plot(x, deltas, color="tab:blue", marker=".", label="‖ΔW‖, by training")
+    if any(delta > 0 for delta in deltas):
+        sizes.set_yscale("log")
+    sizes.set_ylabel("norm of the change of W")
+    sizes.legend()
+    sizes.grid(alpha=0.25)
+    shares.plot(
+        x, [layer["kept"] for layer in layers], color="tab:blue", marker=".",
+        label=f"as written ({written_as(report)})",
+    )  # fmt: skip
+    if layers and layers[0]["requantized_kept"] is not None and not report["is_requantized"]:
+        again = [layer["requantized_kept"] for layer in layers]
+        shares.plot(x, again, color="tab:red", marker=".", label="quantised again")
+    shares.axhline(1.0, color="tab:gray", linewidth=0.8)
+    shares.set_ylabel("share of ΔW that is left")
+    shares.set_xlabel("layers, that with the smallest delta for its quantisation error first")
+    shares.legend()
+    shares.grid(alpha=0.25)
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------- the model card
+
+
+def write_merged_card(folder: Path, report: Report) -> None:
+    """Write the model card of a merged model.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    base = str(report["base"])
+    is_path = base.startswith("/")
+    data = ModelCardData(
+        base_model=base if "/" in base and not is_path else None,
+        library_name="transformers",
+        tags=["merged", "qlora", "qlora-kit"],
+        pipeline_tag="text-generation",
+    )
+    quantization = report["quantization"]
+    facts = [
+        ("base", Path(base).name if is_path else base),
+        ("adapter", str(report["adapter"])),
+        ("trained on", f"{quantization['bits']} bits"
+                       + (f", {quantization['quant_type']}" if quantization["bits"] == 4 else "")),
+        ("merged", written_as(report)),
+    ]  # fmt: skip
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {Path(base).name if is_path else base}, with an adapter merged in",
+        _table([("", ""), *facts]),
+        "## Merge report",
+        "\n\n".join(report["verdict"]["text"]),
+        _measured(report),
+        f"![layers]({PICTURE})",
+        "The layers with the smallest delta for what quantising changed, the worst first:",
+        _table([("layer", ""), *layer_rows(report, _MOST_LAYERS)]),
+        "## Versions",
+        _table([("", ""), *report["versions"].items()]),
+    ]
+    card = ModelCard("\n\n".join(section for section in sections if section) + "\n").content
+    write_text(folder / CARD, redacted(card))
+
+
+def _measured(report: Report) -> str:
+    if report["rows"] is None:
+        return "The weights were compared; predictions were not."
+    head = ("", "loss", "mean KL", "max KL", "same top token", "error of the logits")
+    lines = [
+        (
+            _NAMES[each["variant"]]
+            + (f" {written_as(report)}" if each["variant"] == "written" else ""),
+            f"{each['loss']:.4f}",
+            f"{each['mean_kl']:.2g}",
+            f"{each['max_kl']:.2g}",
+            f"{each['top1_agreement']:.2%}",
+            f"{each['logit_error']:.2g}",
+        )
+        for each in report["variants"]
+    ]
+    note = (
+        f"On {report['rows']}, {report['tokens']:,} supervised tokens, everything computed in fp32 "
+        f"from weights unpacked to {report['dequantization_dtype']}; KL in nats per token, from "
+        "the adapter on its quantised base."
+    )
+    return f"{note}\n\n{_table([head, *lines])}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
