@@ -25,15 +25,19 @@ if TYPE_CHECKING:
         EvaluateConfig,
         ExportConfig,
         GenerateConfig,
+        RecordOptions,
         TokenOptions,
         TrainConfig,
     )
     from qlora_kit.errors import QloraKitError
     from qlora_kit.export.merge import merge_to
+    from qlora_kit.export.quantized import quantize_to
+    from qlora_kit.export.verify import verify_merge
     from qlora_kit.infer.evaluate import evaluate
     from qlora_kit.infer.generate import Sampling, generate
     from qlora_kit.lora.adapter import BaseRecord, load_adapter, read_adapter, save_adapter
     from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach, merge
+    from qlora_kit.lora.several import AdapterSet, PerRow, load_adapters
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
@@ -49,15 +53,19 @@ _EXPORTS = {
         "EvaluateConfig",
         "ExportConfig",
         "GenerateConfig",
+        "RecordOptions",
         "TokenOptions",
         "TrainConfig",
     ),
     "errors": ("QloraKitError",),
     "export.merge": ("merge_to",),
+    "export.quantized": ("quantize_to",),
+    "export.verify": ("verify_merge",),
     "infer.evaluate": ("evaluate",),
     "infer.generate": ("Sampling", "generate"),
     "lora.adapter": ("BaseRecord", "load_adapter", "read_adapter", "save_adapter"),
     "lora.attach": ("Adapter", "LoraSpec", "attach", "detach", "merge"),
+    "lora.several": ("AdapterSet", "PerRow", "load_adapters"),
     "model.hardware": ("choose_hardware",),
     "model.load": ("Base", "BaseSpec", "load_base"),
     "model.names": ("find_model", "known_models"),

@@ -45,6 +45,13 @@ def _pairs_from_text(value: Any) -> Any:
     return dict(part.split("=") for part in parts)
 
 
+def _columns_from_text(value: Any) -> Any:
+    try:
+        return _pairs_from_text(value)
+    except ValueError as error:
+        raise ValueError("expected field=column, several separated by commas") from error
+
+
 def parse_size(value: Any) -> Any:
     """Return bytes from "4GB" (10⁹) or "4GiB" (2³⁰).
 
@@ -58,6 +65,11 @@ def parse_size(value: Any) -> Any:
         raise ValueError("expected a number with a unit, such as 4GB or 500MB")
     step = 1024 if match[3] else 1000
     return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
+
+
+def parse_size_or_auto(value: Any) -> Any:
+    """Return "auto" as it is, and bytes from all that `parse_size` takes."""
+    return "auto" if value == "auto" else parse_size(value)
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
@@ -78,6 +90,7 @@ _OPTIMIZER_NAMES = {
 }
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SCHEDULER_NAMES = {"constant_with_warmup": "constant"}
+_TRAIN_ON_NAMES = {"all-turns": "completion", "all_turns": "completion", "last_turn": "last-turn"}
 
 
 def _renamed(names: Mapping[str, str]) -> BeforeValidator:
@@ -94,17 +107,21 @@ ChangeNames = Annotated[
     BeforeValidator(_list_from_text),
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(_list_from_text), Field(min_length=1)]
+Columns = Annotated[dict[str, str], BeforeValidator(_columns_from_text)]
 IntegerByPattern = Annotated[
     dict[str, Annotated[int, Field(ge=1, le=_MOST)]], BeforeValidator(_pairs_from_text)
 ]
 NumberByPattern = Annotated[
     dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs_from_text)
 ]
+FolderByName = Annotated[dict[str, Path], BeforeValidator(_columns_from_text)]
 ByteCount = Annotated[int, BeforeValidator(parse_size)]
+MemorySize = Annotated[Literal["auto"] | ByteCount, BeforeValidator(parse_size_or_auto)]
 OptimizerName = Annotated[
     Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"], _renamed(_OPTIMIZER_NAMES)
 ]
 SchedulerName = Annotated[Literal["linear", "cosine", "constant"], _renamed(_SCHEDULER_NAMES)]
+TrainOn = Annotated[Literal["completion", "last-turn", "all"], _renamed(_TRAIN_ON_NAMES)]
 DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], _renamed(_DTYPE_NAMES)]
 ExportDtypeName = Annotated[Literal["float16", "bfloat16", "float32"], _renamed(_DTYPE_NAMES)]
 
@@ -163,7 +180,12 @@ class AdapterOption(Options):
     """A trained adapter to put on the base."""
 
     adapter: Path | None = option(
-        None, "folder of a trained adapter", also=["adapter_name_or_path", "lora_model_dir"]
+        None, "folder of a trained adapter; name=folder, more than once, puts several on one base",
+        also=["adapter_name_or_path", "lora_model_dir"],
+    )  # fmt: skip
+    adapters: FolderByName = option({}, "several adapters, as name=folder,name=folder")
+    adapter_field: str = option(
+        "adapter", "field of a record that names its adapter, where several are given"
     )
 
 
@@ -189,7 +211,7 @@ class DataOptions(Options):
     """What is learnt."""
 
     data: str | None = option(
-        None, "training file or hub id; without it the built-in sample data",
+        None, "training file, folder or hub id; without it the built-in sample data",
         also=["dataset", "train_file", "data_path"],
     )  # fmt: skip
     validation: str | None = option(
@@ -201,7 +223,34 @@ class DataOptions(Options):
     )  # fmt: skip
 
 
-class TokenOptions(Options):
+class RecordOptions(Options):
+    """How the records of a data file are understood."""
+
+    format: Literal[
+        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text"
+    ] = option(
+        "auto", "what a record is; auto: by its fields", also=["dataset_format"]
+    )  # fmt: skip
+    columns: Columns = option(
+        {}, "fields that have another name in the data, such as "
+        "prompt=query,completion=extra_info.answer",
+    )  # fmt: skip
+    skip_bad_lines: bool = option(
+        False, "leave out records with a fault, and say how many, instead of ending"
+    )
+
+
+class TemplateOption(Options):
+    """How turns become text."""
+
+    chat_template: str | None = option(
+        None, "Jinja file, or alpaca, chatml, gemma, llama-3, mistral, vicuna, zephyr; default: "
+        "the tokenizer's own, for base models alpaca",
+        also=["template", "chat_template_path", "chat_template_jinja"],
+    )  # fmt: skip
+
+
+class TokenOptions(TemplateOption):
     """How a record becomes tokens."""
 
     max_length: int = option(
@@ -211,9 +260,10 @@ class TokenOptions(Options):
     long_samples: Literal["auto", "drop", "truncate", "split", "error"] = option(
         "auto", "samples over max_length; auto: truncate pairs and chats, split plain text"
     )
-    train_on: Literal["completion", "all"] = option(
-        "completion", "tokens that are supervised: the answers, or everything"
-    )
+    train_on: TrainOn = option(
+        "completion", "tokens that are supervised: every answer (all-turns is the same), the last "
+        "answer of a chat, or everything",
+    )  # fmt: skip
 
 
 class StepOptions(Options):
@@ -229,6 +279,9 @@ class StepOptions(Options):
         True, "recompute activations in backward (gradient checkpointing)",
         also=["gradient_checkpointing"],
     )  # fmt: skip
+    keep_layers: int = option(
+        0, "decoder layers, counted from the last, that keep their activations instead", ge=0
+    )
     offload_checkpoints: bool | None = option(
         None, "hold what recomputation keeps in host memory; default: on a GPU"
     )
@@ -237,6 +290,18 @@ class StepOptions(Options):
         "default: 2048 with recompute, else 0", ge=0,
     )  # fmt: skip
     loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
+
+
+class BudgetOptions(Options):
+    """How much memory a run may have; what is left open in its settings is then chosen."""
+
+    vram: MemorySize | None = option(
+        None, "memory of the whole card, such as 10GB or 8GiB, or auto; chooses micro-batch and "
+        "reducers that fit, and is kept to",
+    )  # fmt: skip
+    ram: MemorySize | None = option(
+        None, "memory of the host that the run may take, such as 16GB, or auto"
+    )
 
 
 class OptimizerOptions(Options):
@@ -287,12 +352,25 @@ class RunOptions(Options):
         None, "optimiser steps between evaluations; default: at each epoch's end", ge=1
     )
     eval_batch_size: int = option(
-        8, "rows a batch in evaluation", also=["per_device_eval_batch_size"], ge=1
+        8,
+        "rows a batch in evaluation; unless given, fewer where these take more than a step",
+        also=["per_device_eval_batch_size"],
+        ge=1,
     )
     early_stopping_patience: int | None = option(
         None, "evaluations without improvement before the run stops", ge=1
     )
     logging_steps: int = option(1, "optimiser steps between rows of the log", ge=1)
+    report_to: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "where metrics go besides the log; wandb is Weights & Biases"
+    )
+    samples: int = option(
+        3, "prompts of the data continued before and after training, shown in report.html; 0: none",
+        ge=0, le=1000,
+    )  # fmt: skip
+    rehearse: bool = option(
+        True, "take a step on the longest rows before the first, measure its memory, and undo it"
+    )
 
 
 # ---------------------------------------------------------------- commands
@@ -301,8 +379,10 @@ class RunOptions(Options):
 class TrainConfig(
     RunOptions,
     OptimizerOptions,
+    BudgetOptions,
     StepOptions,
     TokenOptions,
+    RecordOptions,
     DataOptions,
     LoraOptions,
     BaseModelOptions,
@@ -313,16 +393,22 @@ class TrainConfig(
 class PlanConfig(TrainConfig):
     """Options of `qlora-kit plan`: those of the run that is planned, and how to show it."""
 
-    vram: ByteCount | None = option(
-        None, "memory of the whole card, such as 10GB or 8GiB; says whether the run fits", ge=1
-    )
     plot: Path | None = option(None, "picture of the memory of each phase, such as plan.png")
 
 
-class EvaluateConfig(TokenOptions, AdapterOption, BaseModelOptions):
+class CheckConfig(TrainConfig):
+    """Options of `qlora-kit check`: those of the run whose data it is, and how to show it."""
+
+    rows: int = option(3, "token rows to show, drawn by the seed", ge=0, le=1000)
+    html: Path | None = option(None, "page of what is found, with the rows, such as data.html")
+
+
+class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOptions):
     """Options of `qlora-kit evaluate`."""
 
-    data: str | None = option(None, "file with the rows to measure", also=["dataset", "test_file"])
+    data: str | None = option(
+        None, "file, folder or hub id with the rows to measure", also=["dataset", "test_file"]
+    )
     batch_size: int = option(8, "rows a batch", also=["per_device_eval_batch_size"], ge=1)
     loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
     exact_match: bool = option(
@@ -332,11 +418,14 @@ class EvaluateConfig(TokenOptions, AdapterOption, BaseModelOptions):
     max_rows: int | None = option(None, "measure only the first rows", ge=1)
 
 
-class GenerateConfig(AdapterOption, BaseModelOptions):
+class GenerateConfig(TemplateOption, AdapterOption, BaseModelOptions):
     """Options of `qlora-kit generate`."""
 
     prompt: str | None = option(
         None, "text to continue, or a chat turn where the model has a template"
+    )
+    prompts: Path | None = option(
+        None, "file of prompts instead: records with a prompt, a text or turns"
     )
     raw: bool = option(False, "continue the prompt as it is, without a chat template")
     max_new_tokens: int = option(256, "tokens to generate at most", ge=1)
@@ -354,11 +443,59 @@ class ExportConfig(Options):
         None, "base to merge into; default: the one the adapter names",
         also=["model_name_or_path", "base_model"],
     )  # fmt: skip
+    base: Literal["quantized", "original"] = option(
+        "quantized", "weights the delta is added to: the base as training had it, dequantised, or "
+        "those of the checkpoint",
+    )  # fmt: skip
+    requantize: bool = option(
+        False, "pack the merged weights again as the base was, and say what that loses"
+    )
     dtype: ExportDtypeName = option("float16", "dtype of the merged weights")
     max_shard_size: ByteCount = option(
         4_000_000_000, "largest file, such as 4GB or 500MB (10^9 and 10^6 bytes)", ge=1_000_000
     )
+    data: str | None = option(
+        None, "file with rows of the task to verify the merge on; default: validation rows of the "
+        "run, else built-in prompts",
+    )  # fmt: skip
+    verify_tokens: int = option(
+        1024, "tokens that the merged model and the adapter are compared on; 0: weights only", ge=0
+    )
+    verify_threshold: float | None = option(
+        None, "largest mean KL divergence from the adapter on its quantised base, nats per token; "
+        "a merge above it is undone", ge=0,
+    )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the merge is computed")
+    overwrite: bool = option(False, "replace the folder if it exists")
+
+
+class QuantizeConfig(Options):
+    """Options of `qlora-kit quantize`."""
+
+    model: str = option(
+        ..., "name in configs/, folder, or hub id of a causal language model",
+        also=["model_name_or_path", "base_model"],
+    )  # fmt: skip
+    to: Path = option(..., "new folder for the quantised model")
+    revision: str | None = option(
+        None, "commit, branch or tag of a hub id", also=["model_revision"]
+    )
+    bits: Annotated[Literal[4, 8], BeforeValidator(_number_from_text)] = option(
+        4, "bits a weight of a linear layer is stored in"
+    )
+    quant_type: Literal["nf4", "fp4"] = option(
+        "nf4", "code book of the 4-bit weights", also=["bnb_4bit_quant_type"]
+    )
+    double_quant: bool = option(
+        True, "quantise the 4-bit constants as well", also=["bnb_4bit_use_double_quant"]
+    )
+    dtype: Annotated[Literal["auto", "float16", "bfloat16", "float32"], _renamed(_DTYPE_NAMES)] = (
+        option("auto", "dtype of embeddings, head and norms; auto: as they are stored")
+    )
+    max_shard_size: ByteCount = option(
+        4_000_000_000, "largest file, such as 4GB or 500MB (10^9 and 10^6 bytes)", ge=1_000_000
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where weights are quantised")
     overwrite: bool = option(False, "replace the folder if it exists")
 
 

@@ -38,6 +38,15 @@ class Answered(Event):
 
 
 @dataclass(frozen=True)
+class RowShown(Event):
+    """A row of the data, to be looked at token by token."""
+
+    title: str
+    tokens: tuple[tuple[str, bool], ...]
+    """text of each, and whether it is supervised"""
+
+
+@dataclass(frozen=True)
 class Closing(Event):
     """The command is done: the files it wrote and the commands to type next."""
 

@@ -15,6 +15,7 @@ from qlora_kit.config import (
     BaseModelOptions,
     EvaluateConfig,
     GenerateConfig,
+    RecordOptions,
     TokenOptions,
 )
 from qlora_kit.data.samples import load_samples
@@ -118,10 +119,20 @@ class Opened:
 
 
 def open_tokenizer(
-    options: BaseModelOptions, announce: Announce = silent, adapter: Path | None = None
+    options: BaseModelOptions,
+    announce: Announce = silent,
+    adapter: Path | None = None,
+    chat_template: str | None = None,
 ) -> Opened:
-    """Bring a model's files here and load its tokenizer, the adapter's own where it has one."""
-    from qlora_kit.data.template import Renderer
+    """Bring a model's files here and load its tokenizer, the adapter's own where it has one.
+
+    Args:
+        options: which model.
+        announce: receives notices.
+        adapter: folder of a trained adapter.
+        chat_template: see `choose_template`; None for the tokenizer's own.
+    """
+    from qlora_kit.data.chat_template import choose_template
     from qlora_kit.model.fetch import fetch
     from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
 
@@ -133,9 +144,26 @@ def open_tokenizer(
         announce(Notice(f"the tokenizer does not give these letters back: {lost}"))
     if options.weights == "random" and fetched.folder is None:
         announce(Notice("random weights: the demo's tokenizer stands in for the model's own"))
-    has_template = tokenizer.chat_template is not None
-    Renderer(tokenizer)  # gives a tokenizer without a chat template the default one
+    has_template = chat_template is not None or tokenizer.chat_template is not None
+    choose_template(tokenizer, chat_template)
+    if adapter is not None:
+        _compare_templates(tokenizer, adapter, announce)
     return Opened(source, fetched, tokenizer, has_template)
+
+
+def _compare_templates(tokenizer: Any, adapter: Path, announce: Announce) -> None:
+    """Say it where an adapter is used with another chat template than it was trained with."""
+    from qlora_kit.model.tokenizer import template_hash
+
+    record = read_base_record(adapter)
+    trained_with = record.template_hash if record is not None else None
+    if trained_with is not None and trained_with != template_hash(tokenizer):
+        announce(
+            Notice(
+                f"{adapter}: trained with another chat template than is used now: expect other "
+                "answers; leave out --chat-template, or restore the adapter's tokenizer files"
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -158,11 +186,16 @@ def open_base(options: BaseModelOptions | None = None, announce: Announce = sile
     return OpenedBase(opened.load(options, announce), opened.tokenizer)
 
 
-def load_data(data: str | None, tokenizer: Any, options: TokenOptions | None = None) -> Tokenized:
+def load_data(
+    data: str | None,
+    tokenizer: Any,
+    options: TokenOptions | None = None,
+    records: RecordOptions | None = None,
+) -> Tokenized:
     """Read, recognise, template and tokenise a data file; the sample data if None."""
     from qlora_kit.data.tokens import tokenize
 
-    return tokenize(load_samples(data), tokenizer, options or TokenOptions())
+    return tokenize(load_samples(data, "train", records), tokenizer, options or TokenOptions())
 
 
 # ---------------------------------------------------------------- adapters
@@ -210,11 +243,31 @@ def _recorded_options(adapter: Path) -> dict[str, Any]:
     return {"model": named} if named else {}
 
 
+def adapter_of(config: AdapterOption) -> Path | None:
+    """Return the folder of the adapter, of the first where there are several, or None."""
+    return config.adapter or next(iter(config.adapters.values()), None)
+
+
 def as_trained(config: AdapterConfig) -> AdapterConfig:
     """Take the base and its bits from the adapter, where they were not asked for."""
-    if config.adapter is None:
+    if config.adapter is not None and config.adapters:
+        raise ConfigError("--adapter and --adapters contradict each other; pass one of them")
+    adapter = adapter_of(config)
+    if adapter is None:
         return config
     model = config.model if "model" in config.model_fields_set else None
-    stored = stored_options(config.adapter, model)
+    stored = stored_options(adapter, model)
     missing = {name: v for name, v in stored.items() if name not in config.model_fields_set}
     return config.model_copy(update=missing)
+
+
+def check_base(model: str, adapter: Path | None) -> None:
+    """Check that a model is known; say so where an adapter asks for one that has moved."""
+    try:
+        find_model(model)
+    except ModelError as error:
+        if adapter is None:
+            raise
+        raise ModelError(
+            f"{error.faults[0]}; {adapter} goes on it: name where it is now with --model"
+        ) from error

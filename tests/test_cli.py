@@ -21,7 +21,7 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return int(stopped.value.code or 0), out, err
 
 
-COMMANDS = ("train", "evaluate", "generate", "export", "models", "doctor")
+COMMANDS = ("check", "train", "evaluate", "generate", "export", "models", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -136,10 +136,13 @@ def _changed(name: str) -> tuple[str, object]:
         "targets": ("mlp", ["mlp"]), "rank_pattern": ("q_proj=2", {"q_proj": 2}),
         "alpha_pattern": ("q_proj=2", {"q_proj": 2.0}),
         "long_samples": ("drop", "drop"), "train_on": ("all", "all"),
+        "chat_template": ("chatml", "chatml"),
+        "format": ("qa", "qa"), "columns": ("text=a.b", {"text": "a.b"}),
         "scheduler": ("cosine", "cosine"), "optimizer": ("adamw8bit", "adamw8bit"),
         "data": ("a.jsonl", "a.jsonl"), "validation": ("b.jsonl", "b.jsonl"),
         "output": ("out", "out"), "resume": ("latest", "latest"),
         "allow_change": ("data,seed", ["data", "seed"]),
+        "vram": ("10GB", 10**10), "ram": ("auto", "auto"), "report_to": ("wandb", "wandb"),
     }  # fmt: skip
     if name in special:
         return special[name]

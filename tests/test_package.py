@@ -18,12 +18,14 @@ def test_every_public_name_is_there_and_listed() -> None:
     for name in qlora_kit.__all__:
         assert getattr(qlora_kit, name) is not None
     assert qlora_kit.__all__ == [
-        "Adapter", "Base", "BaseModelOptions", "BaseRecord", "BaseSpec", "EvaluateConfig",
-        "ExportConfig", "GenerateConfig", "LoraSpec", "QloraKitError", "Quantization", "Sampling",
-        "TokenOptions", "TrainConfig", "TrainResult", "__version__", "attach", "choose_hardware",
-        "detach", "evaluate", "find_model", "generate", "known_models", "load_adapter", "load_base",
-        "load_data", "merge", "merge_to", "open_base", "read_adapter", "save_adapter",
-        "train_adapter",
+        "Adapter", "AdapterSet", "Base", "BaseModelOptions", "BaseRecord", "BaseSpec",
+        "EvaluateConfig", "ExportConfig", "GenerateConfig", "LoraSpec", "PerRow", "QloraKitError",
+        "Quantization", "RecordOptions", "Sampling", "TokenOptions", "TrainConfig", "TrainResult",
+        "__version__",
+        "attach", "choose_hardware", "detach", "evaluate", "find_model", "generate",
+        "known_models", "load_adapter", "load_adapters", "load_base", "load_data", "merge",
+        "merge_to", "open_base", "quantize_to", "read_adapter", "save_adapter", "train_adapter",
+        "verify_merge",
     ]  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from qlora_kit.data.samples import BUILT_IN
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
 RUN_FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-2",
-    "checkpoint-4", "last", "loss.png", "qlora_kit.json", "tokenizer.json",
+    "checkpoint-4", "data.html", "last", "loss.png", "memory.json", "memory.png",
+    "qlora_kit.json", "report.html", "samples.json", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja", "trainer_log.jsonl", "training_config.yaml",
 }  # fmt: skip
 

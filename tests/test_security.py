@@ -144,12 +144,13 @@ def test_a_template_that_ends_like_the_kits_own_is_probed_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from qlora_kit.data import probe
-    from qlora_kit.data.template import DEFAULT_TEMPLATE, Renderer
+    from qlora_kit.data.chat_template import built_in_templates
+    from qlora_kit.data.template import Renderer
 
     monkeypatch.setattr(probe, "SECONDS", 0.2)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ModelError, match="does not finish"):
-        Renderer(make_tokenizer(chat_template=endless + DEFAULT_TEMPLATE))
+        Renderer(make_tokenizer(chat_template=endless + built_in_templates()["alpaca"]))
 
 
 # ---------------------------------------------------------------- what real adapters hold

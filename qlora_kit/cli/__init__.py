@@ -8,11 +8,13 @@ import traceback
 import click
 
 import qlora_kit
+from qlora_kit.cli.check import check
 from qlora_kit.cli.evaluate import evaluate
 from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.models import doctor, models
 from qlora_kit.cli.plan import plan
+from qlora_kit.cli.quantize import quantize
 from qlora_kit.cli.train import train
 from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
 from qlora_kit.redact import one_line, redacted
@@ -30,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (plan, train, evaluate, generate, export, models, doctor):
+for command in (check, plan, train, evaluate, generate, export, quantize, models, doctor):
     cli.add_command(command)
 
 

@@ -6,6 +6,7 @@ accepted as a flag too, but only the field's own name is shown by `--help`.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from qlora_kit.config import (
     read_config_file,
     resolve,
 )
+from qlora_kit.errors import ConfigError
 from qlora_kit.model.names import find_model, known_models
 from qlora_kit.train.folder import stored_layer
 
@@ -80,6 +82,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
         pairs = [f"{flag}/--no-{flag[2:]}" for flag in flags]
         return click.option(name, *pairs, cls=_Option, default=None, help=text)
     settings: dict[str, Any] = {"default": None, "help": text, "metavar": _metavar(field)}
+    if name == "adapter":
+        settings["multiple"] = True
     if name == "resume":
         settings |= {"is_flag": False, "flag_value": "latest", "metavar": "[latest|PATH]"}
     return click.option(name, *flags, cls=_Option, type=str, **settings)
@@ -138,7 +142,9 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
         ConfigError: every fault at once.
         ModelError: `--model` names nothing.
     """
-    flags = {k: v for k, v in given.items() if k not in _COMMON and v is not None}
+    flags = {k: v for k, v in given.items() if k not in _COMMON and v not in (None, ())}
+    if isinstance(flags.get("adapter"), tuple):
+        flags |= _adapters(flags.pop("adapter"))
     layers = [Layer("", flags)]
     if given.get("config_file"):
         layers.insert(0, read_config_file(Path(given["config_file"])))
@@ -154,6 +160,21 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
         origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
         layers.insert(0, Layer(origin, source.settings))
     return resolve(config_class, layers)
+
+
+def _adapters(given: tuple[str, ...]) -> dict[str, Any]:
+    """Tell `--adapter FOLDER` from `--adapter NAME=FOLDER`, which may be given more than once."""
+    named = [value.partition("=")[::2] for value in given if _is_named(value)]
+    plain = [value for value in given if not _is_named(value)]
+    if len(plain) > 1 or (plain and named) or len(dict(named)) < len(named):
+        raise ConfigError(
+            "--adapter: several adapters need a name each; give --adapter NAME=FOLDER for each"
+        )
+    return {"adapter": plain[0]} if plain else {"adapters": dict(named)}
+
+
+def _is_named(value: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+=.+", value)) and not Path(value).exists()
 
 
 def _stored(config_class: type[Options], layers: list[Layer]) -> Layer | None:

@@ -1,53 +1,66 @@
-"""The model card of an adapter: a README.md with what it was made of and how it did."""
+"""The model card of an adapter: a README.md with what it was made of and how it did.
+
+It goes where the adapter goes, so it holds no text of the data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_kit.redact import redacted
+from qlora_kit.report.facts import RunSummary
 from qlora_kit.storage import write_text
 
 NAME = "README.md"
 
+_WITH_PEFT = """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
-def write_card(
-    folder: Path,
-    *,
-    base: str,
-    facts: Sequence[tuple[str, str]],
-    results: Sequence[tuple[str, str]],
-    versions: Mapping[str, str],
-) -> None:
-    """Write the model card into a run folder.
+folder = "this-folder"  # or the id of the repository that holds it
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
 
-    Args:
-        folder: run folder.
-        base: hub id or name of the base.
-        facts: what was trained on what, as in the header of the run.
-        results: what was measured at its end.
-        versions: of the libraries that computed it.
-    """
+
+def write_card(folder: Path, summary: RunSummary) -> None:
+    """Write the model card into a run folder."""
     data = ModelCardData(
-        base_model=base if "/" in base and not base.startswith("/") else None,
+        base_model=summary.base if _is_hub_id(summary.base) else None,
         library_name="peft",
         tags=["lora", "qlora", "qlora-kit"],
         pipeline_tag="text-generation",
     )
+    name = summary.base_name
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# LoRA adapter for {Path(base).name if base.startswith('/') else base}",
-        "## Training\n\n" + _table(facts),
-        "## Results\n\n" + _table(results),
+        f"# LoRA adapter for {name}",
+        "Trained with qlora-kit: small LoRA matrices beside a frozen, quantised base. "
+        f"It works with {name} only.",
+        "## Use\n\n" + _WITH_PEFT,
+        'Or `qlora-kit generate --adapter this-folder --prompt "..."`, and '
+        "`qlora-kit export this-folder --to merged` for one model without adapter.",
+        "## Training\n\n" + _table(summary.facts),
+        "## Results\n\n" + _table(summary.results),
         "![loss](loss.png)",
-        "## Versions\n\n" + _table(list(versions.items())),
+        "## Settings\n\n" + _table(summary.deciding),
+        "## Versions\n\n" + _table(summary.versions),
     ]
     card = ModelCard("\n\n".join(sections) + "\n").content
     write_text(folder / NAME, redacted(card))
 
 
+def _is_hub_id(base: str) -> bool:
+    return "/" in base and not base.startswith("/")
+
+
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

@@ -1,20 +1,141 @@
-"""The header of a run: what is about to be trained on what.
+"""What there is to say of a run: what is trained on what, with which settings, and how it went.
 
-Takes the records that the stages return; returns rows of name and value, which the terminal
-and the model card both show.
+Takes the records that the stages return; returns rows of name and value, which the terminal,
+the model card and the page of the run all show.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import (
+    BaseModelOptions,
+    BudgetOptions,
+    DataOptions,
+    LoraOptions,
+    OptimizerOptions,
+    Options,
+    RecordOptions,
+    RunOptions,
+    StepOptions,
+    TokenOptions,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
-    from qlora_kit.config import TrainConfig
     from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
 
 Rows = tuple[tuple[str, str], ...]
+
+# What decides the weights that come out, as against where and how they are computed.
+DECIDING = (
+    BaseModelOptions,
+    LoraOptions,
+    RecordOptions,
+    TokenOptions,
+    StepOptions,
+    OptimizerOptions,
+)
+ALL_GROUPS = (*DECIDING, DataOptions, BudgetOptions, RunOptions)
+# Told elsewhere, or a path of this machine.
+_NOT_TOLD = ("model", "device", "chat_template")
+
+
+def speed(log_rows: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return the tokens per second of a run's logged steps, evaluations left out."""
+    steps = [row for row in log_rows if "step_seconds" in row]
+    seconds = sum(row["step_seconds"] for row in steps)
+    if not seconds:
+        return ()
+    return (("speed", f"{sum(row['tokens'] for row in steps) / seconds:,.0f} tokens/s"),)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run has to say of itself.
+
+    Attributes:
+        base: hub id, known name, or folder of the base.
+        facts: what was trained on what, see `header`.
+        results: what was measured at the end.
+        settings: every option and its value, see `settings`.
+        changed: of these, the ones that are not at their default.
+        deciding: the ones that decide the weights.
+        versions: of the libraries that computed them.
+        commands: to type next.
+    """
+
+    base: str
+    facts: Rows
+    results: Rows
+    settings: Rows
+    changed: Rows
+    deciding: Rows
+    versions: Rows
+    commands: tuple[str, ...]
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base: a folder by its last part, which says enough."""
+        return Path(self.base).name if Path(self.base).is_absolute() else self.base
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        base: str,
+        facts: Rows,
+        results: Rows,
+        versions: Mapping[str, str],
+        commands: tuple[str, ...],
+    ) -> RunSummary:
+        """Sum up a run that was trained with `config`."""
+        deciding = [
+            name
+            for name in _names(DECIDING)
+            if name not in _NOT_TOLD and getattr(config, name) not in (None, {})
+        ]
+        changed = [
+            name
+            for name in _names(ALL_GROUPS)
+            if getattr(config, name) != TrainConfig.model_fields[name].default
+        ]
+        return cls(
+            base=base,
+            facts=facts,
+            results=results,
+            settings=_settings(config, _names(ALL_GROUPS)),
+            changed=_settings(config, changed),
+            deciding=_settings(config, deciding),
+            versions=tuple(versions.items()),
+            commands=commands,
+        )
+
+
+def _names(groups: Iterable[type[Options]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in groups for name in group.model_fields))
+
+
+def _settings(config: TrainConfig, names: Iterable[str]) -> Rows:
+    values = config.model_dump(mode="json")
+    return tuple((name, _text(values[name])) for name in names)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={item}" for name, item in value.items()) or "none"
+    return str(value)
 
 
 def header(

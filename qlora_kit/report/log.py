@@ -1,10 +1,8 @@
 """The log of a run: one JSON line an optimiser step or evaluation, in `trainer_log.jsonl`.
 
-Step rows: optimizer_step, epoch, loss, learning_rate, grad_norm, supervised_tokens, tokens,
-step_seconds, memory_bytes. Rows of skipped steps: optimizer_step, epoch, loss and grad_norm
-("nan", "inf" or "-inf" where they are no numbers), rows. Rows of a halved micro-batch:
-optimizer_step, rows_asked, rows_now. Evaluation rows: optimizer_step, epoch, eval_loss,
-is_best, seconds.
+A row has the fields of its event (`StepFinished`, `StepSkipped`, `MicroBatchHalved`,
+`Evaluated`), but an evaluation's loss is `eval_loss`, and "nan", "inf" and "-inf" stand where
+JSON has no number. docs/runs.md describes them one by one.
 """
 
 from __future__ import annotations
@@ -54,12 +52,11 @@ class Log:
         elif isinstance(event, StepSkipped | MicroBatchHalved):
             self._append(asdict(event))
         elif isinstance(event, StepFinished):
-            if event.optimizer_step == 1 or event.optimizer_step % self._every == 0:
+            if is_logged(event.optimizer_step, self._every):
                 self._append(asdict(event))
         elif isinstance(event, Evaluated):
-            row = asdict(event)
-            row["eval_loss"] = row.pop("loss")
-            self._append(row)
+            named = {"loss": "eval_loss"}
+            self._append({named.get(name, name): value for name, value in asdict(event).items()})
 
     def _append(self, row: dict[str, Any]) -> None:
         # JSON has no NaN or infinity; their names are what there is to say.
@@ -77,6 +74,11 @@ class Log:
             if row["optimizer_step"] <= (evaluated_step if "eval_loss" in row else first_step - 1)
         ]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def is_logged(step: int, every: int) -> bool:
+    """Whether a step has a row: the first, and each `every` steps."""
+    return step == 1 or step % every == 0
 
 
 def _is_not_finite(value: Any) -> bool:

@@ -1,20 +1,27 @@
-"""Draw `loss.png`: training and validation loss, and the learning rate, by optimiser step."""
+"""Draw the curves of a run, by optimiser step: `loss.png`, and its memory for the run's page.
+
+Takes the rows of a log, see `report.log`.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.storage import write_bytes
 
 NAME = "loss.png"
-_SMOOTHING = 0.9
+# A smoothed point is of about a twentieth of the run, but not of ever more steps.
+_SMOOTHED_SHARE = 0.05
+_MOST_SMOOTHED = 50
+# With fewer points than these a line alone shows too little, or, of one point, nothing.
+_FEW_POINTS = 30
 
 
 def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the rows of a log, see `report.log`."""
+    """Draw training and validation loss, skipped steps, and the learning rate."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -26,7 +33,10 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     x = [row["optimizer_step"] for row in steps]
     losses = [row["loss"] for row in steps]
-    axes.plot(x, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+    axes.plot(
+        x, losses, color="tab:blue", alpha=0.3, linewidth=1, marker=_marker(x),
+        label="training, each step",
+    )  # fmt: skip
     axes.plot(x, _smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
     if evaluations:
         axes.plot(
@@ -34,7 +44,12 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
             [row["eval_loss"] for row in evaluations],
             color="tab:orange", marker="o", markersize=4, label="validation",
         )  # fmt: skip
-    axes.set_xlabel("optimiser step")
+    if skipped := [row["optimizer_step"] for row in rows if "rows" in row]:
+        axes.plot(
+            skipped, [0.0] * len(skipped), color="tab:red", marker="x", linestyle="",
+            clip_on=False, label="skipped: not finite",
+        )  # fmt: skip
+    _by_step(axes)
     axes.set_ylabel("loss (nats per supervised token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
@@ -44,8 +59,37 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
     rate.set_ylabel("learning rate (dotted)")
     rate.set_ylim(bottom=0)
-    axes.legend(loc="upper right")
+    # Beside the axes: inside, it would hide the end of a loss that does not fall.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     save_figure(figure, path)
+
+
+def memory_curve(rows: Sequence[dict[str, Any]], levels: Mapping[str, int]) -> bytes:
+    """Return a PNG of the memory after each step.
+
+    Args:
+        rows: of a log.
+        levels: bytes that are drawn as a line, by what they are.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    steps = [row for row in rows if "memory_bytes" in row]
+    x = [row["optimizer_step"] for row in steps]
+    figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    sizes = [row["memory_bytes"] / 1e9 for row in steps]
+    axes.plot(x, sizes, color="tab:green", marker=_marker(x))
+    for (name, level), style in zip(levels.items(), ("--", ":"), strict=False):
+        axes.axhline(level / 1e9, color="black", linestyle=style, linewidth=1, label=name)
+    if levels:
+        axes.legend(loc="lower right")
+    _by_step(axes)
+    axes.set_ylabel("GB (10⁹ bytes)")
+    axes.set_ylim(0, 1.15 * max([*sizes, *(level / 1e9 for level in levels.values())], default=1))
+    axes.grid(alpha=0.25)
+    return _png(figure)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -54,18 +98,34 @@ def save_figure(figure: Any, path: Path) -> None:
     Raises:
         StorageError: it could not be written.
     """
+    write_bytes(path, _png(figure))
+
+
+def _png(figure: Any) -> bytes:
     from matplotlib import pyplot
 
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     pyplot.close(figure)
-    write_bytes(path, picture.getvalue())
+    return picture.getvalue()
+
+
+def _by_step(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimiser step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _marker(points: Sequence[int]) -> str | None:
+    return "." if len(points) < _FEW_POINTS else None
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Return the exponential moving average, corrected for its start."""
+    old = 1 - 1 / min(max(1.0, len(values) * _SMOOTHED_SHARE), _MOST_SMOOTHED)
     smoothed, average = [], 0.0
     for count, value in enumerate(values, 1):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
-        smoothed.append(average / (1 - _SMOOTHING**count))
+        average = old * average + (1 - old) * value
+        smoothed.append(average / (1 - old**count))
     return smoothed

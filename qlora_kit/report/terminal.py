@@ -30,12 +30,14 @@ from qlora_kit.events import (
     LoadProgress,
     MicroBatchHalved,
     Notice,
+    RowShown,
     RunFinished,
     RunStarted,
     StepFinished,
     StepSkipped,
 )
 from qlora_kit.redact import redacted_values
+from qlora_kit.report.mask import mask_text
 
 _PLAIN_LINES = 20
 _MOST_ROWS = 16
@@ -86,6 +88,8 @@ class Terminal:
             self.console.out(event.text, highlight=False)
         elif isinstance(event, Facts):
             self._show_facts(event)
+        elif isinstance(event, RowShown):
+            self._show_row(event)
         elif isinstance(event, Closing):
             self._show_closing(event)
         elif isinstance(event, LoadProgress):
@@ -124,6 +128,11 @@ class Terminal:
             self.console.print(table)
         for line in printed.get().splitlines():
             self.console.out(line.rstrip(), highlight=False)
+
+    def _show_row(self, event: RowShown) -> None:
+        self.console.print(event.title, style="bold", markup=False)
+        in_colour = self.console.color_system is not None
+        self.console.print(mask_text(event.tokens, in_colour=in_colour))
 
     def _show_closing(self, event: Closing) -> None:
         self._stop_bar()

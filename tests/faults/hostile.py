@@ -228,7 +228,7 @@ def pickled_adapter_weights(folder: Path, canary: Path) -> None:
     adapter = _adapter(folder)
     (adapter / "adapter_model.safetensors").unlink()
     torch.save(_Shell(canary), adapter / "adapter_model.bin")
-    refused("no adapter_model.safetensors", *_use(adapter))
+    refused("not a checkpoint of plain tensors", *_use(adapter))
 
 
 @_attack
@@ -264,7 +264,7 @@ def script_in_a_data_folder(folder: Path, canary: Path) -> None:
     data = folder / "evil"
     data.mkdir()
     (data / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
-    refused("a folder; expected one data file", "train", "--data", data, "--output", folder / "run")
+    refused("a folder; expected a train file", "train", "--data", data, "--output", folder / "run")
 
 
 @_attack
@@ -477,8 +477,9 @@ def templates_without_end(folder: Path, canary: Path) -> None:
     """Loops that no user would wait for, at once and for one row only."""
     with mock.patch("qlora_kit.data.probe.SECONDS", 0.3):
         refused("does not finish", *_with_template(folder / "all", _ENDLESS))
-    on_this_row = "{% if messages[0].content == 'a' %}" + _ENDLESS + "{% endif %}x"
-    with mock.patch("qlora_kit.data.template.SECONDS_A_RENDERING", 0.3):
+    written = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    on_this_row = "{% if messages[0].content == 'a' %}" + _ENDLESS + "{% endif %}" + written
+    with mock.patch("qlora_kit.data.chat_text.SECONDS_A_RENDERING", 0.3):
         refused("takes too long", *_with_template(folder / "one", on_this_row))
 
 

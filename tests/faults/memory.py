@@ -160,7 +160,7 @@ def _in_evaluation(sample: Sample, number: int) -> list[str]:
 
 
 _IN_A_SAVE = ("optimizer_tensors", "save_adapter", "save_tensors", "random_states")
-_IN_A_MERGE = ("_cast", "save_tensors")
+_IN_A_MERGE = ("merge:_cast", "shards:save_tensors")
 
 
 def _refuse(number: int) -> None:
@@ -191,8 +191,8 @@ def _in_a_merge(sample: Sample, number: int) -> list[str]:
     name = _IN_A_MERGE[number % len(_IN_A_MERGE)]
 
     def do() -> None:
-        nth = 1 if name == "save_tensors" else 1 + number
-        at_call(f"qlora_kit.export.merge:{name}", nth, lambda: _refuse(number))
+        nth = 1 if name == "shards:save_tensors" else 1 + number
+        at_call(f"qlora_kit.export.{name}", nth, lambda: _refuse(number))
         command(arguments)
 
     wrong = _wrong_end(finish(do, folder.with_suffix(".streams")))

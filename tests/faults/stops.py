@@ -40,7 +40,7 @@ _PHASES: dict[str, tuple[Callable[[_Act], None], ...]] = {
     "loading": (
         partial(at_event, LoadProgress, 1),
         partial(at_event, LoadProgress, 9),
-        partial(at_call, "qlora_kit.recipe:open_tokenizer", 1),
+        partial(at_call, "qlora_kit.recipe.rows:open_tokenizer", 1),
         partial(at_call, "qlora_kit.lora.attach:attach", 1),
     ),
     "training": (
@@ -71,7 +71,7 @@ _PHASES: dict[str, tuple[Callable[[_Act], None], ...]] = {
     "merging": (
         partial(at_event, LoadProgress, 3),
         partial(at_call, "qlora_kit.export.merge:_cast", 5),
-        partial(at_call, "qlora_kit.export.merge:save_tensors", 1),
+        partial(at_call, "qlora_kit.export.shards:save_tensors", 1),
         partial(at_call, "qlora_kit.storage.folders:_seal", 1),
         partial(at_call, "qlora_kit.storage.folders:_swap", 1),
     ),

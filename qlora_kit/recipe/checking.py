@@ -1,0 +1,63 @@
+"""What training would learn from, shown without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import (
+    CheckConfig,
+)
+from qlora_kit.errors import (
+    ConfigError,
+)
+from qlora_kit.events import (
+    Announce,
+    Closing,
+    Facts,
+    Notice,
+    RowShown,
+    silent,
+)
+from qlora_kit.model.names import find_model
+from qlora_kit.recipe.rows import read_data, surveyed, token_rows
+from qlora_kit.storage import (
+    check_writable,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
+    """Read and tokenise data as `train` does, and show what would be learnt from it."""
+    find_model(config.model)
+    if config.html is not None:
+        _check_page(config.html)
+    samples, validation = read_data(config, announce)
+
+    from qlora_kit.report import data_view
+
+    opened, rows, held_out = token_rows(samples, validation, config, announce)
+    found = surveyed(samples, validation, rows, held_out, opened, config, config.rows)
+    for title, table in data_view.tables(found):
+        announce(Facts(title, table))
+    for row in found.shown:
+        tokens = tuple((piece.text, piece.is_supervised) for piece in row.pieces)
+        announce(RowShown(data_view.shown_title(row), tokens))
+    for warning in found.warnings():
+        announce(Notice(warning))
+    if config.html is not None:
+        write_text(config.html, data_view.data_page(found))
+        announce(Closing((str(config.html),), ()))
+    return found.as_json()
+
+
+def _check_page(path: Path) -> None:
+    """A page may replace an earlier one, and nothing else."""
+    if path.suffix not in (".html", ".htm") or path.is_dir():
+        raise ConfigError(f"--html: found {path}; expected a name that ends in .html; correct it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--html: no folder {path.parent}; expected one; make it")
+    check_writable(path.parent)

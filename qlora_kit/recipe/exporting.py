@@ -1,0 +1,234 @@
+"""From an adapter to a model that others read; from a model to a quantised one."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import (
+    BaseModelOptions,
+    ExportConfig,
+    QuantizeConfig,
+    TokenOptions,
+    TrainConfig,
+    resolve,
+)
+from qlora_kit.data.samples import load_samples
+from qlora_kit.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    EnvironmentFault,
+    InputError,
+    OutputError,
+)
+from qlora_kit.events import (
+    Announce,
+    Closing,
+    Facts,
+    Notice,
+    silent,
+)
+from qlora_kit.model.names import find_model
+from qlora_kit.opening import check_base, open_tokenizer, stored_options
+from qlora_kit.recipe.rows import read_data, tokenize_data
+from qlora_kit.redact import redacted_values
+from qlora_kit.storage import (
+    check_writable,
+    write_json,
+)
+from qlora_kit.train.folder import (
+    CONFIG,
+    stored_layer,
+)
+
+if TYPE_CHECKING:
+    from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.export.merge import Merged
+    from qlora_kit.export.merge_report import MergeReport
+    from qlora_kit.export.rows import VerificationRows
+    from qlora_kit.opening import Opened
+
+
+def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
+    """Merge an adapter into its base, verify the merge, and write the model with its report."""
+    _check_new(config.to, config.overwrite)
+    if config.verify_threshold is not None and not config.verify_tokens:
+        raise ConfigError(
+            "--verify-threshold: needs predictions to compare, and --verify-tokens is 0; expected "
+            "tokens; pass --verify-tokens above 0, or leave the threshold out"
+        )
+    stored = stored_options(config.adapter, config.model)
+    model = stored.get("model")
+    if model is None:
+        raise AdapterError(f"{config.adapter}: does not say what its base is; name it with --model")
+    check_base(model, config.adapter)
+    options = BaseModelOptions(**stored, device=config.device)
+
+    from qlora_kit.export.merge import Merge, merge_to
+    from qlora_kit.export.merge_report import check_threshold
+    from qlora_kit.export.verify import verify_merge
+    from qlora_kit.lora.adapter import read_adapter
+    from qlora_kit.model.hardware import choose_hardware, dtype_named
+
+    adapter = read_adapter(config.adapter)
+    opened = open_tokenizer(options, announce, config.adapter)
+    spec = opened.spec(options)
+    rows = _verification_rows(config, opened, announce)
+    report: MergeReport | None = None
+
+    def check(merge: Merge, folder: Path) -> None:
+        nonlocal report
+        report = verify_merge(merge, folder, rows, announce)
+        check_threshold(report, config.verify_threshold)
+        _write_merge_report(folder, report)
+
+    merged = merge_to(
+        config.to,
+        adapter,
+        spec,
+        opened.tokenizer,
+        dtype=dtype_named(config.dtype),
+        over=config.base,
+        requantize=config.requantize,
+        device=choose_hardware(config.device).device,
+        shard_bytes=config.max_shard_size,
+        overwrite=config.overwrite,
+        check=check,
+        announce=announce,
+    )
+    assert report is not None
+    _announce_merge(config, model, merged, report, announce)
+    return {
+        **asdict(merged),
+        "folder": str(merged.folder),
+        "report": redacted_values(report.as_json()),
+    }
+
+
+def _check_new(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not overwrite:
+        raise OutputError(f"{folder}: exists; pass --overwrite, or name another --to")
+    check_writable(folder)
+
+
+def _verification_rows(
+    config: ExportConfig, opened: Opened, announce: Announce
+) -> VerificationRows | None:
+    """Return rows of the task: those that are named, else the run's own, else built-in prompts."""
+    from qlora_kit.data.tokens import tokenize
+    from qlora_kit.export.rows import built_in_rows, some_rows
+
+    if not config.verify_tokens:
+        return None
+    tokenizer = opened.tokenizer
+    pad = tokenizer.pad_token_id
+    run = _config_of_run(config.adapter, announce)
+    if config.data is not None:
+        named = tokenize(load_samples(config.data, "test", run), tokenizer, run or TokenOptions())
+        return some_rows(named.rows, config.verify_tokens, pad, Path(config.data).name)
+    held_out = None if run is None else _held_out_rows(run, tokenizer, announce)
+    if held_out is None:
+        return built_in_rows(tokenizer)
+    return some_rows(held_out.rows, config.verify_tokens, pad, "validation rows of the run")
+
+
+def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:
+    """Return what an adapter was trained with, or None where its folder is not of a run."""
+    run = adapter if (adapter / CONFIG).is_file() else None
+    try:
+        layer = stored_layer(run, str(adapter))
+        return None if layer is None else resolve(TrainConfig, [layer])
+    except InputError as error:
+        announce(Notice(f"the options of the run are not used: {error.faults[0]}"))
+        return None
+
+
+def _held_out_rows(run: TrainConfig, tokenizer: Any, announce: Announce) -> Tokenized | None:
+    """Return the validation rows of a run, where its data is still on this machine."""
+    from qlora_kit.data.sources import is_hub_id
+
+    named = [name for name in (run.data, run.validation) if name is not None]
+    try:
+        if any(is_hub_id(name) and not Path(name).exists() for name in named):
+            # A folder of somebody else must not make this machine call anywhere.
+            raise DataError("they are on the hub; name a file with --data")
+        samples, validation = read_data(run, silent)
+        _, held_out = tokenize_data(samples, validation, tokenizer, run, silent)
+    except (InputError, EnvironmentFault) as error:
+        announce(Notice(f"the validation rows of the run are not used: {error.faults[0]}"))
+        return None
+    return held_out
+
+
+def _write_merge_report(folder: Path, report: MergeReport) -> None:
+    from qlora_kit.export.merge_report import NAME
+    from qlora_kit.report.merge import PICTURE, draw_layers, write_merged_card
+
+    content = redacted_values(report.as_json())
+    write_json(folder / NAME, content)
+    draw_layers(content, folder / PICTURE)
+    write_merged_card(folder, content)
+
+
+def _announce_merge(
+    config: ExportConfig, model: str, merged: Merged, report: MergeReport, announce: Announce
+) -> None:
+    from qlora_kit.report.merge import layer_rows, variant_rows, written_as
+
+    content = report.as_json()
+    if content["variants"]:
+        where = f"{report.rows}, {report.tokens:,} supervised tokens"
+        announce(Facts(f"merge report, in fp32, on {where}", variant_rows(content)))
+    announce(
+        Facts("layers with the least delta for what quantising changed", layer_rows(content, 5))
+    )
+    facts = (
+        ("base", f"{model}, {report.quantization.describe()}"),
+        ("merged", f"{merged.layers} layers of {merged.tensors} tensors"),
+        ("size", f"{merged.bytes / 1e9:.3f} GB in {merged.shards} file(s), {written_as(content)}"),
+        ("verdict", " ".join(report.verdict.text)),
+    )
+    announce(Facts(f"merged into {config.to}", facts))
+    bits = report.quantization.bits if report.is_requantized else 16
+    evaluate_it = (
+        f"qlora-kit evaluate --model {shlex.quote(str(config.to))} --bits {bits} --data test.jsonl"
+    )
+    announce(Closing((str(config.to),), (evaluate_it,)))
+
+
+def quantize(config: QuantizeConfig, announce: Announce = silent) -> dict[str, Any]:
+    """Write a model in 4 or 8 bits, as a bitsandbytes checkpoint."""
+    _check_new(config.to, config.overwrite)
+    find_model(config.model)
+
+    from qlora_kit.export.quantized import quantize_to
+    from qlora_kit.model.hardware import choose_hardware, dtype_named
+    from qlora_kit.model.quantize import Quantization
+
+    options = BaseModelOptions(model=config.model, revision=config.revision)
+    opened = open_tokenizer(options, announce)
+    quantization = Quantization(config.bits, config.quant_type, config.double_quant)
+    written = quantize_to(
+        config.to,
+        opened.spec(options),
+        quantization,
+        opened.tokenizer,
+        dtype=None if config.dtype == "auto" else dtype_named(config.dtype),
+        device=choose_hardware(config.device).device,
+        shard_bytes=config.max_shard_size,
+        overwrite=config.overwrite,
+        announce=announce,
+    )
+    facts = (
+        ("model", config.model),
+        ("stored", quantization.describe()),
+        ("size", f"{written.bytes / 1e9:.3f} GB in {written.shards} file(s)"),
+        ("of", f"{written.original_bytes / 1e9:.3f} GB"),
+    )
+    announce(Facts(f"quantised into {config.to}", facts))
+    train_it = f"qlora-kit train --model {shlex.quote(str(config.to))} --data my.jsonl"
+    announce(Closing((str(config.to),), (train_it,)))
+    return {**asdict(written), "folder": str(written.folder)}

@@ -1,0 +1,72 @@
+"""What a run would need, on any machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import (
+    PlanConfig,
+)
+from qlora_kit.events import (
+    Announce,
+    Closing,
+    Facts,
+    Notice,
+    silent,
+)
+from qlora_kit.model.names import find_model
+
+if TYPE_CHECKING:
+    from qlora_kit.plan.planning import Plan
+
+
+def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
+    """Predict the memory of a run by running its code on fake tensors."""
+    source = find_model(config.model)
+
+    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.model.load import BaseSpec
+    from qlora_kit.model.quantize import Quantization
+    from qlora_kit.plan.budget import budget_of
+    from qlora_kit.plan.planning import make_plan
+    from qlora_kit.plan.subject import Rows, Subject, planned_hardware
+    from qlora_kit.plan.watch import PURPOSES
+    from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
+
+    hardware = planned_hardware(config)
+    quantization = Quantization(config.bits, config.quant_type, config.double_quant)
+    spec = BaseSpec(source, source.folder, quantization, random=True)
+    rows = Rows(config.max_length)
+    budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
+    made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows), budget)
+    found, settled = made.as_json(), made.config
+    for warning in made.warnings:
+        announce(Notice(warning))
+    if made.found is not None:
+        announce(Facts(f"settings for {budget.describe()}", made.choice_rows()))
+    title = (
+        f"{config.model}, {config.bits} bits, {settled.batch_size} × {config.max_length} tokens "
+        f"on {found['settings']['device']} ({found['settings']['dtype']})"
+    )
+    peaks = phase_rows(found["phase_peaks_bytes"], found["host_phase_peaks_bytes"])
+    announce(Facts(f"predicted peak of each phase: {title}", peaks))
+    parts = breakdown_rows(made.prediction.peak.by_purpose, PURPOSES)
+    announce(Facts(f"at the largest of them, {made.prediction.peak_phase}", parts))
+    announce(Facts("predicted peak", _card_rows(made)))
+    if config.plot is not None:
+        draw_memory(found["breakdown_bytes"], PURPOSES, title, config.plot)
+        announce(Closing((str(config.plot),), ()))
+    return found
+
+
+def _card_rows(made: Plan) -> tuple[tuple[str, str], ...]:
+    from qlora_kit.plan.budget import CONTEXT_BYTES, FRAGMENTATION
+    from qlora_kit.report.memory import size_text
+
+    rows = [("allocated", f"{size_text(made.prediction.peak.bytes)}")]
+    if made.budget.on_gpu:
+        assumed = f"{size_text(CONTEXT_BYTES)} context and {FRAGMENTATION:.0%} margin, assumed"
+        rows.append(("of a card", f"{size_text(made.card_bytes)} (with {assumed})"))
+    if made.budget.is_bounded:
+        rows.append(("budget", f"{made.budget.describe()}: fits"))
+    return tuple(rows)

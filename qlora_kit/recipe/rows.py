@@ -1,0 +1,125 @@
+"""From what `--data` names to token rows, as every command that reads data has them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import (
+    TrainConfig,
+)
+from qlora_kit.data.samples import Samples, load_held_out, load_samples
+from qlora_kit.errors import (
+    ConfigError,
+)
+from qlora_kit.events import (
+    Announce,
+    Notice,
+)
+from qlora_kit.opening import open_tokenizer
+from qlora_kit.redact import redacted_values
+
+if TYPE_CHECKING:
+    from qlora_kit.data.survey import Survey
+    from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.opening import Opened
+
+
+def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:
+    """Read the training rows, and those of validation where there are some; say what they are."""
+    samples = load_samples(config.data, "train", config)
+    if config.data is None:
+        announce(
+            Notice(
+                f"no --data: training on the built-in sample data ({len(samples.items)} spoken "
+                "amounts to be written in figures)"
+            )
+        )
+    validation = (
+        load_samples(config.validation, "validation", config)
+        if config.validation
+        else load_held_out(config.data, config)
+    )
+    for text in (*samples.notices, *(validation.notices if validation else ())):
+        announce(Notice(text))
+    return samples, validation
+
+
+def token_rows(
+    samples: Samples, validation: Samples | None, config: TrainConfig, announce: Announce
+) -> tuple[Opened, Tokenized, Tokenized | None]:
+    """Return the model's tokenizer, and what it makes of the data, checked for training."""
+    from qlora_kit.data.chat_template import spelled_out_end
+
+    opened = open_tokenizer(config, announce, chat_template=config.chat_template)
+    if end := spelled_out_end(opened.tokenizer):
+        announce(
+            Notice(
+                f"the chat template ends answers with {end!r}, which is no token of the "
+                "tokenizer: it is spelled out, and the EOS token learnt after it; expected an end "
+                "token; correct the template"
+            )
+        )
+    rows, held_out = tokenize_data(samples, validation, opened.tokenizer, config, announce)
+    opened.check_positions(config, rows)
+    _check_validation(config, held_out, announce)
+    return opened, rows, held_out
+
+
+def tokenize_data(
+    samples: Samples,
+    validation: Samples | None,
+    tokenizer: Any,
+    config: TrainConfig,
+    announce: Announce,
+) -> tuple[Tokenized, Tokenized | None]:
+    """Tokenise, hold out validation rows, and say what became of every row."""
+    from qlora_kit.data.tokens import split_validation, tokenize
+
+    rows = tokenize(samples, tokenizer, config)
+    announce(Notice(f"data: {rows.describe()}"))
+    if validation is not None:
+        held_out = tokenize(validation, tokenizer, config)
+        announce(Notice(f"validation: {held_out.describe()}"))
+        return rows, held_out
+    kept, split = split_validation(rows, config.validation_fraction, config.seed)
+    if not len(kept.rows):
+        raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
+    if split is not None:
+        announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
+    return kept, split
+
+
+def _check_validation(config: TrainConfig, held_out: Tokenized | None, announce: Announce) -> None:
+    """Options that need validation rows must not be silently without effect."""
+    if held_out is not None:
+        return
+    remedy = "give --validation FILE, or 200 rows or more with --validation-fraction above 0"
+    if config.early_stopping_patience is not None:
+        raise ConfigError(f"--early-stopping-patience: there are no validation rows; {remedy}")
+    if config.eval_steps is not None:
+        announce(Notice(f"--eval-steps has no effect: there are no validation rows; {remedy}"))
+
+
+def surveyed(
+    samples: Samples,
+    validation: Samples | None,
+    rows: Tokenized,
+    held_out: Tokenized | None,
+    opened: Opened,
+    config: TrainConfig,
+    shown_rows: int,
+) -> Survey:
+    """Return what a survey of the data found, fit to be shown."""
+    from qlora_kit.data.survey import Part, survey
+
+    found = survey(
+        Part(samples, rows),
+        None if held_out is None else Part(validation or samples, held_out),
+        opened.tokenizer,
+        config,
+        seed=config.seed,
+        shown_rows=shown_rows,
+    )
+    # It names files, on a page too, and a path may hold a secret.
+    redacted: Survey = redacted_values(found)
+    return redacted

@@ -1,0 +1,79 @@
+"""The mask of a token row on a terminal: what is supervised stands out, token by token.
+
+Takes the tokens of a row; returns text for rich. Without colours supervised runs stand between
+⟦ and ⟧. What could steer a terminal is written as its escape sequence.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.text import Text
+
+_MOST_OF_A_RUN = 200
+# Two of each, in turn, so that the borders of tokens are seen.
+_SUPERVISED = ("black on green3", "black on light_green")
+_CONTEXT = ("grey50", "grey70")
+_LEGEND = (("supervised", _SUPERVISED[0]), ("context", _CONTEXT[1]))
+_MARKS = {"\n": "↵\n", "\t": "→\t"}
+# Controls, marks of the direction of writing, halves of characters, line ends of other kinds.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def mask_text(tokens: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
+    """Return a token row, and in colour a legend under it.
+
+    Args:
+        tokens: text of each, and whether it is supervised.
+        in_colour: whether the terminal has colours.
+    """
+    text = Text()
+    supervised = [is_supervised for _, is_supervised in tokens]
+    for is_supervised, run in groupby(shown(supervised, _MOST_OF_A_RUN), lambda each: each[1]):
+        marks = ("⟦", "⟧") if is_supervised and not in_colour else ("", "")
+        styles = _SUPERVISED if is_supervised else _CONTEXT
+        text.append(marks[0])
+        for what, _ in run:
+            if isinstance(what, range):
+                text.append(left_out(what), "italic")
+            else:
+                text.append(visible(tokens[what][0]), styles[what % 2] if in_colour else "")
+        text.append(marks[1])
+    for word, style in _LEGEND if in_colour else ():
+        text.append("\n" if word == _LEGEND[0][0] else " ")
+        text.append(f" {word} ", style)
+    return text
+
+
+def shown(supervised: Sequence[bool], most: int) -> Iterator[tuple[int | range, bool]]:
+    """Yield which tokens to show, and of runs longer than `most` a range that is left out.
+
+    Each comes with whether it is supervised. The beginning and the end of a run are shown: there
+    the mask is right or wrong.
+    """
+    for is_supervised, run in groupby(range(len(supervised)), supervised.__getitem__):
+        tokens = [*run]
+        half = most // 2
+        if len(tokens) <= most:
+            yield from ((token, is_supervised) for token in tokens)
+            continue
+        yield from ((token, is_supervised) for token in tokens[:half])
+        yield range(tokens[half], tokens[-half]), is_supervised
+        yield from ((token, is_supervised) for token in tokens[-half:])
+
+
+def left_out(tokens: range) -> str:
+    """Return what stands in place of tokens that are not shown."""
+    return f" […{len(tokens):,} tokens…] "
+
+
+def visible(text: str) -> str:
+    """Return a token's text with line ends and tabs marked, and what is not seen written out."""
+    return "".join(_MARKS.get(each) or _written(each) for each in text)
+
+
+def _written(character: str) -> str:
+    unseen = unicodedata.category(character) in _UNSEEN
+    return f"\\u{{{ord(character):x}}}" if unseen else character
