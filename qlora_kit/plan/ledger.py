@@ -61,6 +61,14 @@ class Peak:
     bytes: int
     by_purpose: dict[str, int]
 
+    def and_more(self, low: Peak, high: Peak) -> Peak:
+        """Return this peak with what a second one has more than a first."""
+        parts = Counter(self.by_purpose)
+        parts.update(high.by_purpose)
+        parts.subtract(low.by_purpose)
+        amount = self.bytes + high.bytes - low.bytes
+        return Peak(amount, {name: size for name, size in parts.items() if size})
+
 
 class _Account:
     """The live storages of one device."""

@@ -49,6 +49,7 @@ from qlora_kit.train.optimizer import build_optimizer, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
 
+_EVALUATED_LAYERS = 2
 # In the order of a run; the simulation itself gives the optimiser its state first.
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation", "save", "merge")
 _SHARD_BYTES: int = ExportConfig.model_fields["max_shard_size"].default
@@ -154,11 +155,14 @@ def predict(
     architecture = spec.architecture()
     with simulated_run(spec, lora, config, hardware, build_skeleton(architecture)) as run:
         run.step(config, BatchShape(config.batch_size, tokens, supervised, padded))
-        evaluated = BatchShape(
-            config.eval_batch_size, evaluation_tokens or tokens, None, evaluation_padded
-        )
-        evaluation_rows = run.evaluate_within_step(config, evaluated)
+        run.hold()
         run.save()
+    evaluated = BatchShape(
+        config.eval_batch_size, evaluation_tokens or tokens, None, evaluation_padded
+    )
+    short = build_skeleton(shortened(architecture, _EVALUATED_LAYERS))
+    with simulated_run(spec, lora, config, hardware, short) as shorter:
+        evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
     # Built outside: the placeholders of a skeleton are no memory.
     skeleton = build_skeleton(architecture)
     with _simulation(hardware) as ledger:
@@ -332,16 +336,35 @@ class SimulatedRun:
         ):
             step.scores(self.model, batch, self.head, config.loss_chunk_tokens)
 
-    def evaluate_within_step(self, config: TrainConfig, shape: BatchShape) -> int:
+    def hold(self) -> None:
+        """Note what is there between two steps."""
+        with self.phase("held"):
+            pass
+
+    def evaluate_within_step(
+        self, config: TrainConfig, shape: BatchShape, short: SimulatedRun
+    ) -> int:
         """Evaluate with as many rows as asked for, or as take no more than the step did.
 
+        In evaluation no layer leaves anything behind for the next: what a model of a few layers
+        takes beside its weights, the whole one takes beside its own.
+
+        Args:
+            config: of the run.
+            shape: of a batch with as many rows as asked for.
+            short: a run of a model with few layers, under way.
+
         Returns:
-            How many rows that are.
+            How many rows it took.
         """
         is_asked = "eval_batch_size" in config.model_fields_set
         allowed = max(self.device[phase].bytes for phase in ("forward", "backward"))
+        apply(short.model, resolve(config, self.hardware), self.hardware)
+        short.hold()
         while True:
-            self.evaluate(config, shape)
+            short.evaluate(config, shape)
+            for mine, its in ((self.device, short.device), (self.host, short.host)):
+                mine["evaluation"] = mine["held"].and_more(its["held"], its["evaluation"])
             if is_asked or shape.rows == 1 or self.device["evaluation"].bytes <= allowed:
                 return shape.rows
             shape = replace(shape, rows=shape.rows // 2)
