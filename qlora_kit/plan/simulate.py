@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,9 +165,11 @@ def predict(
     with simulated_run(spec, lora, config, hardware, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
     # Built outside: the placeholders of a skeleton are no memory.
-    skeleton = build_skeleton(architecture)
+    layers = architecture.get_text_config().num_hidden_layers
+    merged = min(layers, _layers_of_a_shard(architecture) + 1)
+    skeleton = build_skeleton(shortened(architecture, merged))
     with _simulation(hardware) as ledger:
-        _merge(ledger, skeleton, spec, lora, hardware, run)
+        _merge(ledger, skeleton, spec, lora, hardware, run, layers / merged)
     device = {phase: run.device[phase] for phase in PHASES}
     return Prediction(device, {phase: run.host[phase] for phase in PHASES}, evaluation_rows)
 
@@ -385,8 +388,19 @@ def _merge(
     lora: LoraSpec,
     hardware: Hardware,
     run: SimulatedRun,
+    adapters: float,
 ) -> None:
-    """Merge as `export` does."""
+    """Merge as `export` does, until the first shard is full; the others take as much.
+
+    Args:
+        ledger: of the simulation.
+        skeleton: of as many layers as that takes.
+        spec: the base.
+        lora: the adapter, which is in memory as a whole.
+        hardware: where the merge is computed.
+        run: receives the phase.
+        adapters: how many times the adapter of these layers the whole one is.
+    """
     layers = linear_layers(skeleton)
     targets = resolve_targets(list(layers), lora.targets)
     with ledger.purpose("LoRA"):
@@ -397,6 +411,8 @@ def _merge(
             )
             for path in targets
         }
+        size = sum(tensor.nbytes for pair in tensors.values() for tensor in pair)
+        others = torch.empty(round(size * (adapters - 1)), dtype=torch.uint8, device="cpu")
     stored = StoredAdapter(Path(), lora, tensors, None, None)
     stream = _empty_tensors(skeleton, _planned(spec.quantization), hardware)
     with run.phase("merge", ledger):
@@ -406,6 +422,14 @@ def _merge(
                 pending = []
             ledger.claim(tensor, "copies to save")
             pending.append(tensor)
+    del others
+
+
+def _layers_of_a_shard(architecture: PreTrainedConfig) -> int:
+    """Return how many decoder layers fill a file of merged weights."""
+    one = linear_layers(build_skeleton(shortened(architecture, 1))).values()
+    numbers = sum(layer.in_features * layer.out_features for layer in one)
+    return math.ceil(_SHARD_BYTES / (numbers * torch.float16.itemsize))
 
 
 def _planned(quantization: Quantization) -> _Planned:

@@ -151,15 +151,11 @@ class Survey:
         return Needs(max(peaks) + held + deeper + moved, host, self._work(setting))
 
     def _kind(self, setting: Setting) -> _Kind:
-        """Return what was measured with so many rows, or lies between two that were.
-
-        The largest of several sums that grow with the rows lies below that line, never above.
-        """
+        """Return what was measured with so many rows, or lies on the line through two that were."""
         measured = self.kinds[setting.tile_tokens]
-        low = max(rows for rows in measured if rows <= setting.rows)
-        high = min(rows for rows in measured if rows >= setting.rows)
-        if low == high:
-            return measured[low]
+        if setting.rows in measured:
+            return measured[setting.rows]
+        low, high = sorted(measured)[-2:]
         share = (setting.rows - low) / (high - low)
         samples = zip(measured[low], measured[high], strict=True)
         return _Kind(*(_between(a, b, share) for a, b in samples))
@@ -218,7 +214,7 @@ def take_survey(
     text = architecture.get_text_config()
     on_gpu = hardware.device.type != "cpu"
     # A single row takes no mask, so it is on no line with the others.
-    measured = sorted({rows[0], rows[min(1, len(rows) - 1)], rows[-1]})
+    measured = rows[:3]
 
     def run_of(depth: int) -> AbstractContextManager[SimulatedRun]:
         skeleton = build_skeleton(shortened(architecture, depth))
