@@ -44,25 +44,8 @@ class Opened:
     has_template: bool
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
-        """Return what decides the bits of the frozen base; a quantised checkpoint wins.
-
-        Raises:
-            ConfigError: other bits are asked for than a quantised checkpoint has.
-        """
-        from qlora_kit.model.load import BaseSpec, stored_quantization
-        from qlora_kit.model.quantize import Quantization
-
-        asked = Quantization(options.bits, options.quant_type, options.double_quant)
-        spec = BaseSpec(self.source, self.fetched.folder, asked, options.weights == "random")
-        stored = stored_quantization(spec.architecture())
-        if stored is None or spec.random:
-            return spec
-        if "bits" in options.model_fields_set and options.bits != stored.bits:
-            raise ConfigError(
-                f"--bits {options.bits}: the checkpoint is quantised to {stored.bits} bits "
-                f"already; pass --bits {stored.bits} or name the unquantised model"
-            )
-        return BaseSpec(self.source, self.fetched.folder, stored)
+        """Return what decides the bits of the frozen base; see `base_spec`."""
+        return base_spec(self.source, self.fetched.folder, options)
 
     def check_positions(self, options: BaseModelOptions, rows: Tokenized) -> None:
         """Check that the model has a position and an embedding for every token of every row.
@@ -116,6 +99,33 @@ class Opened:
             why = "it is the head as well" if is_tied(base.model) else "all of it runs on the CPU"
             announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
         return base
+
+
+def base_spec(source: ModelSource, folder: Path | None, options: BaseModelOptions) -> BaseSpec:
+    """Return what decides the bits of the frozen base; a quantised checkpoint wins.
+
+    Args:
+        source: which model.
+        folder: where its files are, as far as they are here.
+        options: how it is to be held.
+
+    Raises:
+        ConfigError: other bits are asked for than a quantised checkpoint has.
+    """
+    from qlora_kit.model.load import BaseSpec, stored_quantization
+    from qlora_kit.model.quantize import Quantization
+
+    asked = Quantization(options.bits, options.quant_type, options.double_quant)
+    spec = BaseSpec(source, folder, asked, options.weights == "random")
+    stored = stored_quantization(spec.architecture())
+    if stored is None or spec.random:
+        return spec
+    if "bits" in options.model_fields_set and options.bits != stored.bits:
+        raise ConfigError(
+            f"--bits {options.bits}: the checkpoint is quantised to {stored.bits} bits "
+            f"already; pass --bits {stored.bits} or name the unquantised model"
+        )
+    return BaseSpec(source, folder, stored)
 
 
 def open_tokenizer(

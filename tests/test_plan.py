@@ -73,3 +73,25 @@ def test_a_budget_is_kept_or_refused(capsys: pytest.CaptureFixture[str]) -> None
     code, _, err = run(*plan, "--vram", "10 bananas", capsys=capsys)
     assert code == 2
     assert "expected a number with a unit" in err
+
+
+def test_a_quantised_checkpoint_is_planned_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = dict(known_models()["smollm2-135m"].architecture or {})
+    stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    peaks = []
+    for name, more, bits in (("plain", {}, ("--bits", "8")),
+                             ("stored", {"quantization_config": stored}, ())):  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**numbers, **more}))
+        plan = ("plan", "--model", str(folder), "--max-length", "128", "--json")
+        code, out, err = run(*plan, *bits, capsys=capsys)
+        assert code == 0, err
+        assert json.loads(out)["settings"]["bits"] == 8
+        peaks.append(json.loads(out)["predicted_peak_bytes"])
+    assert peaks[0] == peaks[1]
+    code, _, err = run(*plan, "--bits", "4", capsys=capsys)
+    assert code == 2
+    assert "quantised to 8 bits already" in err

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_cli import run
-from torch.profiler import ProfilerActivity, profile
+from test_plan_allocator import recorded_peak
 
 import qlora_kit as qk
 from qlora_kit.errors import ConfigError
@@ -114,17 +112,6 @@ def test_the_rehearsal_takes_the_longest_rows_and_tells_what_is_what(
     assert {"base weights", "LoRA", "gradients", "optimiser", "activations"} <= shown
 
 
-@contextmanager
-def recorded() -> Iterator[list[int]]:
-    """Yield a list that holds, after the block, the most bytes that it allocated at one time."""
-    found: list[int] = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        yield found
-    events = record.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    found.append(max(itertools.accumulate((change for _, change in changes), initial=0)))
-
-
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_step_of_mixed_lengths_takes_more_than_the_rehearsal(
     steps: int, save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -141,10 +128,10 @@ def test_no_step_of_mixed_lengths_takes_more_than_the_rehearsal(
         state = [v for s in self.optimizer.state.values() for v in s.values()]
         for tensor in [*tensors, *(v for v in state if isinstance(v, torch.Tensor))]:
             held.book(tensor, "held")
-        with recorded() as found:
-            taken = real(self, *arguments, **named)
-        peaks.append(held.live_bytes + found[0])
-        return taken
+        taken: list[Any] = []
+        peak = recorded_peak(lambda: taken.append(real(self, *arguments, **named)))
+        peaks.append(held.live_bytes + peak)
+        return taken[0]
 
     def before(step: OptimizerStep) -> None:
         rehearsed.append(rehearse(step, 2).peak_bytes)

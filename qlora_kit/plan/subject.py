@@ -57,12 +57,19 @@ class Rows:
             evaluation_tokens: of the longest row in evaluation, if there is one.
         """
         lengths = row_lengths(rows)
-        supervised = []
-        for count in range(1, min(most, len(lengths)) + 1):
-            labels = [rows[index]["labels"] for index in largest_batch(lengths, count)]
-            supervised.append(sum(label != IGNORED for each in labels for label in each[1:]))
-        differ = min(lengths) < max(lengths)
-        return cls(max(lengths), differ, tuple(supervised), evaluation_tokens)
+        # The largest batch holds every smaller one: each of its rows is read once.
+        largest = largest_batch(lengths, most)
+        tokens = [lengths[index] for index in largest]
+        targets = [_targets(rows[index]["labels"]) for index in largest]
+        supervised = tuple(
+            sum(targets[place] for place in largest_batch(tokens, count))
+            for count in range(1, len(largest) + 1)
+        )
+        return cls(max(lengths), min(lengths) < max(lengths), supervised, evaluation_tokens)
+
+
+def _targets(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import (
@@ -15,6 +16,7 @@ from qlora_kit.events import (
     silent,
 )
 from qlora_kit.model.names import find_model
+from qlora_kit.opening import base_spec
 
 if TYPE_CHECKING:
     from qlora_kit.plan.planning import Plan
@@ -25,8 +27,6 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     source = find_model(config.model)
 
     from qlora_kit.lora.attach import LoraSpec
-    from qlora_kit.model.load import BaseSpec
-    from qlora_kit.model.quantize import Quantization
     from qlora_kit.plan.budget import budget_of
     from qlora_kit.plan.planning import make_plan
     from qlora_kit.plan.subject import Rows, Subject, planned_hardware
@@ -34,8 +34,8 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
 
     hardware = planned_hardware(config)
-    quantization = Quantization(config.bits, config.quant_type, config.double_quant)
-    spec = BaseSpec(source, source.folder, quantization, random=True)
+    spec = base_spec(source, source.folder, config)
+    config = config.model_copy(update=asdict(spec.quantization))
     rows = Rows(config.max_length)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows), budget)

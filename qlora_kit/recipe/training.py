@@ -49,6 +49,7 @@ from qlora_kit.train.folder import (
 )
 
 if TYPE_CHECKING:
+    from qlora_kit.data.survey import Survey
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.infer.samples import SampleAccount
     from qlora_kit.lora.adapter import BaseRecord
@@ -125,9 +126,7 @@ def _train(
     announce(Facts(f"qlora-kit: {find_model(config.model).name} → {output}", facts))
     _save_inputs(output, config, opened.tokenizer)
     found = surveyed(samples, validation, rows, held_out, opened, config, data_view.ROWS)
-    write_text(output / data_view.NAME, data_view.data_page(found))
-    for warning in found.warnings():
-        announce(Notice(warning))
+    _show_data(output, found, announce)
     account = MemoryAccount(output, memory_plan, announce)
     written = SampleAccount(output, base, opened.tokenizer, announce)
     # A token in a cache of keys and values takes up to what two take in training.
@@ -208,6 +207,14 @@ def _save_inputs(output: Path, config: TrainConfig, tokenizer: Any) -> None:
     )
     with storage_errors(output):
         tokenizer.save_pretrained(output)
+
+
+def _show_data(output: Path, found: Survey, announce: Announce) -> None:
+    from qlora_kit.report import data_view
+
+    write_text(output / data_view.NAME, data_view.data_page(found))
+    for warning in found.warnings():
+        announce(Notice(warning))
 
 
 def _with_log(
