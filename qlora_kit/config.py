@@ -174,6 +174,10 @@ class BaseModelOptions(Options):
         "auto", "compute dtype; auto: bfloat16 where the GPU has it, else float32",
         also=["bnb_4bit_compute_dtype", "torch_dtype"],
     )  # fmt: skip
+    threads: int | None = option(
+        None, "threads of a CPU; default: as many as cores are free at the start, or as "
+        "OMP_NUM_THREADS says", ge=1, le=_MOST,
+    )  # fmt: skip
 
 
 class AdapterOption(Options):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
+    from qlora_kit.model.threads import Threads
 
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 
@@ -88,12 +89,14 @@ class Opened:
         shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
         return sum(width * lora.rank_of(path) for width, path in shapes)
 
-    def load(self, options: BaseModelOptions, announce: Announce) -> Base:
-        """Load the base, quantised and frozen."""
+    def load(
+        self, options: BaseModelOptions, announce: Announce, threads: Threads | None = None
+    ) -> Base:
+        """Load the base, quantised and frozen; `threads` are those chosen for a CPU."""
         from qlora_kit.model.hardware import choose_hardware
         from qlora_kit.model.load import Placement, is_tied, load_base
 
-        hardware = choose_hardware(options.device, options.dtype)
+        hardware = choose_hardware(options.device, options.dtype, threads)
         base = load_base(self.spec(options), hardware, announce, Placement.of(options))
         if options.embedding_on_cpu and not base.placement.embedding_on_cpu:
             why = "it is the head as well" if is_tied(base.model) else "all of it runs on the CPU"
@@ -191,9 +194,13 @@ def open_base(options: BaseModelOptions | None = None, announce: Announce = sile
         options: which model and how it is held; the demo in 4 bits if None.
         announce: receives notices and the loading progress.
     """
+    from qlora_kit.model.threads import choose_threads
+
     options = options or BaseModelOptions()
     opened = open_tokenizer(options, announce)
-    return OpenedBase(opened.load(options, announce), opened.tokenizer)
+    # A program that calls this one has its own say about its threads.
+    threads = None if options.threads is None else choose_threads(options.threads)
+    return OpenedBase(opened.load(options, announce, threads), opened.tokenizer)
 
 
 def load_data(

@@ -95,7 +95,7 @@ def test_the_page_says_all_there_is_to_say(tmp_path: Path) -> None:
     for words in (
         "LoRA adapter for tiny", "100 parameters", "1.0000 in the last step", "2.13.0",
         "qlora-kit generate --adapter x", "Evaluations (2)", "0.1000", "<h2>Samples</h2>",
-        "<td>rank</td><td>8</td>", "resident size of the process",
+        "<td>rank</td><td>8</td>", "anonymous memory of the process",
         "skipped: loss nan, gradient norm inf, on rows 4, 5",
         "out of memory: 4 row(s) at a time from here, of 8",
     ):  # fmt: skip

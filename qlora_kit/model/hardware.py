@@ -8,24 +8,34 @@ from dataclasses import dataclass
 import torch
 
 from qlora_kit.errors import ConfigError
+from qlora_kit.model.threads import Threads
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device and compute dtype of a run, and why that dtype."""
+    """The device and compute dtype of a run, and why that dtype.
+
+    Attributes:
+        device: where the model runs.
+        dtype: what it computes in.
+        reason: why that dtype.
+        threads: chosen for a run on a CPU; None: as many as torch has.
+    """
 
     device: torch.device
     dtype: torch.dtype
     reason: str
+    threads: Threads | None = None
 
     @property
     def device_name(self) -> str:
         """Name of the GPU, or the number of CPU threads."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        threads = self.threads or Threads(torch.get_num_threads(), "as torch has it")
+        return f"CPU, {threads.describe()}"
 
     @property
     def dtype_name(self) -> str:
@@ -43,8 +53,15 @@ def dtype_named(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
+def choose_hardware(
+    device: str = "auto", dtype: str = "auto", threads: Threads | None = None
+) -> Hardware:
     """Resolve `--device` and `--dtype`.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        threads: that were chosen for a CPU, to be told with it.
 
     Raises:
         ConfigError: a GPU is asked for and there is none, or float16 on a CPU.
@@ -63,9 +80,10 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     if dtype != "auto":
         if dtype == "float16" and device == "cpu":
             raise ConfigError("--dtype float16: the CPU has no loss scaling; use float32")
-        return Hardware(where, _DTYPES[dtype], "as asked")
+        return Hardware(where, _DTYPES[dtype], "as asked", threads)
     if device == "cpu":
-        return Hardware(where, torch.float32, "most CPUs emulate bfloat16, which is far slower")
+        reason = "most CPUs emulate bfloat16, which is far slower"
+        return Hardware(where, torch.float32, reason, threads)
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Hardware(where, torch.bfloat16, "the GPU computes in bfloat16")
     return Hardware(where, torch.float32, "the GPU has no bfloat16, and float16 overflows")

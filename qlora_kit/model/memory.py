@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
-import resource
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from qlora_kit.errors import OutOfMemory
 
-# mallopt parameters and values, from glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
+# mallopt's parameter, from glibc's malloc.h: blocks from this size on are mappings of their own.
 _M_MMAP_THRESHOLD = -3
 _LOADING_THRESHOLD_BYTES = 64 << 10
-_TRAINING_THRESHOLD_BYTES = 32 << 20
-_TRAINING_TRIM_BYTES = 512 << 20
+# A mapping for each block costs page faults, a heap keeps holes: an aligned block that was freed
+# does not fit the next request of its size (glibc before 2.38).
+_TRAINING_THRESHOLD_BYTES = 1 << 20
+
+# Linux tells of a process here, and is told here to forget its peak (man 5 proc).
+_STATUS, _RESET, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
 # How libraries say it that have no error class of their own for it.
 _OUT_OF_MEMORY_TEXTS = (
@@ -30,18 +35,47 @@ _OUT_OF_MEMORY_TEXTS = (
 
 
 def memory_in_use_bytes(device: torch.device) -> int:
-    """Return peak allocated bytes since the last reset of a GPU, or resident bytes on a CPU."""
+    """Return peak allocated bytes of a GPU, or the process's own memory now on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    return anonymous_bytes()
+
+
+def anonymous_bytes() -> int:
+    """Return the memory that this process took for itself: no file is behind it.
+
+    Libraries and checkpoints that are mapped from files are resident too, but the system takes
+    their pages back whenever it needs them.
+    """
+    return psutil.Process().memory_info().rss - _mapped_bytes()
+
+
+def _mapped_bytes() -> int:
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))
+
+
+def restart_peak() -> None:
+    """Let `peak_memory_bytes` of a CPU begin now; where that cannot be, it has begun before."""
+    with contextlib.suppress(OSError):
+        _RESET.write_text(_RESET_PEAK, encoding="ascii")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak of this process: allocated on the GPU, or resident on a CPU."""
+    """Return the peak of this process: allocated on the GPU, or on a CPU its own memory.
+
+    On a CPU it is the highest resident size less what is mapped from files now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _peak_resident_bytes() - _mapped_bytes()
+
+
+def _peak_resident_bytes() -> int:
+    # Not `ru_maxrss`, which cannot be restarted.
+    with contextlib.suppress(OSError, StopIteration):
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    return psutil.Process().memory_info().rss
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
@@ -86,23 +120,39 @@ def release_memory(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def memory_returned() -> Iterator[None]:
-    """Give freed host memory back to the system while the block runs.
+    """Give freed host memory back to the system while the block runs, and more of it afterwards.
 
     glibc otherwise keeps what a load frees: up to 900 MiB for a 310 MiB model. With a low
     threshold each tensor is its own mapping and leaves with it. Elsewhere this does nothing.
     """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _LOADING_THRESHOLD_BYTES)
+    _set_mmap_threshold(_LOADING_THRESHOLD_BYTES)
     try:
         yield
     finally:
-        trim(0)
-        # Training allocates the same sizes again and again: a mapping for each, or a heap that
-        # shrinks at every free, would cost page faults.
-        mallopt(_M_MMAP_THRESHOLD, _TRAINING_THRESHOLD_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _TRAINING_TRIM_BYTES)
+        return_free_memory()
+        _set_mmap_threshold(_TRAINING_THRESHOLD_BYTES)
+
+
+def return_free_memory() -> None:
+    """Give back to the system what was freed and lies between what is in use.
+
+    Call it after work that made many small objects, not in a step: what is needed again costs
+    page faults. Without glibc this does nothing.
+    """
+    gc.collect()
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _set_mmap_threshold(size: int) -> None:
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, size)
+
+
+@functools.cache
+def _glibc() -> Any:
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

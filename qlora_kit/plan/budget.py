@@ -18,6 +18,9 @@ from qlora_kit.report.memory import size_text
 # and what the caching allocator cannot use of its blocks. Assumed; not measured yet.
 CONTEXT_BYTES = 500_000_000
 FRAGMENTATION = 0.05
+# What a process takes besides its tensors: the holes of the C library's heap, and Python objects.
+HEAP_SHARE = 0.2
+OBJECT_BYTES = 60_000_000
 # Resident after the imports, measured on a CPU: 0.45 to 0.6 GB.
 PROCESS_BYTES = 600_000_000
 
@@ -56,6 +59,15 @@ class Budget:
         if not self.on_gpu:
             return peak_bytes
         return self.other_bytes + CONTEXT_BYTES + round(peak_bytes * (1 + FRAGMENTATION))
+
+    def taken_by_process(self, before_bytes: int, peak_bytes: int) -> int:
+        """Return the anonymous memory of a process that computes on a CPU.
+
+        Args:
+            before_bytes: that it has before it loads the model.
+            peak_bytes: of the tensors of the run.
+        """
+        return before_bytes + OBJECT_BYTES + round(peak_bytes * (1 + HEAP_SHARE))
 
     def taken_of_host(self, host_peak_bytes: int, peak_bytes: int) -> int:
         """Return what it takes of the host; there the model itself is, without a card."""

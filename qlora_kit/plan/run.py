@@ -19,7 +19,7 @@ from qlora_kit.events import Announce, Facts, Notice
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.hardware import Hardware, choose_hardware
 from qlora_kit.model.load import BaseSpec
-from qlora_kit.model.memory import limit_memory
+from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_memory
 from qlora_kit.plan.budget import budget_of, free_bytes
 from qlora_kit.plan.planning import Plan, make_plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse
@@ -77,6 +77,7 @@ def plan_run(
             raise
         announce(Notice(f"the memory of this run is not predicted ({type(error).__name__})"))
         return None
+    return_free_memory()
     _announce(plan, announce)
     if budget.is_bounded:
         limit_memory(hardware.device, budget.allocatable_bytes)
@@ -92,6 +93,10 @@ def _announce(plan: Plan, announce: Announce) -> None:
     rows = [("predicted peak", f"{size_text(peak)}, in {plan.prediction.peak_phase}")]
     if plan.budget.on_gpu:
         rows.append(("on the host", f"{size_text(plan.prediction.host_peak.bytes)}"))
+    else:
+        before = anonymous_bytes()
+        whole = size_text(plan.budget.taken_by_process(before, peak))
+        rows.append(("of the process", f"{whole}, of which it has {size_text(before)} now"))
     if plan.budget.card_bytes is not None:
         rows.append(("of the budget", f"{plan.card_bytes / plan.budget.card_bytes:.0%}"))
     announce(Facts("memory", tuple(rows)))
@@ -154,6 +159,8 @@ class MemoryAccount:
             levels["predicted"] = predicted
         title = f"one optimiser step on the longest rows, {rows}"
         draw_timeline(found.timeline, PURPOSES, levels, title, self.output / PICTURE)
+        # The profiler's record and the picture are many small objects, twice the step's own size.
+        return_free_memory()
 
     def _predicted_step(self, found: Rehearsal) -> int | None:
         """Return the prediction of what the rehearsal measured, unless it had to be cut down."""
@@ -169,7 +176,7 @@ class MemoryAccount:
         """Write the account of a finished run and return it as a table.
 
         Args:
-            run_peak_bytes: allocated on a GPU; on a CPU resident, which is more than tensors.
+            run_peak_bytes: allocated on a GPU; on a CPU anonymous, which is more than tensors.
         """
         self._write(run_peak_bytes)
         rows = []
@@ -208,6 +215,6 @@ class MemoryAccount:
             }
         if run_peak_bytes is not None:
             on_gpu = self.plan is not None and self.plan.budget.on_gpu
-            kind = "allocated" if on_gpu else "resident"
+            kind = "allocated" if on_gpu else "anonymous"
             content["run"] = {f"peak_{kind}_bytes": run_peak_bytes}
         write_text(self.output / NAME, json.dumps(redacted_values(content), indent=1) + "\n")

@@ -31,6 +31,7 @@ from qlora_kit.events import (
     Notice,
     silent,
 )
+from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening import check_base, open_tokenizer, stored_options
 from qlora_kit.recipe.rows import read_data, tokenize_data
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     """Merge an adapter into its base, verify the merge, and write the model with its report."""
+    prepare_environment()
     _check_new(config.to, config.overwrite)
     if config.verify_threshold is not None and not config.verify_tokens:
         raise ConfigError(
@@ -72,7 +74,9 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     from qlora_kit.export.verify import verify_merge
     from qlora_kit.lora.adapter import read_adapter
     from qlora_kit.model.hardware import choose_hardware, dtype_named
+    from qlora_kit.model.threads import choose_threads
 
+    choose_threads()
     adapter = read_adapter(config.adapter)
     opened = open_tokenizer(options, announce, config.adapter)
     spec = opened.spec(options)
@@ -201,13 +205,16 @@ def _announce_merge(
 
 def quantize(config: QuantizeConfig, announce: Announce = silent) -> dict[str, Any]:
     """Write a model in 4 or 8 bits, as a bitsandbytes checkpoint."""
+    prepare_environment()
     _check_new(config.to, config.overwrite)
     find_model(config.model)
 
     from qlora_kit.export.quantized import quantize_to
     from qlora_kit.model.hardware import choose_hardware, dtype_named
     from qlora_kit.model.quantize import Quantization
+    from qlora_kit.model.threads import choose_threads
 
+    choose_threads()
     options = BaseModelOptions(model=config.model, revision=config.revision)
     opened = open_tokenizer(options, announce)
     quantization = Quantization(config.bits, config.quant_type, config.double_quant)

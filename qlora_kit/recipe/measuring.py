@@ -27,6 +27,7 @@ from qlora_kit.events import (
     silent,
 )
 from qlora_kit.lora.files import read_base_record
+from qlora_kit.model.environment import prepare_environment
 from qlora_kit.opening import adapter_of, as_trained, check_base, open_tokenizer, put_on
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, Any]:
     """Measure a model, with or without an adapter, on a data file."""
+    prepare_environment()
     config = as_trained(config)
     check_base(config.model, adapter_of(config))
     named = RowAdapters(config.adapter_field, tuple(config.adapters)) if config.adapters else None
@@ -50,12 +52,13 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
         announce(Notice(f"no --data: the {len(samples.items)} held-out rows of the sample data"))
 
     from qlora_kit.data.tokens import tokenize
+    from qlora_kit.model.threads import choose_threads
 
     opened = open_tokenizer(config, announce, adapter_of(config), config.chat_template)
     rows = tokenize(samples, opened.tokenizer, config)
     announce(Notice(f"data: {rows.describe()}"))
     opened.check_positions(config, rows)
-    base = opened.load(config, announce)
+    base = opened.load(config, announce, choose_threads(config.threads))
     if config.adapters:
         measure = _evaluate_mixed if by_row else _evaluate_several
         return measure(config, base, rows, samples, opened.tokenizer, announce)
@@ -190,6 +193,7 @@ def _in_short(result: Mapping[str, Any]) -> str:
 
 def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
     """Continue prompts, or answer them where the model has a chat template."""
+    prepare_environment()
     config = as_trained(config)
     check_base(config.model, adapter_of(config))
     asked = _asked_prompts(config)
@@ -199,6 +203,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     from qlora_kit.infer.generate import Sampling
     from qlora_kit.infer.generate import generate as continue_prompts
     from qlora_kit.lora.several import PerRow
+    from qlora_kit.model.threads import choose_threads
 
     first = adapter_of(config)
     opened = open_tokenizer(config, announce, first, config.chat_template)
@@ -208,7 +213,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     raw = config.raw or not opened.has_template or on_texts
     renderer = Renderer(opened.tokenizer)
     texts = [renderer.prompt_text(_as_turns(p, raw), p.place) for p in asked]
-    base = opened.load(config, announce)
+    base = opened.load(config, announce, choose_threads(config.threads))
     put_on(base, config, announce)
     per_row = None
     if config.adapters:

@@ -83,6 +83,7 @@ def _train(
     from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.lora.attach import LoraSpec, attach
     from qlora_kit.model.hardware import make_deterministic
+    from qlora_kit.model.threads import choose_threads
     from qlora_kit.model.tokenizer import template_hash
     from qlora_kit.plan.run import MemoryAccount, plan_run
     from qlora_kit.report import data_view
@@ -93,6 +94,8 @@ def _train(
 
     if config.deterministic:
         make_deterministic()
+    threads = choose_threads(config.threads)
+    config = config.model_copy(update={"threads": threads.count})
     opened, rows, held_out = token_rows(samples, validation, config, announce)
     lora = LoraSpec.of(config)
     trainable = opened.trainable(config, lora)
@@ -109,7 +112,7 @@ def _train(
     config = memory_plan.config if memory_plan else config
     plan = plan_steps(len(rows.rows), config)
     check_room(output, trainable, plan, config)
-    base = opened.load(config, announce)
+    base = opened.load(config, announce, threads)
     adapter = attach(base, lora, config.seed)
     is_chat = isinstance(samples.items[0], Conversation)
     hash_ = template_hash(opened.tokenizer) if is_chat else None
@@ -197,6 +200,8 @@ def _identity(
         "base": base.digest,
         "dtype": base.hardware.dtype_name,
         "device": base.hardware.device.type,
+        # Where a sum is cut depends on them.
+        "threads": config.threads if base.hardware.device.type == "cpu" else None,
     }
 
 

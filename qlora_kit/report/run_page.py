@@ -106,9 +106,9 @@ def _samples(samples: Sequence[Rows]) -> Iterator[str]:
 def _memory(
     rows: Sequence[dict[str, Any]], step_picture: Path, on_gpu: bool, predicted_bytes: int | None
 ) -> Iterator[str]:
-    # On a CPU the log has what is resident, libraries and all, and the prediction is of tensors.
+    # On a CPU the log has the process, and the prediction is of its tensors.
     levels = {"predicted peak": predicted_bytes} if on_gpu and predicted_bytes else {}
-    what = "peak allocated on the device so far" if on_gpu else "resident size of the process"
+    what = "peak allocated on the device so far" if on_gpu else "anonymous memory of the process"
     yield figure(memory_curve(rows, levels), f"Memory after each optimiser step: {what}")
     if step_picture.is_file():
         caption = "Tensors in one optimiser step on the longest rows, rehearsed before the first"

@@ -37,7 +37,7 @@ from qlora_kit.events import (
 )
 from qlora_kit.lora.adapter import BaseRecord
 from qlora_kit.lora.attach import Adapter
-from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes
+from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes, restart_peak
 from qlora_kit.step.loss import ChunkLoss
 from qlora_kit.step.reducers import apply, resolve, without_effect
 from qlora_kit.train.checkpoint import (
@@ -88,7 +88,7 @@ class TrainResult:
         reason: why it ended, in words.
         last_loss: of the last optimiser step, nats per supervised token.
         seconds: of this process.
-        peak_memory_bytes: allocated on the GPU, or resident on a CPU.
+        peak_memory_bytes: allocated on the GPU; on a CPU anonymous, since the run began.
     """
 
     progress: Progress
@@ -188,6 +188,7 @@ class _Run:
 
     def run(self) -> TrainResult:
         start = time.perf_counter()
+        restart_peak()
         self._begin()
         try:
             reason = self._steps()

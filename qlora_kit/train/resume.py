@@ -37,7 +37,14 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "seed": ("seed",),
     "lora": ("alpha", "alpha_pattern", "lora_dropout", "rslora"),
     "schedule": ("learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
-    "precision": ("device", "dtype", "loss_chunk_tokens", "mlp_tile_tokens", "deterministic"),
+    "precision": (
+        "device",
+        "dtype",
+        "threads",
+        "loss_chunk_tokens",
+        "mlp_tile_tokens",
+        "deterministic",
+    ),
 }
 # The shapes of the stored tensors follow from these.
 _FIXED = ("rank", "rank_pattern", "targets", "optimizer")
@@ -77,7 +84,8 @@ def differences(
         One line for each difference that is refused; and for each that is allowed, and what
         follows from it.
     """
-    stored = {**_BEFORE, **stored}
+    # Of the threads of older checkpoints nothing is known: those of now are taken for theirs.
+    stored = {**_BEFORE, "threads": identity.get("threads"), **stored}
     differing = [name for name, value in identity.items() if stored.get(name) != value]
     for name, causes in _DERIVED.items():
         if name in differing and set(differing) & set(causes):
