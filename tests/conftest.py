@@ -123,6 +123,14 @@ def relative_error(found: Any, expected: Any) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
+def mask_of(batch: Any) -> Any:
+    """Return the attention mask that transformers expects of a padded batch: (B, T), 1 a token."""
+    import torch
+
+    columns = torch.arange(batch.input_ids.shape[1])
+    return (columns < torch.tensor(batch.lengths).unsqueeze(1)).long()
+
+
 def fill_lora(adapter: Any, seed: int = 7, std: float = 0.1) -> None:
     """Give B of every LoRA layer random values, as if it had been trained."""
     import torch

@@ -36,6 +36,7 @@ class Case:
     bits: Any
     tokens: int
     rows: int = 1
+    shorter: int = 0  # tokens that each row has fewer than the one before it
     accumulation: int = 1
     recompute: bool = True
     targets: str = "attention"
@@ -91,6 +92,9 @@ class Case:
             **{"loss_chunk_tokens": 64, **self.options},
         )  # fmt: skip
 
+    def lengths(self, rows: int) -> list[int]:
+        return [self.tokens - row * self.shorter for row in range(rows)]
+
     @property
     def hardware(self) -> Hardware:
         return choose_hardware("cpu", self.dtype)
@@ -125,7 +129,8 @@ def measured(case: Case) -> dict[str, int]:
     base.model.train()
 
     def batch_of(rows: int) -> Batch:
-        ids = torch.randint(0, head.linear.out_features, (rows, case.tokens)).tolist()
+        most = head.linear.out_features
+        ids = [torch.randint(0, most, (length,)).tolist() for length in case.lengths(rows)]
         return collate([{"input_ids": i, "labels": i, "row": 0} for i in ids], 0)
 
     def step() -> None:
@@ -155,7 +160,10 @@ def measured(case: Case) -> dict[str, int]:
 
 
 def predicted(case: Case) -> dict[str, int]:
-    found: Prediction = predict(case.spec, case.lora, case.config, case.hardware, case.tokens)
+    supervised = sum(case.lengths(case.rows)) - case.rows
+    found: Prediction = predict(
+        case.spec, case.lora, case.config, case.hardware, case.tokens, supervised=supervised
+    )
     step = max(found.device[phase].bytes for phase in ("forward", "backward"))
     return {"step": step, "evaluation": found.device["evaluation"].bytes}
 
@@ -179,6 +187,8 @@ QUICK = (
     Case("llama-3.1-8b", 4, 128, rank=64, targets="all-linear", options={"optimizer": "adamw8bit"}),
     Case("tinyllama", 4, 512, scale=4, options={"loss_chunk_tokens": 512}),
     Case("mistral-7b", 4, 128, rows=2, double_quant=False),
+    Case("llama-3.1-8b", 4, 192, rows=3, shorter=30),
+    Case("gemma-2-9b", 4, 96, rows=2, shorter=30, recompute=False),  # scores of T × T
 )  # fmt: skip
 
 # The grid: what everyone turns, against each other.

@@ -44,7 +44,7 @@ def step_peak(config: TrainConfig, tokens: int) -> tuple[int, int]:
     what = planned(config)
     skeleton = build_skeleton(what.spec.architecture())
     with simulated_run(what.spec, what.lora, config, what.hardware, skeleton) as run:
-        run.step(config, BatchShape(config.batch_size, tokens, padded=True))
+        run.step(config, BatchShape(config.batch_size, tokens))
         peak = max(run.device[phase].bytes for phase in ("forward", "backward"))
         return peak, run.work.flop
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill_lora, load_folder, relative_error
+from conftest import fill_lora, load_folder, mask_of, relative_error
 from test_model_architectures import ARCHITECTURES, folder_of  # noqa: F401
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -120,7 +120,7 @@ def own_step(adapter: Adapter, batch: Batch) -> tuple[float, Gradients]:
     """A step as anyone would write it: the model's own logits, all of them, and torch's loss."""
     model = adapter.base.model.train()
     torch.manual_seed(5)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
     targets = batch.labels[:, 1:].flatten()
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
     loss.backward()

@@ -35,6 +35,7 @@ from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
 from qlora_kit.model.quantize import FrozenWeight, PlainWeight, Quantization, read_quantized
 from qlora_kit.model.random_weights import RandomWeights
+from qlora_kit.model.width import batch_width
 from qlora_kit.signals import safe_point
 
 RANDOM_SEED = 0
@@ -129,6 +130,10 @@ class Base:
     def quantization(self) -> Quantization:
         """How the weights are held."""
         return self.spec.quantization
+
+    def batch_width(self, tokens: int) -> int:
+        """Return T of a batch whose longest row has so many tokens."""
+        return batch_width(tokens, self.model.config, self.hardware.device)
 
 
 class Digest:

@@ -64,18 +64,11 @@ class BatchShape:
         rows: that go through the model at one time.
         tokens: of the longest row.
         supervised: targets of the whole batch; every token but the first of each row if None.
-        padded: whether rows differ in length.
     """
 
     rows: int
     tokens: int
     supervised: int | None = None
-    padded: bool = False
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether attention takes a mask: a single row is never padded."""
-        return self.padded and self.rows > 1
 
 
 @dataclass(frozen=True)
@@ -136,9 +129,7 @@ def predict(
     tokens: int,
     *,
     supervised: int | None = None,
-    padded: bool = False,
     evaluation_tokens: int | None = None,
-    evaluation_padded: bool = False,
 ) -> Prediction:
     """Predict the memory of a run.
 
@@ -149,18 +140,14 @@ def predict(
         hardware: `meta` stands in for a GPU and is told apart from the host.
         tokens: of the longest row.
         supervised: targets of the largest micro-batch; all but the first of each row if None.
-        padded: whether the rows of this micro-batch differ in length.
         evaluation_tokens: of the longest row in evaluation, if that is another.
-        evaluation_padded: whether rows differ in length there.
     """
     architecture = spec.architecture()
     with simulated_run(spec, lora, config, hardware, build_skeleton(architecture)) as run:
-        run.step(config, BatchShape(config.batch_size, tokens, supervised, padded))
+        run.step(config, BatchShape(config.batch_size, tokens, supervised))
         run.hold()
         run.save()
-    evaluated = BatchShape(
-        config.eval_batch_size, evaluation_tokens or tokens, None, evaluation_padded
-    )
+    evaluated = BatchShape(config.eval_batch_size, evaluation_tokens or tokens)
     short = build_skeleton(shortened(architecture, _EVALUATED_LAYERS))
     with simulated_run(spec, lora, config, hardware, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
@@ -312,11 +299,10 @@ class SimulatedRun:
         self.model.train()
         if options.gradient_accumulation_steps > 1:
             self._give_gradients()
-        batch = _batch(shape, self.hardware.device)
+        batch = self._batch(shape)
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.model, self.optimizer),
-            _masked(shape.is_masked),
         ):
             with self.phase("forward"):
                 loss = step.loss_sum(
@@ -326,17 +312,22 @@ class SimulatedRun:
                 torch.autograd.backward(loss)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _batch(self, shape: BatchShape) -> Batch:
+        width = self.base.batch_width(shape.tokens)
+        ids = torch.zeros(shape.rows, width, dtype=torch.int64, device="cpu")
+        supervised = shape.supervised or shape.rows * (shape.tokens - 1)
+        positions = torch.zeros(supervised, dtype=torch.int64, device="cpu")
+        lengths = (shape.tokens,) * shape.rows
+        batch = Batch(ids, ids, lengths, tuple(range(shape.rows)), positions)
+        return batch.to(self.hardware.device)
+
     # ------------------------------------------------------------ after training
 
     def evaluate(self, config: TrainConfig, shape: BatchShape) -> None:
         """Measure a batch of validation rows."""
         self.model.eval()
-        batch = _batch(shape, self.hardware.device)
-        with (
-            self.phase("evaluation"),
-            watched(self.ledger, self.model, self.optimizer),
-            _masked(shape.is_masked),
-        ):
+        batch = self._batch(shape)
+        with self.phase("evaluation"), watched(self.ledger, self.model, self.optimizer):
             step.scores(self.model, batch, self.head, config.loss_chunk_tokens)
 
     def hold(self) -> None:
@@ -460,18 +451,3 @@ def _empty_tensors(
 def _stored_dtype(skeleton: PreTrainedModel) -> torch.dtype:
     dtype = getattr(skeleton.config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-
-
-def _batch(shape: BatchShape, device: torch.device) -> Batch:
-    ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device="cpu")
-    supervised = shape.supervised or shape.rows * (shape.tokens - 1)
-    positions = torch.zeros(supervised, dtype=torch.int64, device="cpu")
-    mask = torch.ones_like(ids) if shape.is_masked else None
-    return Batch(ids, ids, mask, tuple(range(shape.rows)), positions).to(device)
-
-
-@contextlib.contextmanager
-def _masked(padded: bool) -> Iterator[None]:
-    """Let transformers believe what a fake mask cannot show: whether anything is padded."""
-    with mock.patch("transformers.masking_utils.fast_all", return_value=not padded):
-        yield

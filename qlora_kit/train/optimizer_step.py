@@ -118,7 +118,7 @@ class OptimizerStep:
         if not suspect:
             overflowed = not math.isfinite(norm)
             if not overflowed:
-                check(max(batch.input_ids.shape[1] for batch in batches))
+                check(max(batch.longest for batch in batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.scaler.step(self.optimizer)
@@ -163,7 +163,8 @@ class OptimizerStep:
         return losses, batches
 
     def _collate(self, indices: Indices) -> Batch:
-        return collate([self.rows[index] for index in indices], self.pad_token_id)
+        rows = [self.rows[index] for index in indices]
+        return collate(rows, self.pad_token_id, self.adapter.base.batch_width)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         return loss_sum(
