@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 
+from qlora_kit.model.environment import prepare_environment
+
 PROJECT = Path(__file__).parent.parent
 
 # No test may reach out: a hub that answers slowly would make the suite hang.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The GPU tests' allocator and cuBLAS read their settings once: before anything imports torch.
+prepare_environment(deterministic=True)
 
 # Models this small are faster on one thread: several wait for each other longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -181,15 +181,16 @@ def test_an_epoch_has_few_widths_on_a_gpu_and_every_length_on_a_cpu() -> None:
         ({"max_position_embeddings": 100}, 100, 100),
         ({"max_position_embeddings": 100}, 101, 128),  # such a row is refused elsewhere
         ({"max_position_embeddings": 100}, 20, 64),
-        ({"model_type": "mistral", "max_position_embeddings": 999, "sliding_window": 128}, 90, 127),
-        ({"model_type": "mistral", "max_position_embeddings": 999, "sliding_window": 128}, 128, 128),
-        ({"model_type": "mistral", "max_position_embeddings": 999, "sliding_window": None}, 90, 128),
+        ({"model_type": "mistral", "sliding_window": 128}, 90, 127),
+        ({"model_type": "mistral", "sliding_window": 128}, 128, 128),
+        ({"model_type": "mistral", "sliding_window": None}, 90, 128),
     ],
-)  # fmt: skip
+)
 def test_no_batch_is_widened_to_where_the_model_computes_something_else(
     numbers: dict[str, Any], tokens: int, expected: int
 ) -> None:
-    assert batch_width(tokens, _architecture(**numbers), GPU) == expected
+    architecture = _architecture(**{"max_position_embeddings": 999, **numbers})
+    assert batch_width(tokens, architecture, GPU) == expected
 
 
 def test_a_batch_is_not_widened_to_where_long_frequencies_begin() -> None:

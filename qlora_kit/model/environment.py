@@ -1,4 +1,4 @@
-"""What torch reads from the environment, once, when it is imported: call this before.
+"""What torch and cuBLAS read from the environment, once: call this before torch is imported.
 
 Imports neither torch nor anything that does. What the user has set stays.
 """
@@ -6,15 +6,33 @@ Imports neither torch nor anything that does. What the user has set stays.
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
+# What cuBLAS promises the same bits with; it reads its workspaces' sizes at its first product.
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 
-def prepare_environment() -> None:
-    """Let the segments of a GPU's allocator grow, and its profiler be silent."""
+
+def prepare_environment(*, deterministic: bool = False) -> None:
+    """Let the segments of a GPU's allocator grow, and its profiler be silent.
+
+    Args:
+        deterministic: whether a GPU shall compute the same bits in each run.
+    """
+    # Set too late it would be ignored, and nobody could see that.
+    if deterministic and not _has_opened_gpu():
+        os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])
     # Blocks of many sizes then leave no holes between them that nothing fits into; a run so
     # reserves little more than it allocates.
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     # The record of the CPU's allocator is the profiler's; it says so in two lines on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def _has_opened_gpu() -> bool:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     """Train a LoRA adapter, from a data file to an adapter folder."""
-    prepare_environment()
+    prepare_environment(deterministic=config.deterministic)
     check_tracker(config.report_to)
     source = find_model(config.model)
     with claimed_run(
