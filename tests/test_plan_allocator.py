@@ -240,6 +240,25 @@ def test_the_prediction_is_what_the_allocator_records(case: Case) -> None:
         assert found[phase] == pytest.approx(peak, rel=TOLERANCE), phase
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+def test_random_weights_are_in_memory_once(bits: int) -> None:
+    """The head comes last, when all else is there: a copy of it would be the peak of a load."""
+    case = Case("deepseek-7b", bits, 8, layers=1)
+    loaded: list[qk.Base] = []
+    peak = recorded_peak(lambda: loaded.append(qk.load_base(case.spec, case.hardware)))
+    model = loaded[0].model
+    head = head_of(model).linear.weight.stored_bytes
+    weights = held([*model.parameters(), *model.buffers()])
+    assert weights <= peak < weights + head / 4
+    gpu = Hardware(torch.device("meta"), torch.float32, "stands in for a GPU")
+    for hardware in (case.hardware, gpu):
+        found = predict(case.spec, case.lora, case.config, hardware, case.tokens)
+        # The optimiser's phase has the same weights, and beside them LoRA and its state.
+        parts = ("base weights", "quantisation constants", "norms and biases", "embeddings", "head")
+        rest = sum(found.device["optimizer"].by_purpose.get(part, 0) for part in parts)
+        assert found.device["load"].bytes < rest + head / 4
+
+
 def test_there_are_enough_configurations_and_none_twice() -> None:
     cases = [*QUICK, *SLOW]
     assert len({str(case) for case in cases}) == len(cases) >= 36

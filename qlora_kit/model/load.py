@@ -230,16 +230,27 @@ def frozen_tensors(
             for name, tensor in assembly.tensors(read, skeleton).items():
                 _check_tensor(name, tensor, expected)
                 where = torch.device("cpu") if name in on_host else device
-                yield name, freeze(name, tensor, name in linear, quantization, where)
+                is_own = source.gives_own
+                yield name, freeze(name, tensor, name in linear, quantization, where, is_own=is_own)
         announce(LoadProgress(done, len(assemblies)))
 
 
 def freeze(
-    name: str, tensor: Tensor, is_linear: bool, quantization: Quantization, device: torch.device
+    name: str,
+    tensor: Tensor,
+    is_linear: bool,
+    quantization: Quantization,
+    device: torch.device,
+    *,
+    is_own: bool = False,
 ) -> FrozenWeight | Tensor:
-    """Bring a stored tensor to its device, quantised where it is the weight of a layer."""
+    """Bring a stored tensor to its device, quantised where it is the weight of a layer.
+
+    What is returned shares no memory with a file: a tensor that is in memory of its own stays
+    there, any other is copied.
+    """
     if not is_linear or quantization.bits == 16:
-        own = tensor.to(device, copy=True)
+        own = tensor.to(device, copy=not is_own)
         return PlainWeight(own) if is_linear else own
     try:
         return quantization.freeze(tensor.to(device))

@@ -254,7 +254,9 @@ class SimulatedRun:
         quantization = _planned(self.spec.quantization)
         on_host = names_on_host(self.model, placement)
         head = head_quantization(self.spec, placement)
-        stream = _empty_tensors(self.model, quantization, self.hardware, on_host)
+        stream = _empty_tensors(
+            self.model, quantization, self.hardware, on_host, are_drawn=self.spec.random
+        )
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
         self.base = Base(self.model, self.spec, self.hardware, "", 0, 0.0, placement)
@@ -436,16 +438,27 @@ def _empty_tensors(
     quantization: Quantization,
     hardware: Hardware,
     on_host: frozenset[str] = frozenset(),
+    *,
+    are_drawn: bool = False,
 ) -> Stream:
-    """Yield every parameter as a load would, made of nothing."""
+    """Yield every parameter as a load would, made of nothing.
+
+    Args:
+        skeleton: names them and knows their shapes.
+        quantization: of the weights of linear layers.
+        hardware: where they go.
+        on_host: names of those that stay in host memory.
+        are_drawn: whether they are random weights, which are made on the device.
+    """
     linear = {f"{path}.weight" for path in linear_layers(skeleton)}
     tied = skeleton.all_tied_weights_keys or {}
     for name, shaped in list(skeleton.state_dict(keep_vars=True).items()):
         if name not in tied:
-            # A mapped file is not memory of the process: the meta device holds no bytes.
-            stored = torch.empty(shaped.shape, dtype=_stored_dtype(skeleton), device="cpu")
+            # What is read is booked on the host, though a mapped file is none of its memory.
+            made = hardware.device if are_drawn else torch.device("cpu")
+            stored = torch.empty(shaped.shape, dtype=_stored_dtype(skeleton), device=made)
             where = torch.device("cpu") if name in on_host else hardware.device
-            yield name, freeze(name, stored, name in linear, quantization, where)
+            yield name, freeze(name, stored, name in linear, quantization, where, is_own=are_drawn)
 
 
 def _stored_dtype(skeleton: PreTrainedModel) -> torch.dtype:
