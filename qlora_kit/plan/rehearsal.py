@@ -16,6 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from qlora_kit.data.batch import largest_batch, row_lengths
+from qlora_kit.errors import OutOfMemory, TornStep
+from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.plan.ledger import Change, Ledger
 from qlora_kit.plan.watch import PURPOSES, claim_model, claim_trained, watched
 from qlora_kit.train.optimizer_step import OptimizerStep
@@ -54,13 +56,15 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
     Args:
         step: what will take the steps.
         micro_batches: of a step; from the second on, the gradients of the first are there.
+
+    Raises:
+        OutOfMemory: even one row does not fit, or what is kept to undo the step.
     """
     largest = largest_batch(row_lengths(step.rows), step.micro_batch_rows)
     window = [largest] * min(2, micro_batches)
     ledger = Ledger(step.device.type)
     claim_model(ledger, step.model, step.head)
-    with step.undone():
-        _make_moments(step)
+    with _shortage_in_one_line(), step.undone():
         claim_trained(ledger, step.optimizer)
         with (
             _allocator_record(step.device, ledger.live_bytes) as record,
@@ -80,12 +84,15 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
     )
 
 
-def _make_moments(step: OptimizerStep) -> None:
-    """Let the optimiser make its state, which every step but the first one finds."""
-    for parameter in step.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    step.optimizer.step()
-    step.optimizer.zero_grad(set_to_none=True)
+@contextmanager
+def _shortage_in_one_line() -> Iterator[None]:
+    doing = "rehearsing the largest step, which was undone"
+    remedy = "pass --no-rehearse, or a smaller --rank or --batch-size"
+    try:
+        with out_of_memory_while(doing, remedy):
+            yield
+    except TornStep as error:
+        raise OutOfMemory(f"out of memory while {doing}; expected it to fit; {remedy}") from error
 
 
 class _Record:

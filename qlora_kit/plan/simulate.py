@@ -46,7 +46,7 @@ from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, wa
 from qlora_kit.step import forward as step
 from qlora_kit.step.offload import InPlaceLane
 from qlora_kit.step.reducers import apply, resolve
-from qlora_kit.train.optimizer import build_optimizer, optimizer_tensors
+from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
 
@@ -281,6 +281,7 @@ class SimulatedRun:
         with self.phase("optimizer"), watched(self.ledger, self.model, self.optimizer):
             limit = self.config.max_grad_norm or 1.0
             with self.ledger.purpose("optimiser"):
+                make_state(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
