@@ -78,6 +78,5 @@ def test_no_attention_of_padded_rows_holds_a_mask(name: str, what: str) -> None:
     assert TOKENS not in widths
 
 
-def test_scores_and_masks_would_be_seen() -> None:
-    assert torch.bfloat16 in squares(made_in("gemma-2-9b", "step", sliding_window=4000))
+def test_a_mask_would_be_seen() -> None:
     assert torch.bool in squares(made_in("phi-4-mini", "step", sliding_window=32))

@@ -110,10 +110,11 @@ def _check_free(plan: Plan, hardware: Hardware, announce: Announce) -> None:
             "expected it to fit; pass --vram auto to choose settings that do, or a smaller "
             "--max-length, --batch-size or --eval-batch-size"
         )
-    if plan.card_bytes > free:
+    needed = plan.card_bytes - (plan.budget.beside_bytes if plan.budget.on_gpu else 0)
+    if needed > free:
         announce(
             Notice(
-                f"the run needs {size_text(plan.card_bytes)} with all margins and "
+                f"the run needs {size_text(needed)} with all margins and "
                 f"{size_text(free)} are free: it may not fit; --vram auto chooses what does"
             )
         )
