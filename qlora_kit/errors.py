@@ -11,6 +11,7 @@
     │   ├── HubError               hub out of reach, access not granted
     │   ├── StorageError           disk full, permission, damaged file, folder in use
     │   └── OutOfMemory            of the device or the host, at the smallest batch there is
+    │       └── TornStep               while weights were updated: they are not to be saved
     ├── NumericsError          4   losses or gradients that are not finite numbers
     │   └── LearningError          an adapter that does not learn
     └── VerificationError      5   a result that failed its own check
@@ -85,6 +86,10 @@ class StorageError(EnvironmentFault):
 
 class OutOfMemory(EnvironmentFault):
     """The device or the host has no memory left, and there is nothing to halve any more."""
+
+
+class TornStep(OutOfMemory):
+    """Memory ran out while the weights were updated: some are those of the next step."""
 
 
 class NumericsError(QloraKitError):

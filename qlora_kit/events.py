@@ -89,7 +89,7 @@ class StepFinished(Event):
     """tokens run through the model, padding not counted"""
     step_seconds: float
     memory_bytes: int
-    """peak allocated on the device since the run began; the process's own memory, anonymous, on a CPU"""
+    """peak allocated on the device since the run began; on a CPU anonymous, of the process"""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 
+from qlora_kit.model.environment import prepare_environment
+
 PROJECT = Path(__file__).parent.parent
 
 # No test may reach out: a hub that answers slowly would make the suite hang.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The GPU tests' allocator and cuBLAS read their settings once: before anything imports torch.
+prepare_environment(deterministic=True)
 
 # Models this small are faster on one thread: several wait for each other longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -121,6 +126,14 @@ def relative_error(found: Any, expected: Any) -> float:
     """Return ‖found − expected‖ / ‖expected‖, computed in fp64."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def mask_of(batch: Any) -> Any:
+    """Return the attention mask that transformers expects of a padded batch: (B, T), 1 a token."""
+    import torch
+
+    columns = torch.arange(batch.input_ids.shape[1])
+    return (columns < torch.tensor(batch.lengths).unsqueeze(1)).long()
 
 
 def fill_lora(adapter: Any, seed: int = 7, std: float = 0.1) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_numbers
 from data_fixtures import make_tokenizer, samples_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from qlora_kit.data.batch import (
 )
 from qlora_kit.data.shapes import Pair
 from qlora_kit.data.tokens import tokenize
+from qlora_kit.model.architecture import architecture_from
+from qlora_kit.model.width import batch_width
 
 
 def _rows(*lengths: int) -> list[dict[str, Any]]:
@@ -91,28 +94,22 @@ def test_collating_pads_on_the_right(lengths: list[int]) -> None:
     assert batch.input_ids.shape == batch.labels.shape == (len(rows), max(lengths))
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.rows == tuple(range(len(rows)))
-    assert (batch.attention_mask is None) == (len({*lengths}) == 1)
+    assert (batch.lengths, batch.longest) == (tuple(lengths), max(lengths))
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         assert batch.input_ids[index, :length].tolist() == row["input_ids"]
         assert batch.labels[index, :length].tolist() == row["labels"]
         assert (batch.input_ids[index, length:] == 5).all()
         assert (batch.labels[index, length:] == -100).all()
-        if batch.attention_mask is not None:
-            assert batch.attention_mask[index].tolist() == [1] * length + [0] * (
-                max(lengths) - length
-            )
     assert batch.tokens == sum(lengths)
     assert batch.supervised_tokens == sum(lengths) - len(lengths)
 
 
 def test_a_batch_moves_but_for_its_ids() -> None:
-    for lengths in ((2, 3), (3, 3)):
-        batch = collate(_rows(*lengths), 0)
-        moved = batch.to("meta")
-        assert moved.rows == batch.rows
-        assert moved.input_ids is batch.input_ids
-        assert moved.labels.device.type == "meta"
-        assert (moved.attention_mask is None) == (batch.attention_mask is None)
+    batch = collate(_rows(2, 3), 0)
+    moved = batch.to("meta")
+    assert (moved.rows, moved.lengths) == (batch.rows, batch.lengths)
+    assert moved.input_ids is batch.input_ids
+    assert moved.labels.device.type == moved.positions.device.type == "meta"
 
 
 def test_a_supervised_end_survives_padding_with_the_same_token() -> None:
@@ -130,13 +127,77 @@ def test_a_supervised_end_survives_padding_with_the_same_token() -> None:
     [
         ([3, 9, 5], 1, (1,)),
         ([3, 9, 5], 2, (1, 2)),
-        ([9, 3, 9, 9, 5], 2, (0, 4)),
-        ([9, 3, 9, 9, 5], 3, (0, 2, 4)),
+        ([9, 3, 9, 9, 5], 2, (0, 2)),
+        ([9, 3, 9, 9, 5], 4, (0, 2, 3, 4)),
         ([7, 7, 7], 2, (0, 1)),
         ([7, 4], 5, (0, 1)),
     ],
 )
-def test_the_largest_batch_is_of_the_longest_rows_and_padded_where_any_is(
+def test_the_largest_batch_is_of_the_longest_rows(
     lengths: list[int], count: int, expected: tuple[int, ...]
 ) -> None:
     assert largest_batch(lengths, count) == expected
+
+
+# ---------------------------------------------------------------- width
+
+CPU, GPU = torch.device("cpu"), torch.device("meta")
+
+
+def _architecture(**numbers: Any) -> Any:
+    return architecture_from({**tiny_numbers("tinyllama"), **numbers})
+
+
+def test_a_batch_is_as_wide_as_it_is_told() -> None:
+    rows = _rows(3, 5)
+    narrow, wide = collate(rows, 0), collate(rows, 7, lambda longest: longest + 4)
+    assert wide.input_ids.shape == wide.labels.shape == (2, 9)
+    assert (wide.input_ids[:, 5:] == 7).all()
+    assert (wide.tokens, wide.longest) == (narrow.tokens, narrow.longest)
+    found, expected = (
+        batch.labels.flatten()[batch.positions + 1].tolist() for batch in (wide, narrow)
+    )
+    assert found == expected
+
+
+def test_an_epoch_has_few_widths_on_a_gpu_and_every_length_on_a_cpu() -> None:
+    lengths = [*range(1, 1025)]
+    rows = _rows(*lengths)
+    architecture = _architecture(max_position_embeddings=4096)
+    widths: dict[torch.device, list[int]] = {CPU: [], GPU: []}
+    for device, found in widths.items():
+        for indices in epoch_batches(rows, 2, seed=0, epoch=0):
+            longest = max(lengths[index] for index in indices)
+            found.append(batch_width(longest, architecture, device))
+            assert longest <= found[-1] < longest + 64
+    assert {*widths[GPU]} == {64 * multiple for multiple in range(1, 17)}
+    assert len({*widths[CPU]}) == 512
+
+
+@pytest.mark.parametrize(
+    ("numbers", "tokens", "expected"),
+    [
+        ({"max_position_embeddings": 100}, 90, 100),
+        ({"max_position_embeddings": 100}, 100, 100),
+        ({"max_position_embeddings": 100}, 101, 128),  # such a row is refused elsewhere
+        ({"max_position_embeddings": 100}, 20, 64),
+        ({"model_type": "mistral", "sliding_window": 128}, 90, 127),
+        ({"model_type": "mistral", "sliding_window": 128}, 128, 128),
+        ({"model_type": "mistral", "sliding_window": None}, 90, 128),
+    ],
+)
+def test_no_batch_is_widened_to_where_the_model_computes_something_else(
+    numbers: dict[str, Any], tokens: int, expected: int
+) -> None:
+    architecture = _architecture(**{"max_position_embeddings": 999, **numbers})
+    assert batch_width(tokens, architecture, GPU) == expected
+
+
+def test_a_batch_is_not_widened_to_where_long_frequencies_begin() -> None:
+    numbers = tiny_numbers("phi-4-mini")
+    numbers |= {"max_position_embeddings": 999, "original_max_position_embeddings": 100}
+    numbers["sliding_window"] = 998
+    numbers["rope_scaling"] = {**numbers["rope_scaling"], "original_max_position_embeddings": 100}
+    architecture = architecture_from(numbers)
+    assert batch_width(90, architecture, GPU) == 100
+    assert batch_width(101, architecture, GPU) == 128

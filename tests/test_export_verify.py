@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import mask_of
 from data_fixtures import make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_cli import run
@@ -76,7 +77,7 @@ def verified(
 def loss_of(model: Any, rows: VerificationRows) -> float:
     """The mean loss at the supervised tokens, computed by the model itself."""
     batch = rows.batch
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
     logprobs = logits.float().flatten(0, 1)[batch.positions].log_softmax(-1)
     targets = batch.labels.flatten()[batch.positions + 1]
     return float(-logprobs.gather(1, targets.unsqueeze(1)).mean())
@@ -112,7 +113,7 @@ def test_the_divergence_is_that_of_its_definition(
     models = (adapter.base.model, plain(tmp_path / "merged"))
     with torch.no_grad():
         trained, merged = (
-            m(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            m(input_ids=batch.input_ids, attention_mask=mask_of(batch))
             .logits.flatten(0, 1)[batch.positions]
             .double()
             for m in models

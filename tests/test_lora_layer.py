@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.model.linear import FrozenLinear
@@ -296,6 +298,31 @@ def test_8_bits_are_those_of_bitsandbytes() -> None:
     expected = bnb.int8_vectorwise_dequant(ours.codes, ours.absmax)
     torch.testing.assert_close(ours.dequantize(torch.float32), expected, rtol=1e-6, atol=0)
     assert ours.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+class _Strides(TorchDispatchMode):
+    """Notes whether what the 8-bit kernel is given lies row after row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[bool] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:
+            self.given.append(args[0].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_transposed_weight_is_laid_in_rows_for_the_8_bit_kernel() -> None:
+    """On a GPU it reads a raw pointer; a CPU would not show it."""
+    weight = random(123, 252).half()
+    expected = SCHEMES["int8"].freeze(weight.T.contiguous())
+    with _Strides() as strides:
+        found = SCHEMES["int8"].freeze(weight.T)
+    assert strides.given == [True]
+    assert torch.equal(found.codes, expected.codes)
 
 
 def test_plain_weight_is_not_copied_nor_cast_in_storage() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder, relative_error, tiny_numbers
+from conftest import fill_lora, load_folder, mask_of, relative_error, tiny_numbers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_kit.data.batch import Batch, predicting_positions
@@ -82,11 +82,9 @@ def padded_batch() -> Batch:
     """Two rows of 21 and 13 tokens, part of them not supervised."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 96, (2, 21), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 13:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[0, :6] = -100
-    return Batch(ids, labels, mask, (0, 1), predicting_positions(labels))
+    labels = ids.clone()
+    labels[0, :6] = labels[1, 13:] = -100
+    return Batch(ids, labels, (21, 13), (0, 1), predicting_positions(labels))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +93,7 @@ def test_logits_at_16_bits_are_those_of_transformers(
 ) -> None:
     folder = folder_of(name)
     batch = padded_batch()
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask_of(batch)}
     with torch.no_grad():
         expected = plain_model(folder)(**inputs).logits
         found = load_folder(folder).model(**inputs).logits
@@ -122,9 +120,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     with torch.no_grad():
         for path, layer in adapter.layers.items():
             linear[path].weight += 4.0 / 3 * (layer.lora_B @ layer.lora_A)
-    mean = plain(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-    ).loss
+    mean = plain(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=batch.labels).loss
     expected = mean * batch.supervised_tokens
     expected.backward()
 
@@ -134,6 +130,45 @@ def test_loss_and_gradients_are_those_of_transformers(
         assert wide.norm() > 0, path
         assert relative_error(layer.lora_A.grad, layer.lora_B.T @ wide) <= 1e-4, path
         assert relative_error(layer.lora_B.grad, wide @ layer.lora_A.T) <= 1e-4, path
+
+
+@pytest.mark.parametrize("tokens", [13, 21, 40])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_needs_no_mask(
+    folder_of: Callable[[str], Path], name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shorter and longer than the window of 16, and than the 32 positions that are not scaled."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 96, (3, tokens), generator=generator)
+    lengths = (tokens, tokens - 4, 5)
+    labels = ids.clone()
+    for row, length in enumerate(lengths):
+        labels[row, length:] = -100
+    batch = Batch(ids, labels, lengths, (0, 1, 2), predicting_positions(labels))
+    adapter = attach(load_folder(folder_of(name)), LoraSpec(rank=3, targets=("all-linear",)))
+    fill_lora(adapter, std=0.05)
+    model = adapter.base.model.train()
+    own, masks = model.base_model.forward, []
+
+    def masked(*inputs: Any, attention_mask: Any, **named: Any) -> Any:
+        masks.append(attention_mask)
+        return own(*inputs, attention_mask=mask_of(batch), **named)
+
+    found = []
+    for forward in (own, masked):
+        monkeypatch.setattr(model.base_model, "forward", forward)
+        loss = loss_sum(model, batch, head_of(model), chunk_tokens=5)
+        loss.backward()
+        grads = [parameter.grad for parameter in adapter.parameters().values()]
+        found.append((loss.item(), torch.cat([grad.flatten() for grad in grads])))
+        for parameter in adapter.parameters().values():
+            parameter.grad = None
+    (loss, grads), (expected, expected_grads) = found
+    assert masks == [None]
+    assert loss == pytest.approx(expected, rel=2e-7)
+    assert expected_grads.norm() > 0
+    # The same bits up to 32 tokens; beyond, the kernel of a CPU sums in other blocks: 5e-7.
+    assert relative_error(grads, expected_grads) <= (2e-7 if tokens <= 32 else 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from qlora_kit.errors import ConfigError, HubError, ModelError
+from qlora_kit.errors import ConfigError, EnvironmentFault, HubError, ModelError
 from qlora_kit.model import doctor
 from qlora_kit.model.fetch import Fetched, fetch
-from qlora_kit.model.hardware import choose_hardware, dtype_named
+from qlora_kit.model.hardware import choose_hardware, dtype_named, make_deterministic
 from qlora_kit.model.memory import memory_in_use_bytes
 from qlora_kit.model.names import DEMO, ModelSource, find_model, known_models
 from qlora_kit.model.quantize import Quantization
@@ -228,6 +229,72 @@ def test_a_gpu_computes_in_bfloat16_where_it_can(
     assert (str(chosen.device), chosen.dtype_name) == ("cuda:0", dtype)
     assert choose_hardware("cuda", "float16").dtype == dtype_named("float16")
     assert choose_hardware("cpu").device.type == "cpu"
+
+
+# What torch and cuBLAS find when torch is first imported, and what torch may do afterwards.
+_SEEN = """
+import os, sys
+
+class Seen:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            names = ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF")
+            print("seen", *map(os.environ.get, names))
+
+sys.meta_path.insert(0, Seen())
+from qlora_kit.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    import torch
+    matmul = torch.backends.cuda.matmul
+    print("seen", end.code, torch.are_deterministic_algorithms_enabled(),
+          matmul.allow_bf16_reduced_precision_reduction,
+          matmul.allow_fp16_reduced_precision_reduction)
+"""
+
+
+def seen_by(*arguments: str) -> tuple[str, str]:
+    """Return what `_SEEN` prints at first and at last while a command runs."""
+    names = {"CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", _SEEN, *arguments], capture_output=True, text=True, env=environment
+    )
+    first, last = (line for line in done.stdout.splitlines() if line.startswith("seen "))
+    return first, last
+
+
+def test_what_is_read_once_is_set_before_torch_is_there(tmp_path: Path) -> None:
+    train = ("train", "--model", "demo", "--max-steps", "1", "--no-rehearse", "--batch-size", "2",
+             "--device", "cpu", "--output")  # fmt: skip
+    first, last = seen_by(*train, str(tmp_path / "run"), "--deterministic")
+    assert first == "seen :4096:8 expandable_segments:True"
+    assert last == "seen 0 True False False"
+
+
+def test_sums_of_16_bits_are_forbidden_in_evaluation_too() -> None:
+    first, last = seen_by("evaluate", "--model", "demo", "--device", "cpu")
+    assert first == "seen None None"
+    assert last == "seen 0 False False False"
+
+
+def test_determinism_that_comes_too_late_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(EnvironmentFault, match="has opened the GPU before, without CUBLAS_WORK"):
+        make_deterministic()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_workspace_that_promises_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(EnvironmentFault, match=r"is ':0:0'; expected :4096:8 or :16:8; unset it"):
+        make_deterministic()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # ---------------------------------------------------------------- doctor

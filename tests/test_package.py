@@ -53,6 +53,7 @@ def test_the_exception_tree_is_the_documented_one() -> None:
         "HubError": ("EnvironmentFault", 3),
         "StorageError": ("EnvironmentFault", 3),
         "OutOfMemory": ("EnvironmentFault", 3),
+        "TornStep": ("OutOfMemory", 3),
         "NumericsError": ("QloraKitError", 4),
         "LearningError": ("NumericsError", 4),
         "VerificationError": ("QloraKitError", 5),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder, relative_error
+from conftest import fill_lora, load_folder, mask_of, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -106,9 +106,7 @@ def our_loss(adapter: Adapter, batch: Batch) -> Tensor:
 
 
 def their_loss(twin: Any, batch: Batch) -> Tensor:
-    return twin(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-    ).loss
+    return twin(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=batch.labels).loss
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -166,7 +164,7 @@ def test_our_adapter_loads_in_peft(
     theirs = PeftModel.from_pretrained(transformers_model(stories, bits), tmp_path)
     # In evaluation bitsandbytes repacks its 4-bit weights and computes in bf16 on some CPUs.
     theirs.train(bits == 4)
-    inputs = {"input_ids": batches[1].input_ids, "attention_mask": batches[1].attention_mask}
+    inputs = {"input_ids": batches[1].input_ids, "attention_mask": mask_of(batches[1])}
     with torch.no_grad():
         found, expected = adapter.base.model(**inputs).logits, theirs(**inputs).logits
         plain = theirs.get_base_model()
@@ -195,7 +193,7 @@ def test_an_adapter_of_peft_loads_in_ours(
     theirs = get_peft_model(transformers_model(stories, 16), config).eval()
     theirs.save_pretrained(tmp_path)
     base = load_folder(stories)
-    inputs = {"input_ids": batches[1].input_ids, "attention_mask": batches[1].attention_mask}
+    inputs = {"input_ids": batches[1].input_ids, "attention_mask": mask_of(batches[1])}
     with torch.no_grad():
         plain = base.model(**inputs).logits
         adapter = load_adapter(base, tmp_path)

@@ -36,6 +36,7 @@ class Case:
     bits: Any
     tokens: int
     rows: int = 1
+    shorter: int = 0  # tokens that each row has fewer than the one before it
     accumulation: int = 1
     recompute: bool = True
     targets: str = "attention"
@@ -91,6 +92,9 @@ class Case:
             **{"loss_chunk_tokens": 64, **self.options},
         )  # fmt: skip
 
+    def lengths(self, rows: int) -> list[int]:
+        return [self.tokens - row * self.shorter for row in range(rows)]
+
     @property
     def hardware(self) -> Hardware:
         return choose_hardware("cpu", self.dtype)
@@ -125,7 +129,8 @@ def measured(case: Case) -> dict[str, int]:
     base.model.train()
 
     def batch_of(rows: int) -> Batch:
-        ids = torch.randint(0, head.linear.out_features, (rows, case.tokens)).tolist()
+        most = head.linear.out_features
+        ids = [torch.randint(0, most, (length,)).tolist() for length in case.lengths(rows)]
         return collate([{"input_ids": i, "labels": i, "row": 0} for i in ids], 0)
 
     def step() -> None:
@@ -155,7 +160,10 @@ def measured(case: Case) -> dict[str, int]:
 
 
 def predicted(case: Case) -> dict[str, int]:
-    found: Prediction = predict(case.spec, case.lora, case.config, case.hardware, case.tokens)
+    supervised = sum(case.lengths(case.rows)) - case.rows
+    found: Prediction = predict(
+        case.spec, case.lora, case.config, case.hardware, case.tokens, supervised=supervised
+    )
     step = max(found.device[phase].bytes for phase in ("forward", "backward"))
     return {"step": step, "evaluation": found.device["evaluation"].bytes}
 
@@ -179,6 +187,8 @@ QUICK = (
     Case("llama-3.1-8b", 4, 128, rank=64, targets="all-linear", options={"optimizer": "adamw8bit"}),
     Case("tinyllama", 4, 512, scale=4, options={"loss_chunk_tokens": 512}),
     Case("mistral-7b", 4, 128, rows=2, double_quant=False),
+    Case("llama-3.1-8b", 4, 192, rows=3, shorter=30),
+    Case("gemma-2-9b", 4, 96, rows=2, shorter=30, recompute=False),  # scores of T × T
 )  # fmt: skip
 
 # The grid: what everyone turns, against each other.
@@ -228,6 +238,25 @@ def test_the_prediction_is_what_the_allocator_records(case: Case) -> None:
     found = predicted(case)
     for phase, peak in measured(case).items():
         assert found[phase] == pytest.approx(peak, rel=TOLERANCE), phase
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_random_weights_are_in_memory_once(bits: int) -> None:
+    """The head comes last, when all else is there: a copy of it would be the peak of a load."""
+    case = Case("deepseek-7b", bits, 8, layers=1)
+    loaded: list[qk.Base] = []
+    peak = recorded_peak(lambda: loaded.append(qk.load_base(case.spec, case.hardware)))
+    model = loaded[0].model
+    head = head_of(model).linear.weight.stored_bytes
+    weights = held([*model.parameters(), *model.buffers()])
+    assert weights <= peak < weights + head / 4
+    gpu = Hardware(torch.device("meta"), torch.float32, "stands in for a GPU")
+    for hardware in (case.hardware, gpu):
+        found = predict(case.spec, case.lora, case.config, hardware, case.tokens)
+        # The optimiser's phase has the same weights, and beside them LoRA and its state.
+        parts = ("base weights", "quantisation constants", "norms and biases", "embeddings", "head")
+        rest = sum(found.device["optimizer"].by_purpose.get(part, 0) for part in parts)
+        assert found.device["load"].bytes < rest + head / 4
 
 
 def test_there_are_enough_configurations_and_none_twice() -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_cli import run
 
 import qlora_kit as qk
 from qlora_kit.config import PlanConfig, TrainConfig
+from qlora_kit.errors import ConfigError
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.names import find_model
-from qlora_kit.plan.budget import Budget
+from qlora_kit.plan import budget as budget_module
+from qlora_kit.plan.budget import Budget, budget_of
 from qlora_kit.plan.planning import Plan, make_plan
 from qlora_kit.plan.search import Found
 from qlora_kit.plan.simulate import BatchShape, simulated_run
@@ -44,7 +47,7 @@ def step_peak(config: TrainConfig, tokens: int) -> tuple[int, int]:
     what = planned(config)
     skeleton = build_skeleton(what.spec.architecture())
     with simulated_run(what.spec, what.lora, config, what.hardware, skeleton) as run:
-        run.step(config, BatchShape(config.batch_size, tokens, padded=True))
+        run.step(config, BatchShape(config.batch_size, tokens))
         peak = max(run.device[phase].bytes for phase in ("forward", "backward"))
         return peak, run.work.flop
 
@@ -157,6 +160,28 @@ def test_a_budget_that_cannot_be_kept_is_one_line(
     assert expected in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_the_context_is_measured_where_there_is_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = PlanConfig(model="demo", vram="8GB")
+    assumed = budget_of(options, on_gpu=True)
+    assert assumed.allocatable_bytes == 8 * 10**9 - 500_000_000
+    assert assumed.describe_beside() == "0.50 GB of context, assumed"
+    # A card of 10 GB: 0.6 of context, 1.4 of others, 0.2 reserved by torch.
+    grown: list[bool] = []
+    monkeypatch.setattr(budget_module, "_grow_context", lambda: grown.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    free = 10**10 - 2_200_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free if grown else 10**10, 10**10))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 200_000_000)
+    found = budget_of(options, on_gpu=True)
+    assert found.allocatable_bytes == 6 * 10**9
+    assert found.taken_of_card(10**9) == 2 * 10**9 + 1_050_000_000
+    assert found.describe_beside() == "2.00 GB of context and other processes, measured"
+    whole = budget_of(options.model_copy(update={"vram": "auto"}), on_gpu=True)
+    assert whole.card_bytes == 10**10
+    with pytest.raises(ConfigError, match=r"1\.50 GB are no more than the 2\.00 GB of context"):
+        budget_of(options.model_copy(update={"vram": 1_500_000_000}), on_gpu=True)
 
 
 @pytest.mark.slow

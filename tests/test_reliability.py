@@ -6,22 +6,26 @@ The promises of docs/reliability.md at the size of a unit; tests/faults shows th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_cli import run
 from test_train import losses, make_adapter, make_rows, options, record, weights_of
 
 import qlora_kit as qk
 from qlora_kit import signals
-from qlora_kit.errors import ConfigError, LearningError, NumericsError, OutOfMemory
+from qlora_kit.errors import ConfigError, LearningError, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Evaluated,
     Event,
@@ -32,6 +36,9 @@ from qlora_kit.events import (
 )
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.memory import is_out_of_memory
+from qlora_kit.plan.ledger import Ledger
+from qlora_kit.plan.rehearsal import rehearse
+from qlora_kit.plan.watch import claim_trained
 from qlora_kit.report.log import Log, read_log
 from qlora_kit.train import optimizer_step
 from qlora_kit.train.checkpoint import (
@@ -43,6 +50,7 @@ from qlora_kit.train.checkpoint import (
     read_state,
 )
 from qlora_kit.train.loop import Saving
+from qlora_kit.train.optimizer import build_optimizer, make_state
 from qlora_kit.train.resume import GROUPS, OPTIONS, check_resumable, effects
 
 Tiny = Callable[..., Path]
@@ -240,6 +248,176 @@ def test_a_replayed_step_draws_the_same_dropout(
         found.append((losses(events), weights_of(adapter)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+@contextmanager
+def short_at(where: str, times: int, skip: int = 0) -> Iterator[list[str]]:
+    """Let memory run out in a part of a step, after some passes; yield what was refused."""
+    owner, name = {
+        "state": (optimizer_step, "make_state"),
+        "clipping": (torch.nn.utils, "clip_grad_norm_"),
+        "update": (torch.optim.AdamW, "step"),
+    }[where]
+    real, refused, calls = getattr(owner, name), [], itertools.count()
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) < skip or len(refused) == times:
+            return real(*args, **kwargs)
+        if where == "update":
+            # As where it runs out between two parameters.
+            args[0].param_groups[0]["params"][0].data.fill_(torch.nan)
+        refused.append(where)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    setattr(owner, name, refuse)
+    try:
+        yield refused
+    finally:
+        setattr(owner, name, real)
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("where", ["state", "clipping"])
+def test_a_shortage_before_the_weights_change_replays_the_step(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch, where: str, is_scaled: bool
+) -> None:
+    """With a loss scaler, which unscales the gradients of a step only once."""
+    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, enabled=is_scaled)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler())
+    found = []
+    for times in (0, 1):
+        adapter, events = make_adapter(save_tiny()), []
+        with short_at(where, times, skip=1) as refused:
+            config = options(max_steps=3, batch_size=4)
+            qk.train_adapter(adapter, make_rows(12), config, announce=record(events))
+        assert len(refused) == times
+        found.append((events, weights_of(adapter)))
+    halved = [event for event in found[1][0] if isinstance(event, MicroBatchHalved)]
+    assert [(event.optimizer_step, event.rows_now) for event in halved] == [(2, 2)]
+    assert losses(found[1][0]) == pytest.approx(losses(found[0][0]), rel=1e-6)
+    for name, weight in found[0][1].items():
+        assert torch.allclose(weight, found[1][1][name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("where", ["state", "clipping"])
+def test_a_shortage_that_stays_ends_in_one_line_with_the_weights_of_before(
+    save_tiny: Tiny, tmp_path: Path, where: str
+) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    with (
+        short_at(where, 99, skip=2),
+        pytest.raises(OutOfMemory, match="one row at a time") as caught,
+    ):
+        qk.train_adapter(adapter, make_rows(8), options(batch_size=2), saving=saving)
+    assert not isinstance(caught.value, TornStep)
+    assert find_checkpoint(tmp_path, "latest").folder == tmp_path / "checkpoint-2"
+
+
+def test_weights_that_were_changed_in_part_are_not_saved(save_tiny: Tiny, tmp_path: Path) -> None:
+    adapter = make_adapter(save_tiny())
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    with short_at("update", 1, skip=3), pytest.raises(TornStep, match="are not saved; expected"):
+        qk.train_adapter(adapter, make_rows(8), options(save_steps=2), saving=saving)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    weights = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_torn_step_of_a_rehearsal_is_undone(save_tiny: Tiny) -> None:
+    adapter = make_adapter(save_tiny())
+    before = weights_of(adapter)
+    with (
+        short_at("update", 1),
+        pytest.raises(OutOfMemory, match="rehearsing the largest step, which was undone") as caught,
+    ):
+        qk.train_adapter(
+            adapter, make_rows(4), options(), before_first_step=lambda step: rehearse(step, 2)
+        )
+    assert not isinstance(caught.value, TornStep)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(adapter).items())
+
+
+@pytest.mark.parametrize("optimizer", ["fused", "adamw8bit", "paged-adamw"])
+def test_an_update_on_a_gpu_takes_no_memory(optimizer: str) -> None:
+    """But for its state, which is there before; the kernels of a GPU are fused ones."""
+    parameters = [torch.nn.Parameter(torch.randn(8192, 8)) for _ in range(3)]
+    if optimizer == "fused":
+        made: torch.optim.Optimizer = torch.optim.AdamW(parameters, fused=True)
+    else:
+        made = build_optimizer(parameters, options(optimizer=optimizer))
+    make_state(made)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    ledger = Ledger("cpu")
+    claim_trained(ledger, made)
+    before = ledger.live_bytes
+    with ledger:
+        ledger.restart()
+        made.step()
+    smallest = min(parameter.nbytes for parameter in parameters)
+    assert before > 2 * smallest
+    assert ledger.peak().bytes - before < smallest / 8
+
+
+def test_the_state_that_is_made_ahead_is_that_of_the_first_step() -> None:
+    found = []
+    for ahead in (True, False):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(9, 5)) for _ in range(2)]
+        made = build_optimizer(parameters, options())
+        if ahead:
+            make_state(made)
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        made.step()
+        found.append(made.state_dict())
+    assert found[0].keys() == found[1].keys()
+    for mine, theirs in zip(found[0]["state"].values(), found[1]["state"].values(), strict=True):
+        assert list(mine) == list(theirs)
+        assert all(mine[name].dtype == theirs[name].dtype for name in mine)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_state_that_could_not_be_made_is_made_later(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = [torch.nn.Parameter(torch.randn(8192)) for _ in range(2)]
+    made = build_optimizer(parameters, options(optimizer=optimizer))
+    real, calls = torch.zeros_like, 0
+
+    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_state(made)
+    assert [bool(made.state.get(parameter)) for parameter in parameters] == [True, False]
+    make_state(made)
+    kept = [sorted(made.state[parameter]) for parameter in parameters]
+    assert kept[0] == kept[1]
+
+
+def test_backward_stays_on_the_thread_that_asks_for_it(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of autograd's own has a second cuBLAS workspace, which no plan knows."""
+    allowed, real = [], optimizer_step.loss_sum
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        summed = real(*args, **kwargs)
+        summed.register_hook(lambda _: allowed.append(torch._C._is_multithreading_enabled()))
+        return summed
+
+    monkeypatch.setattr(optimizer_step, "loss_sum", watched)
+    qk.train_adapter(make_adapter(save_tiny()), make_rows(4), options(max_steps=2))
+    assert allowed == [False, False]
+    assert torch._C._is_multithreading_enabled()
 
 
 def test_one_row_that_does_not_fit_ends_with_advice_and_a_checkpoint(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill_lora, load_folder, relative_error
+from conftest import fill_lora, load_folder, mask_of, relative_error
 from torch import Tensor, nn
 
 from qlora_kit.data.batch import Batch, collate
@@ -42,7 +42,7 @@ def test_a_state_predicts_the_next_label(adapter: Adapter) -> None:
     assert len(targets) == batch.supervised_tokens
     with torch.no_grad():
         whole = adapter.base.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            input_ids=batch.input_ids, attention_mask=mask_of(batch)
         ).last_hidden_state
     picked = torch.cat([whole[0, 2:6], whole[1, 0:3]])
     torch.testing.assert_close(hidden, picked)
@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_loss(adapter: Adapter) -> None:
     batch = collate(ROWS, 0)
     found = scores(model, batch, head, chunk_tokens=3)
     with torch.no_grad():
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
     kept = batch.labels[:, 1:] != -100
     top = logits[:, :-1].argmax(-1)[kept] == batch.labels[:, 1:][kept]
     assert -found.logprobs.sum().item() == pytest.approx(loss_sum(model, batch, head).item())

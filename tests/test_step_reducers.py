@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill_lora, load_folder, relative_error
+from conftest import fill_lora, load_folder, mask_of, relative_error
 from test_model_architectures import ARCHITECTURES, folder_of  # noqa: F401
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -120,7 +120,7 @@ def own_step(adapter: Adapter, batch: Batch) -> tuple[float, Gradients]:
     """A step as anyone would write it: the model's own logits, all of them, and torch's loss."""
     model = adapter.base.model.train()
     torch.manual_seed(5)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
     targets = batch.labels[:, 1:].flatten()
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
     loss.backward()
@@ -412,14 +412,14 @@ def offloaded(save_tiny: Callable[..., Path]) -> tuple[Adapter, _Late]:
     """A model of five layers whose checkpoints are copied late."""
     adapter = make_adapter(save_tiny("tinyllama", num_hidden_layers=5), 4, "all-linear", 0.2)
     lane = _Late()
-    set_recompute(adapter.base.model, True, Offload(lane))
+    set_recompute(adapter.base.model, True, Offload(lane, CPU.device))
     return adapter, lane
 
 
 def expected_of(adapter: Adapter, batch: Batch, lane: _Late) -> Gradients:
     set_recompute(adapter.base.model, True)
     _, grads = step(adapter, batch)
-    set_recompute(adapter.base.model, True, Offload(lane))
+    set_recompute(adapter.base.model, True, Offload(lane, CPU.device))
     return grads
 
 
@@ -473,6 +473,24 @@ def test_backward_twice_finds_the_checkpoints_again(offloaded: tuple[Adapter, _L
     for retain in (True, False):
         loss.backward(retain_graph=retain)
         assert_equal(gradients_of(adapter), expected)
+    assert lane.faults == []
+
+
+def test_only_what_holds_memory_of_the_device_is_copied_out(held: Callable[[], int]) -> None:
+    """torch 2.11's checkpoint packs an empty tensor beside each input, in host memory."""
+    lane = _Late()
+    offload = Offload(lane, CPU.device)
+    inputs = [torch.full((4,), float(layer)) for layer in range(3)]
+    others = [torch.empty(0), torch.empty(4, device="meta"), torch.empty(0, requires_grad=True)]
+    packed = []
+    for x, other in zip(inputs, others, strict=True):
+        packed += [offload.pack(x.clone()), offload.pack(other)]
+    assert held() == 3
+    assert lane.log == ["out"] * 3
+    for x, other in zip(reversed(inputs), reversed(others), strict=True):
+        assert offload.unpack(packed.pop()) is other
+        assert torch.equal(offload.unpack(packed.pop()), x)
+    assert lane.most_on_device == 2
     assert lane.faults == []
 
 

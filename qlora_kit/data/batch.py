@@ -7,7 +7,7 @@ is a function of seed and epoch alone; never drops or repeats a row.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +23,18 @@ Indices = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, padded on the right."""
+    """One micro-batch, padded on the right.
+
+    It needs no attention mask: a token of a causal model sees what is before it, never the padding
+    behind, and no padding is supervised.
+    """
 
     input_ids: torch.Tensor
     """(B, T) int64, in host memory: the embedding fetches them to where it is"""
     labels: torch.Tensor
     """(B, T) int64; the id at the same position, or -100; the loss shifts them by one"""
-    attention_mask: torch.Tensor | None
-    """(B, T) int64, 1 where there is a token; None when nothing is padded"""
+    lengths: tuple[int, ...]
+    """(B,) tokens of each row, without padding"""
     rows: Indices
     """index of the source sample of each row"""
     positions: torch.Tensor
@@ -39,9 +43,12 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
-        if self.attention_mask is None:
-            return self.input_ids.numel()
-        return int(self.attention_mask.sum())
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; the batch may be wider."""
+        return max(self.lengths)
 
     @property
     def supervised_tokens(self) -> int:
@@ -53,34 +60,36 @@ class Batch:
 
         Of an embedding in host memory the device would have to be waited for to give them back.
         """
-        mask = self.attention_mask
         return replace(
             self,
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
-            attention_mask=None if mask is None else mask.to(device, non_blocking=True),
         )
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
-    """Pad rows on the right to the longest of them.
+def collate(
+    rows: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    width: Callable[[int], int] | None = None,
+) -> Batch:
+    """Pad rows on the right to the longest of them, or further.
 
     Args:
         rows: with `input_ids`, `labels` and `row`, as `Tokenized.rows` has them.
-        pad_token_id: what fills `input_ids`; it is masked by position, so it may be the EOS.
+        pad_token_id: what fills `input_ids`; no token sees it, so it may be the EOS.
+        width: returns T for the tokens of the longest row, as `Base.batch_width` does; these
+            tokens themselves if None.
     """
-    lengths = [len(row["input_ids"]) for row in rows]
-    shape = (len(rows), max(lengths))
+    lengths = tuple(len(row["input_ids"]) for row in rows)
+    longest = max(lengths)
+    shape = (len(rows), longest if width is None else width(longest))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         input_ids[index, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
         labels[index, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
-        mask[index, :length] = 1
-    padded = min(lengths) < max(lengths)
     sources = tuple(int(row["row"]) for row in rows)
-    return Batch(input_ids, labels, mask if padded else None, sources, predicting_positions(labels))
+    return Batch(input_ids, labels, lengths, sources, predicting_positions(labels))
 
 
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -105,17 +114,9 @@ def row_lengths(rows: Any) -> list[int]:
 
 
 def largest_batch(lengths: Sequence[int], count: int) -> Indices:
-    """Return the indices of so many rows, given the tokens of all, that take the most memory.
-
-    The longest ones; but where these are all of one length and there are shorter rows, one of
-    those takes the place of the last: a padded batch needs a mask besides.
-    """
+    """Return the indices of so many rows, given the tokens of all, that take the most memory."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    largest, longest = order[:count], lengths[order[0]]
-    if len(largest) > 1 and lengths[largest[-1]] == longest:
-        shorter = next((index for index in order if lengths[index] < longest), largest[-1])
-        largest[-1] = shorter
-    return tuple(largest)
+    return tuple(order[:count])
 
 
 def largest_token(rows: Any) -> int:

@@ -62,17 +62,15 @@ class StreamedModel:
                     module._buffers[name] = buffer.to(device)
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, mask: Tensor | None) -> dict[Variant, Tensor]:
+    def hidden_states(self, input_ids: Tensor) -> dict[Variant, Tensor]:
         """Return the last hidden states (B, T, D) of every variant, fp32.
 
         Args:
-            input_ids: (B, T).
-            mask: (B, T), 1 where there is a token; None when nothing is padded.
+            input_ids: (B, T), padded on the right.
         """
         count = len(self._variants)
         outputs = self._model.base_model(
             input_ids=input_ids.repeat(count, 1).to(self._device),
-            attention_mask=None if mask is None else mask.repeat(count, 1).to(self._device),
             use_cache=False,
         )
         parts = outputs.last_hidden_state.chunk(count)

@@ -92,8 +92,7 @@ def verify_merge(
             measures: tuple[VariantMeasure, ...] = ()
         else:
             model = StreamedModel(skeleton, units, read, variants, merge.stored, merge.device)
-            batch = rows.batch
-            hidden = model.hidden_states(batch.input_ids, batch.attention_mask)
+            hidden = model.hidden_states(rows.batch.input_ids)
             read(head_path)
             weigher.raise_faults()
             heads = _heads(skeleton, head_path, parameters, merge, variants)

@@ -169,7 +169,7 @@ def _measure(
         while done < len(order):
             safe_point()
             indices = order[done : done + sums.batch_size]
-            batch = collate([rows[i] for i in indices], pad_token_id)
+            batch = collate([rows[i] for i in indices], pad_token_id, base.batch_width)
             if per_row is not None:
                 per_row.choose(indices)
             try:
@@ -182,7 +182,7 @@ def _measure(
             if not fits:
                 # Here the error and the tensors its frames held are gone.
                 release_memory(device)
-                sums.batch_size = _halved(len(indices), batch.input_ids.shape[1])
+                sums.batch_size = _halved(len(indices), batch.longest)
                 announce(
                     Notice(
                         f"out of memory in evaluation: {sums.batch_size} row(s) a batch from here"

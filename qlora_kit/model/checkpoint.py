@@ -23,18 +23,27 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read one at a time."""
+    """Named tensors that are read one at a time.
+
+    Attributes:
+        gives_own: whether what is read lies in memory of its own. That of a file lies in the file's
+            until it is copied.
+    """
+
+    gives_own: bool
 
     @property
     def names(self) -> Sequence[str]:
         """The names, in the order that reads fastest."""
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor; its memory is the file's until it is copied."""
+        """Return one tensor."""
 
 
 class SafetensorsShards:
     """A checkpoint in one or more safetensors files."""
+
+    gives_own = False
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._shards: dict[str, Any] = {}
@@ -66,6 +75,8 @@ class PickledShards:
 
     A shard is mapped when its first tensor is read and let go when another's is.
     """
+
+    gives_own = False
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._file_of: dict[str, Path] = {}

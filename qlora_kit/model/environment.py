@@ -1,4 +1,4 @@
-"""What torch reads from the environment, once, when it is imported: call this before.
+"""What torch and cuBLAS read from the environment, once: call this before torch is imported.
 
 Imports neither torch nor anything that does. What the user has set stays.
 """
@@ -6,14 +6,27 @@ Imports neither torch nor anything that does. What the user has set stays.
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _SPINS = "10000"
 
+# What cuBLAS promises the same bits with; it reads its workspaces' sizes at its first product.
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 
-def prepare_environment() -> None:
-    """Prepare the allocators of GPU and CPU, the threads' waiting, and the profiler's silence."""
+
+def prepare_environment(*, deterministic: bool = False) -> None:
+    """Prepare the allocators of GPU and CPU, how threads wait, and a silent profiler.
+
+    Args:
+        deterministic: whether a GPU shall compute the same bits in each run.
+    """
+    # Set too late it would be ignored, and nobody could see that.
+    if deterministic and not _has_opened_gpu():
+        os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])
     # Blocks of many sizes then leave no holes between them that nothing fits into; a run so
     # reserves little more than it allocates.
     if not any(name in os.environ for name in _ALLOCATOR):
@@ -27,3 +40,8 @@ def prepare_environment() -> None:
         os.environ[_WAITING[0]] = _SPINS
     # The record of the CPU's allocator is the profiler's; it says so in two lines on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def _has_opened_gpu() -> bool:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())

@@ -1,4 +1,4 @@
-"""Where the model runs, in which dtype, and whether bitsandbytes works there."""
+"""Where the model runs, in which dtype, and how torch computes there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, EnvironmentFault
+from qlora_kit.model.environment import (
+    CUBLAS_WORKSPACE,
+    DETERMINISTIC_WORKSPACES,
+    prepare_environment,
+)
 from qlora_kit.model.threads import Threads
+
+# Whether torch may take cuDNN's attention, which it prefers on Hopper, or takes the flash kernel:
+# its own choice, until both have been measured.
+_CUDNN_ATTENTION = True
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,7 +65,7 @@ def dtype_named(name: str) -> torch.dtype:
 def choose_hardware(
     device: str = "auto", dtype: str = "auto", threads: Threads | None = None
 ) -> Hardware:
-    """Resolve `--device` and `--dtype`.
+    """Resolve `--device` and `--dtype`, and settle how a GPU computes.
 
     Args:
         device: "auto", "cpu" or "cuda".
@@ -66,6 +75,7 @@ def choose_hardware(
     Raises:
         ConfigError: a GPU is asked for and there is none, or float16 on a CPU.
     """
+    _settle_kernels()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -89,11 +99,34 @@ def choose_hardware(
     return Hardware(where, torch.float32, "the GPU has no bfloat16, and float16 overflows")
 
 
+def _settle_kernels() -> None:
+    """Choose the kernels of a GPU that are torch's to choose; without one this has no effect."""
+    # cuBLAS may cut a product along its inner dimension, and add the parts in 16 bits unless that
+    # is forbidden. In the head's backward this dimension is the whole vocabulary.
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(_CUDNN_ATTENTION)
+
+
 def make_deterministic() -> None:
     """Choose the same kernels, and so the same bits, in each run on a GPU.
 
-    Call it before anything is computed there: cuBLAS reads its workspace setting once.
+    Call it before anything is computed there.
+
+    Raises:
+        EnvironmentFault: cuBLAS has read its setting already, or has been given another one.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    prepare_environment(deterministic=True)
+    found, expected = os.environ.get(CUBLAS_WORKSPACE), " or ".join(DETERMINISTIC_WORKSPACES)
+    if found is None:
+        raise EnvironmentFault(
+            f"--deterministic: this process has opened the GPU before, without {CUBLAS_WORKSPACE}; "
+            f"expected {expected} from its start; export it, or begin a new process"
+        )
+    if torch.cuda.is_available() and found not in DETERMINISTIC_WORKSPACES:
+        raise EnvironmentFault(
+            f"--deterministic: {CUBLAS_WORKSPACE} is {found!r}; expected {expected}; unset it"
+        )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

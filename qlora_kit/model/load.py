@@ -35,6 +35,7 @@ from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
 from qlora_kit.model.quantize import FrozenWeight, PlainWeight, Quantization, read_quantized
 from qlora_kit.model.random_weights import RandomWeights
+from qlora_kit.model.width import batch_width
 from qlora_kit.signals import safe_point
 
 RANDOM_SEED = 0
@@ -129,6 +130,10 @@ class Base:
     def quantization(self) -> Quantization:
         """How the weights are held."""
         return self.spec.quantization
+
+    def batch_width(self, tokens: int) -> int:
+        """Return T of a batch whose longest row has so many tokens."""
+        return batch_width(tokens, self.model.config, self.hardware.device)
 
 
 class Digest:
@@ -225,16 +230,27 @@ def frozen_tensors(
             for name, tensor in assembly.tensors(read, skeleton).items():
                 _check_tensor(name, tensor, expected)
                 where = torch.device("cpu") if name in on_host else device
-                yield name, freeze(name, tensor, name in linear, quantization, where)
+                is_own = source.gives_own
+                yield name, freeze(name, tensor, name in linear, quantization, where, is_own=is_own)
         announce(LoadProgress(done, len(assemblies)))
 
 
 def freeze(
-    name: str, tensor: Tensor, is_linear: bool, quantization: Quantization, device: torch.device
+    name: str,
+    tensor: Tensor,
+    is_linear: bool,
+    quantization: Quantization,
+    device: torch.device,
+    *,
+    is_own: bool = False,
 ) -> FrozenWeight | Tensor:
-    """Bring a stored tensor to its device, quantised where it is the weight of a layer."""
+    """Bring a stored tensor to its device, quantised where it is the weight of a layer.
+
+    What is returned shares no memory with a file: a tensor that is in memory of its own stays
+    there, any other is copied.
+    """
     if not is_linear or quantization.bits == 16:
-        own = tensor.to(device, copy=True)
+        own = tensor.to(device, copy=not is_own)
         return PlainWeight(own) if is_linear else own
     try:
         return quantization.freeze(tensor.to(device))

@@ -235,7 +235,9 @@ class Quantization:
 def _freeze_int8(weight: Tensor) -> Int8Weight:
     if weight.dtype != torch.float16 and weight.abs().amax() > _FLOAT16_MAX:
         raise ModelError("a weight beyond 65504 does not fit 8 bits; use --bits 4 or 16")
-    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.to(torch.float16))
+    # The kernel of a GPU reads row after row from where the memory begins, whatever the strides.
+    rows = weight.to(torch.float16).contiguous()
+    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
     return Int8Weight(codes, absmax)
 
 

@@ -31,6 +31,8 @@ class RandomWeights:
         device: where they are drawn; values differ between devices.
     """
 
+    gives_own = True
+
     def __init__(self, skeleton: PreTrainedModel, seed: int, device: torch.device) -> None:
         tied = skeleton.all_tied_weights_keys or {}
         self._meta = {n: t for n, t in skeleton.state_dict().items() if n not in tied}

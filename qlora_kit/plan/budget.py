@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+import torch.nn.functional as F
 
 from qlora_kit.config import BudgetOptions
 from qlora_kit.errors import ConfigError
+from qlora_kit.model.quantize import Quantization
 from qlora_kit.report.memory import size_text
 
 # What a card holds besides the allocated memory: the CUDA context, published as 0.3 to 0.5 GB,
-# and what the caching allocator cannot use of its blocks. Assumed; not measured yet.
+# and what the caching allocator cannot use of its blocks. Both are assumed; the context is measured
+# where there is a card.
 CONTEXT_BYTES = 500_000_000
 FRAGMENTATION = 0.05
 # What a process takes besides its tensors: the holes of the C library's heap, and Python objects.
@@ -33,14 +36,16 @@ class Budget:
         card_bytes: of the whole card, context and other processes included; on a CPU, of the
             memory that the model computes in.
         host_bytes: of the host, the process itself included.
-        other_bytes: of the card, taken by others.
         on_gpu: whether the model runs on a card.
+        beside_bytes: of the card, beside what torch reserves: the context, and what others hold.
+        is_measured: whether the card told it; assumed otherwise.
     """
 
     card_bytes: int | None = None
     host_bytes: int | None = None
-    other_bytes: int = 0
     on_gpu: bool = True
+    beside_bytes: int = CONTEXT_BYTES
+    is_measured: bool = False
 
     @property
     def is_bounded(self) -> bool:
@@ -52,13 +57,13 @@ class Budget:
         """Return what torch may reserve of the card."""
         if self.card_bytes is None:
             return None
-        return self.card_bytes - self.other_bytes - (CONTEXT_BYTES if self.on_gpu else 0)
+        return self.card_bytes - (self.beside_bytes if self.on_gpu else 0)
 
     def taken_of_card(self, peak_bytes: int) -> int:
         """Return what a run with this peak of allocated memory takes of the whole card."""
         if not self.on_gpu:
             return peak_bytes
-        return self.other_bytes + CONTEXT_BYTES + round(peak_bytes * (1 + FRAGMENTATION))
+        return self.beside_bytes + round(peak_bytes * (1 + FRAGMENTATION))
 
     def taken_by_process(self, before_bytes: int, peak_bytes: int) -> int:
         """Return the anonymous memory of a process that computes on a CPU.
@@ -92,6 +97,12 @@ class Budget:
             parts.append(f"{size_text(self.host_bytes)} of host memory")
         return " and ".join(parts)
 
+    def describe_beside(self) -> str:
+        """Such as "0.50 GB of context, assumed"."""
+        if self.is_measured:
+            return f"{size_text(self.beside_bytes)} of context and other processes, measured"
+        return f"{size_text(self.beside_bytes)} of context, assumed"
+
 
 def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
     """Return what was asked for; `auto` is all that nobody else has taken.
@@ -99,11 +110,13 @@ def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
     Raises:
         ConfigError: `auto`, and there is no GPU to ask; or less than a process takes by itself.
     """
-    other, card, host = 0, options.vram, options.ram
+    card, host = options.vram, options.ram
+    beside, is_measured = CONTEXT_BYTES, False
     if on_gpu and torch.cuda.is_available():
+        _grow_context()
         free, total = torch.cuda.mem_get_info()
-        # What this process has reserved is its own; its context is counted where it is planned.
-        other = max(0, total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES)
+        # No process is told how much of this is its own context, nor needs to know it.
+        beside, is_measured = total - free - torch.cuda.memory_reserved(), True
         card = total if card == "auto" else card
     elif card == "auto" and on_gpu:
         raise ConfigError(
@@ -112,19 +125,26 @@ def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
     elif card == "auto":
         card = psutil.virtual_memory().available
     host = psutil.virtual_memory().available if host == "auto" else host
-    budget = Budget(card, host, other, on_gpu)
+    budget = Budget(card, host, on_gpu, beside, is_measured)
     _check(budget)
     return budget
+
+
+def _grow_context() -> None:
+    """Use each library that a step uses: the context takes in what they load, and grows by it."""
+    weight = Quantization(4).freeze(torch.ones(64, 64, device="cuda")).dequantize(torch.float16)
+    x = (weight @ weight).view(1, 1, 64, 64).requires_grad_()
+    attended = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    torch.autograd.backward(attended.float().sum())
+    torch.cuda.synchronize()
 
 
 def _check(budget: Budget) -> None:
     allocatable = budget.allocatable_bytes
     if allocatable is not None and allocatable <= 0:
-        taken = f"{size_text(CONTEXT_BYTES)} of context"
-        if budget.other_bytes:
-            taken += f" and {size_text(budget.other_bytes)} of other processes"
         raise ConfigError(
-            f"--vram: {size_text(budget.card_bytes or 0)} are no more than the {taken}; "
+            f"--vram: {size_text(budget.card_bytes or 0)} are no more than the "
+            f"{budget.describe_beside()}; "
             "expected the memory of the whole card; pass a larger --vram"
         )
     if budget.host_bytes is not None and budget.host_bytes <= PROCESS_BYTES:

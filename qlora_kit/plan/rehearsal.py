@@ -6,16 +6,17 @@ they were, and returns what was measured.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from qlora_kit.data.batch import largest_batch, row_lengths
+from qlora_kit.errors import OutOfMemory, TornStep
+from qlora_kit.model.memory import out_of_memory_while
+from qlora_kit.plan.allocator_record import AllocatorRecord
 from qlora_kit.plan.ledger import Change, Ledger
 from qlora_kit.plan.watch import PURPOSES, claim_model, claim_trained, watched
 from qlora_kit.train.optimizer_step import OptimizerStep
@@ -54,13 +55,15 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
     Args:
         step: what will take the steps.
         micro_batches: of a step; from the second on, the gradients of the first are there.
+
+    Raises:
+        OutOfMemory: even one row does not fit, or what is kept to undo the step.
     """
     largest = largest_batch(row_lengths(step.rows), step.micro_batch_rows)
     window = [largest] * min(2, micro_batches)
     ledger = Ledger(step.device.type)
     claim_model(ledger, step.model, step.head)
-    with step.undone():
-        _make_moments(step)
+    with _shortage_in_one_line(), step.undone():
         claim_trained(ledger, step.optimizer)
         with (
             _allocator_record(step.device, ledger.live_bytes) as record,
@@ -75,44 +78,38 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
         rows_asked=len(largest),
         tokens=len(step.rows[largest[0]]["input_ids"]),
         peak_bytes=record.peak_bytes,
-        how=record.how,
+        how=f"{'CUDA' if step.device.type == 'cuda' else 'CPU'} allocator",
         timeline=tuple(_timeline(changes)),
     )
 
 
-def _make_moments(step: OptimizerStep) -> None:
-    """Let the optimiser make its state, which every step but the first one finds."""
-    for parameter in step.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    step.optimizer.step()
-    step.optimizer.zero_grad(set_to_none=True)
-
-
-class _Record:
-    peak_bytes = 0
-    how = ""
-
-
 @contextmanager
-def _allocator_record(device: torch.device, held_bytes: int) -> Iterator[_Record]:
-    """Record the peak of the block.
+def _shortage_in_one_line() -> Iterator[None]:
+    doing = "rehearsing the largest step, which was undone"
+    remedy = "pass --no-rehearse, or a smaller --rank or --batch-size"
+    try:
+        with out_of_memory_while(doing, remedy):
+            yield
+    except TornStep as error:
+        raise OutOfMemory(f"out of memory while {doing}; expected it to fit; {remedy}") from error
 
-    A GPU's allocator keeps its own, since the process began; of a CPU's, torch's profiler tells
-    every change, which are added to what the model holds.
-    """
-    record = _Record()
-    if device.type == "cuda":
-        yield record
-        record.peak_bytes, record.how = torch.cuda.max_memory_allocated(device), "CUDA allocator"
-        return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        yield record
-    events = profiled.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    record.peak_bytes = held_bytes + max(
-        itertools.accumulate((change for _, change in changes), initial=0)
-    )
-    record.how = "CPU allocator"
+
+class _CudaRecord:
+    """What a GPU's allocator keeps itself, since the process began."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak_bytes = 0
+
+    def __enter__(self) -> _CudaRecord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+
+
+def _allocator_record(device: torch.device, held_bytes: int) -> _CudaRecord | AllocatorRecord:
+    return _CudaRecord(device) if device.type == "cuda" else AllocatorRecord(held_bytes)
 
 
 def _timeline(changes: Sequence[Change]) -> Iterator[tuple[int, ...]]:

@@ -115,10 +115,11 @@ def _check_free(plan: Plan, hardware: Hardware, announce: Announce) -> None:
             "expected it to fit; pass --vram auto to choose settings that do, or a smaller "
             "--max-length, --batch-size or --eval-batch-size"
         )
-    if plan.card_bytes > free:
+    needed = plan.card_bytes - (plan.budget.beside_bytes if plan.budget.on_gpu else 0)
+    if needed > free:
         announce(
             Notice(
-                f"the run needs {size_text(plan.card_bytes)} with all margins and "
+                f"the run needs {size_text(needed)} with all margins and "
                 f"{size_text(free)} are free: it may not fit; --vram auto chooses what does"
             )
         )
@@ -159,7 +160,7 @@ class MemoryAccount:
             levels["predicted"] = predicted
         title = f"one optimiser step on the longest rows, {rows}"
         draw_timeline(found.timeline, PURPOSES, levels, title, self.output / PICTURE)
-        # The profiler's record and the picture are many small objects, twice the step's own size.
+        # The ledger's account and the picture are many small objects.
         return_free_memory()
 
     def _predicted_step(self, found: Rehearsal) -> int | None:

@@ -17,7 +17,6 @@ from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.plan.budget import Budget
 from qlora_kit.plan.ledger import Work
-from qlora_kit.plan.simulate import BatchShape
 from qlora_kit.plan.survey import Needs, Setting, Survey, take_survey
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
@@ -134,7 +133,7 @@ def search(
     config: TrainConfig,
     hardware: Hardware,
     budget: Budget,
-    batch: BatchShape,
+    tokens: int,
     rows: Sequence[int] | None = None,
 ) -> Found:
     """Find the settings that fit a budget.
@@ -145,11 +144,11 @@ def search(
         config: what was asked for.
         hardware: `meta` stands in for a GPU.
         budget: what the run may take.
-        batch: tokens of the longest row, and whether rows differ in length.
+        tokens: of the longest row.
         rows: micro-batches to choose from; every divisor of the effective batch if None.
     """
     rows, tiles = rows or _micro_batches(config), _tiles(config)
-    survey = take_survey(spec, lora, config, hardware, batch, rows, tiles)
+    survey = take_survey(spec, lora, config, hardware, tokens, rows, tiles)
     kinds = list(itertools.product(rows, tiles))
     on_gpu = hardware.device.type != "cpu"
 

@@ -46,7 +46,7 @@ from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, wa
 from qlora_kit.step import forward as step
 from qlora_kit.step.offload import InPlaceLane
 from qlora_kit.step.reducers import apply, resolve
-from qlora_kit.train.optimizer import build_optimizer, optimizer_tensors
+from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
 
@@ -64,18 +64,11 @@ class BatchShape:
         rows: that go through the model at one time.
         tokens: of the longest row.
         supervised: targets of the whole batch; every token but the first of each row if None.
-        padded: whether rows differ in length.
     """
 
     rows: int
     tokens: int
     supervised: int | None = None
-    padded: bool = False
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether attention takes a mask: a single row is never padded."""
-        return self.padded and self.rows > 1
 
 
 @dataclass(frozen=True)
@@ -136,9 +129,7 @@ def predict(
     tokens: int,
     *,
     supervised: int | None = None,
-    padded: bool = False,
     evaluation_tokens: int | None = None,
-    evaluation_padded: bool = False,
 ) -> Prediction:
     """Predict the memory of a run.
 
@@ -149,18 +140,14 @@ def predict(
         hardware: `meta` stands in for a GPU and is told apart from the host.
         tokens: of the longest row.
         supervised: targets of the largest micro-batch; all but the first of each row if None.
-        padded: whether the rows of this micro-batch differ in length.
         evaluation_tokens: of the longest row in evaluation, if that is another.
-        evaluation_padded: whether rows differ in length there.
     """
     architecture = spec.architecture()
     with simulated_run(spec, lora, config, hardware, build_skeleton(architecture)) as run:
-        run.step(config, BatchShape(config.batch_size, tokens, supervised, padded))
+        run.step(config, BatchShape(config.batch_size, tokens, supervised))
         run.hold()
         run.save()
-    evaluated = BatchShape(
-        config.eval_batch_size, evaluation_tokens or tokens, None, evaluation_padded
-    )
+    evaluated = BatchShape(config.eval_batch_size, evaluation_tokens or tokens)
     short = build_skeleton(shortened(architecture, _EVALUATED_LAYERS))
     with simulated_run(spec, lora, config, hardware, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
@@ -267,7 +254,9 @@ class SimulatedRun:
         quantization = _planned(self.spec.quantization)
         on_host = names_on_host(self.model, placement)
         head = head_quantization(self.spec, placement)
-        stream = _empty_tensors(self.model, quantization, self.hardware, on_host)
+        stream = _empty_tensors(
+            self.model, quantization, self.hardware, on_host, are_drawn=self.spec.random
+        )
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
         self.base = Base(self.model, self.spec, self.hardware, "", 0, 0.0, placement)
@@ -292,6 +281,7 @@ class SimulatedRun:
         with self.phase("optimizer"), watched(self.ledger, self.model, self.optimizer):
             limit = self.config.max_grad_norm or 1.0
             with self.ledger.purpose("optimiser"):
+                make_state(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -312,11 +302,10 @@ class SimulatedRun:
         self.model.train()
         if options.gradient_accumulation_steps > 1:
             self._give_gradients()
-        batch = _batch(shape, self.hardware.device)
+        batch = self._batch(shape)
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.model, self.optimizer),
-            _masked(shape.is_masked),
         ):
             with self.phase("forward"):
                 loss = step.loss_sum(
@@ -326,17 +315,22 @@ class SimulatedRun:
                 torch.autograd.backward(loss)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _batch(self, shape: BatchShape) -> Batch:
+        width = self.base.batch_width(shape.tokens)
+        ids = torch.zeros(shape.rows, width, dtype=torch.int64, device="cpu")
+        supervised = shape.supervised or shape.rows * (shape.tokens - 1)
+        positions = torch.zeros(supervised, dtype=torch.int64, device="cpu")
+        lengths = (shape.tokens,) * shape.rows
+        batch = Batch(ids, ids, lengths, tuple(range(shape.rows)), positions)
+        return batch.to(self.hardware.device)
+
     # ------------------------------------------------------------ after training
 
     def evaluate(self, config: TrainConfig, shape: BatchShape) -> None:
         """Measure a batch of validation rows."""
         self.model.eval()
-        batch = _batch(shape, self.hardware.device)
-        with (
-            self.phase("evaluation"),
-            watched(self.ledger, self.model, self.optimizer),
-            _masked(shape.is_masked),
-        ):
+        batch = self._batch(shape)
+        with self.phase("evaluation"), watched(self.ledger, self.model, self.optimizer):
             step.scores(self.model, batch, self.head, config.loss_chunk_tokens)
 
     def hold(self) -> None:
@@ -445,33 +439,29 @@ def _empty_tensors(
     quantization: Quantization,
     hardware: Hardware,
     on_host: frozenset[str] = frozenset(),
+    *,
+    are_drawn: bool = False,
 ) -> Stream:
-    """Yield every parameter as a load would, made of nothing."""
+    """Yield every parameter as a load would, made of nothing.
+
+    Args:
+        skeleton: names them and knows their shapes.
+        quantization: of the weights of linear layers.
+        hardware: where they go.
+        on_host: names of those that stay in host memory.
+        are_drawn: whether they are random weights, which are made on the device.
+    """
     linear = {f"{path}.weight" for path in linear_layers(skeleton)}
     tied = skeleton.all_tied_weights_keys or {}
     for name, shaped in list(skeleton.state_dict(keep_vars=True).items()):
         if name not in tied:
-            # A mapped file is not memory of the process: the meta device holds no bytes.
-            stored = torch.empty(shaped.shape, dtype=_stored_dtype(skeleton), device="cpu")
+            # What is read is booked on the host, though a mapped file is none of its memory.
+            made = hardware.device if are_drawn else torch.device("cpu")
+            stored = torch.empty(shaped.shape, dtype=_stored_dtype(skeleton), device=made)
             where = torch.device("cpu") if name in on_host else hardware.device
-            yield name, freeze(name, stored, name in linear, quantization, where)
+            yield name, freeze(name, stored, name in linear, quantization, where, is_own=are_drawn)
 
 
 def _stored_dtype(skeleton: PreTrainedModel) -> torch.dtype:
     dtype = getattr(skeleton.config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-
-
-def _batch(shape: BatchShape, device: torch.device) -> Batch:
-    ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device="cpu")
-    supervised = shape.supervised or shape.rows * (shape.tokens - 1)
-    positions = torch.zeros(supervised, dtype=torch.int64, device="cpu")
-    mask = torch.ones_like(ids) if shape.is_masked else None
-    return Batch(ids, ids, mask, tuple(range(shape.rows)), positions).to(device)
-
-
-@contextlib.contextmanager
-def _masked(padded: bool) -> Iterator[None]:
-    """Let transformers believe what a fake mask cannot show: whether anything is padded."""
-    with mock.patch("transformers.masking_utils.fast_all", return_value=not padded):
-        yield

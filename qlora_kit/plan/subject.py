@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qlora_kit.model.hardware import Hardware, dtype_named
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.plan.budget import Budget
 from qlora_kit.plan.search import Found, search
-from qlora_kit.plan.simulate import BatchShape, Prediction, predict
+from qlora_kit.plan.simulate import Prediction, predict
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,12 @@ class Rows:
 
     Attributes:
         tokens: of the longest row.
-        differ: whether others are shorter.
         supervised: targets of the largest batch of one row, of two, and so on; all tokens but
             the first of each row if None.
         evaluation_tokens: of the longest row in evaluation, if that is another.
     """
 
     tokens: int
-    differ: bool = True
     supervised: tuple[int, ...] | None = None
     evaluation_tokens: int | None = None
 
@@ -59,13 +58,8 @@ class Rows:
         lengths = row_lengths(rows)
         # The largest batch holds every smaller one: each of its rows is read once.
         largest = largest_batch(lengths, most)
-        tokens = [lengths[index] for index in largest]
-        targets = [_targets(rows[index]["labels"]) for index in largest]
-        supervised = tuple(
-            sum(targets[place] for place in largest_batch(tokens, count))
-            for count in range(1, len(largest) + 1)
-        )
-        return cls(max(lengths), min(lengths) < max(lengths), supervised, evaluation_tokens)
+        supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))
+        return cls(max(lengths), supervised, evaluation_tokens)
 
 
 def _targets(labels: Sequence[int]) -> int:
@@ -91,9 +85,7 @@ class Subject:
             self.hardware,
             rows.tokens,
             supervised=rows.supervised_of(config.batch_size),
-            padded=rows.differ,
             evaluation_tokens=rows.evaluation_tokens,
-            evaluation_padded=rows.differ,
         )
 
     def searched(
@@ -101,8 +93,7 @@ class Subject:
     ) -> Found:
         """Search the settings that fit, with any micro-batch or with these only."""
         tokens = max(self.rows.tokens, self.rows.evaluation_tokens or 0)
-        batch = BatchShape(1, tokens, padded=self.rows.differ)
-        return search(self.spec, self.lora, config, self.hardware, budget, batch, rows)
+        return search(self.spec, self.lora, config, self.hardware, budget, tokens, rows)
 
 
 def planned_hardware(config: TrainConfig) -> Hardware:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora_kit.config import TrainConfig
@@ -194,7 +194,7 @@ def take_survey(
     lora: LoraSpec,
     config: TrainConfig,
     hardware: Hardware,
-    batch: BatchShape,
+    tokens: int,
     rows: Sequence[int],
     tiles: Sequence[int],
 ) -> Survey:
@@ -205,33 +205,31 @@ def take_survey(
         lora: the trained part.
         config: all that is not in a setting.
         hardware: `meta` stands in for a GPU.
-        batch: tokens of the longest row, and whether rows differ in length; its rows have no
-            meaning here.
+        tokens: of the longest row.
         rows: micro-batches that settings will have, in order.
         tiles: tiles that they will have.
     """
     architecture = spec.architecture()
     text = architecture.get_text_config()
     on_gpu = hardware.device.type != "cpu"
-    # A single row takes no mask, so it is on no line with the others.
-    measured = rows[:3]
+    measured = rows[:2]
 
     def run_of(depth: int) -> AbstractContextManager[SimulatedRun]:
         skeleton = build_skeleton(shortened(architecture, depth))
         return simulated_run(spec, lora, config, hardware, skeleton)
 
     with run_of(_DEPTH + 1) as run:
-        deeper = _sample(run, config, replace(batch, rows=rows[0]), tiles[0], keep_layers=1)
+        deeper = _sample(run, config, BatchShape(rows[0], tokens), tiles[0], keep_layers=1)
     with run_of(_DEPTH) as run:
         kinds = {
-            tile: {each: _kind(run, config, replace(batch, rows=each), tile) for each in measured}
+            tile: {each: _kind(run, config, BatchShape(each, tokens), tile) for each in measured}
             for tile in tiles
         }
-        evaluations = _evaluations(run, config, batch)
+        evaluations = _evaluations(run, config, tokens)
         run.save()
     host = {phase: run.host[phase].bytes for phase in ("load", "optimizer", "save")}
     first = kinds[tiles[0]][rows[0]]
-    checkpoint = batch.tokens * text.hidden_size * hardware.dtype.itemsize
+    checkpoint = run.base.batch_width(tokens) * text.hidden_size * hardware.dtype.itemsize
     layer = deeper.forward - first.one_kept.forward
     return Survey(
         layers=text.num_hidden_layers,
@@ -278,14 +276,14 @@ def _outside(first: _Kind, deeper: _Sample, rows: int) -> Work:
     return Work(outside(one.flop, two.flop, deeper.flop) // rows, unpacked)
 
 
-def _evaluations(run: SimulatedRun, config: TrainConfig, batch: BatchShape) -> dict[int, int]:
+def _evaluations(run: SimulatedRun, config: TrainConfig, tokens: int) -> dict[int, int]:
     """Return the peaks of evaluations of as many rows as asked for, and of half as many, to one.
 
     They grow in proportion to the rows, so that two are enough to know all.
     """
 
     def peak(rows: int) -> int:
-        run.evaluate(config, BatchShape(rows, batch.tokens, None, batch.padded))
+        run.evaluate(config, BatchShape(rows, tokens))
         return run.device["evaluation"].bytes
 
     most = config.eval_batch_size

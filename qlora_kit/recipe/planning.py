@@ -60,13 +60,13 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
 
 
 def _card_rows(made: Plan) -> tuple[tuple[str, str], ...]:
-    from qlora_kit.plan.budget import CONTEXT_BYTES, FRAGMENTATION
+    from qlora_kit.plan.budget import FRAGMENTATION
     from qlora_kit.report.memory import size_text
 
     rows = [("allocated", f"{size_text(made.prediction.peak.bytes)}")]
     if made.budget.on_gpu:
-        assumed = f"{size_text(CONTEXT_BYTES)} context and {FRAGMENTATION:.0%} margin, assumed"
-        rows.append(("of a card", f"{size_text(made.card_bytes)} (with {assumed})"))
+        more = f"{made.budget.describe_beside()}, and {FRAGMENTATION:.0%} margin, assumed"
+        rows.append(("of a card", f"{size_text(made.card_bytes)} (with {more})"))
     if made.budget.is_bounded:
         rows.append(("budget", f"{made.budget.describe()}: fits"))
     return tuple(rows)

@@ -21,6 +21,7 @@ from qlora_kit.data.shapes import Conversation
 from qlora_kit.errors import (
     NumericsError,
     OutOfMemory,
+    TornStep,
 )
 from qlora_kit.events import (
     Announce,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     """Train a LoRA adapter, from a data file to an adapter folder."""
-    prepare_environment()
+    prepare_environment(deterministic=config.deterministic)
     check_tracker(config.report_to)
     source = find_model(config.model)
     with claimed_run(
@@ -148,10 +149,11 @@ def _train(
                 before_first_step=account.rehearse if config.rehearse else None,
                 announce=_with_log(output, config, tracking, announce),
             )
-    except (Stopped, NumericsError, OutOfMemory):
+    except (Stopped, NumericsError, OutOfMemory) as end:
         if checkpoints(output):
+            until = " until the last checkpoint" if isinstance(end, TornStep) else ""
             again = f"qlora-kit train --output {shlex.quote(str(output))} --resume"
-            announce(Notice(f"what was trained is saved; go on with: {again}"))
+            announce(Notice(f"what was trained{until} is saved; go on with: {again}"))
         raise
     return _finish_run(output, config, adapter, record, result, account, written, facts, announce)
 

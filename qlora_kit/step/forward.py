@@ -37,9 +37,8 @@ def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
     The state at position t predicts the label at t + 1. Tokens without a label never reach
     the head, which is the larger part of the work of a small model.
     """
-    outputs = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    )
+    # No mask: it would keep attention from its fast kernels, and `Batch` needs none.
+    outputs = model.base_model(input_ids=batch.input_ids, attention_mask=None, use_cache=False)
     hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
     return Supervised(hidden, batch.labels.flatten().index_select(0, batch.positions + 1))
 

@@ -137,20 +137,25 @@ class Offload:
     order. The input that was packed last stays on the device as well: backward begins with it.
     """
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, device: torch.device) -> None:
         self._lane = lane
+        self._device = device
         self._last: weakref.ref[_Held] | None = None
 
     @classmethod
     def on(cls, device: torch.device) -> Offload:
         """Return an offload whose copies run beside what a GPU computes."""
-        return cls(StreamLane(device) if device.type == "cuda" else InPlaceLane())
+        return cls(StreamLane(device) if device.type == "cuda" else InPlaceLane(), device)
 
-    def pack(self, x: Tensor) -> _Held:
+    def pack(self, x: Tensor) -> _Held | Tensor:
         """Begin to copy the input of a layer out, and free that of the layer before.
 
-        That one's copy has had a whole layer's time; its tensor is no longer in use.
+        That one's copy has had a whole layer's time; its tensor is no longer in use. What is
+        empty, or on another device, is no such input (torch's checkpoint has one of its own) and
+        stays as it is.
         """
+        if not x.numel() or x.device.type != self._device.type:
+            return x
         before = None if self._last is None else self._last()
         if before is not None:
             before.free()
@@ -158,6 +163,6 @@ class Offload:
         self._last = weakref.ref(held)
         return held
 
-    def unpack(self, held: _Held) -> Tensor:
+    def unpack(self, held: _Held | Tensor) -> Tensor:
         """Return an input to its layer, whose backward begins."""
-        return held.take()
+        return held if isinstance(held, Tensor) else held.take()

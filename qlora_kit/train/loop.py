@@ -3,7 +3,8 @@
 Takes an adapter and token rows; trains the adapter in place and returns what happened. The
 loss of a window is summed over its supervised tokens and divided once by their number, so
 the gradient does not depend on how the window is cut into micro-batches. However the loop
-ends (a signal, no memory, numbers that are not finite), what was trained is saved first.
+ends (a signal, no memory, numbers that are not finite), what was trained is saved first; but for
+weights that were changed in part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from accelerate import PartialState
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, epoch_batches, plan_windows
-from qlora_kit.errors import EnvironmentFault, NumericsError, OutOfMemory
+from qlora_kit.errors import EnvironmentFault, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
     CheckpointSaved,
@@ -136,6 +137,7 @@ def train_adapter(
             weights are those of the last sound step.
         LearningError: a part of the adapter gets no gradient, or does not move.
         OutOfMemory: not even one row at a time fits.
+        TornStep: memory ran out while the weights changed; the last checkpoint is what is left.
         Stopped: a signal came.
     """
     _check_one_process()
@@ -192,6 +194,8 @@ class _Run:
         self._begin()
         try:
             reason = self._steps()
+        except TornStep:
+            raise
         except (signals.Stopped, NumericsError, OutOfMemory):
             self._save()
             raise

@@ -77,13 +77,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let bitsandbytes make its state now; what its first step would do. torch's makes it then."""
-    if not hasattr(optimizer, "init_state"):
-        return
+    """Let the optimiser have the state now that its first step would make.
+
+    Memory that is missing for it so is missing before any weight changes.
+    """
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            if not optimizer.state[parameter]:
+            if optimizer.state[parameter]:
+                continue
+            if not hasattr(optimizer, "init_state"):
+                optimizer.state[parameter] = _fresh_state(parameter, group)
+                continue
+            try:
                 optimizer.init_state(group, parameter, group_index, index)
+            except BaseException:
+                # What it has made so far would pass for the whole.
+                del optimizer.state[parameter]
+                raise
+
+
+def _fresh_state(parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state of torch's AdamW before its first step."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=_device_of_step(parameter, group)),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _device_of_step(parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.device:
+    """Return where torch's AdamW counts its steps: on the CPU, but for the fused one."""
+    return parameter.device if group.get("fused") else torch.device("cpu")
 
 
 def optimizer_copy(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -149,9 +173,7 @@ def restore_optimizer(
             # bitsandbytes: let it allocate as it would, in paged memory too, and fill that.
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
         prefix = f"{name}/"
-        # The count of steps of torch's AdamW is on the CPU, but for the fused one.
-        is_fused = bool(optimizer.param_groups[0].get("fused"))
-        counts = parameter.device if is_fused else torch.device("cpu")
+        counts = _device_of_step(parameter, optimizer.param_groups[0])
         for key in (key for key in tensors if key.startswith(prefix)):
             _restore_entry(state, key.removeprefix(prefix), tensors[key], parameter.device, counts)
         state.update(values.get(name, {}))

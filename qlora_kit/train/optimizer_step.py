@@ -1,8 +1,9 @@
 """One optimiser step over a window of rows, and what becomes of one that cannot be taken.
 
 Out of memory: the micro-batch is halved and the step replayed from the random states it began
-with; the rows of the window, and so the effective batch, stay what they were. Not finite: no
-weight changes and the rows are named. Stopped between two micro-batches: the step is undone.
+with; the rows of the window, and so the effective batch, stay what they were. All that a step
+takes is there before a weight changes. Not finite: no weight changes and the rows are named.
+Stopped between two micro-batches: the step is undone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.data.batch import Batch, Indices, collate
-from qlora_kit.errors import OutOfMemory
+from qlora_kit.errors import OutOfMemory, TornStep
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.head import head_of
 from qlora_kit.model.memory import is_out_of_memory, release_memory
@@ -106,22 +107,20 @@ class OptimizerStep:
 
         Raises:
             OutOfMemory: even one row does not fit. The weights are those before the step.
+            TornStep: memory ran out while the weights changed; they are good for nothing.
             Stopped: a signal came. The weights and random states are those before the step.
         """
-        losses, batches = self._accumulate(window)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        losses, batches, norm = self._gradients(window)
         supervised = sum(batch.supervised_tokens for batch in batches)
         overflowed = False
         suspect = _suspect_rows(losses, norm, batches, is_scaled=self.scaler.is_enabled())
         if not suspect:
             overflowed = not math.isfinite(norm)
             if not overflowed:
-                check(max(batch.input_ids.shape[1] for batch in batches))
+                check(max(batch.longest for batch in batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self.scaler.step(self.optimizer)
+            self._change_weights()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return Taken(
@@ -133,12 +132,18 @@ class OptimizerStep:
             overflowed=overflowed,
         )
 
-    def _accumulate(self, window: Window) -> tuple[list[float], list[Batch]]:
-        """Sum the window's gradients; return the loss sum of each micro-batch, and these."""
+    def _gradients(self, window: Window) -> tuple[list[float], list[Batch], float]:
+        """Sum the window's gradients and clip them.
+
+        Returns:
+            The loss sum of each micro-batch, these, and the gradient's norm before clipping.
+        """
         states = random_states(self.device)
         while True:
             try:
-                return self._backward(window)
+                make_state(self.optimizer)
+                losses, batches = self._backward(window)
+                return losses, batches, self._clip()
             except BaseException as error:
                 self.optimizer.zero_grad(set_to_none=True)
                 restore_random_states(states, self.device)
@@ -155,15 +160,43 @@ class OptimizerStep:
         for batch in batches:
             safe_point()
             summed = self._loss_sum(batch)
-            scaled: Any = self.scaler.scale(summed / supervised)
-            scaled.backward()
+            _differentiate(self.scaler.scale(summed / supervised))
             sums.append(summed.detach().double())
         # One transfer from the device for all micro-batches.
         losses: list[float] = torch.stack(sums).tolist()
         return losses, batches
 
+    def _clip(self) -> float:
+        """Clip the gradients, freed of the loss scale; return their norm before."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.max_grad_norm or math.inf
+        try:
+            return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        except BaseException:
+            # Or the scaler would refuse to unscale the gradients of the replayed step.
+            self.scaler.update(self.scaler.get_scale())
+            raise
+
+    def _change_weights(self) -> None:
+        """Let the optimiser change the weights.
+
+        The fused optimisers of a GPU take no memory for it (`tests/test_reliability.py`). That of
+        a CPU makes temporaries of one parameter after the other.
+        """
+        try:
+            self.scaler.step(self.optimizer)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TornStep(
+                "out of memory while the weights were updated, so that they are neither those "
+                "before nor those after the step, and are not saved; expected it to fit; pass a "
+                "smaller --rank or --batch-size, or close other programs"
+            ) from error
+
     def _collate(self, indices: Indices) -> Batch:
-        return collate([self.rows[index] for index in indices], self.pad_token_id)
+        rows = [self.rows[index] for index in indices]
+        return collate(rows, self.pad_token_id, self.adapter.base.batch_width)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         return loss_sum(
@@ -231,11 +264,16 @@ class OptimizerStep:
 
     def _seconds(self, batch: Batch) -> float:
         start = time.perf_counter()
-        loss: Any = self._loss_sum(batch)
-        loss.backward()
+        _differentiate(self._loss_sum(batch))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
+
+
+def _differentiate(loss: Tensor) -> None:
+    # On this thread: one of autograd's own would have a second cuBLAS workspace, of 32 MiB.
+    with torch.autograd.set_multithreading_enabled(False):
+        torch.autograd.backward(loss)
 
 
 def cut(window: Window, most_rows: int) -> Iterator[Indices]:
