@@ -144,7 +144,8 @@ def peaks(settings: Settings, send: Send) -> None:
     started = time.perf_counter()
     base = meter.phase("load", lambda: our_stack.load(first, hardware))
     send({"load": meter.peaks_of("load"), "load_seconds": time.perf_counter() - started})
-    adapter = speed_sides.our_adapter(first, base)
+    # A CPU's meter knows of what was made and freed in its phases only.
+    adapter = meter.phase("attach", lambda: speed_sides.our_adapter(first, base))
     parameters = list(adapter.parameters().values())
     optimizer = build_optimizer(parameters, our_stack.config_of(first))
     step = _Step(base.model, head_of(base.model), parameters, optimizer, meter)
@@ -159,7 +160,7 @@ def peaks(settings: Settings, send: Send) -> None:
             if not _is_out_of_memory(error):
                 raise
             found = {"out_of_memory": _first_line(error)}
-        optimizer.zero_grad(set_to_none=True)
+        meter.phase("between lengths", lambda: optimizer.zero_grad(set_to_none=True))
         send({f"{length} tokens": found})
         if _on_gpu():
             torch.cuda.empty_cache()
@@ -183,9 +184,7 @@ class _Step:
 
         from qlora_kit.step.forward import loss_sum, scores
 
-        self._give_gradients()
-        self.optimizer.step()
-        self._give_gradients()
+        self.meter.phase("steps before", self._step_before)
         chunk = config.loss_chunk_tokens
         found: dict[str, Any] = {}
 
@@ -204,16 +203,18 @@ class _Step:
         phase("backward", loss.backward)
         del loss
         phase("optimizer", move)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.phase("step's end", lambda: self.optimizer.zero_grad(set_to_none=True))
         self.model.eval()
         phase("evaluation", lambda: scores(self.model, batch, self.head, chunk))
         return found
 
-    def _give_gradients(self) -> None:
+    def _step_before(self) -> None:
+        """Leave the gradients of an earlier micro-batch, and the optimiser's state."""
         import torch
 
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
 
 
 # ---------------------------------------------------------------- speed

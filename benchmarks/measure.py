@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import subprocess
@@ -20,9 +19,8 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
 
-# A copy of the tree that nobody has installed will do.
-if importlib.util.find_spec("qlora_kit") is None:
-    sys.path.insert(0, str(PROJECT))
+# What is measured is the tree that this file is in, whether or not another one is installed.
+sys.path.insert(0, str(PROJECT))
 
 from qlora_kit.model.environment import prepare_environment  # noqa: E402
 

@@ -7,6 +7,7 @@ library prints can spoil it, and nothing that was sent is lost when the process 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -21,6 +22,8 @@ from typing import Any, BinaryIO
 Figures = dict[str, Any]
 _TAIL_BYTES = 4000
 _POLL_SECONDS = 0.2
+# From linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,19 @@ def sender(descriptor: int) -> Callable[[Figures], None]:
         descriptor: as `run` gives it to the command.
     """
     stream = os.fdopen(descriptor, "wb")
+    _end_with_parent()
 
     def send(figures: Figures) -> None:
         stream.write(json.dumps(figures).encode() + b"\n")
         stream.flush()
 
     return send
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this process when its supervisor is gone, even if that was killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(
