@@ -225,7 +225,8 @@ def speed(settings: Settings, send: Send) -> None:
 
     Args:
         settings: `side`; `shapes`: rows and tokens a step; `kernels`: of attention, see
-            `speed_sides.attention_kernel`; `warmup` and `steps`; `matmul_size`.
+            `speed_sides.attention_kernel`, all but the default for the first shape only; `warmup`
+            and `steps`; `matmul_size`.
         send: receives each shape when it is measured.
     """
     if missing := speed_sides.missing_packages(settings["side"]):
@@ -240,7 +241,7 @@ def speed(settings: Settings, send: Send) -> None:
     take = speed_sides.SIDES[settings["side"]](settings, clock)
     send({"building_seconds": time.perf_counter() - started})
     for kernel in settings["kernels"]:
-        for rows, tokens in settings["shapes"]:
+        for rows, tokens in settings["shapes"] if kernel == "default" else settings["shapes"][:1]:
             name = f"{rows} x {tokens}" + ("" if kernel == "default" else f", {kernel}")
             try:
                 with speed_sides.attention_kernel(kernel):

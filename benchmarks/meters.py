@@ -50,7 +50,7 @@ class GpuMeter:
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         torch.empty(1, device="cuda")
-        self._context = self._in_use()
+        self._context = self._in_use() - torch.cuda.memory_reserved()
 
     def _in_use(self) -> int:
         free, total = self._cuda.mem_get_info()
@@ -78,7 +78,7 @@ class GpuMeter:
         return dict(self._peaks[name])
 
     def summary(self) -> dict[str, Any]:
-        """Return the peaks; `context_bytes` is what the device had in use before the first."""
+        """Return the peaks; `context_bytes` is what the device had in use before any tensor."""
         return {
             "measured_on": self._cuda.get_device_name(),
             "phase_peaks_bytes": {n: p["allocated_bytes"] for n, p in self._peaks.items()},

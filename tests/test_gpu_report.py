@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -395,6 +396,51 @@ def test_a_kernel_is_counted_to_its_part(
 
     assert part in PARTS
     assert part_of(launch(kernel, *chain, shape=shape), rank=16, vocabulary=102400) == part
+
+
+def event(name: str, start: float, parent: Any = None, **other: Any) -> Any:
+    """An event as torch's profiler has it, on the host and in the main thread unless said."""
+    from torch.autograd import DeviceType
+
+    usual: dict[str, Any] = {
+        "device_type": DeviceType.CPU, "thread": 1, "fwd_thread": 0, "sequence_nr": -1,
+        "kernels": [], "input_shapes": [], "is_user_annotation": False, "self_cpu_time_total": 1.0,
+    }  # fmt: skip
+    span = SimpleNamespace(start=start, end=start + 1)
+    return SimpleNamespace(name=name, cpu_parent=parent, time_range=span, **(usual | other))
+
+
+def kernel(name: str, micros: float) -> Any:
+    return SimpleNamespace(name=name, duration=micros)
+
+
+def test_a_kernel_of_the_backward_pass_is_led_back_to_its_module() -> None:
+    """As torch records a GPU: backward runs in a thread of its own, a label shows on the device."""
+    from step_parts import launches_of, summarise
+    from torch.autograd import DeviceType
+
+    on_gpu = {"device_type": DeviceType.CUDA}
+    label = "part of step: norms"
+    norm = event(label, 0, kernels=[kernel(label, 9)])
+    forward = event("aten::mul", 1, norm, sequence_nr=7, kernels=[kernel("mul_kernel", 2)])
+    # The same number in the other thread is that of a recomputed operation elsewhere.
+    elsewhere = event("aten::add", 2, sequence_nr=7, thread=2)
+    node = event("autograd::engine::evaluate_function: MulBackward0", 3, thread=2, fwd_thread=1,
+                 sequence_nr=7)  # fmt: skip
+    backward = event("aten::mul", 4, node, thread=2, kernels=[kernel("mul_kernel", 3)])
+    device = [
+        event("mul_kernel", 10, **on_gpu), event("mul_kernel", 10.5, **on_gpu),
+        event(label, 0, is_user_annotation=True, **on_gpu),
+    ]  # fmt: skip
+    record = SimpleNamespace(events=lambda: [norm, forward, elsewhere, node, backward, *device])
+    launches, spans = launches_of(record, on_gpu=True)
+    found = summarise(launches, rank=16, vocabulary=100)
+    assert found.seconds["norms"] == pytest.approx(5e-6)
+    assert sum(found.seconds.values()) == pytest.approx(5e-6)
+    assert found.launches["norms"] == 2
+    assert [start for start, _ in spans] == pytest.approx([10e-6, 10.5e-6])
+    with pytest.raises(RuntimeError, match="recorded no kernel"):
+        launches_of(SimpleNamespace(events=lambda: [norm, forward]), on_gpu=True)
 
 
 def test_kernels_that_overlap_are_busy_once() -> None:
