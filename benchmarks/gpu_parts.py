@@ -6,6 +6,7 @@ Settings are those of `our_stack` and what is said at each part.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -57,6 +58,9 @@ def tests(settings: Settings, send: Send) -> None:
             `last`: parts of the names of those that come last.
         send: receives the counts after each test.
     """
+    if importlib.util.find_spec("pytest") is None:
+        send({"left_out": "not installed: pytest"})
+        return
     import pytest
 
     recorder = _TestRecorder(settings, send)

@@ -124,6 +124,7 @@ def test_every_part_is_rehearsed_with_its_predictions(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_and_one_that_hangs_keep_the_others(tmp_path: Path) -> None:
     """peaks crashes where it imports; ragged hangs there for good; tests runs before both."""
     broken = tmp_path / "broken"
@@ -150,6 +151,27 @@ def test_a_part_that_crashes_and_one_that_hangs_keep_the_others(tmp_path: Path) 
     assert "libcudart.so.99" in "".join(peaks["runs"]["4 bits"]["output_tail"])
     assert tests["runs"]["gpu"]["figures"]["pytest_exit_code"] in (1, 2)
     assert "libcudart.so.99" in json.dumps(tests["runs"]["gpu"]["figures"]["failing"])
+
+
+@pytest.mark.slow
+def test_what_is_not_installed_is_said_in_its_place(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    names = ("peft", "trl", "liger_kernel", "pytest")
+    # As Python itself marks a module that is not there.
+    (absent / "sitecustomize.py").write_text(f"import sys; sys.modules |= dict.fromkeys({names})")
+    done = report(tmp_path, "--rehearse", "--only", "tests,speed", PYTHONPATH=str(absent))
+    assert done.returncode == 0, done.stderr[-2000:]
+    tests, speed = figures(tmp_path, "tests"), figures(tmp_path, "speed")
+    assert tests["runs"]["gpu"]["figures"] == {"left_out": "not installed: pytest"}
+    assert (tests["status"], speed["status"]) == ("done", "done")
+    left_out = {name: run["figures"].get("left_out") for name, run in speed["runs"].items()}
+    assert left_out == {
+        "ours": None, "peft": "not installed: peft", "peft, again": "not installed: peft",
+        "ours, again": None, "trl": "not installed: peft, trl",
+        "peft + liger": "not installed: peft, liger_kernel",
+    }  # fmt: skip
+    assert speed["runs"]["ours"]["figures"]["1 x 192"]["tokens_per_second"] > 0
 
 
 def test_the_tests_part_says_which_failed_and_how(tmp_path: Path) -> None:
