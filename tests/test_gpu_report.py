@@ -349,6 +349,13 @@ def test_the_limits_of_all_parts_are_five_minutes() -> None:
     assert sum(part.limit_seconds for part in PARTS.values()) <= 300
 
 
+def test_every_file_with_gpu_tests_is_run() -> None:
+    from gpu_report import PARTS
+
+    assert "tests/test_gpu.py" in PARTS["tests"].runs["gpu"]["files"]
+    assert all((PROJECT / file).is_file() for file in PARTS["tests"].runs["gpu"]["files"])
+
+
 def test_the_page_has_every_part_with_its_limit() -> None:
     from gpu_report import PARTS
 
