@@ -4,10 +4,11 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: train test test-slow test-gpu test-faults check format bench setup clean help
+.PHONY: train test test-slow test-gpu test-faults check format bench gpu-report \
+	gpu-report-rehearse setup clean help
 
 help:            ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 setup: $(STAMP)  ## make .venv with the pinned versions
 
@@ -49,6 +50,12 @@ format: setup    ## let ruff format and fix
 bench: setup     ## peak memory and the comparison with peers
 	$(BIN)/python benchmarks/peak_vram.py --model deepseek-7b --bits 4
 	$(BIN)/python benchmarks/versus_peers.py
+
+gpu-report: setup  ## what has only been predicted, measured on this GPU; five minutes
+	$(BIN)/python benchmarks/gpu_report.py
+
+gpu-report-rehearse: setup  ## the same with tiny models, on a CPU as well
+	$(BIN)/python benchmarks/gpu_report.py --rehearse
 
 clean:           ## remove what the targets made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

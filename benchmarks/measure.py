@@ -16,8 +16,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "qlora-kit")
+PROJECT = Path(__file__).resolve().parent.parent
+RESULTS = PROJECT / "benchmarks" / "results"
+
+# What is measured is the tree that this file is in, whether or not another one is installed.
+sys.path.insert(0, str(PROJECT))
+
+from qlora_kit.model.environment import prepare_environment  # noqa: E402
+
+# Here, because every benchmark imports this before it imports torch: on a GPU all of them have
+# the allocator that a run of the kit has.
+prepare_environment()
+
+_PACKAGES = (
+    "torch", "triton", "bitsandbytes", "transformers", "peft", "trl", "liger-kernel", "accelerate",
+)  # fmt: skip
 
 
 def run_side(script: str, side: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -69,33 +82,46 @@ def machine() -> dict[str, Any]:
     """Return what a figure depends on: processor, device, versions, date."""
     import torch
 
+    import qlora_kit
+
     found: dict[str, Any] = {
         "date": datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "device": "cpu",
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {
+            **{name: version_of(name) for name in _PACKAGES},
+            "qlora-kit": qlora_kit.__version__,
+        },
     }
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
+        found["device_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+        found["versions"]["cuda"] = torch.version.cuda
     return found
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
+def command_line() -> str:
+    """Return the command that this process was started with, its script named from the project."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(PROJECT) if script.is_relative_to(PROJECT) else Path(script.name)
+    return " ".join(["python", shown.as_posix(), *sys.argv[1:]])
+
+
 def save_results(name: str, content: dict[str, Any]) -> Path:
     """Write a result as JSON, with the machine and the command that made it."""
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", *(Path(sys.argv[0]).as_posix(), *sys.argv[1:])])
     path = RESULTS / f"{name}.json"
-    path.write_text(
-        json.dumps({"machine": machine(), "command": command, **content}, indent=2) + "\n"
-    )
+    found = {"machine": machine(), "command": command_line(), **content}
+    path.write_text(json.dumps(found, indent=2) + "\n")
     return path
 
 

@@ -18,6 +18,10 @@ class Meter(Protocol):
         """Run one phase, note its peak and return what it returned."""
         ...
 
+    def peaks_of(self, name: str) -> dict[str, int | None]:
+        """Return what one phase took at most, in bytes, by who counted it."""
+        ...
+
     def summary(self) -> dict[str, Any]:
         """Return what was found, in bytes."""
         ...
@@ -46,7 +50,7 @@ class GpuMeter:
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         torch.empty(1, device="cuda")
-        self._context = self._in_use()
+        self._context = self._in_use() - torch.cuda.memory_reserved()
 
     def _in_use(self) -> int:
         free, total = self._cuda.mem_get_info()
@@ -63,14 +67,24 @@ class GpuMeter:
             self._cuda.synchronize()
             self._peaks[name] = {
                 "allocated_bytes": self._cuda.max_memory_allocated(),
+                # What was asked for: without the rest of a block that could not be split.
+                "requested_bytes": self._cuda.memory_stats()["requested_bytes.all.peak"],
                 "reserved_bytes": self._cuda.max_memory_reserved(),
+                "device_bytes": self._in_use(),
             }
 
+    def peaks_of(self, name: str) -> dict[str, int | None]:
+        """Return allocated, requested and reserved at most, and the device's use at the end."""
+        return dict(self._peaks[name])
+
     def summary(self) -> dict[str, Any]:
-        """Return the peaks; `context_bytes` is what the device had in use before the first."""
+        """Return the peaks; `context_bytes` is what the device had in use before any tensor."""
         return {
             "measured_on": self._cuda.get_device_name(),
             "phase_peaks_bytes": {n: p["allocated_bytes"] for n, p in self._peaks.items()},
+            "phase_peaks_requested_bytes": {
+                n: p["requested_bytes"] for n, p in self._peaks.items()
+            },
             "reserved_bytes": max((p["reserved_bytes"] for p in self._peaks.values()), default=0),
             "device_bytes": self._in_use(),
             "context_bytes": self._context,
@@ -107,11 +121,21 @@ class CpuMeter:
         self._peaks[name], self._live = max(running), running[-1]
         return result
 
+    def peaks_of(self, name: str) -> dict[str, int | None]:
+        """Return what was allocated at most; the other counts are a GPU's."""
+        return {
+            "allocated_bytes": self._peaks[name],
+            "requested_bytes": None,
+            "reserved_bytes": None,
+            "device_bytes": None,
+        }
+
     def summary(self) -> dict[str, Any]:
         """Return the peaks; nothing is reserved ahead on a CPU."""
         return {
             "measured_on": "CPU allocator",
             "phase_peaks_bytes": self._peaks,
+            "phase_peaks_requested_bytes": None,
             "reserved_bytes": None,
             "device_bytes": None,
             "context_bytes": None,

@@ -39,6 +39,14 @@ def source_of(run: dict[str, Any]) -> Any:
     return dataclasses.replace(source, architecture=numbers, folder=None)
 
 
+def architecture_of(run: dict[str, Any]) -> Any:
+    """Return the architecture of a run's model, as transformers has it."""
+    import qlora_kit as qk
+
+    spec = qk.BaseSpec(source_of(run), None, qk.Quantization(run["bits"]), random=True)
+    return spec.architecture()
+
+
 def spec_of(run: dict[str, Any]) -> Any:
     """Return the base of a run; on disk only where pretrained weights are asked for."""
     import qlora_kit as qk
@@ -65,6 +73,26 @@ def config_of(run: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------- measured
 
 
+def load(run: dict[str, Any], hardware: Any) -> Any:
+    """Load the base of a run, but for its digest, which needs every tensor on the host.
+
+    Copying and hashing the 14 GB of a 7B takes longer than all else. Nothing on the device
+    differs.
+    """
+    from unittest import mock
+
+    import qlora_kit as qk
+    from qlora_kit.model.load import Digest, Placement
+
+    # Not a mock object: that would keep every tensor it is called with.
+    with mock.patch.object(Digest, "add", _not_hashed):
+        return qk.load_base(spec_of(run), hardware, placement=Placement.of(config_of(run)))
+
+
+def _not_hashed(digest: Any, name: str, tensor: Any) -> None:
+    """Stand in for `Digest.add`."""
+
+
 def measure(run: dict[str, Any], meter: Meter) -> None:
     """Load, take two optimiser steps and evaluate, each as one phase of the meter.
 
@@ -89,7 +117,7 @@ def measure(run: dict[str, Any], meter: Meter) -> None:
     optimizer = build_optimizer(parameters, config)
     head = head_of(base.model)
     apply(base.model, resolve(config, hardware), hardware)
-    batch = _batch(run, head.linear.out_features).to(hardware.device)
+    batch = random_batch(run, head.linear.out_features).to(hardware.device)
 
     def micro_batches() -> None:
         base.model.train()
@@ -109,7 +137,8 @@ def measure(run: dict[str, Any], meter: Meter) -> None:
     meter.phase("evaluation", lambda: scores(base.model, batch, head, config.loss_chunk_tokens))
 
 
-def _batch(run: dict[str, Any], vocabulary: int) -> Any:
+def random_batch(run: dict[str, Any], vocabulary: int) -> Any:
+    """Return one micro-batch of a run, with every token supervised."""
     import torch
 
     from qlora_kit.data.batch import collate
@@ -131,20 +160,48 @@ def predicted(run: dict[str, Any]) -> dict[str, int]:
     return peaks(source_of(run), config_of(run), for_gpu=not run["scaled"])
 
 
+def phase_peaks(run: dict[str, Any]) -> dict[str, int]:
+    """Return the predicted peak of every phase on the device, in bytes."""
+    spec, config, hardware = _planned(source_of(run), config_of(run), for_gpu=not run["scaled"])
+    return {phase: peak.bytes for phase, peak in _predict(spec, config, hardware).device.items()}
+
+
+def step_work(run: dict[str, Any]) -> Any:
+    """Return the work of one micro-batch, counted on fake tensors: a `plan.ledger.Work`."""
+    import qlora_kit as qk
+    from qlora_kit.model.architecture import build_skeleton
+    from qlora_kit.plan.simulate import BatchShape, simulated_run
+
+    spec, config, hardware = _planned(source_of(run), config_of(run), for_gpu=not run["scaled"])
+    skeleton = build_skeleton(spec.architecture())
+    with simulated_run(spec, qk.LoraSpec.of(config), config, hardware, skeleton) as simulated:
+        simulated.step(config, BatchShape(run["batch_size"], run["length"]))
+        return simulated.work
+
+
 def peaks(source: Any, config: Any, *, for_gpu: bool) -> dict[str, int]:
     """Return the predicted peaks of a step, on device and host, and of an evaluation."""
-    import torch
-
-    import qlora_kit as qk
-    from qlora_kit.model.hardware import Hardware
-    from qlora_kit.plan.simulate import predict
-
-    hardware = Hardware(torch.device("meta" if for_gpu else "cpu"), torch.bfloat16, "planned")
-    spec = qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True)
-    found = predict(spec, qk.LoraSpec.of(config), config, hardware, config.max_length)
+    found = _predict(*_planned(source, config, for_gpu=for_gpu))
     step = ("forward", "backward", "optimizer")
     return {
         "step": max(found.device[phase].bytes for phase in step),
         "host": max(found.host[phase].bytes for phase in step),
         "evaluation": found.device["evaluation"].bytes,
     }
+
+
+def _planned(source: Any, config: Any, *, for_gpu: bool) -> tuple[Any, Any, Any]:
+    import torch
+
+    import qlora_kit as qk
+    from qlora_kit.model.hardware import Hardware
+
+    hardware = Hardware(torch.device("meta" if for_gpu else "cpu"), torch.bfloat16, "planned")
+    return qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True), config, hardware
+
+
+def _predict(spec: Any, config: Any, hardware: Any) -> Any:
+    import qlora_kit as qk
+    from qlora_kit.plan.simulate import predict
+
+    return predict(spec, qk.LoraSpec.of(config), config, hardware, config.max_length)

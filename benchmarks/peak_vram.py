@@ -172,7 +172,7 @@ def _predicted(run_as_json: str) -> int | None:
         return None
     from peers_simulated import simulate
 
-    return simulate(_architecture(run), run, for_gpu=not run["scaled"])["step"]
+    return simulate(our_stack.architecture_of(run), run, for_gpu=not run["scaled"])["step"]
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -189,20 +189,13 @@ def measured(run: Run) -> dict[str, Any]:
         else:
             import peers_stack
 
-            peers_stack.measure(_architecture(run), run, meter)
+            peers_stack.measure(our_stack.architecture_of(run), run, meter)
     except torch.OutOfMemoryError:
         fits = False
     found = meter.summary()
     peaks = found["phase_peaks_bytes"]
     steps = [peaks[phase] for phase in our_stack.STEP_PHASES if phase in peaks]
     return {"measured_bytes": max(steps, default=None), "fits": fits, **found}
-
-
-def _architecture(run: Run) -> Any:
-    import qlora_kit as qk
-
-    source = our_stack.source_of(run)
-    return qk.BaseSpec(source, None, qk.Quantization(run["bits"]), random=True).architecture()
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import peers_model
 import peers_stack
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def simulate(architecture: Any, run: dict[str, Any], *, for_gpu: bool) -> dict[s
     """
     if run["bits"] != 4:
         raise ValueError(f"{run['bits']} bits: only bitsandbytes' 4-bit layers can be simulated")
-    model = peers_stack.empty_model(architecture, run["bits"])
+    model = peers_model.empty_model(architecture, run["bits"])
     ledger = _TwoSides("cpu")
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -71,7 +72,7 @@ def simulate(architecture: Any, run: dict[str, Any], *, for_gpu: bool) -> dict[s
         stack.enter_context(ledger)
         cpu = torch.device("cpu")
         workspace = torch.empty(workspace_bytes("meta") if for_gpu else 0, dtype=torch.uint8)
-        peers_stack.fill(model, cpu, _pack_nothing)
+        peers_model.fill(model, cpu, _pack_nothing)
         ledger.restart()
         peers_stack.train(model, run, on_cpu=True, offload=for_gpu)
         found = {"step": ledger.peak("device").bytes, "host": ledger.peak("host").bytes}
@@ -79,7 +80,7 @@ def simulate(architecture: Any, run: dict[str, Any], *, for_gpu: bool) -> dict[s
     return found
 
 
-def _pack_nothing(layer: Any, device: torch.device) -> None:
+def _pack_nothing(layer: Any, _: Callable[[], Tensor], device: torch.device) -> None:
     """Give a layer packed tensors of the right sizes, as plain ones: `Params4bit` is none."""
     shape = (layer.out_features, layer.in_features)
     sized = FourBitWeight.empty(shape, Quantization(4), device)

@@ -12,116 +12,34 @@ accumulation as ours; NF4 with double quantisation, computed in bf16:
   `padding_free` would build a mask of T × T where flash-attn is not installed.
 
 Rows a micro-batch and tokens a row are those of the comparison, not trl's defaults (8, 1,024).
-The model is put together from random weights in the layers that transformers itself would put
-in, because `from_pretrained` needs a checkpoint on disk; what loading takes is not part of the
-comparison.
+The model has random weights (`peers_model.py`); what loading takes is not part of the comparison.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import bitsandbytes
 import datasets
 import torch
 from meters import Meter
 from our_stack import ACCUMULATION
-from peft import LoraConfig, prepare_model_for_kbit_training
+from peers_model import empty_model, fill, lora_config
+from peft import prepare_model_for_kbit_training
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, PrinterCallback
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.quantizers import AutoHfQuantizer
+from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from trl.kernels import chunked_logprob
 
-from qlora_kit.model.architecture import build_skeleton
-
 SETTINGS = ("default", "bare", "best")
-_TARGETS: dict[str, Any] = {
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear": "all-linear",
-}  # fmt: skip
 _BEST: dict[str, Any] = {
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "optim": "paged_adamw_8bit",
 }
-
-# Leaves a packed weight in a layer.
-Pack = Callable[[nn.Module, torch.device], None]
-
-
-def quantization_of(bits: int) -> BitsAndBytesConfig:
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-
-
-def pack(layer: Any, device: torch.device) -> None:
-    """Give a layer random weights, quantised by bitsandbytes on the way to the device."""
-    shape = (layer.out_features, layer.in_features)
-    weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
-    if isinstance(layer, bitsandbytes.nn.Linear4bit):
-        held = layer.weight
-        layer.weight = bitsandbytes.nn.Params4bit(
-            weight, requires_grad=False, quant_type=held.quant_type,
-            compress_statistics=held.compress_statistics, module=layer,
-        )  # fmt: skip
-    else:
-        # Only a move away from the CPU quantises these.
-        layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False)
-    layer.to(device)
-
-
-def empty_model(architecture: Any, bits: int) -> Any:
-    """Return the model with bitsandbytes' layers in place and no weights yet.
-
-    Args:
-        architecture: its config.
-        bits: 4 or 8, of the linear layers; head and embedding stay in 16.
-    """
-    quantization = quantization_of(bits)
-    model: Any = build_skeleton(architecture)
-    replace_with_bnb_linear(model, ["lm_head"], quantization)
-    # What `from_pretrained` notes, and what the trainer and peft ask for.
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
-    model.is_quantized = True
-    model.hf_quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-    model.config.quantization_config = quantization
-    model.config.use_cache = False
-    return model
-
-
-def fill(model: Any, device: torch.device, packed: Pack = pack) -> Any:
-    """Put random weights into a model of `empty_model`: bf16, and packed by `packed`."""
-    for layer in list(model.modules()):
-        if isinstance(layer, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
-            packed(layer, device)
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                setattr(module, name, _random(parameter, f"{path}.{name}", device))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = torch.empty_like(buffer, device=device).copy_(buffer)
-    model.tie_weights()
-    # transformers notes the number of a GPU, and accelerate compares it with its own.
-    model.hf_device_map = {"": device if device.type == "cpu" else device.index}
-    return model
-
-
-def _random(parameter: Tensor, name: str, device: torch.device) -> nn.Parameter:
-    value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-    value = value.fill_(1.0) if "norm" in name else value.normal_(0, 0.02)
-    return nn.Parameter(value, requires_grad=False)
 
 
 def build_trainer(
@@ -146,19 +64,15 @@ def build_trainer(
         bf16=True, use_cpu=on_cpu, save_strategy="no", report_to="none", disable_tqdm=True,
         **(_BEST | {"activation_offloading": offload} if is_best else {}),
     )  # fmt: skip
-    lora = LoraConfig(
-        r=run["rank"], lora_alpha=2 * run["rank"], target_modules=_TARGETS[run["targets"]],
-        lora_dropout=0.0, task_type="CAUSAL_LM",
-    )  # fmt: skip
     trainer = SFTTrainer(
-        model=model, args=config, processing_class=_tokenizer(), peft_config=lora,
+        model=model, args=config, processing_class=tokenizer(), peft_config=lora_config(run),
         train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """Return one that the trainer asks only for the id it pads with."""
     words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(

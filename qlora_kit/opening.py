@@ -146,9 +146,12 @@ def open_tokenizer(
         chat_template: see `choose_template`; None for the tokenizer's own.
     """
     from qlora_kit.data.chat_template import choose_template
+    from qlora_kit.model.doctor import too_old
     from qlora_kit.model.fetch import fetch
     from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
 
+    for text in too_old():
+        announce(Notice(text))
     source = find_model(options.model)
     fetched = fetch(source, random=options.weights == "random", revision=options.revision)
     has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
+from conftest import PROJECT
 from huggingface_hub import errors
 
+from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ConfigError, EnvironmentFault, HubError, ModelError
+from qlora_kit.events import Event, Notice
 from qlora_kit.model import doctor
 from qlora_kit.model.fetch import Fetched, fetch
 from qlora_kit.model.hardware import choose_hardware, dtype_named, make_deterministic
 from qlora_kit.model.memory import memory_in_use_bytes
 from qlora_kit.model.names import DEMO, ModelSource, find_model, known_models
 from qlora_kit.model.quantize import Quantization
+from qlora_kit.opening import open_tokenizer
 
 # huggingface_hub moved from one to the other.
 httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
@@ -342,3 +347,25 @@ def test_the_doctor_names_missing_and_old_packages(monkeypatch: pytest.MonkeyPat
     assert not found["transformers"].ok
     assert found["transformers"].remedy == "pip install 'transformers>=5.22'"
     assert found["torch"].ok
+
+
+def test_an_old_package_is_told_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = tmp_path / "transformers-5.3.1.dist-info"
+    stale.mkdir()
+    (stale / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.3.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    heard: list[Event] = []
+    assert open_tokenizer(BaseModelOptions(model="demo"), heard.append).tokenizer.eos_token
+    told = [event.text for event in heard if isinstance(event, Notice)]
+    assert told == [
+        "transformers 5.3.1 is older than what this is tested with; "
+        "pip install 'transformers>=5.22'"
+    ]
+
+
+def test_the_doctor_asks_for_what_the_package_asks_for() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    for package, least in doctor._MINIMUM.items():
+        assert f"{package}>={'.'.join(map(str, least))}" in project["project"]["dependencies"]

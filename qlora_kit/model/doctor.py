@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "safetensors")
+# Before this transformers loses the spaces of some tokenizers, DeepSeek-LLM's among them.
 _MINIMUM = {"transformers": (5, 22)}
 # NF4 keeps about 90 % of a normal weight's norm, int8 above 99 %.
 _TOLERANCE = {4: 0.12, 8: 0.02}
@@ -43,10 +44,26 @@ def _versions() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding(package, "not installed", False, f"pip install {package}")
             continue
-        numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
-        least = _MINIMUM.get(package, (0,))
-        remedy = "" if numbers >= least else f"pip install '{package}>={'.'.join(map(str, least))}'"
-        yield Finding(package, version, numbers >= least, remedy)
+        remedy = _upgrade(package, version)
+        yield Finding(package, version, not remedy, remedy)
+
+
+def _upgrade(package: str, version: str) -> str:
+    """Return the command that replaces a version that is too old, or "" where it is not."""
+    least = _MINIMUM.get(package, (0,))
+    numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
+    return "" if numbers >= least else f"pip install '{package}>={'.'.join(map(str, least))}'"
+
+
+def too_old() -> Iterator[str]:
+    """Say of each package that is older than what the kit is tested with; asks no import."""
+    for package in _MINIMUM:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if command := _upgrade(package, version):
+            yield f"{package} {version} is older than what this is tested with; {command}"
 
 
 def _devices() -> Iterator[Finding]:
