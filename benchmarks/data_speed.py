@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import peak_resident_bytes, print_table, run_side, save_results
+from measure import AnonymousPeak, print_table, run_side, save_results
 
 _PROJECT = Path(__file__).parent.parent
 _ASSETS = Path(os.environ.get("QLORA_KIT_ASSETS", _PROJECT.parent / "shared" / "assets"))
@@ -102,7 +102,7 @@ def _summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
             "tokens_per_second": round(
                 statistics.median(r[side]["tokens"] / r[side]["seconds"] for r in rounds)
             ),
-            "peak_resident_mb": round(max(r[side]["peak_resident_bytes"] for r in rounds) / 1e6),
+            "growth_mb": round(max(r[side]["growth_bytes"] for r in rounds) / 1e6),
         }
         for side in _SIDES
     ]
@@ -125,6 +125,7 @@ def _ours(settings: dict[str, Any]) -> dict[str, Any]:
     from qlora_kit.data.tokens import tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], local_files_only=True)
+    memory = AnonymousPeak()
     started = time.perf_counter()
     samples = load_samples(settings["file"])
     read = time.perf_counter() - started
@@ -134,7 +135,7 @@ def _ours(settings: dict[str, Any]) -> dict[str, Any]:
         "reading_seconds": read,
         "tokens": made.counts.tokens,
         "supervised_tokens": made.counts.supervised_tokens,
-        "peak_resident_bytes": peak_resident_bytes(),
+        "growth_bytes": memory.growth_bytes,
     }
 
 
@@ -170,6 +171,7 @@ def _bare(settings: dict[str, Any], masked: bool = True) -> dict[str, Any]:
             "labels": [row[:_MAX_LENGTH] for row in labels],
         }
 
+    memory = AnonymousPeak()
     started = time.perf_counter()
     rows = datasets.load_dataset("json", data_files=settings["file"], split="train")
     rows = rows.map(encode, batched=True, remove_columns=rows.column_names)
@@ -180,7 +182,7 @@ def _bare(settings: dict[str, Any], masked: bool = True) -> dict[str, Any]:
         "seconds": seconds,
         "tokens": len(supervised),
         "supervised_tokens": int(supervised.sum()),
-        "peak_resident_bytes": peak_resident_bytes(),
+        "growth_bytes": memory.growth_bytes,
     }
 
 

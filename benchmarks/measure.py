@@ -12,6 +12,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,31 @@ def run_side(script: str, side: str, settings: dict[str, Any]) -> dict[str, Any]
     return found
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process now."""
-    return _status("VmRSS")
+class AnonymousPeak:
+    """The most memory that this process took for itself since this was made.
 
+    Files that are mapped, libraries and checkpoints, are resident too and no growth: the system
+    takes their pages back whenever it needs them. Linux keeps no peak without them, so a thread
+    looks every 10 ms.
+    """
 
-def peak_resident_bytes() -> int:
-    """Return the largest memory this process has had."""
-    return _status("VmHWM")
+    def __init__(self) -> None:
+        self.start_bytes = self._peak = _status("RssAnon")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self._look()
+            time.sleep(0.01)
+
+    def _look(self) -> None:
+        self._peak = max(self._peak, _status("RssAnon"))
+
+    @property
+    def growth_bytes(self) -> int:
+        """How much more it was at its most than at the start."""
+        self._look()
+        return self._peak - self.start_bytes
 
 
 def _status(name: str) -> int:
@@ -116,11 +134,16 @@ def command_line() -> str:
     return " ".join(["python", shown.as_posix(), *sys.argv[1:]])
 
 
+def machine_and_command() -> dict[str, Any]:
+    """Return what stands above every figure: the machine, and the command that made it."""
+    return {"machine": machine(), "command": command_line()}
+
+
 def save_results(name: str, content: dict[str, Any]) -> Path:
     """Write a result as JSON, with the machine and the command that made it."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    found = {"machine": machine(), "command": command_line(), **content}
+    found = {**machine_and_command(), **content}
     path.write_text(json.dumps(found, indent=2) + "\n")
     return path
 

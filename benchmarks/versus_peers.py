@@ -1,11 +1,15 @@
 """Compare a training step with the usual stack, on this machine's CPU.
 
-    python benchmarks/versus_peers.py [--rounds 3] [--steps 4]
+    python benchmarks/versus_peers.py [--model smollm2,deep,wide] [--rounds 3] [--steps 4]
 
 Sides: `ours`; `peft`: a plain loop of transformers + peft + bitsandbytes with
 `F.cross_entropy`; `trl`: its SFTTrainer on the same stack. Each side runs in its own
 process, in turn, several rounds; the ratios are taken round by round and their median is
-quoted. Memory is the peak of the process minus what it holds after its imports.
+quoted. Memory is the peak of what the process took for itself (anonymous; files that are mapped
+are no growth) minus what that was after its imports.
+
+Models: `smollm2`, the shape of SmolLM2-135M, a real model that is tied and has grouped heads;
+`deep`, narrow in vocabulary; `wide`, four layers under DeepSeek's vocabulary of 102,400.
 """
 
 from __future__ import annotations
@@ -19,26 +23,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import (
-    matmul_flops,
-    peak_resident_bytes,
-    print_table,
-    resident_bytes,
-    run_side,
-    save_results,
-)
+from measure import AnonymousPeak, machine_and_command, matmul_flops, print_table, run_side
 
 MODELS: dict[str, dict[str, Any]] = {
-    "wide": {
-        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "vocab_size": 102400, "batch": 2, "length": 512,
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True, "batch": 2, "length": 256,
     },
     "deep": {
         "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "vocab_size": 8192, "batch": 4, "length": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192,
+        "tie_word_embeddings": False, "batch": 4, "length": 256,
+    },
+    "wide": {
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 102400,
+        "tie_word_embeddings": False, "batch": 2, "length": 512,
     },
 }  # fmt: skip
-SIDES = {"wide": ("ours", "peft", "trl"), "deep": ("ours", "peft")}
+SIDES = ("ours", "peft", "trl")
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LEARNING_RATE = 2e-4
@@ -52,6 +56,8 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=4, help="measured steps a round, after one warm-up"
     )
+    parser.add_argument("--model", default=",".join(MODELS), help="shapes, separated by commas")
+    parser.add_argument("--json", type=Path, help="file for every figure of every run")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,8 +65,16 @@ def main() -> None:
         settings = json.loads(arguments.settings)
         print(json.dumps(_SIDES[arguments.side](settings)))
         return
-    results = {name: compare(name, arguments.rounds, arguments.steps) for name in MODELS}
-    print("saved", save_results("versus_peers_cpu", {"models": results}))
+    names = arguments.model.split(",")
+    if unknown := [name for name in names if name not in MODELS]:
+        parser.error(f"--model: no shape {', '.join(unknown)}; expected {', '.join(MODELS)}")
+    results = {}
+    for name in names:
+        results[name] = compare(name, arguments.rounds, arguments.steps)
+        if arguments.json:
+            # After each, so that a run that is cut short keeps what it has.
+            found = {**machine_and_command(), "models": results}
+            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def compare(name: str, rounds: int, steps: int) -> dict[str, Any]:
@@ -68,11 +82,11 @@ def compare(name: str, rounds: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         save_model(MODELS[name], Path(folder))
         settings = {**MODELS[name], "folder": folder, "steps": steps}
-        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES[name]}
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for _ in range(rounds):
-            for side in SIDES[name]:
+            for side in SIDES:
                 runs[side].append(run_side(sys.argv[0], side, settings))
-    rows = [_summary(side, runs) for side in SIDES[name]]
+    rows = [_summary(side, runs) for side in SIDES]
     print(f"\n{name}: {json.dumps(MODELS[name])}")
     print_table(rows, list(rows[0]))
     return {"settings": MODELS[name], "sides": rows, "runs": runs}
@@ -104,7 +118,7 @@ def save_model(settings: dict[str, Any], folder: Path) -> None:
 
     torch.manual_seed(0)
     numbers = {k: v for k, v in settings.items() if k not in ("batch", "length")}
-    config = LlamaConfig(**numbers, max_position_embeddings=2048, tie_word_embeddings=False)
+    config = LlamaConfig(**numbers, max_position_embeddings=2048)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -126,22 +140,23 @@ def step_flops(settings: dict[str, Any]) -> float:
     attention are left out (below 5 %).
     """
     h, i = settings["hidden_size"], settings["intermediate_size"]
-    linear = settings["num_hidden_layers"] * (4 * h * h + 3 * h * i)
+    narrow = h * settings["num_key_value_heads"] // settings["num_attention_heads"]
+    linear = settings["num_hidden_layers"] * (2 * h * h + 2 * h * narrow + 3 * h * i)
     tokens = settings["batch"] * settings["length"]
     return float(tokens * (6 * linear + 4 * settings["vocab_size"] * h))
 
 
 def _finding(
-    settings: dict[str, Any], seconds: list[float], losses: list[float], imported: int
+    settings: dict[str, Any], seconds: list[float], losses: list[float], memory: AnonymousPeak
 ) -> dict[str, Any]:
     # Read before the rate is measured, which takes memory of its own.
-    memory = peak_resident_bytes() - imported
+    growth = memory.growth_bytes
     step = statistics.median(seconds[1:])
     return {
         "step_seconds": step,
         "tokens_per_second": settings["batch"] * settings["length"] / step,
-        "memory_bytes": memory,
-        "after_imports_bytes": imported,
+        "memory_bytes": growth,
+        "after_imports_bytes": memory.start_bytes,
         "share_of_matmul_rate": step_flops(settings) / step / matmul_flops(),
         "losses": losses,
     }
@@ -158,7 +173,7 @@ def run_ours(settings: dict[str, Any]) -> dict[str, Any]:
     from qlora_kit.train.loop import train_adapter
 
     rows = [{"input_ids": r, "labels": r, "row": n} for n, r in enumerate(token_rows(settings))]
-    imported = resident_bytes()
+    memory = AnonymousPeak()
     source = find_model(settings["folder"])
     base = qk.load_base(
         qk.BaseSpec(source, source.folder, qk.Quantization(4)), qk.choose_hardware("cpu")
@@ -181,7 +196,7 @@ def run_ours(settings: dict[str, Any]) -> dict[str, Any]:
         learning_rate=LEARNING_RATE,
     )
     train_adapter(adapter, rows, config, announce=listen)
-    return _finding(settings, seconds, losses, imported)
+    return _finding(settings, seconds, losses, memory)
 
 
 def _peft_model(settings: dict[str, Any]) -> Any:
@@ -213,7 +228,7 @@ def run_peft(settings: dict[str, Any]) -> dict[str, Any]:
     import transformers  # noqa: F401
 
     rows = torch.tensor(token_rows(settings))
-    imported = resident_bytes()
+    memory = AnonymousPeak()
     model, lora, get_peft_model = _peft_model(settings)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
@@ -232,7 +247,7 @@ def run_peft(settings: dict[str, Any]) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))
-    return _finding(settings, seconds, losses, imported)
+    return _finding(settings, seconds, losses, memory)
 
 
 def run_trl(settings: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +261,7 @@ def run_trl(settings: dict[str, Any]) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     rows = token_rows(settings)
-    imported = resident_bytes()
+    memory = AnonymousPeak()
     model, lora, _ = _peft_model(settings)
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(
@@ -276,7 +291,7 @@ def run_trl(settings: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return _finding(settings, times, losses, imported)
+    return _finding(settings, times, losses, memory)
 
 
 _SIDES = {"ours": run_ours, "peft": run_peft, "trl": run_trl}

@@ -2,7 +2,7 @@
 
 It sees what an operation takes for itself meanwhile, which no ledger of tensors does. The record is
 torch's profiler's, without its operators: kept for a whole step, they are many times what the
-step itself takes. So it is also read and begun again every few hundred operations.
+step itself takes. It is read and begun again after some operations, but not within a backward.
 
 Uses private names of torch (2.11 to 2.13): `torch.profiler` has no way to leave operators out.
 """
@@ -59,17 +59,23 @@ class AllocatorRecord(TorchDispatchMode):
         """Run an operation; read what there is of the record after many."""
         result = func(*args, **(kwargs or {}))
         self._operations += 1
-        if self._operations % _OPERATIONS_A_RECORD == 0:
+        if self._operations >= _OPERATIONS_A_RECORD and not _is_in_backward():
             self._read()
             _begin()
         return result
 
     def _read(self) -> None:
+        self._operations = 0
         events = _profiler._disable_profiler().events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         for _, change in changes:
             self._live += change
             self.peak_bytes = max(self.peak_bytes, self._live)
+
+
+def _is_in_backward() -> bool:
+    # What is begun there ends with it: autograd puts the thread's state back as it found it.
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _begin() -> None:

@@ -41,6 +41,8 @@ class Plan:
         budget: what the run may take.
         warnings: what the user should know before the run.
         found: what the search for settings found, if there was one.
+        before_bytes: anonymous memory of the process before it loads the base, where the run is
+            about to start on a CPU; 0 elsewhere.
     """
 
     config: TrainConfig
@@ -49,11 +51,18 @@ class Plan:
     budget: Budget
     warnings: tuple[str, ...] = ()
     found: Found | None = None
+    before_bytes: int = 0
 
     @property
     def card_bytes(self) -> int:
         """What the run takes of a whole card: with context and a margin for fragmentation."""
         return self.budget.taken_of_card(self.prediction.peak.bytes)
+
+    @property
+    def process_bytes(self) -> int | None:
+        """Anonymous memory that the process will have at most, where a run is about to start."""
+        peak = self.prediction.peak.bytes
+        return self.budget.taken_by_process(self.before_bytes, peak) if self.before_bytes else None
 
     @property
     def over_bytes(self) -> int:

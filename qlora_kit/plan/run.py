@@ -8,7 +8,7 @@ the largest step, and holds what was measured against what was predicted: on the
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ def plan_run(
             raise
         announce(Notice(f"the memory of this run is not predicted ({type(error).__name__})"))
         return None
-    return_free_memory()
+    if hardware.device.type == "cpu":
+        return_free_memory()
+        plan = replace(plan, before_bytes=anonymous_bytes())
     _announce(plan, announce)
     if budget.is_bounded:
         limit_memory(hardware.device, budget.allocatable_bytes)
@@ -93,10 +95,9 @@ def _announce(plan: Plan, announce: Announce) -> None:
     rows = [("predicted peak", f"{size_text(peak)}, in {plan.prediction.peak_phase}")]
     if plan.budget.on_gpu:
         rows.append(("on the host", f"{size_text(plan.prediction.host_peak.bytes)}"))
-    else:
-        before = anonymous_bytes()
-        whole = size_text(plan.budget.taken_by_process(before, peak))
-        rows.append(("of the process", f"{whole}, of which it has {size_text(before)} now"))
+    elif plan.process_bytes is not None:
+        has = f"of which it has {size_text(plan.before_bytes)} now"
+        rows.append(("of the process", f"{size_text(plan.process_bytes)}, {has}"))
     if plan.budget.card_bytes is not None:
         rows.append(("of the budget", f"{plan.card_bytes / plan.budget.card_bytes:.0%}"))
     announce(Facts("memory", tuple(rows)))
@@ -213,6 +214,11 @@ class MemoryAccount:
                 "difference": None if predicted is None else found.peak_bytes / predicted - 1,
                 "purposes": PURPOSES,
                 "timeline_bytes": found.timeline,
+            }
+        if self.plan is not None and self.plan.process_bytes is not None:
+            content["process"] = {
+                "before_bytes": self.plan.before_bytes,
+                "predicted_bytes": self.plan.process_bytes,
             }
         if run_peak_bytes is not None:
             on_gpu = self.plan is not None and self.plan.budget.on_gpu
