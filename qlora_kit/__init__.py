@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
     from qlora_kit.model.quantize import Quantization
-    from qlora_kit.opening import load_data, open_base
+    from qlora_kit.opening import configure, load_data, open_base
     from qlora_kit.train.loop import TrainResult, train_adapter
 
 __version__ = "0.1.0"
@@ -70,7 +70,7 @@ _EXPORTS = {
     "model.load": ("Base", "BaseSpec", "load_base"),
     "model.names": ("find_model", "known_models"),
     "model.quantize": ("Quantization",),
-    "opening": ("load_data", "open_base"),
+    "opening": ("configure", "load_data", "open_base"),
     "train.loop": ("TrainResult", "train_adapter"),
 }
 _HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -6,23 +6,28 @@ functions only, after everything that can be checked without it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_kit.config import (
     AdapterOption,
+    AnyConfig,
     BaseModelOptions,
     EvaluateConfig,
     GenerateConfig,
+    Layer,
     RecordOptions,
     TokenOptions,
+    TrainConfig,
+    resolve,
 )
 from qlora_kit.data.samples import load_samples
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.lora.files import check_adapter_folder, read_base_record, read_peft_config
-from qlora_kit.model.names import ModelSource, find_model
+from qlora_kit.model.names import ModelSource, find_model, known_models
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
@@ -32,6 +37,33 @@ if TYPE_CHECKING:
     from qlora_kit.model.load import Base, BaseSpec
 
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
+
+
+def configure(
+    config_class: type[AnyConfig], layers: Sequence[Layer] = (), **given: Any
+) -> AnyConfig:
+    """Resolve what is asked for, over what the model's file in `configs/` says of a run.
+
+        defaults  <  configs/NAME.yaml  <  `layers`  <  `given`
+
+    The class alone, as in `TrainConfig(model="smollm2-135m")`, knows the defaults only.
+
+    Args:
+        config_class: the configuration of a command.
+        layers: values of other places, such as those of `config.read_config_file`.
+        given: values by their name, or a synonym of it.
+
+    Raises:
+        ConfigError: every fault at once, see `config.resolve`.
+        ModelError: there is no such model.
+    """
+    layers = [*layers, Layer("", given)]
+    asked = resolve(config_class, layers)
+    if not isinstance(asked, TrainConfig):
+        return asked
+    source = find_model(asked.model)
+    origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
+    return resolve(config_class, [Layer(origin, source.settings), *layers])
 
 
 @dataclass(frozen=True)
