@@ -19,8 +19,8 @@ _NO = ("false", "no", "off")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 # Fewer bytes than these are a number whose unit was forgotten.
 _LEAST_BYTES = 1_000_000
-# What the file systems of Linux, macOS and Windows allow.
-_MOST_NAME_BYTES = 255
+# No file system in use allows more; less than the limit of 4,096 is left to what is inside.
+_MOST_NAME_BYTES, _MOST_PATH_BYTES = 255, 3072
 _OPENING, _CLOSING = "([{", ")]}"
 
 
@@ -79,8 +79,12 @@ def _check_text(text: str) -> None:
 def _check_path(text: str) -> None:
     if not text:
         raise ValueError("expected a path")
-    if any(len(part.encode()) > _MOST_NAME_BYTES for part in text.split("/")):
-        raise ValueError(f"expected names of at most {_MOST_NAME_BYTES} bytes in a path")
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if longest > _MOST_NAME_BYTES or len(text.encode()) > _MOST_PATH_BYTES:
+        raise ValueError(
+            f"expected a path of at most {_MOST_PATH_BYTES:,} bytes, and {_MOST_NAME_BYTES} in a "
+            "name of it"
+        )
 
 
 # ---------------------------------------------------------------- booleans
