@@ -112,10 +112,11 @@ class Opened:
             ConfigError: a target or pattern names no layer.
         """
         from qlora_kit.lora.attach import check_patterns, resolve_targets
-        from qlora_kit.model.architecture import build_skeleton, linear_layers
+        from qlora_kit.model.architecture import build_skeleton, embedding_paths, linear_layers
 
-        layers = linear_layers(build_skeleton(self.spec(options).architecture()))
-        paths = resolve_targets(list(layers), lora.targets)
+        skeleton = build_skeleton(self.spec(options).architecture())
+        layers = linear_layers(skeleton)
+        paths = resolve_targets(list(layers), lora.targets, embedding_paths(skeleton))
         check_patterns(paths, lora)
         shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
         return sum(width * lora.rank_of(path) for width, path in shapes)
