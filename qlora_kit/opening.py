@@ -27,6 +27,7 @@ from qlora_kit.data.samples import load_samples
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.lora.files import check_adapter_folder, read_base_record, read_peft_config
+from qlora_kit.model.config_file import ids_beyond, read_config_file
 from qlora_kit.model.names import ModelSource, find_model, known_models
 
 if TYPE_CHECKING:
@@ -191,7 +192,30 @@ def open_tokenizer(
     choose_template(tokenizer, chat_template)
     if adapter is not None:
         _compare_templates(tokenizer, adapter, announce)
-    return Opened(source, fetched, tokenizer, has_template)
+    opened = Opened(source, fetched, tokenizer, has_template)
+    _tell_ids_beyond(opened, options, announce)
+    return opened
+
+
+def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announce) -> None:
+    """Say which special tokens the model does not have; pad with another where it is that one."""
+    folder, tokenizer = opened.fetched.folder, opened.tokenizer
+    tokens = getattr(opened.spec(options).architecture().get_text_config(), "vocab_size", None)
+    if not tokens:
+        return
+    content = read_config_file(folder / "config.json") if folder is not None else {}
+    for part in (content, content.get("text_config") or {}):
+        for name, beyond in ids_beyond(part, tokens).items():
+            found = f"{folder}/config.json: {name} is {', '.join(map(str, beyond))}"
+            announce(Notice(f"{found}, and the model has {tokens} tokens: it is left out"))
+    if tokenizer.pad_token_id >= tokens:
+        announce(
+            Notice(
+                f"{opened.source.name}: its tokenizer pads with token {tokenizer.pad_token_id}, "
+                f"and the model has {tokens}: rows are padded with the end token instead"
+            )
+        )
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _compare_templates(tokenizer: Any, adapter: Path, announce: Announce) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import ModelError
 
 _MOST_FILE_BYTES = 1 << 26
+
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w .+-]*")
 
@@ -61,6 +63,30 @@ def check_end_tokens(path: Path, content: dict[str, Any]) -> None:
             raise ModelError(
                 f"{path}: eos_token_id is {str(token)[:40]}; expected a whole number; restore it"
             )
+
+
+def ids_beyond(content: Mapping[str, Any], tokens: int) -> dict[str, list[int]]:
+    """Return the special tokens that a configuration names and its vocabulary does not have.
+
+    Args:
+        content: of a `config.json`, or its `text_config`.
+        tokens: how many the vocabulary has, counted from 0.
+
+    Returns:
+        The numbers by their field.
+    """
+    found = {}
+    for name in SPECIAL_IDS:
+        beyond = [number for number in as_list(content.get(name)) if not 0 <= number < tokens]
+        if beyond:
+            found[name] = beyond
+    return found
+
+
+def as_list(ids: Any) -> list[int]:
+    """Return the numbers of a field that may hold one, several or none."""
+    each = ids if isinstance(ids, list) else [ids]
+    return [number for number in each if isinstance(number, int)]
 
 
 def check_tokenizer_files(folder: Path) -> None:
