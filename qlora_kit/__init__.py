@@ -9,7 +9,8 @@ leaves as a PEFT adapter or as a merged fp16 model. What the commands do is impo
     adapter = qk.attach(opened.base, qk.LoraSpec(rank=16, targets=("all-linear",)))
     data = qk.load_data("my.jsonl", opened.tokenizer, qk.TokenOptions(max_length=512))
     qk.train_adapter(adapter, data.rows, qk.TrainConfig(max_steps=100))
-    qk.save_adapter(adapter, folder, qk.BaseRecord.of(opened.base))
+    record = qk.BaseRecord.of(opened.base, template_hash=data.template_hash)
+    qk.save_adapter(adapter, folder, record)
 
 Names are loaded when they are first used: importing the package imports no torch.
 """

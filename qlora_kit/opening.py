@@ -26,7 +26,12 @@ from qlora_kit.config import (
 from qlora_kit.data.samples import load_samples
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice, silent
-from qlora_kit.lora.files import check_adapter_folder, read_base_record, read_peft_config
+from qlora_kit.lora.files import (
+    UNKNOWN_TEMPLATE,
+    check_adapter_folder,
+    read_base_record,
+    read_peft_config,
+)
 from qlora_kit.model.config_file import ids_beyond, read_config_file
 from qlora_kit.model.names import ModelSource, find_model, known_models
 
@@ -224,7 +229,7 @@ def _compare_templates(tokenizer: Any, adapter: Path, announce: Announce) -> Non
 
     record = read_base_record(adapter)
     trained_with = record.template_hash if record is not None else None
-    if trained_with is not None and trained_with != template_hash(tokenizer):
+    if trained_with not in (None, UNKNOWN_TEMPLATE, template_hash(tokenizer)):
         announce(
             Notice(
                 f"{adapter}: trained with another chat template than is used now: expect other "

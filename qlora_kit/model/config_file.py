@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import ModelError
+from qlora_kit.storage import check_no_pointer
 
 _MOST_FILE_BYTES = 1 << 26
+
+# Read where there is no tokenizer.json.
+_VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -98,6 +102,9 @@ def check_tokenizer_files(folder: Path) -> None:
     """
     if (folder / "config.json").is_file():
         read_config_file(folder / "config.json")
+    has_json = (folder / "tokenizer.json").is_file()
+    for name in ("tokenizer.json",) if has_json else _VOCABULARIES:
+        check_no_pointer(folder / name, ModelError)
     path = folder / "tokenizer_config.json"
     if path.is_file():
         _check_names(path, read_json_object(path))
@@ -125,6 +132,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: not a JSON object, too large, nested too deeply, or a key twice.
     """
+    check_no_pointer(path, ModelError)
     try:
         if path.stat().st_size > _MOST_FILE_BYTES:
             raise ValueError(f"more than {_MOST_FILE_BYTES:,} bytes")
