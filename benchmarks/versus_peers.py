@@ -9,7 +9,9 @@ quoted. Memory is the peak of what the process took for itself (anonymous; files
 are no growth) minus what that was after its imports.
 
 Models: `smollm2`, the shape of SmolLM2-135M, a real model that is tied and has grouped heads;
-`deep`, narrow in vocabulary; `wide`, four layers under DeepSeek's vocabulary of 102,400.
+`deep`, narrow in vocabulary; `wide`, four layers under DeepSeek's vocabulary of 102,400. All
+widths are multiples of 64: bitsandbytes' kernel for AVX-512 unpacks others wrongly, and the peers
+depend on it.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True, "batch": 2, "length": 256,
     },
     "deep": {
-        "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192,
         "tie_word_embeddings": False, "batch": 4, "length": 256,
     },
     "wide": {
-        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 102400,
         "tie_word_embeddings": False, "batch": 2, "length": 512,
     },

@@ -9,7 +9,8 @@ leaves as a PEFT adapter or as a merged fp16 model. What the commands do is impo
     adapter = qk.attach(opened.base, qk.LoraSpec(rank=16, targets=("all-linear",)))
     data = qk.load_data("my.jsonl", opened.tokenizer, qk.TokenOptions(max_length=512))
     qk.train_adapter(adapter, data.rows, qk.TrainConfig(max_steps=100))
-    qk.save_adapter(adapter, folder, qk.BaseRecord.of(opened.base))
+    record = qk.BaseRecord.of(opened.base, template_hash=data.template_hash)
+    qk.save_adapter(adapter, folder, record)
 
 Names are loaded when they are first used: importing the package imports no torch.
 """
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
     from qlora_kit.model.quantize import Quantization
-    from qlora_kit.opening import load_data, open_base
+    from qlora_kit.opening import configure, load_data, open_base
     from qlora_kit.train.loop import TrainResult, train_adapter
 
 __version__ = "0.1.0"
@@ -70,7 +71,7 @@ _EXPORTS = {
     "model.load": ("Base", "BaseSpec", "load_base"),
     "model.names": ("find_model", "known_models"),
     "model.quantize": ("Quantization",),
-    "opening": ("load_data", "open_base"),
+    "opening": ("configure", "load_data", "open_base"),
     "train.loop": ("TrainResult", "train_adapter"),
 }
 _HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -12,68 +12,40 @@ Imports neither torch nor anything that does.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from qlora_kit.errors import ConfigError
+from qlora_kit.values import (
+    as_meant,
+    kinds_of,
+    parse_digits,
+    parse_list,
+    parse_names,
+    parse_number,
+    parse_numbers,
+    parse_resume,
+    parse_size,
+    parse_size_or_auto,
+    parse_steps,
+    parse_tracker,
+    switch,
+)
 
 # ---------------------------------------------------------------- field types
-
-
-def _number_from_text(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
-
-
-def _list_from_text(value: Any) -> Any:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _pairs_from_text(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    if not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in parts):
-        raise ValueError("expected name=number, several separated by commas")
-    return dict(part.split("=") for part in parts)
-
-
-def _columns_from_text(value: Any) -> Any:
-    try:
-        return _pairs_from_text(value)
-    except ValueError as error:
-        raise ValueError("expected field=column, several separated by commas") from error
-
-
-def parse_size(value: Any) -> Any:
-    """Return bytes from "4GB" (10⁹) or "4GiB" (2³⁰).
-
-    Raises:
-        ValueError: not a number with a unit.
-    """
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError("expected a number with a unit, such as 4GB or 500MB")
-    step = 1024 if match[3] else 1000
-    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
-
-
-def parse_size_or_auto(value: Any) -> Any:
-    """Return "auto" as it is, and bytes from all that `parse_size` takes."""
-    return "auto" if value == "auto" else parse_size(value)
-
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
-
 
 # Above this a rank or a batch is a slip of the finger, not a wish.
 _MOST = 65_536
@@ -99,24 +71,22 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
     )
 
 
-Bits = Annotated[Literal[4, 8, 16], BeforeValidator(_number_from_text)]
+Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
 ChangeNames = Annotated[
     tuple[
         Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"], ...
     ],
-    BeforeValidator(_list_from_text),
+    BeforeValidator(parse_list),
 ]
-Names = Annotated[tuple[str, ...], BeforeValidator(_list_from_text), Field(min_length=1)]
-Columns = Annotated[dict[str, str], BeforeValidator(_columns_from_text)]
-IntegerByPattern = Annotated[
-    dict[str, Annotated[int, Field(ge=1, le=_MOST)]], BeforeValidator(_pairs_from_text)
-]
-NumberByPattern = Annotated[
-    dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs_from_text)
-]
-FolderByName = Annotated[dict[str, Path], BeforeValidator(_columns_from_text)]
+Names = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
+Columns = Annotated[dict[str, str], BeforeValidator(parse_names)]
+_Integer = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_number)]
+_Number = Annotated[float, Field(gt=0), BeforeValidator(parse_number)]
+IntegerByPattern = Annotated[dict[str, _Integer], BeforeValidator(parse_numbers)]
+NumberByPattern = Annotated[dict[str, _Number], BeforeValidator(parse_numbers)]
+FolderByName = Annotated[dict[str, Path], BeforeValidator(parse_names)]
 ByteCount = Annotated[int, BeforeValidator(parse_size)]
-MemorySize = Annotated[Literal["auto"] | ByteCount, BeforeValidator(parse_size_or_auto)]
+MemorySize = Annotated[Literal["auto"] | int, BeforeValidator(parse_size_or_auto)]
 OptimizerName = Annotated[
     Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"], _renamed(_OPTIMIZER_NAMES)
 ]
@@ -124,6 +94,9 @@ SchedulerName = Annotated[Literal["linear", "cosine", "constant"], _renamed(_SCH
 TrainOn = Annotated[Literal["completion", "last-turn", "all"], _renamed(_TRAIN_ON_NAMES)]
 DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], _renamed(_DTYPE_NAMES)]
 ExportDtypeName = Annotated[Literal["float16", "bfloat16", "float32"], _renamed(_DTYPE_NAMES)]
+Resume = Annotated[str | None, BeforeValidator(parse_resume)]
+Steps = Annotated[int | None, BeforeValidator(parse_steps)]
+Tracker = Annotated[Literal["none", "tensorboard", "wandb"], BeforeValidator(parse_tracker)]
 
 
 def option(default: Any, text: str, *, also: Sequence[str] = (), **bounds: Any) -> Any:
@@ -137,6 +110,11 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        return as_meant(value, kinds_of(cls.model_fields[str(info.field_name)].annotation))
 
 
 # ---------------------------------------------------------------- groups
@@ -314,7 +292,7 @@ class OptimizerOptions(Options):
     epochs: float = option(
         1.0, "passes over the data", also=["num_train_epochs", "num_epochs"], gt=0
     )
-    max_steps: int | None = option(None, "optimiser steps; overrides epochs", ge=1)
+    max_steps: Steps = option(None, "optimiser steps; overrides epochs; -1: none", ge=1)
     learning_rate: float = option(2e-4, "peak learning rate", also=["lr"], gt=0)
     scheduler: SchedulerName = option(
         "linear",
@@ -342,7 +320,7 @@ class RunOptions(Options):
     overwrite: bool = option(
         False, "replace a run already in the folder", also=["overwrite_output_dir"]
     )
-    resume: str | None = option(
+    resume: Resume = option(
         None, "continue from `latest` or a checkpoint folder", also=["resume_from_checkpoint"]
     )
     allow_change: ChangeNames = option(
@@ -365,7 +343,7 @@ class RunOptions(Options):
         None, "evaluations without improvement before the run stops", ge=1
     )
     logging_steps: int = option(1, "optimiser steps between rows of the log", ge=1)
-    report_to: Literal["none", "tensorboard", "wandb"] = option(
+    report_to: Tracker = option(
         "none", "where metrics go besides the log; wandb is Weights & Biases"
     )
     samples: int = option(
@@ -484,7 +462,7 @@ class QuantizeConfig(Options):
     revision: str | None = option(
         None, "commit, branch or tag of a hub id", also=["model_revision"]
     )
-    bits: Annotated[Literal[4, 8], BeforeValidator(_number_from_text)] = option(
+    bits: Annotated[Literal[4, 8], BeforeValidator(parse_digits)] = option(
         4, "bits a weight of a linear layer is stored in"
     )
     quant_type: Literal["nf4", "fp4"] = option(
@@ -528,12 +506,21 @@ class Layer:
     values: Mapping[str, Any]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which would take the last of two equal keys without a word.
+class _AsWritten(yaml.SafeLoader):
+    """YAML's safe loader, for options: a value is the text that stands there, as in a flag.
 
-    It takes no aliases either: options have no use for them, and a few lines of aliases of
-    aliases become gigabytes where they are printed.
+    What it means is said by the option's type. YAML would make a date of the folder 2024-01-01,
+    1.1 of the revision 1.10, false of the name no, 90 of 1:30, and text of 1e-4.
+
+    It refuses two equal keys, of which YAML takes the last without a word, and aliases: options
+    have no use for them, and a few lines of aliases of aliases become gigabytes where they are
+    printed.
     """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
+        first: [(tag, form) for tag, form in known if tag == "tag:yaml.org,2002:null"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -551,18 +538,18 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_config_file(path: Path) -> Layer:
-    """Read a YAML configuration file.
+    """Read a YAML configuration file; its values are texts, lists, mappings and None.
 
     Raises:
         ConfigError: missing, not YAML, or not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        content = yaml.load(path.read_text(encoding="utf-8"), _AsWritten)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"{path}: {reason}; expected a YAML file") from error
-    # Values that are none, such as a 40th of May, and nesting without end.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # Bytes that are no text, values that are not what their tag says, nesting without end.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         reason = f" ({problem})" if (problem := getattr(error, "problem", None)) else ""
@@ -606,14 +593,18 @@ def _canonical(
     found: dict[str, tuple[Any, str]] = {}
     for key, value in layer.values.items():
         origin = f"{layer.origin}: {key}" if layer.origin else _as_flag(key)
-        if key in SWITCHES and SWITCHES[key].get(value, ("",))[0] in names:
-            name, value = SWITCHES[key][value]
+        is_on = switch(value)
+        if key in SWITCHES and is_on is None:
+            faults.append(f"{origin}: found {_shown(value)}; expected true or false")
+            continue
+        if key in SWITCHES and SWITCHES[key].get(bool(is_on), ("",))[0] in names:
+            name, value = SWITCHES[key][bool(is_on)]
         elif key in names:
             name = names[key]
-        elif key in _NOT_SAID_WHAT and value is False:
+        elif key in _NOT_SAID_WHAT and is_on is False:
             faults.append(f"{origin}: false does not say how; give bits: 4, 8 or 16 instead")
             continue
-        elif key in SWITCHES and value is False:
+        elif key in SWITCHES and is_on is False:
             continue
         else:
             faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
@@ -649,9 +640,33 @@ def _value_faults(error: ValidationError, origins: Mapping[str, str]) -> list[st
             faults[name] = f"{origin}: missing; give one"
             continue
         message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-        found = "" if isinstance(problem["input"], dict) else f"found {problem['input']}; "
-        faults[name] = f"{origin}: {found}{message[0].lower()}{message[1:]}"
+        if (kind := problem["type"].partition("_")[0]) in _EXPECTED:
+            message = f"expected {_EXPECTED[kind]}"
+        found = _shown(problem["input"])
+        faults[name] = f"{origin}: found {found}; {message[0].lower()}{message[1:]}"
     return list(faults.values())
+
+
+# pydantic's kinds of faults of type; its own words for them speak of Python.
+_EXPECTED = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text",
+    "path": "a path", "tuple": "a list", "dict": "name=value pairs",
+}  # fmt: skip
+_MOST_SHOWN = 80
+
+
+def _shown(value: Any) -> str:
+    """Return a value as YAML has it, shortened."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, dict):
+        return "keys with values"
+    if isinstance(value, int) and abs(value) > 10**_MOST_SHOWN:
+        return "a number of very many digits"  # more than Python would write out
+    is_list = isinstance(value, list | tuple)
+    text = f"[{', '.join(map(_shown, value))}]" if is_list else str(value) or "''"
+    text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _as_flag(name: str) -> str:

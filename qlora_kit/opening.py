@@ -6,23 +6,34 @@ functions only, after everything that can be checked without it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_kit.config import (
     AdapterOption,
+    AnyConfig,
     BaseModelOptions,
     EvaluateConfig,
     GenerateConfig,
+    Layer,
     RecordOptions,
     TokenOptions,
+    TrainConfig,
+    resolve,
 )
 from qlora_kit.data.samples import load_samples
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice, silent
-from qlora_kit.lora.files import check_adapter_folder, read_base_record, read_peft_config
-from qlora_kit.model.names import ModelSource, find_model
+from qlora_kit.lora.files import (
+    UNKNOWN_TEMPLATE,
+    check_adapter_folder,
+    read_base_record,
+    read_peft_config,
+)
+from qlora_kit.model.config_file import ids_beyond, read_config_file
+from qlora_kit.model.names import ModelSource, find_model, known_models
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
@@ -33,6 +44,33 @@ if TYPE_CHECKING:
     from qlora_kit.model.threads import Threads
 
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
+
+
+def configure(
+    config_class: type[AnyConfig], layers: Sequence[Layer] = (), **given: Any
+) -> AnyConfig:
+    """Resolve what is asked for, over what the model's file in `configs/` says of a run.
+
+        defaults  <  configs/NAME.yaml  <  `layers`  <  `given`
+
+    The class alone, as in `TrainConfig(model="smollm2-135m")`, knows the defaults only.
+
+    Args:
+        config_class: the configuration of a command.
+        layers: values of other places, such as those of `config.read_config_file`.
+        given: values by their name, or a synonym of it.
+
+    Raises:
+        ConfigError: every fault at once, see `config.resolve`.
+        ModelError: there is no such model.
+    """
+    layers = [*layers, Layer("", given)]
+    asked = resolve(config_class, layers)
+    if not isinstance(asked, TrainConfig):
+        return asked
+    source = find_model(asked.model)
+    origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
+    return resolve(config_class, [Layer(origin, source.settings), *layers])
 
 
 @dataclass(frozen=True)
@@ -81,10 +119,11 @@ class Opened:
             ConfigError: a target or pattern names no layer.
         """
         from qlora_kit.lora.attach import check_patterns, resolve_targets
-        from qlora_kit.model.architecture import build_skeleton, linear_layers
+        from qlora_kit.model.architecture import build_skeleton, embedding_paths, linear_layers
 
-        layers = linear_layers(build_skeleton(self.spec(options).architecture()))
-        paths = resolve_targets(list(layers), lora.targets)
+        skeleton = build_skeleton(self.spec(options).architecture())
+        layers = linear_layers(skeleton)
+        paths = resolve_targets(list(layers), lora.targets, embedding_paths(skeleton))
         check_patterns(paths, lora)
         shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
         return sum(width * lora.rank_of(path) for width, path in shapes)
@@ -164,7 +203,30 @@ def open_tokenizer(
     choose_template(tokenizer, chat_template)
     if adapter is not None:
         _compare_templates(tokenizer, adapter, announce)
-    return Opened(source, fetched, tokenizer, has_template)
+    opened = Opened(source, fetched, tokenizer, has_template)
+    _tell_ids_beyond(opened, options, announce)
+    return opened
+
+
+def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announce) -> None:
+    """Say which special tokens the model does not have; pad with another where it is that one."""
+    folder, tokenizer = opened.fetched.folder, opened.tokenizer
+    tokens = getattr(opened.spec(options).architecture().get_text_config(), "vocab_size", None)
+    if not tokens:
+        return
+    content = read_config_file(folder / "config.json") if folder is not None else {}
+    for part in (content, content.get("text_config") or {}):
+        for name, beyond in ids_beyond(part, tokens).items():
+            found = f"{folder}/config.json: {name} is {', '.join(map(str, beyond))}"
+            announce(Notice(f"{found}, and the model has {tokens} tokens: it is left out"))
+    if tokenizer.pad_token_id >= tokens:
+        announce(
+            Notice(
+                f"{opened.source.name}: its tokenizer pads with token {tokenizer.pad_token_id}, "
+                f"and the model has {tokens}: rows are padded with the end token instead"
+            )
+        )
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _compare_templates(tokenizer: Any, adapter: Path, announce: Announce) -> None:
@@ -173,7 +235,7 @@ def _compare_templates(tokenizer: Any, adapter: Path, announce: Announce) -> Non
 
     record = read_base_record(adapter)
     trained_with = record.template_hash if record is not None else None
-    if trained_with is not None and trained_with != template_hash(tokenizer):
+    if trained_with not in (None, UNKNOWN_TEMPLATE, template_hash(tokenizer)):
         announce(
             Notice(
                 f"{adapter}: trained with another chat template than is used now: expect other "

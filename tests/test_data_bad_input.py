@@ -59,7 +59,12 @@ PACKED = gzip.compress(GOOD * 200)
 TABLE = _parquet([{"text": "a §"}] * 50)
 
 # Class: name of the file, its bytes, and the error after the file's name.
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 7\n"
 BAD: dict[str, list[tuple[str, bytes, str]]] = {
+    "a pointer of Git LFS": [
+        (f"a.{suffix}", POINTER, ": a Git LFS pointer to the file; expected the file itself; get")
+        for suffix in ("jsonl", "json", "csv", "tsv", "txt", "parquet", "jsonl.gz")
+    ],
     "not UTF-8": [
         (
             "a.jsonl",

@@ -204,8 +204,8 @@ FAULTS = [
     ({"messages": [{"role": "user"}]}, 'turn 1 has no "role" or no "content"; expected both'),
     (_said((None, "SECRET")), 'turn 1 has no "role" or no "content"; expected both'),
     (
-        _turns(("user", "SECRET"), ("developer", "x"), ("assistant", "a")),
-        'turn 2 has role "developer"; expected system, user, assistant, tool; rename or remove',
+        _turns(("user", "SECRET"), ("critic", "x"), ("assistant", "a")),
+        'turn 2 has role "critic"; expected system, user, assistant, tool, developer; rename',
     ),
     (_said(("human", "SECRET"), ("bot", "x")), 'turn 2 has role "bot"; expected human, user, gpt'),
     (_turns(("SECRET role", "x")), "turn 1 has a role that is no plain name; expected system"),
@@ -431,6 +431,20 @@ def test_columns_that_no_shape_has_are_refused() -> None:
         ({"a": {"b": {"c": {"body": "a"}}}}, ""),
         ({"SECRET x": "a", "answer": "a"}, ""),
         ({"question": 3, "answer": 4}, ""),
+        # What is asked about must not be dropped without a word.
+        (
+            {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+            "instruction=instruction,input=context,output=response",
+        ),
+        (
+            {"context": "c", "query": "q", "response": "a"},
+            "instruction=query,input=context,output=response",
+        ),
+        (
+            {"instruction": "q", "input": "c", "response": "a"},
+            "instruction=instruction,input=input,output=response",
+        ),
+        ({"input": "q", "response": "a"}, "question=input,answer=response"),
     ],
 )
 def test_columns_are_suggested_where_names_tell(record: Any, suggestion: str) -> None:
@@ -438,9 +452,12 @@ def test_columns_are_suggested_where_names_tell(record: Any, suggestion: str) ->
 
 
 def test_what_is_suggested_is_recognised() -> None:
-    for record in ({"sentence": "a", "label": "1"}, {"x": {"story": "t"}}):
+    dolly = {"instruction": "q", "context": "c", "response": "a"}
+    for record in ({"sentence": "a", "label": "1"}, {"x": {"story": "t"}}, dolly):
         options = RecordOptions.model_validate({"columns": suggest_columns(record)})
-        assert len(to_samples(_records(record), options).samples) == 1
+        found = to_samples(_records(record), options)
+        assert len(found.samples) == 1
+        assert not found.unread
 
 
 # ---------------------------------------------------------------- what is told

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from data_fixtures import CHATML, make_tokenizer
+from test_data_masks import QWEN3
 
 import qlora_kit as qk
 from qlora_kit.config import RecordOptions, TokenOptions
@@ -15,6 +16,7 @@ from qlora_kit.data.chat_text import ChatWriter
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.data.samples import Samples, load_samples
 from qlora_kit.data.shapes import Conversation
+from qlora_kit.data.template import Renderer
 from qlora_kit.data.tokens import Tokenized, tokenize
 from qlora_kit.errors import DataError
 
@@ -266,3 +268,225 @@ def test_what_a_mark_cannot_say_is_refused(
 
 def test_record_options_are_exported() -> None:
     assert qk.RecordOptions is RecordOptions
+
+
+# ---------------------------------------------------------------- parts with a value
+
+
+PARTS: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "text", "value": "How much "}, {"value": "is it?"}],
+     "loss_weight": 0.0},
+    {"role": "assistant", "loss_weight": 1.0, "content": [
+        {"type": "reasoning", "value": "Add them."},
+        {"type": "text", "value": "I ask."},
+        {"type": "tool_call", "value": '{"name": "add", "arguments": {"one": 1, "other": 2}}'},
+    ]},
+    {"role": "tool", "content": [{"type": "text", "value": "3"}]},
+    {"role": "assistant", "content": [{"type": "reasoning", "value": ""},
+                                      {"type": "text", "value": "It is 3."}]},
+]  # fmt: skip
+ADD = {"function": {"name": "add", "arguments": {"one": 1, "other": 2}}}
+AS_TURNS: list[dict[str, Any]] = [
+    {"role": "user", "content": "How much is it?", "weight": 0},
+    {"role": "assistant", "content": "<think>\nAdd them.\n</think>\n\nI ask.", "tool_calls": [ADD]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "<think>\n\n</think>\n\nIt is 3."},
+]
+
+
+def test_parts_of_llama_factory_are_the_turns_they_stand_for(tmp_path: Path) -> None:
+    samples, plain = _load(tmp_path, PARTS), _load(tmp_path, AS_TURNS)
+    assert samples.content_hash() == plain.content_hash()
+    assert "not read" not in samples.notices[0]
+
+
+def test_the_reasoning_of_a_part_is_learnt_where_the_template_has_its_place(
+    tmp_path: Path,
+) -> None:
+    turns = [PARTS[0], {"role": "assistant", "content": PARTS[1]["content"][:2]}]
+    tokenizer = make_tokenizer(chat_template=QWEN3)
+    rows = tokenize(_load(tmp_path, turns), tokenizer, TokenOptions(), cache=False)
+    assert _learnt(tokenizer, rows) == ["<think>\nAdd them.\n</think>\n\nI ask.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "fault"),
+    [
+        (
+            {"role": "user", "content": [{"type": "reasoning", "value": "SECRET"}]},
+            "turn 3 reasons as user; expected only an assistant to; correct its role or remove "
+            "that part",
+        ),
+        (
+            {"role": "user", "content": [{"type": "tool_call", "value": "{}"}]},
+            "turn 3 calls a tool as user; expected only an assistant to; correct its role or "
+            "remove the call",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url", "value": "SECRET"}]},
+            'turn 3: a part of type "image_url"; expected {"type": "text", "text": ...}; remove '
+            "the record: only text is trained",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "value": 3}]},
+            'turn 3: "value" is a number; expected a string; write the text in quotes',
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "tool_call", "value": "SECRET"}]},
+            "turn 3: the call: not valid JSON (Expecting value at column 1); expected it whole; "
+            "correct it",
+        ),
+        (
+            {"role": "user", "content": "x", "loss_weight": 1.0},
+            'turn 3 is the user\'s and has "loss_weight" on; expected only answers to be learnt; '
+            'remove the "loss_weight"',
+        ),
+    ],
+)
+def test_a_part_that_cannot_be_read_is_one_true_line(
+    tmp_path: Path, turn: dict[str, Any], fault: str
+) -> None:
+    assert _fault(tmp_path, turn) == fault
+
+
+def test_a_loss_weight_of_nothing_is_not_learnt(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    samples = _load(tmp_path, _talk(loss_weight=0.0))
+    rows = tokenize(samples, tokenizer, TokenOptions(), cache=False)
+    assert _learnt(tokenizer, rows) == ["say 1<|im_end|>say 3<|im_end|>"]
+
+
+# ---------------------------------------------------------------- who speaks when
+
+
+FIRST = [
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "ask"},
+    {"role": "assistant", "content": "say"},
+]
+TWO = [FIRST[1], FIRST[2], {"role": "assistant", "content": "more"}]
+# Each with the opening of an answer before which nothing stands.
+OPENINGS = {
+    "alpaca": "<s>### Response:\n",
+    "chatml": "<s><|im_start|>assistant\n",
+    "gemma": "<s><start_of_turn>model\n",
+    "llama-3": "<s><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistral": "<s>",
+    "vicuna": "<s> ASSISTANT:",
+    "zephyr": "<s><|assistant|>\n",
+}
+ENDS = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "llama-3": "<|eot_id|>"}
+TOKENS = [
+    "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_the_first_turn_may_be_the_assistant_s(tmp_path: Path, name: str) -> None:
+    tokenizer = make_tokenizer(additional_special_tokens=TOKENS)
+    samples = _load(tmp_path, FIRST)
+    renderer = Renderer(tokenizer, chat_template=name)
+    opening, end = OPENINGS[name], ENDS.get(name, "</s>")
+    space = " " if name in ("mistral", "vicuna") else ""
+    (rendered,) = renderer.render(samples.items[0])
+    assert renderer.prompt_text(()) == opening
+    assert rendered.text.startswith(f"{opening}{space}hello{end}")
+    assert rendered.answers[0] == len(opening)
+    rows = tokenize(samples, tokenizer, TokenOptions(chat_template=name), cache=False)
+    assert _learnt(tokenizer, rows) == [f"{space}hello{end}{space}say{end}"]
+
+
+# What each template writes before the very first answer, in words of its own.
+OTHERS = {
+    "a system of its own": (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+        "{% endif %}" + CHATML,
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "reasoning in each last answer": (QWEN3, "<|im_start|>assistant\n"),
+    "an end of the last message": (
+        CHATML.replace("{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+                       "{% if add"),
+        "<|im_start|>assistant\n",
+    ),
+    "reasoning that the prompt opens": (
+        CHATML.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}"),
+        "<|im_start|>assistant\n<think>\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_the_first_answer_follows_what_its_template_opens_it_with(
+    tmp_path: Path, form: str
+) -> None:
+    template, opening = OTHERS[form]
+    tokenizer = make_tokenizer(chat_template=template)
+    renderer = Renderer(tokenizer)
+    assert renderer.prompt_text(()) == opening
+    rendered = renderer.render(_load(tmp_path, FIRST).items[0])
+    assert rendered[0].text.startswith(opening)
+    assert rendered[0].answers[0] == len(opening)
+
+
+def test_a_template_that_wants_the_user_first_says_so(tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user first') }}{% endif %}"
+    )
+    samples = _load(tmp_path, FIRST)
+    with pytest.raises(DataError, match=r"jsonl:1: the chat template refuses .*\(the user first\)"):
+        tokenize(samples, make_tokenizer(chat_template=template + CHATML), TokenOptions())
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_two_answers_in_a_row_are_both_learnt(tmp_path: Path, name: str) -> None:
+    tokenizer = make_tokenizer(additional_special_tokens=TOKENS)
+    samples = _load(tmp_path, TWO)
+    rows = tokenize(samples, tokenizer, TokenOptions(chat_template=name), cache=False)
+    end, space = ENDS.get(name, "</s>"), " " if name in ("mistral", "vicuna") else ""
+    assert _learnt(tokenizer, rows) == [f"{space}say{end}{space}more{end}"]
+
+
+def test_a_template_without_a_prompt_for_a_second_answer_is_one_line(tmp_path: Path) -> None:
+    old = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
+        "{% if m['role'] == 'user' or not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    samples = _load(tmp_path, TWO)
+    with pytest.raises(DataError) as caught:
+        tokenize(samples, make_tokenizer(chat_template=old), TokenOptions(), cache=False)
+    assert str(caught.value) == (
+        f"{tmp_path}/chats.jsonl:1: turn 3 is an answer right after another, which the chat "
+        "template has no prompt for; expected the user's turn between them; join the two answers, "
+        "or use another template"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (CHATML, "system"),
+        ("{# knows developer #}" + CHATML, "developer"),
+        # As Qwen's: a role that is none of its own would be left out without a word.
+        (
+            "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+            "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+            "system",
+        ),
+    ],
+)
+def test_the_developer_speaks_as_the_system_where_no_other_is_known(
+    tmp_path: Path, template: str, role: str
+) -> None:
+    turns = [{"role": "developer", "content": "Be kind."}, *FIRST[1:]]
+    tokenizer = make_tokenizer(chat_template=template)
+    (rendered,) = Renderer(tokenizer).render(_load(tmp_path, turns).items[0])
+    assert rendered.text.startswith(f"<|im_start|>{role}\nBe kind.<|im_end|>\n<|im_start|>user")
+
+
+def test_the_default_template_has_a_place_for_the_developer(tmp_path: Path) -> None:
+    turns = [{"role": "developer", "content": "Be kind."}, *FIRST[1:]]
+    (rendered,) = Renderer(make_tokenizer()).render(_load(tmp_path, turns).items[0])
+    assert rendered.text.startswith("<s>Be kind.\n\n### Instruction:\nask")

@@ -68,6 +68,26 @@ def truncated(name: str) -> Callable[[Path], None]:
     return change
 
 
+def pointer(name: str) -> Callable[[Path], None]:
+    """Return what makes a file Git LFS's pointer to itself, as a clone without it has it."""
+
+    def change(folder: Path) -> None:
+        size = (folder / name).stat().st_size if (folder / name).exists() else 1
+        (folder / name).write_text(
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize {size}\n"
+        )
+
+    return change
+
+
+def pickled_pointer(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).with_suffix(".safetensors").unlink()
+        pointer(name)(folder)
+
+    return change
+
+
 def flipped_bit(folder: Path) -> None:
     file = folder / "model" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -104,6 +124,26 @@ def missing_shard(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated shard": (truncated("model/model.safetensors"), "not a complete safetensors file"),
     "truncated adapter": (truncated("adapter/adapter_model.safetensors"), "not a complete"),
+    **{
+        f"pointer to {name}": (
+            pointer(name),
+            f"{name}: a Git LFS pointer to the file; expected "
+            "the file itself; get it with `git lfs pull`, or download it again",
+        )
+        for name in (
+            "adapter/adapter_model.safetensors",
+            "adapter/adapter_config.json",
+            "adapter/qlora_kit.json",
+            "model/model.safetensors",
+            "model/config.json",
+            "model/tokenizer.json",
+            "model/tokenizer_config.json",
+        )
+    },
+    "pointer to a pickled adapter": (
+        pickled_pointer("adapter/adapter_model.bin"),
+        "adapter_model.bin: a Git LFS pointer to the file",
+    ),
     "flipped bit in the base": (flipped_bit, "trained on other weights than"),
     "missing shard": (missing_shard, "missing, though the index names it"),
     "missing tensor of the base": (
@@ -175,6 +215,32 @@ def test_broken_input_is_one_line_and_leaves_nothing(
     assert err.count("error: ") == 1
     assert says in err
     assert nothing_left(folder)
+
+
+def test_a_pointer_to_what_is_not_read_is_no_fault(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "case")
+    for name in ("model/pytorch_model.bin", "model/tokenizer.model", "adapter/adapter_model.bin"):
+        pointer(name)(folder)
+    code, err = export(folder, capsys)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_a_base_that_is_named_with_nothing_is_not_named(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], nothing: str | None
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "case")
+    (folder / "adapter" / "qlora_kit.json").unlink()
+    changes = {"base_model_name_or_path": nothing, "revision": "", "exclude_modules": ""}
+    json_of("adapter/adapter_config.json", **changes)(folder)
+    code, _, err = run("export", str(folder / "adapter"), "--to", str(folder / "out"),
+                       capsys=capsys)  # fmt: skip
+    assert code == 2
+    assert "does not say what its base is; name it with --model" in err
+    code, err = export(folder, capsys)
+    assert code == 0, err
 
 
 def test_the_same_input_unbroken_is_exported(

@@ -181,7 +181,7 @@ def test_a_target_that_matches_nothing_lists_the_layers(target: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_targets(PATHS, [target])
     (fault,) = caught.value.faults
-    assert repr(target) in fault
+    assert f"'{target}' matches no linear layer" in fault
     assert "attention, mlp, all-linear, or one of q_proj, o_proj, up_proj, down_proj" in fault
 
 
@@ -195,6 +195,28 @@ def test_targets_that_match_in_part_are_refused_one_line_a_fault(
     assert attached_layers(base) == {}  # nothing half done
     with pytest.raises(ConfigError, match="empty"):
         attach(base, LoraSpec(targets=()))
+
+
+@pytest.mark.parametrize("target", ["lm_head", ".*lm_head", "embed_tokens"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_and_embedding_are_told_apart_from_slips(
+    save_tiny: Callable[..., Path], target: str, tied: bool
+) -> None:
+    base = load_folder(save_tiny("tinyllama", tie_word_embeddings=tied))
+    with pytest.raises(ConfigError) as caught:
+        attach(base, LoraSpec(targets=("q_proj", target)))
+    (fault,) = caught.value.faults
+    assert fault.startswith(
+        f"--targets: '{target}' names an embedding or the output head, which carry no LoRA here "
+        "yet; expected attention, mlp, all-linear, or one of q_proj, "
+    )
+    assert fault.endswith("; leave it out")
+
+
+def test_an_expression_is_told_as_it_was_given() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_targets(PATHS, [r"layers\.\d{1,2}\.q"])
+    assert r"'layers\.\d{1,2}\.q' matches" in caught.value.faults[0]
 
 
 def test_a_broken_expression_is_named() -> None:

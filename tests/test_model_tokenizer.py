@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import qlora_kit as qk
 from qlora_kit.errors import ModelError
+from qlora_kit.events import Notice
 from qlora_kit.model.tokenizer import (
     check_round_trip,
     load_tokenizer,
@@ -121,3 +124,55 @@ def test_template_hash_is_that_of_the_text(deepseek: Any, stories: Path) -> None
     expected = hashlib.sha256(deepseek.chat_template.encode()).hexdigest()
     assert template_hash(deepseek) == expected
     assert template_hash(load_tokenizer(stories)) is None
+
+
+# ---------------------------------------------------------------- tokens that the model has not
+
+
+def _demo_with(folder: Path, **numbers: Any) -> Path:
+    """Copy the demo's model with other numbers in its config.json."""
+    made = folder / "model"
+    shutil.copytree(str(qk.find_model("demo").folder), made)
+    content = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**content, **numbers}))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ({"pad_token_id": 99_999}, "pad_token_id is 99999"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"bos_token_id": 99_999}, "bos_token_id is 99999"),
+        ({"eos_token_id": 99_999}, "eos_token_id is 99999"),
+        ({"eos_token_id": [2, 99_999]}, "eos_token_id is 99999"),
+    ],
+)
+def test_special_tokens_beyond_the_vocabulary_are_left_out_and_told(
+    tmp_path: Path, numbers: dict[str, Any], told: str
+) -> None:
+    folder, said = _demo_with(tmp_path, **numbers), list[Any]()
+    opened = qk.open_base(qk.BaseModelOptions(model=str(folder)), said.append)
+    tokens = json.loads((folder / "config.json").read_text())["vocab_size"]
+    notices = [event.text for event in said if isinstance(event, Notice)]
+    assert f"{folder}/config.json: {told}, and the model has {tokens} tokens: it is left out" in (
+        notices
+    )
+    assert opened.base.digest == qk.open_base().base.digest, "its weights are the same"
+    ((name, given),) = numbers.items()
+    kept = getattr(opened.base.model.config, name)
+    assert kept == ([2] if isinstance(given, list) else None)
+
+
+def test_a_padding_token_that_the_model_has_not_is_replaced(tmp_path: Path) -> None:
+    folder, said = _demo_with(tmp_path), list[Any]()
+    tokenizer = load_tokenizer(folder)
+    tokens = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{n}>" for n in range(tokens)]})
+    tokenizer.pad_token = f"<{tokens - 1}>"
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.pad_token_id >= tokens
+    opened = qk.open_base(qk.BaseModelOptions(model=str(folder)), said.append)
+    assert opened.tokenizer.pad_token_id == opened.tokenizer.eos_token_id
+    assert any("rows are padded with the end token instead" in str(event) for event in said)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import yaml
 from test_cli import run
 
 from qlora_kit.data.samples import BUILT_IN
+from qlora_kit.storage import staged_folder, write_text
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
 RUN_FILES = {
@@ -31,6 +35,25 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["train", "--model", "demo", "--bits", "4", "--output", str(output), *SHORT])
     assert stopped.value.code == 0
     return output
+
+
+@contextlib.contextmanager
+def recorded_prompts() -> Iterator[list[list[int]]]:
+    """Record the token ids that generation is given."""
+    import qlora_kit.infer.generate as module
+
+    seen: list[list[int]] = []
+    original = module.generate
+
+    def generate(
+        base: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any, **more: Any
+    ) -> Any:
+        seen.extend(prompts)
+        return original(base, tokenizer, prompts, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "generate", generate)
+        yield seen
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -211,6 +234,82 @@ def test_export_writes_a_model_that_evaluates_like_the_adapter(
     code, _, err = run("export", str(short_run), "--to", str(target), capsys=capsys)
     assert code == 2
     assert "exists; pass --overwrite" in err
+
+
+def test_an_export_into_a_run_is_refused(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(short_run, tmp_path / "run")
+    for target in (copy / "merged", copy / "deep" / "merged"):
+        code, _, err = run("export", str(copy), "--to", str(target), capsys=capsys)
+        assert code == 2
+        assert err == (
+            f"error: {target}: is inside the run {copy}, which --overwrite deletes with all that "
+            "is in it; expected a folder outside of it; name another --to\n"
+        )
+    code, _, err = run("quantize", "demo", "--to", str(copy / "small"), capsys=capsys)
+    assert (code, "name another --to" in err) == (2, True)
+    code, _, err = run("train", "--output", str(copy / "again"), *SHORT, capsys=capsys)
+    assert (code, "name another --output" in err) == (2, True)
+    code, _, err = run("export", str(copy), "--to", str(tmp_path), "--overwrite", capsys=capsys)
+    assert (code, "which is read for it; name another --to" in err) == (2, True)
+    assert {path.name for path in copy.iterdir()} == {path.name for path in short_run.iterdir()}
+
+
+@pytest.mark.parametrize("where", ["merged", "deep/merged"])
+@pytest.mark.parametrize("what", ["model", "run"])
+def test_overwrite_deletes_no_model_and_no_other_run_with_a_run(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, what: str
+) -> None:
+    copy = shutil.copytree(short_run, tmp_path / "run")
+    if what == "run":
+        shutil.copytree(short_run, copy / where)
+    else:
+        with staged_folder(copy / where) as staging:
+            write_text(staging / "model.txt", "weights")
+    code, _, err = run("train", "--output", str(copy), *SHORT, "--overwrite", capsys=capsys)
+    assert code == 2
+    assert err == (
+        f"error: {copy}: --overwrite deletes a run, but this holds {copy / where}, which is none "
+        "of its checkpoints; move that elsewhere, or name another --output\n"
+    )
+    assert any((copy / where).iterdir())
+
+
+def test_a_configuration_of_the_user_s_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("training_config.yaml").write_text("max_steps: 1\n")
+    code, _, err = run("train", "--config", "training_config.yaml", "--no-rehearse", capsys=capsys)
+    assert code == 0, err
+    assert Path("runs/demo-1/adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_of_python_is_prompted_as_it_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import qlora_kit as qk
+
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "one dollar"}, {"role": "assistant", "content": "$1.00"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    opened = qk.open_base()
+    options = qk.TokenOptions(chat_template="vicuna", max_length=128)
+    rows = qk.load_data(str(data), opened.tokenizer, options)
+    adapter = qk.attach(opened.base, qk.LoraSpec(rank=2))
+    prompted: list[str] = []
+    for said in ({"template_hash": rows.template_hash}, {}, {"template_hash": None}):
+        folder = tmp_path / f"adapter-{len(prompted)}"
+        folder.mkdir()
+        qk.save_adapter(adapter, folder, qk.BaseRecord.of(opened.base, **said))
+        opened.tokenizer.save_pretrained(folder)
+        with recorded_prompts() as prompts:
+            code, _, err = run("generate", "--adapter", str(folder), "--prompt", "two dollars",
+                               "--max-new-tokens", "1", capsys=capsys)  # fmt: skip
+        assert (code, err) == (0, "")
+        prompted.append(opened.tokenizer.decode(prompts[0]))
+    assert prompted == ["<s>USER: two dollars ASSISTANT:"] * 2 + ["<s>two dollars"]
 
 
 def test_random_weights_of_a_named_model_need_no_network(

@@ -16,21 +16,20 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic.fields import FieldInfo
 
+from qlora_kit import opening
 from qlora_kit.config import (
     SWITCHES,
     AnyConfig,
     Layer,
     Options,
-    field_names,
+    TrainConfig,
     read_config_file,
     resolve,
 )
 from qlora_kit.errors import ConfigError
-from qlora_kit.model.names import find_model, known_models
 from qlora_kit.train.folder import stored_layer
 
 _COMMON = ("config_file", "dry_run", "json", "debug")
-_MODEL_KEYS = ("model", "model_name_or_path", "base_model")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -148,18 +147,10 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
     layers = [Layer("", flags)]
     if given.get("config_file"):
         layers.insert(0, read_config_file(Path(given["config_file"])))
-    if "resume" in config_class.model_fields and (stored := _stored(config_class, layers)):
+    asked = resolve(config_class, layers)
+    if isinstance(asked, TrainConfig) and (stored := _stored(asked)):
         layers.insert(0, stored)
-    model = next(
-        (v for layer in reversed(layers) for k, v in layer.values.items() if k in _MODEL_KEYS), None
-    )
-    if model is None and "model" in config_class.model_fields:
-        model = config_class.model_fields["model"].default
-    if isinstance(model, str) and "rank" in config_class.model_fields:
-        source = find_model(model)
-        origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
-        layers.insert(0, Layer(origin, source.settings))
-    return resolve(config_class, layers)
+    return opening.configure(config_class, layers)
 
 
 def _adapters(given: tuple[str, ...]) -> dict[str, Any]:
@@ -177,13 +168,11 @@ def _is_named(value: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+=.+", value)) and not Path(value).exists()
 
 
-def _stored(config_class: type[Options], layers: list[Layer]) -> Layer | None:
+def _stored(asked: TrainConfig) -> Layer | None:
     """Return the options of the run that `--resume` continues; they go below all others."""
-    names = field_names(config_class)
-    asked = {names.get(k, k): v for layer in layers for k, v in layer.values.items()}
-    output, resume = asked.get("output"), asked.get("resume")
-    stored = stored_layer(Path(output) if output else None, resume)
-    if stored is not None and "epochs" in asked and "max_steps" not in asked:
+    stored = stored_layer(asked.output, asked.resume)
+    given = asked.model_fields_set
+    if stored is not None and "epochs" in given and "max_steps" not in given:
         # A stored number of steps would silently win over the epochs that are asked for.
         return Layer(stored.origin, {**stored.values, "max_steps": None})
     return stored

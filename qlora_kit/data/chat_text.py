@@ -92,7 +92,7 @@ class ChatWriter:
         """Return the text of turns.
 
         Args:
-            messages: the turns, in order.
+            messages: the turns, in order; none where the assistant is to speak first.
             place: where they stand, for errors.
             tools: what may be called, as `Conversation.tools`.
             generation: end with what opens the assistant's next turn.
@@ -101,12 +101,37 @@ class ChatWriter:
             DataError: the template refuses the turns, or leaves some of them out.
             ModelError: it takes longer than `SECONDS_A_RENDERING`.
         """
+        if not messages:
+            return self._opening(place, tools)
         turns = tuple((m.role, bool(m.content), len(m.tool_calls)) for m in messages)
         pattern = (bool(tools), turns)
         spelling = self._spellings.get(pattern)
         if spelling is None:
             spelling = self._spelling_for(messages, place, tools, pattern)
         return self._render(messages, place, tools, spelling, generation)
+
+    def _opening(self, place: str, tools: Tools) -> str:
+        """Return the prompt of an answer that no turn stands before.
+
+        It is what a template writes before such an answer, up to and with what its generation
+        prompt adds to turns: most templates fail on no turns at all.
+        """
+        answer, question = Message("assistant", _marker(1)), Message("user", _marker(2))
+        plain = _SPELLINGS[0]
+        before = self._render([answer], place, tools, plain).partition(answer.content)[0]
+        asked = self._render([question], place, tools, plain)
+        prompt = self._render([question], place, tools, plain, generation=True)
+        if not prompt.startswith(asked):
+            # Some templates end the last message, and only that, with an EOS of its own.
+            asked = asked.removesuffix(str(self._tokenizer.eos_token))
+        opening = prompt[len(asked) :] if prompt.startswith(asked) else ""
+        if not opening:
+            return before.rstrip()
+        if opening in before:
+            return before[: before.rindex(opening)] + opening
+        # It opens the reasoning as well, which the text of an answer has none of.
+        shared = (i for i in range(len(before) + 1) if opening.startswith(before[i:]))
+        return before[: next(shared)] + opening
 
     def _render(
         self,
@@ -116,8 +141,17 @@ class ChatWriter:
         spelling: _Spelling,
         generation: bool = False,
     ) -> str:
-        turns = [_as_turn(message, spelling) for message in messages]
+        turns = [_as_turn(self._in_known_role(message), spelling) for message in messages]
         return _apply(self._tokenizer, turns, place, tools, generation)
+
+    def _in_known_role(self, message: Message) -> Message:
+        """Return the developer's turn as the system's, unless the template knows that role.
+
+        Templates that do not know it write a name that no model has seen, or leave the turn out.
+        """
+        if message.role != "developer" or "developer" in str(self._tokenizer.chat_template):
+            return message
+        return replace(message, role="system")
 
     def _spelling_for(
         self, messages: Sequence[Message], place: str, tools: Tools, pattern: _Pattern

@@ -16,6 +16,8 @@ from qlora_kit.errors import ConfigError, DataError
 # What others call the two sides of a record, and a text without sides; the likeliest first.
 _ASKS = ("prompt", "question", "query", "instruction", "problem", "input", "source", "sentence")
 _ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "label", "summary")
+# What an answer draws upon besides, as in the records of Dolly.
+_CONTEXTS = ("context", "input", "passage", "document")
 _TEXTS = ("text", "content", "document", "body", "sentence", "story", "code")
 _DEEPEST = 3
 
@@ -76,6 +78,10 @@ def suggest_columns(record: Any) -> str:
     """Return what to give `--columns` for a record, as far as names tell; "" where they do not."""
     paths = dict(_leaves(record)) if isinstance(record, dict) else {}
     asks, answers = _nearest(paths, _ASKS), _nearest(paths, _ANSWERS)
+    others = {path: kind for path, kind in paths.items() if kind is str and path != asks}
+    context = _nearest(others, _CONTEXTS)
+    if asks in paths and paths[asks] is str and answers and context:
+        return f"instruction={asks},input={context},output={answers}"
     if asks and answers:
         sides = ("prompt", "completion") if paths[asks] is list else ("question", "answer")
         return f"{sides[0]}={asks},{sides[1]}={answers}"

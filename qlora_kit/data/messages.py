@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_kit.data.faults import is_plain, kind_of
 from qlora_kit.data.shapes import ROLES, Message
@@ -25,14 +25,18 @@ _FROM = {
     "function_call": "function_call",
     "observation": "tool",
     "tool": "tool",
+    "developer": "developer",
 }
 """Who speaks in a ShareGPT turn; `function_call` is an assistant's turn with only a call in it."""
 
+_PARTS = ("text", "reasoning", "tool_call")
+"""Parts of a content that are read; the last two are LLaMA-Factory's, of an assistant."""
+
 _DEEPEST = 64
 
-_TURN_KEYS = frozenset({"role", "content", "tool_calls", "from", "value", "weight", "train"})
 _TOOL_KEYS = ("tool_call_id", "name")
-_LEARNT_KEYS = ("weight", "train")
+_LEARNT_KEYS = ("weight", "train", "loss_weight")
+_TURN_KEYS = frozenset({"role", "content", "tool_calls", "from", "value", *_LEARNT_KEYS})
 
 
 def read_turns(turns: Any, field: str, where: str) -> tuple[Message, ...]:
@@ -87,9 +91,10 @@ def _asked_for(message: Message, turn: Mapping[str, Any], where: str) -> Message
             f'learnt; remove the "{key}"'
         )
     if len({*said.values()}) > 1:
+        named = " and ".join(f'a "{key}"' for key in said)
         raise DataError(
-            f'{where} has a "weight" and a "train" that contradict each other; expected one of '
-            "them; remove the other"
+            f"{where} has {named} that contradict each other; expected one of them; remove the "
+            "other"
         )
     return replace(message, is_learnt=False not in said.values())
 
@@ -110,22 +115,25 @@ def _from_sharegpt(turn: Mapping[str, Any], number: int, where: str) -> Message:
     if role == "function_call":
         calls = _many(filled(turn, "value", where, within), f"{where}: {within}the call")
         return Message("assistant", "", _each(calls, _call, f"{where}: turn {number}"))
-    return Message(_FROM[role], _content(_FROM[role], turn, "value", where, within))
+    return _spoken(_FROM[role], turn, "value", number, where)
 
 
 def _from_chat(turn: Mapping[str, Any], number: int, where: str) -> Message:
-    within = f"turn {number}: "
     role = _role(turn["role"], ROLES, number, where)
     calls = turn.get("tool_calls")
     if not calls:
-        return Message(role, _content(role, turn, "content", where, within))
+        return _spoken(role, turn, "content", number, where)
     if role != "assistant":
-        raise DataError(
-            f"{where}: turn {number} calls a tool as {role}; expected only an assistant to; "
-            "correct its role or remove the call"
-        )
-    said = "" if turn.get("content") is None else _joined(turn, "content", where, within)
-    return Message(role, said, _each(calls, _call, f"{where}: turn {number}"))
+        raise _not_the_assistants(f"{where}: turn {number}", "calls a tool", role, "the call")
+    said = _Said("") if turn.get("content") is None else _said(role, turn, "content", number, where)
+    called = _each(calls, _call, f"{where}: turn {number}")
+    return Message(role, said.text, (*said.calls, *called))
+
+
+def _not_the_assistants(turn: str, does: str, role: str, what: str) -> DataError:
+    return DataError(
+        f"{turn} {does} as {role}; expected only an assistant to; correct its role or remove {what}"
+    )
 
 
 def _role(role: Any, known: Sequence[str] | Mapping[str, str], number: int, where: str) -> str:
@@ -137,32 +145,57 @@ def _role(role: Any, known: Sequence[str] | Mapping[str, str], number: int, wher
     )
 
 
-def _content(role: str, turn: Mapping[str, Any], key: str, where: str, within: str) -> str:
-    text = _joined(turn, key, where, within)
-    if role in ("user", "assistant"):
-        return filled({key: text}, key, where, within)
-    return text
+def _spoken(role: str, turn: Mapping[str, Any], key: str, number: int, where: str) -> Message:
+    """Return a turn whose content stands under `key`."""
+    said = _said(role, turn, key, number, where)
+    if role in ("user", "assistant") and not said.calls:
+        filled({key: said.text}, key, where, f"turn {number}: ")
+    return Message(role, said.text, said.calls)
 
 
-def _joined(turn: Mapping[str, Any], key: str, where: str, within: str) -> str:
-    """Return a content that is a string, or a list of parts that are text."""
-    content = turn[key]
+# ---------------------------------------------------------------- parts
+
+
+class _Said(NamedTuple):
+    """What a content says, and the tools it calls."""
+
+    text: str
+    calls: tuple[Mapping[str, Any], ...] = ()
+
+
+def _said(role: str, turn: Mapping[str, Any], key: str, number: int, where: str) -> _Said:
+    """Return a content that is a string, or a list of parts."""
+    content, within = turn[key], f"turn {number}: "
     if not isinstance(content, list):
-        return string(turn, key, where, within)
-    return "".join(_part(part, where, within) for part in content)
+        return _Said(string(turn, key, where, within))
+    said = [_part(part, role, number, where) for part in content]
+    return _Said("".join(each.text for each in said), sum((each.calls for each in said), ()))
 
 
-def _part(part: Any, where: str, within: str) -> str:
+def _part(part: Any, role: str, number: int, where: str) -> _Said:
+    within = f"turn {number}: "
     if isinstance(part, str):
-        return clean(part, f"{where}: {within}a part")
-    if isinstance(part, dict) and part.get("type", "text") == "text" and "text" in part:
-        return string(part, "text", where, within)
-    kind = part.get("type") if isinstance(part, dict) else None
-    named = f'a part of type "{kind}"' if is_plain(kind) else "a part that is no text"
-    raise DataError(
-        f'{where}: {within}{named}; expected {{"type": "text", "text": ...}}; '
-        "remove the record: only text is trained"
-    )
+        return _Said(clean(part, f"{where}: {within}a part"))
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    key = "text" if kind is not None and part.get("text") is not None else "value"
+    if kind not in _PARTS or key not in part:
+        named = f'a part of type "{kind}"' if is_plain(kind) else "a part that is no text"
+        raise DataError(
+            f'{where}: {within}{named}; expected {{"type": "text", "text": ...}}; '
+            "remove the record: only text is trained"
+        )
+    if kind == "text":
+        return _Said(string(part, key, where, within))
+    if role != "assistant":
+        does, what = (
+            ("calls a tool", "the call") if kind == "tool_call" else ("reasons", "that part")
+        )
+        raise _not_the_assistants(f"{where}: turn {number}", does, role, what)
+    if kind == "tool_call":
+        calls = _many(part[key], f"{where}: {within}the call")
+        return _Said("", _each(calls, _call, f"{where}: turn {number}"))
+    # As reasoning models write it, and as their templates look for it in an answer.
+    return _Said(f"<think>\n{string(part, key, where, within)}\n</think>\n\n")
 
 
 # ---------------------------------------------------------------- tools

@@ -19,6 +19,7 @@ from qlora_kit.data.faults import is_plain
 from qlora_kit.errors import DataError
 from qlora_kit.storage import (
     Line,
+    check_no_pointer,
     decode,
     parse_json,
     read_json_list,
@@ -248,6 +249,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
+    check_no_pointer(path, DataError)
     is_plain_file = without_gzip(path) == path
     source = path if is_plain_file else io.BytesIO(read_whole(path))
     try:

@@ -189,6 +189,12 @@ class Renderer:
         text = self._writer.write(messages[: index + 1], place, sample.tools)
         if not text.startswith(prompt):
             reopened = _after_opened_reasoning(prompt, text, answer.content)
+            if reopened is None and index and messages[index - 1].role == "assistant":
+                raise DataError(
+                    f"{place}: turn {index + 1} is an answer right after another, which the chat "
+                    "template has no prompt for; expected the user's turn between them; join the "
+                    "two answers, or use another template"
+                )
             if reopened is None:
                 raise DataError(
                     f"{place}: the chat template does not open turn {index + 1} with its "

@@ -131,6 +131,11 @@ class Tokenized:
     dropped: Mapping[int, int] = field(default_factory=dict)
     """tokens of each source sample of which no row is left, by its index"""
 
+    @property
+    def template_hash(self) -> str | None:
+        """Hash of the chat template the rows went through; None for pairs and texts."""
+        return None if self.counts.shape in (Shape.PAIR, Shape.TEXT) else self.origin["template"]
+
     def describe(self) -> str:
         """Return one line for people: what became of the rows, and how fast."""
         if self.seconds is None:

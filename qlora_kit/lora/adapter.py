@@ -23,6 +23,7 @@ from qlora_kit.lora.files import (
     CONFIG,
     PICKLED_WEIGHTS,
     RECORD,
+    UNKNOWN_TEMPLATE,
     WEIGHTS,
     check_adapter_folder,
     read_base_record,
@@ -35,7 +36,7 @@ from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
 from qlora_kit.model.quantize import BLOCK_SIZE
 from qlora_kit.redact import redacted_values
-from qlora_kit.storage import load_tensors, save_tensors, write_json
+from qlora_kit.storage import check_no_pointer, load_tensors, save_tensors, write_json
 from qlora_kit.time_limit import TimeUp, time_limit
 
 _PREFIX = "base_model.model."
@@ -60,7 +61,8 @@ class BaseRecord:
         weights: "pretrained" or "random".
         bits, quant_type, double_quant, block_size: how the base was held.
         compute_dtype, dequantization_dtype: what activations and unpacked weights were in.
-        template_hash: of the chat template the data went through, or None.
+        template_hash: of the chat template the data went through, None if it went through none,
+            or `UNKNOWN_TEMPLATE`.
         versions: of the kit and what it computes with.
     """
 
@@ -79,9 +81,19 @@ class BaseRecord:
 
     @classmethod
     def of(
-        cls, base: Base, revision: str | None = None, template_hash: str | None = None
+        cls,
+        base: Base,
+        revision: str | None = None,
+        template_hash: str | None = UNKNOWN_TEMPLATE,
     ) -> BaseRecord:
-        """Describe a loaded base."""
+        """Describe a loaded base.
+
+        Args:
+            base: what the adapter was trained on.
+            revision: its commit, if it came from the hub.
+            template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses
+                no template; where it is not known, the tokenizer's, if it has one.
+        """
         dtype = base.hardware.dtype_name
         return cls(
             base=base.spec.source.identity,
@@ -243,6 +255,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read safetensors, or the plain tensors of a `.bin` where there are none."""
+    check_no_pointer(folder / WEIGHTS, AdapterError)
     try:
         if (folder / WEIGHTS).is_file():
             return load_tensors(folder / WEIGHTS)

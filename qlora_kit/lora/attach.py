@@ -20,7 +20,7 @@ from qlora_kit.config import LoraOptions
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.lora.saved import Original, put_back
-from qlora_kit.model.architecture import group_of
+from qlora_kit.model.architecture import embedding_paths, group_of
 from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
 from qlora_kit.model.quantize import PlainWeight
@@ -93,7 +93,7 @@ def _names(pattern: str, path: str) -> bool:
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
     except re.error as error:
-        raise ConfigError(f"pattern {pattern!r} is no regular expression ({error})") from error
+        raise ConfigError(f"pattern '{pattern}' is no regular expression ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -135,25 +135,34 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.parameters().values())
 
 
-def resolve_targets(paths: Sequence[str], targets: Iterable[str]) -> list[str]:
+def resolve_targets(
+    paths: Sequence[str], targets: Iterable[str], vocabulary: Iterable[str] = ()
+) -> list[str]:
     """Return the paths of linear layers that `targets` name, in the order of `paths`.
 
     Args:
         paths: all linear layers of the model, the head left out.
         targets: each "attention", "mlp", "all-linear", the last part of a path (`q_proj`), a
             whole path, or a regular expression of a whole path.
+        vocabulary: the paths of the input embedding and the head, which carry no LoRA here.
 
     Raises:
-        ConfigError: one of the targets matches nothing; the layers that exist are listed.
+        ConfigError: one of the targets matches nothing that carries LoRA; the layers that do are
+            listed.
     """
     chosen: set[str] = set()
     faults = []
+    vocabulary = list(vocabulary)
     for target in targets:
         matched = [path for path in paths if _matches(target, path)]
         if not matched:
+            found, remedy = "matches no linear layer", ""
+            if any(_matches(target, path) for path in vocabulary):
+                found = "names an embedding or the output head, which carry no LoRA here yet"
+                remedy = "; leave it out"
             faults.append(
-                f"--targets: {target!r} matches no linear layer; expected attention, mlp, "
-                f"all-linear, or one of {', '.join(_endings(paths))}"
+                f"--targets: '{target}' {found}; expected attention, mlp, all-linear, or one of "
+                f"{', '.join(_endings(paths))}{remedy}"
             )
         chosen.update(matched)
     if not chosen and not faults:
@@ -173,7 +182,7 @@ def _matches(target: str, path: str) -> bool:
             return re.fullmatch(target, path) is not None
         except re.error as error:
             raise ConfigError(
-                f"--targets: {target!r} is no regular expression ({error})"
+                f"--targets: '{target}' is no regular expression ({error})"
             ) from error
     return path == target or path.endswith(f".{target}")
 
@@ -189,7 +198,7 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
         ConfigError: one fault a pattern that names none.
     """
     faults = [
-        f"--{kind}-pattern: {pattern!r} names no targeted layer; expected one of "
+        f"--{kind}-pattern: '{pattern}' names no targeted layer; expected one of "
         f"{', '.join(_endings(paths))}"
         for kind, patterns in (("rank", spec.rank_pattern), ("alpha", spec.alpha_pattern))
         for pattern in patterns
@@ -219,7 +228,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """
     check_free(base)
     frozen = frozen_layers(base.model)
-    paths = resolve_targets(list(frozen), spec.targets)
+    paths = resolve_targets(list(frozen), spec.targets, embedding_paths(base.model))
     check_patterns(paths, spec)
     generator = torch.Generator().manual_seed(seed)
     layers = {}

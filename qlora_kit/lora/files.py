@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.storage import check_confined, read_json
@@ -21,6 +21,9 @@ from qlora_kit.storage import check_confined, read_json
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
 RECORD = "qlora_kit.json"
+
+UNKNOWN_TEMPLATE = "unknown"
+"""of a record of somebody who did not say which chat template the data went through"""
 
 MOST_RANK = 65_536
 _MOST_FILE_BYTES = 1 << 24
@@ -95,6 +98,8 @@ def _check_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- what the files may hold
 
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
+# Some tools write "" for what they do not know.
+_OrAbsent = BeforeValidator(lambda value: None if value == "" else value)
 _Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
 _Alpha = Annotated[float, Field(gt=0)]
 _DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -111,16 +116,16 @@ class PeftConfig(_File):
 
     model_config = ConfigDict(extra="allow")
 
-    base_model_name_or_path: _Text | None = None
-    revision: _Text | None = None
+    base_model_name_or_path: Annotated[_Text | None, _OrAbsent] = None
+    revision: Annotated[_Text | None, _OrAbsent] = None
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     use_rslora: bool | None = None
     rank_pattern: Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None = None
     alpha_pattern: Annotated[dict[str, _Alpha], AfterValidator(_check_patterns)] | None = None
-    target_modules: list[_Text] | _Text | None = None
-    exclude_modules: list[_Text] | _Text | None = None
+    target_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
+    exclude_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[_Text] | None = None
 

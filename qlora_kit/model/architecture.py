@@ -25,7 +25,14 @@ from transformers import (
 )
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.config_file import check_end_tokens, read_config_file, read_json_object
+from qlora_kit.model.config_file import (
+    SPECIAL_IDS,
+    as_list,
+    check_end_tokens,
+    ids_beyond,
+    read_config_file,
+    read_json_object,
+)
 from qlora_kit.model.faults import model_errors
 from qlora_kit.time_limit import TimeUp, time_limit
 
@@ -62,7 +69,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
             folder, local_files_only=True, trust_remote_code=False
         )
         _drop_kernels(architecture)
-    return architecture
+    return _without_ids_beyond(architecture)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
@@ -77,6 +84,21 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     check_end_tokens(path, read_json_object(path))
     with model_errors(path, "the settings of a transformers model; restore it"):
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _without_ids_beyond(architecture: PreTrainedConfig) -> PreTrainedConfig:
+    """Forget special tokens that the vocabulary has not: an embedding cannot be built with them.
+
+    Nothing of what is computed depends on them: padding is masked by position, and the
+    tokenizer says which tokens begin and end a row.
+    """
+    text = architecture.get_text_config()
+    tokens = getattr(text, "vocab_size", None) or 0
+    for config in (architecture, text) if tokens else ():
+        ids = {name: getattr(config, name, None) for name in SPECIAL_IDS}
+        for name, beyond in ids_beyond(ids, tokens).items():
+            setattr(config, name, [n for n in as_list(ids[name]) if n not in beyond] or None)
+    return architecture
 
 
 def _drop_kernels(architecture: PreTrainedConfig) -> None:
@@ -97,7 +119,7 @@ def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
     """
     with model_errors("architecture", "the numbers of a transformers model"):
         # transformers adds entries to the nested tables it is given.
-        return AutoConfig.for_model(**copy.deepcopy(dict(numbers)))
+        return _without_ids_beyond(AutoConfig.for_model(**copy.deepcopy(dict(numbers))))
 
 
 def build_skeleton(architecture: PreTrainedConfig) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_kit.errors import DataError, ModelError
 from qlora_kit.model.faults import model_errors
-from qlora_kit.storage import read_json
+from qlora_kit.storage import check_no_pointer, read_json
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -48,6 +48,7 @@ class SafetensorsShards:
     def __init__(self, files: Sequence[Path]) -> None:
         self._shards: dict[str, Any] = {}
         for path in files:
+            check_no_pointer(path, ModelError)
             try:
                 shard = safe_open(path, framework="pt")
                 self._shards.update(dict.fromkeys(shard.keys(), shard))
@@ -100,6 +101,7 @@ class PickledShards:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
+    check_no_pointer(path, ModelError)
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

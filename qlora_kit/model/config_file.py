@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import ModelError
+from qlora_kit.storage import check_no_pointer
 
 _MOST_FILE_BYTES = 1 << 26
+
+# Read where there is no tokenizer.json.
+_VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w .+-]*")
 
@@ -63,6 +69,30 @@ def check_end_tokens(path: Path, content: dict[str, Any]) -> None:
             )
 
 
+def ids_beyond(content: Mapping[str, Any], tokens: int) -> dict[str, list[int]]:
+    """Return the special tokens that a configuration names and its vocabulary does not have.
+
+    Args:
+        content: of a `config.json`, or its `text_config`.
+        tokens: how many the vocabulary has, counted from 0.
+
+    Returns:
+        The numbers by their field.
+    """
+    found = {}
+    for name in SPECIAL_IDS:
+        beyond = [number for number in as_list(content.get(name)) if not 0 <= number < tokens]
+        if beyond:
+            found[name] = beyond
+    return found
+
+
+def as_list(ids: Any) -> list[int]:
+    """Return the numbers of a field that may hold one, several or none."""
+    each = ids if isinstance(ids, list) else [ids]
+    return [number for number in each if isinstance(number, int)]
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """Check what transformers reads to load the tokenizer of a folder, where it is there.
 
@@ -72,6 +102,9 @@ def check_tokenizer_files(folder: Path) -> None:
     """
     if (folder / "config.json").is_file():
         read_config_file(folder / "config.json")
+    has_json = (folder / "tokenizer.json").is_file()
+    for name in ("tokenizer.json",) if has_json else _VOCABULARIES:
+        check_no_pointer(folder / name, ModelError)
     path = folder / "tokenizer_config.json"
     if path.is_file():
         _check_names(path, read_json_object(path))
@@ -99,6 +132,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: not a JSON object, too large, nested too deeply, or a key twice.
     """
+    check_no_pointer(path, ModelError)
     try:
         if path.stat().st_size > _MOST_FILE_BYTES:
             raise ValueError(f"more than {_MOST_FILE_BYTES:,} bytes")

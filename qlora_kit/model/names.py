@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from qlora_kit.model.config_file import read_config_file
 DEMO = "demo"
 _PACKAGE = Path(__file__).parent.parent
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MOST_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,13 @@ def find_model(name: str) -> ModelSource:
     known = known_models()
     if name in known:
         return known[name]
-    folder = Path(name).expanduser()
-    if folder.is_file() and folder.suffix == ".json":
+    # Those of `os.path` answer where `Path`'s raise: for a home of nobody, a name that is too long.
+    folder = Path(os.path.expanduser(name))
+    if os.path.isfile(folder) and folder.suffix == ".json":
         return ModelSource(name=folder.stem, architecture=read_config_file(folder))
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise ModelError(f"{name}: is a file; expected the folder of a model")
-    if name and folder.is_dir():
+    if name and os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name}: no config.json; expected the folder of a transformers model")
         return ModelSource(name=folder.resolve().name, folder=folder.resolve())
@@ -101,4 +104,5 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name=name.rsplit("/", 1)[1], hub_id=name)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "`qlora-kit models` lists the names"
+    name = name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}…"
     raise ModelError(f"model {name!r}: no such name, folder or hub id (owner/name); {hint}")

@@ -181,9 +181,19 @@ class FourBitWeight(FrozenWeight):
                 torch.float32,
             ).add_(self.absmax_offset)
         weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-            self.codes, absmax, self.block_size, self.quant_type, self.shape, dtype
+            self.codes, absmax, self.block_size, self.quant_type, self._block_rows(), dtype
         )
-        return weight
+        return weight.view(self.shape)
+
+    def _block_rows(self) -> tuple[int, int]:
+        """Return a shape of the weight whose rows begin with a block.
+
+        Where D is a multiple of 16 and not of the block size, bitsandbytes' kernel for AVX-512
+        (0.50.2) begins a block with each row, and unpacks values that were never packed.
+        """
+        size = self.shape[0] * self.shape[1]
+        whole = size % self.block_size == 0
+        return (size // self.block_size, self.block_size) if whole else (1, size)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from qlora_kit.data.batch import Batch
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import LoraSpec, attach, resolve_targets
-from qlora_kit.model.architecture import build_skeleton, linear_layers
+from qlora_kit.model.architecture import build_skeleton, embedding_paths, linear_layers
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import (
@@ -396,7 +396,7 @@ def _merge(
         adapters: how many times the adapter of these layers the whole one is.
     """
     layers = linear_layers(skeleton)
-    targets = resolve_targets(list(layers), lora.targets)
+    targets = resolve_targets(list(layers), lora.targets, embedding_paths(skeleton))
     with ledger.purpose("LoRA"):
         tensors = {
             path: (

@@ -42,6 +42,7 @@ from qlora_kit.storage import (
 )
 from qlora_kit.train.folder import (
     CONFIG,
+    check_outside_runs,
     stored_layer,
 )
 
@@ -115,6 +116,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
 def _check_new(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder}: exists; pass --overwrite, or name another --to")
+    check_outside_runs(folder, "--to")
     check_writable(folder)
 
 

@@ -26,7 +26,7 @@ from qlora_kit.events import (
     Notice,
     silent,
 )
-from qlora_kit.lora.files import read_base_record
+from qlora_kit.lora.files import UNKNOWN_TEMPLATE, read_base_record
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.opening import adapter_of, as_trained, check_base, open_tokenizer, put_on
 
@@ -255,7 +255,9 @@ def _load_several(config: AdapterOption, base: Base, announce: Announce) -> Adap
                     f"{base.quantization.bits}: expect other numbers"
                 )
             )
-        if first is not None and record.template_hash != first.template_hash:
+        if first is None or UNKNOWN_TEMPLATE in (record.template_hash, first.template_hash):
+            continue
+        if record.template_hash != first.template_hash:
             announce(
                 Notice(
                     f"adapter {name}: trained with another chat template than "

@@ -17,7 +17,6 @@ from qlora_kit.config import (
     TrainConfig,
 )
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import Conversation
 from qlora_kit.errors import (
     NumericsError,
     OutOfMemory,
@@ -85,7 +84,6 @@ def _train(
     from qlora_kit.lora.attach import LoraSpec, attach
     from qlora_kit.model.hardware import make_deterministic
     from qlora_kit.model.threads import choose_threads
-    from qlora_kit.model.tokenizer import template_hash
     from qlora_kit.plan.run import MemoryAccount, plan_run
     from qlora_kit.report import data_view
     from qlora_kit.report.facts import header
@@ -115,9 +113,7 @@ def _train(
     check_room(output, trainable, plan, config)
     base = opened.load(config, announce, threads)
     adapter = attach(base, lora, config.seed)
-    is_chat = isinstance(samples.items[0], Conversation)
-    hash_ = template_hash(opened.tokenizer) if is_chat else None
-    record = BaseRecord.of(base, opened.fetched.revision, hash_)
+    record = BaseRecord.of(base, opened.fetched.revision, rows.template_hash)
     identity = _identity(config, rows, held_out, base)
     resume = resume_point(output, config, identity, plan.total, announce)
     if resume is not None and is_finished(output, resume, config):

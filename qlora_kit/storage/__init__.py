@@ -2,7 +2,7 @@
 
 `files`: one file, whole. `folders`: a folder, whole, with a manifest of hashes. `space`: room,
 permission and the lock. `reading`: lines and strict JSON. `faults`: an `OSError` as one line.
-`confine`: whether a stranger's folder keeps to itself.
+`confine`: whether a stranger's folder keeps to itself. `pointers`: whether a file is here at all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from qlora_kit.storage.folders import (
     staged_folder,
     verify_folder,
 )
+from qlora_kit.storage.pointers import check_no_pointer
 from qlora_kit.storage.reading import (
     Line,
     decode,
@@ -41,9 +42,9 @@ from qlora_kit.storage.reading import (
 from qlora_kit.storage.space import LOCK, check_space, check_writable, only_writer
 
 __all__ = [
-    "LOCK", "MANIFEST", "Line", "check_confined", "check_space", "check_writable", "clean_up",
-    "decode", "delete_folder", "file_hash", "is_sealed", "load_tensors", "manifest_hash",
-    "only_writer", "parse_json", "read_json", "read_json_list", "read_lines", "read_raw_lines",
-    "read_text", "read_whole", "save_tensors", "staged_folder", "storage_errors", "sync_file",
-    "verify_folder", "write_bytes", "write_json", "write_text",
+    "LOCK", "MANIFEST", "Line", "check_confined", "check_no_pointer", "check_space",
+    "check_writable", "clean_up", "decode", "delete_folder", "file_hash", "is_sealed",
+    "load_tensors", "manifest_hash", "only_writer", "parse_json", "read_json", "read_json_list",
+    "read_lines", "read_raw_lines", "read_text", "read_whole", "save_tensors", "staged_folder",
+    "storage_errors", "sync_file", "verify_folder", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from qlora_kit.errors import DataError
 from qlora_kit.storage.faults import reason
+from qlora_kit.storage.pointers import check_no_pointer
 
 MOST_LINE_BYTES = 64 * 2**20
 MOST_WHOLE_BYTES = 2**30
@@ -75,6 +76,7 @@ def read_whole(path: Path) -> bytes:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open for reading, through gzip where the name says so; what fails is one line."""
+    check_no_pointer(path, DataError)
     try:
         with path.open("rb") as stream:
             if _is_gzip(path, stream.peek(2)[:2]):

@@ -19,6 +19,7 @@ from qlora_kit.storage import (
     check_confined,
     check_writable,
     clean_up,
+    is_sealed,
     only_writer,
     storage_errors,
 )
@@ -70,6 +71,32 @@ def stored_layer(output: Path | None, resume: str | None) -> Layer | None:
     return Layer(stored.origin, kept)
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is one that a run writes to.
+
+    A configuration alone is none: a user's own may have that name, beside all runs.
+    """
+    return all((folder / name).is_file() for name in (CONFIG, "tokenizer_config.json"))
+
+
+def check_outside_runs(folder: Path, flag: str) -> None:
+    """Check that nothing is put into a run, which `--overwrite` would delete with it.
+
+    Args:
+        folder: where something is to be written.
+        flag: the option that names it.
+
+    Raises:
+        OutputError: it lies inside a run.
+    """
+    for parent in folder.resolve().parents:
+        if is_run(parent):
+            raise OutputError(
+                f"{folder}: is inside the run {parent}, which --overwrite deletes with all that is "
+                f"in it; expected a folder outside of it; name another {flag}"
+            )
+
+
 @contextlib.contextmanager
 def claimed_run(
     output: Path | None, model: str, *, resume: str | None, overwrite: bool
@@ -87,7 +114,7 @@ def claimed_run(
 
     Raises:
         OutputError: it holds something and neither resuming nor overwriting was asked for,
-            both were, or overwriting would delete what is not a run.
+            both were, it is inside another run, or overwriting would delete what is not a run.
         EnvironmentFault: another process writes there.
         StorageError: it cannot be made or written.
     """
@@ -96,6 +123,7 @@ def claimed_run(
     output = output or run_of(resume)
     if output is None and resume:
         raise OutputError("--resume: which run? name its folder with --output")
+    check_outside_runs(output or _RUNS, "--output")
     check_writable(output or _RUNS)
     with contextlib.ExitStack() as undo:
         folder = output or _next_run(model, undo)
@@ -150,6 +178,20 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         )
     if not (folder / CONFIG).is_file():
         raise OutputError(f"{folder}: --overwrite deletes a run, but this holds no {CONFIG}")
+    for other in _folders_inside(folder):
+        if is_sealed(other) or is_run(other):
+            raise OutputError(
+                f"{folder}: --overwrite deletes a run, but this holds {other}, which is none of "
+                "its checkpoints; move that elsewhere, or name another --output"
+            )
+
+
+def _folders_inside(folder: Path) -> Iterator[Path]:
+    """Yield the folders in a run, at any depth, but its checkpoints."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and not _CHECKPOINT.fullmatch(path.name):
+            yield path
+            yield from _folders_inside(path)
 
 
 def _content(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import OptimizerOptions, TrainConfig, read_config_file
+from qlora_kit.config import OptimizerOptions, TrainConfig, read_config_file, resolve
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Notice
 from qlora_kit.lora.adapter import library_versions
@@ -226,6 +226,6 @@ def is_finished(output: Path, resume: Path, config: TrainConfig) -> bool:
     is_written = (output / WEIGHTS).is_file() and (output / CONFIG).is_file()
     if not is_written or not read_state(resume).progress.finished:
         return False
-    asked = read_config_file(output / CONFIG).values
-    same = all(asked.get(key) == getattr(config, key) for key in ("epochs", "max_steps"))
+    asked = resolve(TrainConfig, [read_config_file(output / CONFIG)])
+    same = (asked.epochs, asked.max_steps) == (config.epochs, config.max_steps)
     return same and file_hash(output / WEIGHTS) == file_hash(resume / WEIGHTS)

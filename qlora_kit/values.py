@@ -1,0 +1,228 @@
+"""What people write for the value of an option, as what they mean by it.
+
+Takes the text of a flag or of a YAML file, or a value of Python; returns what the type of the
+option takes, or raises a `ValueError` that says what was expected. Knows no option.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_YES = ("true", "yes", "on")
+_NO = ("false", "no", "off")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
+# Fewer bytes than these are a number whose unit was forgotten.
+_LEAST_BYTES = 1_000_000
+# No file system in use allows more; less than the limit of 4,096 is left to what is inside.
+_MOST_NAME_BYTES, _MOST_PATH_BYTES = 255, 3072
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def kinds_of(annotation: Any) -> frozenset[Any]:
+    """Return the types that make up an annotation, each without its parameters.
+
+    `list[int] | None` is made up of `list` and `NoneType`.
+    """
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return frozenset().union(*map(kinds_of, typing.get_args(annotation)))
+    if origin is typing.Annotated:
+        return kinds_of(typing.get_args(annotation)[0])
+    return frozenset([origin or annotation])
+
+
+def as_meant(value: Any, kinds: frozenset[Any]) -> Any:
+    """Return a value in the form that its option takes.
+
+    A list of one is its item where one value is asked for, and a number or a date that stands
+    where a name is asked for is that name.
+
+    Args:
+        value: what was given.
+        kinds: the types of the option, see `kinds_of`.
+
+    Raises:
+        ValueError: several values for one, a boolean for a number, or a text that is none.
+    """
+    if isinstance(value, list | tuple) and tuple not in kinds:
+        if len(value) > 1:
+            raise ValueError("expected one value")
+        value = value[0] if value else value
+    if kinds & {int, float} and bool not in kinds:
+        return parse_number(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float | datetime.date) and kinds & {str, Path}:
+        return str(value)
+    if isinstance(value, str):
+        _check_text(value)
+        if Path in kinds:
+            _check_path(value)
+    return value
+
+
+def _check_text(text: str) -> None:
+    try:
+        is_text = "\0" not in text and bool(text.encode() or True)
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise ValueError("expected text, and this holds a NUL or half of a character")
+
+
+def _check_path(text: str) -> None:
+    if not text:
+        raise ValueError("expected a path")
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if longest > _MOST_NAME_BYTES or len(text.encode()) > _MOST_PATH_BYTES:
+        raise ValueError(
+            f"expected a path of at most {_MOST_PATH_BYTES:,} bytes, and {_MOST_NAME_BYTES} in a "
+            "name of it"
+        )
+
+
+# ---------------------------------------------------------------- booleans
+
+
+def switch(value: Any) -> bool | None:
+    """Return what a value says of something that is on or off; None where it says neither."""
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else ""
+    return True if word in _YES else False if word in _NO else None
+
+
+# ---------------------------------------------------------------- lists
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    r"""Return what stands between the commas of a text, without the empty.
+
+    A comma inside of brackets or braces, or after a backslash, does not divide: it belongs to
+    a regular expression, such as `layers\.\d{1,2}\.q_proj`.
+    """
+    parts = (part.strip() for part in _between_commas(text))
+    return tuple(part for part in parts if part)
+
+
+def _between_commas(text: str) -> Iterator[str]:
+    depth, start, is_escaped = 0, 0, False
+    for index, letter in enumerate(text):
+        if is_escaped:
+            is_escaped = False
+            continue
+        is_escaped = letter == "\\"
+        depth = max(0, depth + (letter in _OPENING) - (letter in _CLOSING))
+        if letter == "," and not depth:
+            yield text[start:index]
+            start = index + 1
+    yield text[start:]
+
+
+def parse_list(value: Any) -> Any:
+    """Return the parts of a text, see `split_list`; what is no text as it is."""
+    return split_list(value) if isinstance(value, str) else value
+
+
+def parse_numbers(value: Any) -> Any:
+    """Return the pairs of `name=number,…` as a mapping; what is no text as it is.
+
+    Raises:
+        ValueError: a part is no such pair.
+    """
+    # A pattern may have an equals sign of its own: the number stands after the last.
+    return _parse_pairs(value, r"(.+)=([^=]+)", "expected name=number")
+
+
+def parse_names(value: Any) -> Any:
+    """Return the pairs of `name=value,…` as a mapping; what is no text as it is.
+
+    Raises:
+        ValueError: a part is no such pair.
+    """
+    return _parse_pairs(value, r"([^=]+)=([^=]+)", "expected field=column")
+
+
+def _parse_pairs(value: Any, form: str, expected: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    pairs = [re.fullmatch(form, part) for part in split_list(value)]
+    if not all(pairs):
+        raise ValueError(f"{expected}, several separated by commas")
+    return {pair[1]: pair[2] for pair in pairs if pair is not None}
+
+
+# ---------------------------------------------------------------- numbers and sizes
+
+
+def parse_number(value: Any) -> Any:
+    """Return a value unless it is true or false, which Python takes for 1 and 0.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def parse_digits(value: Any) -> Any:
+    """Return the whole number that a text of digits is; all else as it is."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value) else value
+
+
+def parse_size(value: Any) -> Any:
+    """Return bytes from "4GB" (10⁹), "4GiB" (2³⁰), or a number of them.
+
+    Raises:
+        ValueError: not a number with a unit.
+    """
+    if isinstance(value, str) and re.fullmatch(r"\d{1,18}", value.strip()):
+        value = int(value)
+    if isinstance(value, int) and value >= _LEAST_BYTES:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("expected a number with a unit, such as 4GB or 500MB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
+
+
+def parse_size_or_auto(value: Any) -> Any:
+    """Return "auto" and None as they are, and bytes from all that `parse_size` takes."""
+    return value if value in ("auto", None) else parse_size(value)
+
+
+# ---------------------------------------------------------------- habits of Hugging Face's trainer
+
+
+def parse_resume(value: Any) -> Any:
+    """Return "latest" for true and None for false, as Hugging Face's trainer means them.
+
+    Raises:
+        ValueError: a path that no file system has.
+    """
+    is_on = switch(value)
+    if is_on is not None:
+        return "latest" if is_on else None
+    if value in ("", "none"):
+        return None
+    if isinstance(value, str):
+        _check_path(value)
+    return value
+
+
+def parse_steps(value: Any) -> Any:
+    """Return None for -1, as Hugging Face's trainer means it; all else as it is."""
+    return None if value in (-1, "-1") else value
+
+
+def parse_tracker(value: Any) -> Any:
+    """Return "none" for nothing and for false, as Hugging Face's trainer means them."""
+    return "none" if value is None or value == [] or switch(value) is False else value

@@ -1,0 +1,160 @@
+"""Small inputs that users of such tools stumble over, run as they run them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IDS = [[1, 403, 407, 261, 378, 300, 50, 60, 70, 80]]
+
+
+@pytest.fixture
+def case(assets: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of the folder of the case that the test is marked with."""
+    source = assets / "cases" / request.param
+    if not source.is_dir():
+        pytest.skip(f"case {request.param} not found")
+    copy = tmp_path / "case"
+    copy.mkdir()
+    for path in source.iterdir():
+        # The originals may be read-only, and what is copied of that would stay.
+        shutil.copyfile(path, copy / path.name)
+    return copy
+
+
+def of(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [name], indirect=True)
+
+
+def kit(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run a command inside of a case's folder; return exit code, output and errors."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_kit", *arguments], cwd=folder, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert "internal error" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+# ---------------------------------------------------------------- configurations
+
+
+@of("yaml-resume-true")
+def test_resume_true_is_the_latest(case: Path) -> None:
+    code, _, err = kit(case, "train", "--config", "c.yaml")
+    assert code == 2
+    assert err == "error: --resume: which run? name its folder with --output\n"
+    for steps in ("1", "2"):
+        arguments = ("--output", "run", "--max-steps", steps, "--no-rehearse", "--samples", "0")
+        config = ("--config", "c.yaml") if steps == "2" else ()
+        code, out, err = kit(case, "train", *config, *arguments)
+        assert code == 0, err
+    assert "resuming from run/checkpoint-1" in out
+
+
+@of("targets-regex-comma")
+def test_a_pattern_with_a_comma_is_one_target(case: Path, stories: Path) -> None:
+    code, _, err = kit(case, "train", "--config", "c.yaml", "--model", str(stories), "--data",
+                         "tiny.jsonl", "--output", "out", "--max-steps", "1")  # fmt: skip
+    assert code == 0, err
+    assert json.loads((case / "out/adapter_config.json").read_text())["target_modules"] == [
+        "q_proj"
+    ]
+
+
+@of("targets-lm_head")
+def test_the_head_is_no_target_yet(case: Path, stories: Path) -> None:
+    code, _, err = kit(case, "train", "--model", str(stories), "--data", "tiny.jsonl", "--output",
+                       "out", "--targets", "q_proj,lm_head", "--max-steps", "1")  # fmt: skip
+    assert code == 2
+    (fault,) = errors(err)
+    assert "'lm_head' names an embedding or the output head, which carry no LoRA here yet" in fault
+    assert not (case / "out").exists()
+
+
+# ---------------------------------------------------------------- data
+
+
+@of("assistant-first")
+@pytest.mark.parametrize("template", [None, "chatml_s.jinja", "vicuna"])
+@pytest.mark.parametrize("data", ["asstfirst.jsonl", "asstfirst_sg.jsonl", "asstfirst_sys.jsonl"])
+def test_the_assistant_may_speak_first(
+    case: Path, stories: Path, data: str, template: str | None
+) -> None:
+    chosen = ("--chat-template", template) if template else ()
+    code, out, err = kit(case, "check", "--model", str(stories), "--data", data, *chosen)
+    assert code == 0, err
+    assert "2 of 2 tried are what generation is given, token by token" in out
+    space = " " if template == "vicuna" else ""
+    shown = out.replace("↵", "").replace("\n", "")
+    assert f"⟦{space}hello</s>⟧" in shown
+    assert f"⟦{space}a</s>⟧" in shown
+
+
+@of("dolly-columns-advice")
+def test_the_advice_keeps_the_context(case: Path, stories: Path) -> None:
+    arguments = ("check", "--model", str(stories), "--data", "instresp.jsonl")
+    code, _, err = kit(case, *arguments)
+    assert code == 2
+    (fault,) = errors(err)
+    _, _, advice = fault.partition("or pass ")
+    assert advice == "--columns instruction=instruction,input=context,output=response"
+    code, out, err = kit(case, *arguments, *advice.split())
+    assert code == 0, err
+    assert "ctx" in out
+    assert "not read" not in out
+
+
+# ---------------------------------------------------------------- models and adapters
+
+
+@of("pad-id-out-of-range")
+def test_a_padding_token_beyond_the_vocabulary_is_left_out(case: Path, stories: Path) -> None:
+    model = case / "model"
+    model.mkdir()
+    for path in stories.iterdir():
+        shutil.copyfile(path, model / path.name)
+    shutil.copyfile(case / "config.json", model / "config.json")
+    code, out, err = kit(case, "train", "--model", "model", "--data", "tiny.jsonl", "--output",
+                         "out", "--max-steps", "1")  # fmt: skip
+    assert code == 0, err
+    assert (
+        f"{model}/config.json: pad_token_id is 600, and the model has 512 tokens: it is left"
+        in (out.replace("\n", " "))
+    )
+
+
+@of("adapter-v_empty")
+def test_a_base_named_with_nothing_is_taken_from_the_command_line(
+    case: Path, stories: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    code, _, err = kit(case, "export", ".", "--to", "out", "--model", str(stories), "--base",
+                       "original", "--dtype", "float32")  # fmt: skip
+    assert code == 0, err
+    expected = torch.load(case / "logits.pt", weights_only=True)
+    merged = AutoModelForCausalLM.from_pretrained(case / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = merged(input_ids=torch.tensor(IDS)).logits
+    assert float((found - expected).norm() / expected.norm()) <= 1e-5
+
+
+@of("adapter-v_lfs")
+def test_a_pointer_of_git_lfs_is_told(case: Path, stories: Path) -> None:
+    code, _, err = kit(case, "export", ".", "--to", "out", "--model", str(stories))
+    assert code == 2
+    assert errors(err) == [
+        "error: adapter_model.safetensors: a Git LFS pointer to the file; expected the file "
+        "itself; get it with `git lfs pull`, or download it again"
+    ]
