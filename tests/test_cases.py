@@ -63,7 +63,7 @@ def test_resume_true_is_the_latest(case: Path) -> None:
 
 @of("targets-regex-comma")
 def test_a_pattern_with_a_comma_is_one_target(case: Path, stories: Path) -> None:
-    code, out, err = kit(case, "train", "--config", "c.yaml", "--model", str(stories), "--data",
+    code, _, err = kit(case, "train", "--config", "c.yaml", "--model", str(stories), "--data",
                          "tiny.jsonl", "--output", "out", "--max-steps", "1")  # fmt: skip
     assert code == 0, err
     assert json.loads((case / "out/adapter_config.json").read_text())["target_modules"] == [
