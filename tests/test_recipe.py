@@ -247,7 +247,7 @@ def test_an_export_into_a_run_is_refused(
             f"error: {target}: is inside the run {copy}, which --overwrite deletes with all that "
             "is in it; expected a folder outside of it; name another --to\n"
         )
-    code, _, err = run("quantize", "demo", "--to", str(copy / "small"), capsys=capsys)
+    code, _, err = run("quantize", "--model", "demo", "--to", str(copy / "small"), capsys=capsys)
     assert (code, "name another --to" in err) == (2, True)
     code, _, err = run("train", "--output", str(copy / "again"), *SHORT, capsys=capsys)
     assert (code, "name another --output" in err) == (2, True)
