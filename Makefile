@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: train test test-slow test-gpu test-faults check format bench setup clean help
+.PHONY: train test test-slow test-gpu test-faults real-models check format bench setup clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test-gpu: setup  ## those that need a GPU
 
 test-faults: setup  ## the table of promises kept under faults
 	$(BIN)/python -m tests.faults --json benchmarks/results/faults.json
+
+real-models: setup  ## fetch two small pretrained models into models/, for tests and demonstrations
+	$(BIN)/python -m tests.real_models
 
 check: setup     ## format, lint, types, layers
 	$(BIN)/ruff format --check .

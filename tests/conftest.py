@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_models import MINILM, SMOLLM2, real_models_folder
 
 PROJECT = Path(__file__).parent.parent
 
@@ -37,6 +38,26 @@ def assets() -> Path:
 def stories(assets: Path) -> Path:
     """A real pretrained Llama of 260,032 parameters, with its tokenizer."""
     return assets / "models" / "stories260K"
+
+
+def real_model(name: str) -> Path:
+    """Return the folder of a model of `make real-models`; skip, saying so, without it."""
+    folder = real_models_folder() / name
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; `make real-models` fetches it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: a real Llama that follows instructions, with its ChatML template."""
+    return real_model(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a real BERT encoder."""
+    return real_model(MINILM)
 
 
 # Numbers that shrink a real architecture to one that runs in milliseconds, its kind kept.
