@@ -100,6 +100,7 @@ def test_before_and_after_are_the_same_where_nothing_was_trained(account: Any) -
     account[0].begin(3, [row(4, 3), row(9, 2), row(20, 60)], 1)
     samples = account[0].close()
     assert len(samples) == 3
+    assert account[1] == [], "none of them failed"
     assert all(sample.before == sample.after for sample in samples)
     stored = json.loads((account[0].output / NAME).read_text())
     assert [item["after"] for item in stored["samples"]] == [sample.after for sample in samples]
