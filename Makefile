@@ -24,8 +24,8 @@ train: setup     ## fine-tune the built-in demo in 4 bits and show what it learn
 	$(BIN)/qlora-kit export runs/demo --to merged/demo --overwrite
 	$(BIN)/qlora-kit evaluate --model merged/demo --bits 16 --exact-match
 
-test: setup      ## the default tests, under ten minutes
-	$(BIN)/python -m pytest
+test: setup      ## the default tests, a process a core: some six minutes on two
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: setup ## the long ones
 	$(BIN)/python -m pytest -m slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ PROJECT = Path(__file__).parent.parent
 # No test may reach out: a hub that answers slowly would make the suite hang.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Models this small are faster on one thread: several wait for each other longer than they work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Models this small are faster on one thread: several wait for each other longer than they work,
+# and `make test` has a process on every core.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 
 def assets_folder() -> Path | None:
@@ -123,6 +125,44 @@ def save_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return saved[key]
 
     return save
+
+
+# Options that a simulation does not read, and that differ between runs that are otherwise equal.
+NOT_SIMULATED = {
+    "output", "overwrite", "resume", "data", "validation", "max_steps", "save_steps", "eval_steps",
+    "report_to", "samples", "vram", "ram",
+}  # fmt: skip
+
+
+def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `simulate`, which answers at once where it is asked what it was asked before."""
+    from qlora_kit.config import TrainConfig
+
+    answers: dict[str, Any] = {}
+
+    def of_key(value: Any) -> Any:
+        if not isinstance(value, TrainConfig):
+            return value
+        return value.model_dump(exclude=NOT_SIMULATED), value.model_fields_set - NOT_SIMULATED
+
+    def remembered(*arguments: Any, **named: Any) -> Any:
+        key = repr(([of_key(value) for value in arguments], named))
+        if key not in answers:
+            answers[key] = simulate(*arguments, **named)
+        return answers[key]
+
+    return remembered
+
+
+@pytest.fixture(scope="module")
+def simulated_once() -> Iterator[None]:
+    """Plans of a module simulate the same step once: for tests of what is not the simulation."""
+    from qlora_kit.plan import search, subject
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "take_survey", remembering(search.take_survey))
+        patch.setattr(subject, "predict", remembering(subject.predict))
+        yield
 
 
 def load_folder(

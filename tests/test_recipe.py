@@ -14,6 +14,8 @@ from test_cli import run
 from qlora_kit.data.samples import BUILT_IN
 from qlora_kit.model.names import find_model
 
+pytestmark = pytest.mark.usefixtures("simulated_once")
+
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
 RUN_FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-2",
@@ -186,7 +188,8 @@ def test_evaluate_takes_base_and_bits_from_the_adapter(
     # itself would be refused, for its weights are other ones.
     base, output = tmp_path / "base", tmp_path / "run"
     save_changed_demo(base)
-    trained = ("train", "--model", str(base), "--bits", "8", "--output", str(output), *SHORT)
+    trained = ("train", "--model", str(base), "--bits", "8", "--output", str(output),
+               "--max-steps", "1", "--samples", "0", "--device", "cpu")  # fmt: skip
     assert run(*trained, capsys=capsys)[0] == 0
 
     def loss(*asked: str) -> float:
