@@ -70,9 +70,7 @@ def minilm() -> Path:
 # Numbers that shrink a real architecture to one that runs in milliseconds, its kind kept.
 TINY: dict[str, Any] = {
     "hidden_size": 64,
-    # Of 64 as well: other widths are unpacked wrongly by bitsandbytes' own layers on AVX-512, which
-    # some tests compare with. Ours are tested with them in test_model_quantize.py.
-    "intermediate_size": 128,
+    "intermediate_size": 80,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

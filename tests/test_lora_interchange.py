@@ -191,7 +191,9 @@ def test_missing_and_surplus_tensors_are_named(
 def test_a_quantised_checkpoint_is_the_same_model_here_and_in_transformers(
     save_tiny: Callable[..., Path], tmp_path: Path, quantization: qk.Quantization
 ) -> None:
-    base, target = save_tiny("tinyllama", initializer_range=0.05), tmp_path / "quantised"
+    # bitsandbytes' own layers unpack other widths than multiples of 64 wrongly on AVX-512.
+    base = save_tiny("tinyllama", initializer_range=0.05, intermediate_size=128)
+    target = tmp_path / "quantised"
     done = qk.quantize_to(target, spec_of(base, 16), quantization, make_tokenizer())
     assert done.bytes < done.original_bytes
     spec = qk.BaseSpec(qk.find_model(str(base)), base, quantization)
@@ -221,7 +223,7 @@ def test_a_quantised_checkpoint_is_not_quantised_again(
 def test_a_merge_that_is_quantised_again_opens_in_transformers(
     save_tiny: Callable[..., Path], tmp_path: Path, bits: int
 ) -> None:
-    folder = save_tiny("tinyllama", initializer_range=0.05)
+    folder = save_tiny("tinyllama", initializer_range=0.05, intermediate_size=128)
     base = qk.load_base(spec_of(folder, bits), qk.choose_hardware("cpu"))
     adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=("all-linear",)))
     with torch.no_grad():

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import relative_error
 from safetensors.torch import load_file
 from test_cli import run
 from test_train import losses, make_adapter, make_rows, options, record, weights_of
@@ -221,7 +222,9 @@ def test_a_step_is_taken_again_with_fewer_rows_at_a_time(
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
     assert found[1][2] == found[0][2] == list(range(16)), "the effective batch is what it was"
     for name, weight in found[0][1].items():
-        assert torch.allclose(weight, found[1][1][name], rtol=1e-4, atol=1e-6), name
+        # In norm: Adam's first steps move an element by the sign of its gradient, which of one next
+        # to zero is decided by the order of a sum. Another batch would be off by 1e-3 and more.
+        assert relative_error(found[1][1][name], weight) < 2e-5, name
 
 
 def test_a_replayed_step_draws_the_same_dropout(
