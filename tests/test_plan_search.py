@@ -61,7 +61,10 @@ def plan_of(config: TrainConfig, card_bytes: int, **rows: Any) -> Plan:
 SMALL = PlanConfig(model="smollm2-135m", bits=4, max_length=512, eval_batch_size=1)
 
 
-@pytest.mark.parametrize(("device", "recompute"), [("auto", True), ("cpu", True), ("cpu", False)])
+@pytest.mark.parametrize(
+    ("device", "recompute"),
+    [("auto", True), ("cpu", True), pytest.param("cpu", False, marks=pytest.mark.slow)],
+)
 def test_what_is_extrapolated_from_three_layers_is_what_the_whole_model_takes(
     device: str, recompute: bool
 ) -> None:

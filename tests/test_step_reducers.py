@@ -677,7 +677,7 @@ def predicted(
     ("tokens", "bits", "limit"),
     [
         (2048, 4, 5.0e9),
-        (32768, 4, 10e9),
+        pytest.param(32768, 4, 10e9, marks=pytest.mark.slow),
         pytest.param(4096, 4, 5.3e9, marks=pytest.mark.slow),
         pytest.param(8192, 4, 5.8e9, marks=pytest.mark.slow),
         pytest.param(2048, 8, 8.0e9, marks=pytest.mark.slow),
