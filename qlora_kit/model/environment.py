@@ -31,9 +31,6 @@ def prepare_environment(*, deterministic: bool = False) -> None:
     # reserves little more than it allocates.
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-    # Large blocks of a CPU come in pages of 2 MB where the system has them: a page fault for each
-    # instead of 512.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # A thread that waits for another one spins this often, then sleeps. By default it spins for
     # milliseconds, which a process that becomes busy beside it turns into a stand-still.
     if not any(name in os.environ for name in _WAITING):
