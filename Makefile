@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: train test test-slow test-gpu test-faults check format bench gpu-report \
+.PHONY: train test test-slow test-gpu test-faults real-models check format bench gpu-report \
 	gpu-report-rehearse setup clean help
 
 help:            ## list the targets
@@ -25,8 +25,8 @@ train: setup     ## fine-tune the built-in demo in 4 bits and show what it learn
 	$(BIN)/qlora-kit export runs/demo --to merged/demo --overwrite
 	$(BIN)/qlora-kit evaluate --model merged/demo --bits 16 --exact-match
 
-test: setup      ## the default tests, under ten minutes
-	$(BIN)/python -m pytest
+test: setup      ## the default tests, a process a core: some six minutes on two
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: setup ## the long ones
 	$(BIN)/python -m pytest -m slow
@@ -36,6 +36,9 @@ test-gpu: setup  ## those that need a GPU
 
 test-faults: setup  ## the table of promises kept under faults
 	$(BIN)/python -m tests.faults --json benchmarks/results/faults.json
+
+real-models: setup  ## fetch two small pretrained models into models/, for tests and demonstrations
+	$(BIN)/python -m tests.real_models
 
 check: setup     ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_models import MINILM, SMOLLM2, real_models_folder
 
 from qlora_kit.model.environment import prepare_environment
 
@@ -19,8 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The GPU tests' allocator and cuBLAS read their settings once: before anything imports torch.
 prepare_environment(deterministic=True)
 
-# Models this small are faster on one thread: several wait for each other longer than they work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Models this small are faster on one thread: several wait for each other longer than they work,
+# and `make test` has a process on every core.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 
 def assets_folder() -> Path | None:
@@ -42,6 +45,26 @@ def assets() -> Path:
 def stories(assets: Path) -> Path:
     """A real pretrained Llama of 260,032 parameters, with its tokenizer."""
     return assets / "models" / "stories260K"
+
+
+def real_model(name: str) -> Path:
+    """Return the folder of a model of `make real-models`; skip, saying so, without it."""
+    folder = real_models_folder() / name
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; `make real-models` fetches it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: a real Llama that follows instructions, with its ChatML template."""
+    return real_model(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a real BERT encoder."""
+    return real_model(MINILM)
 
 
 # Numbers that shrink a real architecture to one that runs in milliseconds, its kind kept.
@@ -109,6 +132,44 @@ def save_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return saved[key]
 
     return save
+
+
+# Options that a simulation does not read, and that differ between runs that are otherwise equal.
+NOT_SIMULATED = {
+    "output", "overwrite", "resume", "data", "validation", "max_steps", "save_steps", "eval_steps",
+    "report_to", "samples", "vram", "ram",
+}  # fmt: skip
+
+
+def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `simulate`, which answers at once where it is asked what it was asked before."""
+    from qlora_kit.config import TrainConfig
+
+    answers: dict[str, Any] = {}
+
+    def of_key(value: Any) -> Any:
+        if not isinstance(value, TrainConfig):
+            return value
+        return value.model_dump(exclude=NOT_SIMULATED), value.model_fields_set - NOT_SIMULATED
+
+    def remembered(*arguments: Any, **named: Any) -> Any:
+        key = repr(([of_key(value) for value in arguments], named))
+        if key not in answers:
+            answers[key] = simulate(*arguments, **named)
+        return answers[key]
+
+    return remembered
+
+
+@pytest.fixture(scope="module")
+def simulated_once() -> Iterator[None]:
+    """Plans of a module simulate the same step once: for tests of what is not the simulation."""
+    from qlora_kit.plan import search, subject
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "take_survey", remembering(search.take_survey))
+        patch.setattr(subject, "predict", remembering(subject.predict))
+        yield
 
 
 def load_folder(

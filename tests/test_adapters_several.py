@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused(
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def runs(simulated_once: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     from qlora_kit.cli import main
 
     outputs = []
@@ -211,7 +211,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         outputs.append(tmp_path_factory.mktemp("runs") / f"run-{steps}")
         arguments = ["train", "--output", str(outputs[-1]), "--max-steps", str(steps)]
         with pytest.raises(SystemExit) as stopped:
-            main([*arguments, "--device", "cpu"])
+            main([*arguments, "--samples", "0", "--device", "cpu"])
         assert stopped.value.code == 0
     return outputs
 

@@ -1,4 +1,4 @@
-"""A small part of the table of promises; `make test-faults` is all of it.
+"""A few faults of each promise; `make test-slow` has more, `make test-faults` all of them.
 
 The harness forks hundreds of processes, so it runs in one that pytest has not filled with
 threads. One start of it makes every row.
@@ -22,14 +22,16 @@ PROMISES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The rows of the quick table, by the name of the promise."""
+@pytest.fixture(scope="module", params=["few", pytest.param("some", marks=pytest.mark.slow)])
+def table(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """The rows of a table with a part of the faults, by the name of the promise."""
     file = tmp_path_factory.mktemp("faults") / "faults.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--quick", "--json", str(file)],
+        [sys.executable, "-m", "tests.faults", "--size", request.param, "--json", str(file)],
         cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert file.is_file(), done.stderr
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_cli import run
 
-from qlora_kit.model.names import known_models
+from qlora_kit.model.names import find_model, known_models
+
+LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every known model with four layers: each is simulated, and all are alike."""
+    models = {
+        name: replace(
+            source, architecture={**(source.architecture or {}), "num_hidden_layers": LAYERS}
+        )
+        for name, source in known_models().items()
+    }
+    monkeypatch.setattr("qlora_kit.model.names.known_models", lambda: models)
+
 
 # ---------------------------------------------------------------- the command
 
@@ -37,7 +53,7 @@ def test_a_plan_for_programs_has_every_part(
 def test_a_plan_needs_no_more_than_a_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    numbers = dict(known_models()["smollm2-135m"].architecture or {})
+    numbers = dict(find_model("smollm2-135m").architecture or {})
     file = tmp_path / "config.json"
     file.write_text(json.dumps(numbers))
     peaks = []
@@ -61,13 +77,15 @@ def test_more_tokens_than_positions_are_planned_and_warned_of(
     assert "more than the model's 2,048 positions" in json.loads(out)["warnings"][0]
 
 
+@pytest.mark.usefixtures("simulated_once")
 def test_a_budget_is_kept_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = ("plan", "--model", "smollm2-135m", "--max-length", "128", "--json")
+    plan = ("plan", "--model", "smollm2-135m", "--max-length", "128", "--batch-size", "2",
+            "--gradient-accumulation-steps", "1", "--json")  # fmt: skip
     code, out, _ = run(*plan, "--vram", "8GiB", capsys=capsys)
     found = json.loads(out)
     assert (code, found["fits"], found["budget_bytes"]) == (0, True, 8 << 30)
     assert found["predicted_peak_bytes"] < found["card_bytes"] < 8 << 30
-    code, _, err = run(*plan, "--vram", "600MB", capsys=capsys)
+    code, _, err = run(*plan, "--vram", "520MB", capsys=capsys)
     assert code == 2
     assert err.startswith("error: --vram: smollm2-135m with 4 bits and rows of 128 tokens takes 0.")
     code, _, err = run(*plan, "--vram", "10 bananas", capsys=capsys)
@@ -78,7 +96,7 @@ def test_a_budget_is_kept_or_refused(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_quantised_checkpoint_is_planned_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    numbers = dict(known_models()["smollm2-135m"].architecture or {})
+    numbers = dict(find_model("smollm2-135m").architecture or {})
     stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     peaks = []
     for name, more, bits in (("plain", {}, ("--bits", "8")),

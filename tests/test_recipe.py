@@ -14,7 +14,10 @@ import yaml
 from test_cli import run
 
 from qlora_kit.data.samples import BUILT_IN
+from qlora_kit.model.names import find_model
 from qlora_kit.storage import staged_folder, write_text
+
+pytestmark = pytest.mark.usefixtures("simulated_once")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
 RUN_FILES = {
@@ -188,9 +191,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(
     assert "no checkpoint yet; starting from the beginning" in out
 
 
-def test_evaluate_takes_base_and_bits_from_the_adapter(
-    short_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_measures_a_run(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("evaluate", "--adapter", str(short_run), "--max-rows", "20", "--json")
     code, out, _ = run(*arguments, "--exact-match", capsys=capsys)
     result = json.loads(out)
@@ -202,21 +203,59 @@ def test_evaluate_takes_base_and_bits_from_the_adapter(
     assert "4-bit nf4" in text
 
 
+def test_evaluate_takes_base_and_bits_from_the_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Neither is what it would be without the adapter's record: the demo, in 4 bits. The demo
+    # itself would be refused, for its weights are other ones.
+    base, output = tmp_path / "base", tmp_path / "run"
+    save_changed_demo(base)
+    trained = ("train", "--model", str(base), "--bits", "8", "--output", str(output),
+               "--max-steps", "1", "--samples", "0", "--device", "cpu")  # fmt: skip
+    assert run(*trained, capsys=capsys)[0] == 0
+
+    def loss(*asked: str) -> float:
+        arguments = ("evaluate", "--adapter", str(output), "--max-rows", "20", "--json")
+        code, out, err = run(*arguments, *asked, capsys=capsys)
+        assert code == 0, err
+        return float(json.loads(out)["loss"])
+
+    found = loss()
+    assert found == loss("--model", str(base), "--bits", "8")
+    assert found != loss("--model", str(base), "--bits", "4")
+    _, text, _ = run("evaluate", "--adapter", str(output), "--max-rows", "5", capsys=capsys)
+    assert "8-bit" in text
+
+
+def save_changed_demo(folder: Path) -> None:
+    """Save the demo with another last norm: the same names and shapes, another model."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(find_model("demo").folder or "", folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] *= 0.5
+    save_file(weights, file, {"format": "pt"})
+
+
 def test_generate_answers(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--adapter", str(short_run), "--prompt", "Spoken: two dollars\nWritten:")
-    outputs = []
-    for sampling in (
-        (),
-        (),
-        ("--temperature", "2", "--seed", "1"),
-        ("--temperature", "2", "--seed", "1"),
-    ):
-        code, out, _ = run("generate", *arguments, *sampling, "--max-new-tokens", "8", "--json",
-                           capsys=capsys)  # fmt: skip
+    def answer(*sampling: str) -> str:
+        code, out, _ = run(
+            "generate", "--adapter", str(short_run), "--prompt", "Spoken: two dollars\nWritten:",
+            *sampling, "--max-new-tokens", "8", "--json", capsys=capsys,
+        )  # fmt: skip
         assert code == 0
-        outputs.append(json.loads(out)["text"])
-    assert outputs[0] == outputs[1]
-    assert outputs[2] == outputs[3]
+        return str(json.loads(out)["text"])
+
+    greedy, warm = answer(), answer("--temperature", "2", "--seed", "1")
+    assert greedy.strip()
+    assert answer() == greedy
+    assert answer("--seed", "1") == greedy, "without a temperature nothing is drawn"
+    assert warm != greedy
+    assert answer("--temperature", "2", "--seed", "1") == warm
+    assert answer("--temperature", "2", "--seed", "2") not in (warm, greedy)
+    # So small a share leaves the likeliest token only.
+    assert answer("--temperature", "2", "--seed", "1", "--top-p", "0.001") == greedy
 
 
 def test_export_writes_a_model_that_evaluates_like_the_adapter(
@@ -227,10 +266,12 @@ def test_export_writes_a_model_that_evaluates_like_the_adapter(
     assert code == 0
     assert "merged into" in out
     losses = []
-    for of in (("--adapter", str(short_run)), ("--model", str(target), "--bits", "16")):
+    merged, base = ("--model", str(target), "--bits", "16"), ("--model", "demo")
+    for of in (("--adapter", str(short_run)), merged, base):
         _, out, _ = run("evaluate", *of, "--max-rows", "50", "--json", capsys=capsys)
         losses.append(json.loads(out)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] > 1.01 * losses[0], "the base without the adapter evaluates as the merge"
     code, _, err = run("export", str(short_run), "--to", str(target), capsys=capsys)
     assert code == 2
     assert "exists; pass --overwrite" in err

@@ -18,6 +18,8 @@ from qlora_kit.infer.samples import NAME, SampleAccount, choose_prompts
 from qlora_kit.opening import open_tokenizer
 from qlora_kit.train.random_states import random_states, seed_everything
 
+pytestmark = pytest.mark.usefixtures("simulated_once")
+
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--device", "cpu", "--lora-dropout", "0.1")
 IGNORED = -100
 
@@ -100,6 +102,7 @@ def test_before_and_after_are_the_same_where_nothing_was_trained(account: Any) -
     account[0].begin(3, [row(4, 3), row(9, 2), row(20, 60)], 1)
     samples = account[0].close()
     assert len(samples) == 3
+    assert account[1] == [], "none of them failed"
     assert all(sample.before == sample.after for sample in samples)
     stored = json.loads((account[0].output / NAME).read_text())
     assert [item["after"] for item in stored["samples"]] == [sample.after for sample in samples]

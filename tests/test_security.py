@@ -326,6 +326,7 @@ def _rows(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
+@pytest.mark.usefixtures("simulated_once")
 @pytest.mark.parametrize("extra", [(), ("--json",), ("--debug",)])
 def test_a_run_shows_and_writes_no_secret(
     tmp_path: Path, secrets: None, extra: tuple[str, ...]
@@ -341,6 +342,7 @@ def test_a_run_shows_and_writes_no_secret(
     _shown(output, out, err)
     assert "[redacted]" in out + (output / "training_config.yaml").read_text()
     code, out, err = run(*train, "--max-steps", "3", "--resume", *extra)
+    assert code == 0, err
     _shown(output, out, err)
     merged = tmp_path / "merged"
     code, out, err = run("export", output, "--to", merged, "--model", model, *extra)

@@ -197,15 +197,26 @@ def test_a_custom_loss_is_what_is_minimised(save_tiny: Callable[..., Path]) -> N
             logits, targets, reduction="sum", label_smoothing=0.1
         )
 
-    found = []
-    for loss in (None, smoothed):
+    def always_seven(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # Falls only where another loss than that of the rows' own tokens is minimised.
+        return plain(logits, torch.full_like(targets, 7))
+
+    def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+    found = {}
+    for loss in (None, plain, smoothed, always_seven):
         events: list[Event] = []
         qk.train_adapter(
-            make_adapter(save_tiny()), make_rows(4), options(), loss=loss, announce=record(events)
-        )
-        found.append(losses(events))
-    assert found[0] != found[1]
-    assert all(math.isfinite(value) for value in found[1])
+            make_adapter(save_tiny()), make_rows(2), options(max_steps=20, batch_size=2),
+            loss=loss, announce=record(events),
+        )  # fmt: skip
+        found[loss] = losses(events)
+    assert found[plain] == pytest.approx(found[None], rel=1e-5)
+    assert found[smoothed] != found[None]
+    assert all(math.isfinite(value) for value in found[smoothed])
+    assert found[smoothed][-1] < found[smoothed][0]
+    assert found[always_seven][-1] < 0.5 * found[always_seven][0]
 
 
 def test_recomputation_changes_nothing_but_memory(save_tiny: Callable[..., Path]) -> None:

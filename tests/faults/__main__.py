@@ -15,8 +15,11 @@ from .table import Row, line, timed, write
 _SEED = 20260
 
 
-def promises(*, quick: bool) -> dict[str, Callable[[Sample], Row]]:
-    """Return what makes each row, by its short name; `quick` is a small part of each."""
+SIZES = ("few", "some", "all")
+
+
+def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
+    """Return what makes each row, by its short name; `size` says how many faults of each."""
     from .artefacts import artefacts
     from .corruption import corruption
     from .disk import disk_errors, full_disks
@@ -27,7 +30,22 @@ def promises(*, quick: bool) -> dict[str, Callable[[Sample], Row]]:
     from .resumes import resumes
     from .stops import stops
 
-    if quick:
+    if size == "few":
+        return {
+            "kills": partial(
+                kills, count=2, seed=_SEED, in_shell=0, stride=150, saves=("replacing save",)
+            ),
+            "resumes": partial(resumes, steps=(15,), kinds=((4, 3),)),
+            "stops": partial(stops, at_random=0, seed=_SEED, stride=23),
+            "corruption": partial(corruption, count=16, seed=_SEED),
+            "disk-errors": partial(disk_errors, count=2),
+            "full-disks": partial(full_disks, count=1),
+            "numerics": partial(numerics, count=2, seed=_SEED),
+            "memory": partial(memory, per_phase=1, limits=0),
+            "artefacts": partial(artefacts, count=4),
+            "mutations": partial(mutations, wanted=MUTATIONS[:1]),
+        }
+    if size == "some":
         return {
             "kills": partial(kills, count=6, seed=_SEED, in_shell=0, stride=150),
             "resumes": partial(resumes, steps=(15,), kinds=((4, 3), (16, 1))),
@@ -58,13 +76,13 @@ def main() -> int:
     """Make the rows that were asked for; return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--only", help="names of promises, comma-separated")
-    parser.add_argument("--quick", action="store_true", help="a small part of each")
+    parser.add_argument("--size", choices=SIZES, default="all", help="how many faults of each")
     parser.add_argument("--json", type=Path, help="where to write the table too")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="qlora-kit-faults-") as name:
         prepare(Path(name))
-        makers = promises(quick=given.quick)
+        makers = promises(given.size)
         wanted = given.only.split(",") if given.only else list(makers)
         sample = make_sample(Path(name) / "sample")
         for promise in wanted:

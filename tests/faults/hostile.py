@@ -521,7 +521,7 @@ def models_with_impossible_numbers(folder: Path, canary: Path) -> None:
         {"num_hidden_layers": -1}, {"num_hidden_layers": "4"}, {"hidden_size": True},
         {"num_attention_heads": 0}, {"num_attention_heads": 7}, {"hidden_act": "evil"},
         {"rope_parameters": [1]}, {"dtype": "evil"}, {"model_type": ["llama"]},
-        {"quantization_config": [3]}, {"auto_map": 5}, {"pad_token_id": 10**9},
+        {"quantization_config": [3]}, {"auto_map": 5}, {"pad_token_id": "x"}, {"eos_token_id": "x"},
         {"architectures": 5, "rms_norm_eps": "x"}, {"__class__": "x"},
     ]  # fmt: skip
     for number, change in enumerate(changes):
@@ -610,8 +610,8 @@ def adapters_with_impossible_values(folder: Path, canary: Path) -> None:
         "lora_alpha": ("8", 0, -1, [], None),
         "lora_dropout": (-1, 1, "0.1"),
         "use_rslora": ("yes", 5),
-        "base_model_name_or_path": (5, ["demo"], "", {"a": 1}),
-        "revision": (5, ""),
+        "base_model_name_or_path": (5, ["demo"], {"a": 1}),
+        "revision": (5, []),
         "rank_pattern": ({"q_proj": 0}, {"q_proj": "8"}, {"q_proj": 10**9}, ["q_proj"], 5),
         "alpha_pattern": ({"q_proj": -1}, {"q_proj": None}, "q_proj"),
         "peft_type": (None, 5, "IA3", ["LORA"]),

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,15 @@ class Case:
     is_half: bool = False
 
 
-def kills(sample: Sample, count: int, seed: int, *, in_shell: int = 20, stride: int = 1) -> Row:
+def kills(
+    sample: Sample,
+    count: int,
+    seed: int,
+    *,
+    in_shell: int = 20,
+    stride: int = 1,
+    saves: Sequence[str] = tuple(_SAVES),
+) -> Row:
     """Kill runs `count` times or more.
 
     Args:
@@ -71,8 +79,9 @@ def kills(sample: Sample, count: int, seed: int, *, in_shell: int = 20, stride: 
         seed: of the random times.
         in_shell: number of them that hit `python -m qlora_kit` in a process of its own.
         stride: every how manieth call of a save is hit; 1 is each.
+        saves: which kinds of saves are hit.
     """
-    cases = [*_at_each_call(sample, stride), *_chains("shell", in_shell, seed)]
+    cases = [*_at_each_call(sample, stride, saves), *_chains("shell", in_shell, seed)]
     left = count - sum(case.kills for case in cases)
     cases += _chains("random", max(left, count // 5), seed + 1)
     seconds = {case.kind: 0.0 for case in cases if case.kind in _BEGIN}
@@ -178,9 +187,9 @@ def _end_of(ended: Ended, output: Path, sample: Sample) -> list[str]:
 # ---------------------------------------------------------------- at each call of a save
 
 
-def _at_each_call(sample: Sample, stride: int) -> list[Case]:
+def _at_each_call(sample: Sample, stride: int, saves: Sequence[str]) -> list[Case]:
     """Count the calls of a save in a rehearsal, and make a case of each."""
-    found = spread(partial(_cases_of, sample, stride), list(_SAVES), sample.folder / "kills")
+    found = spread(partial(_cases_of, sample, stride), saves, sample.folder / "kills")
     return [case for cases in found for case in cases]
 
 

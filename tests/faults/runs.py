@@ -63,7 +63,7 @@ class Sample:
             "--targets": "all-linear", "--rank": 4, "--lora-dropout": 0.2,
             "--learning-rate": 2e-2, "--scheduler": "constant", "--save-steps": SAVE_STEPS,
             "--save-total-limit": 2, "--eval-steps": 5, "--eval-batch-size": 3,
-            "--device": "cpu",
+            "--samples": 1, "--device": "cpu",
         }  # fmt: skip
         options = [str(word) for pair in given.items() for word in pair]
         return ["train", *options, *map(str, more)]
