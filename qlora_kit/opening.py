@@ -34,6 +34,7 @@ from qlora_kit.lora.files import (
 )
 from qlora_kit.model.config_file import ids_beyond, read_config_file
 from qlora_kit.model.names import ModelSource, find_model, known_models
+from qlora_kit.train.folder import stored_layer
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
@@ -51,7 +52,7 @@ def configure(
 ) -> AnyConfig:
     """Resolve what is asked for, over what the model's file in `configs/` says of a run.
 
-        defaults  <  configs/NAME.yaml  <  `layers`  <  `given`
+        defaults  <  configs/NAME.yaml  <  the run that is resumed  <  `layers`  <  `given`
 
     The class alone, as in `TrainConfig(model="smollm2-135m")`, knows the defaults only.
 
@@ -66,11 +67,24 @@ def configure(
     """
     layers = [*layers, Layer("", given)]
     asked = resolve(config_class, layers)
+    if isinstance(asked, TrainConfig) and (stored := _stored_options(asked)):
+        layers.insert(0, stored)
+        asked = resolve(config_class, layers)
     if not isinstance(asked, TrainConfig):
         return asked
     source = find_model(asked.model)
     origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
     return resolve(config_class, [Layer(origin, source.settings), *layers])
+
+
+def _stored_options(asked: TrainConfig) -> Layer | None:
+    """Return the options of the run that is to be continued; they go below all that is asked."""
+    stored = stored_layer(asked.output, asked.resume)
+    given = asked.model_fields_set
+    if stored is not None and "epochs" in given and "max_steps" not in given:
+        # A stored number of steps would silently win over the epochs that are asked for.
+        return Layer(stored.origin, {**stored.values, "max_steps": None})
+    return stored
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import PROJECT, relative_error
 from safetensors.torch import load_file
 from test_cli import run
 from test_train import losses, make_adapter, make_rows, options, record, weights_of
 
 import qlora_kit as qk
 from qlora_kit import signals
+from qlora_kit.config import compared, declared, that_decide
 from qlora_kit.errors import ConfigError, LearningError, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Evaluated,
@@ -52,7 +54,7 @@ from qlora_kit.train.checkpoint import (
 )
 from qlora_kit.train.loop import Saving
 from qlora_kit.train.optimizer import build_optimizer, make_state
-from qlora_kit.train.resume import GROUPS, OPTIONS, check_resumable, effects
+from qlora_kit.train.resume import COVERED, check_resumable, effects
 
 Tiny = Callable[..., Path]
 
@@ -637,7 +639,7 @@ def test_an_evaluation_that_was_stopped_is_done_again(save_tiny: Tiny, tmp_path:
 
 
 def test_each_difference_is_listed_with_the_group_that_allows_it() -> None:
-    stored = {name: 1 for names in GROUPS.values() for name in names} | {"rank": 8}
+    stored = {name: 1 for names in COVERED.values() for name in names} | {"rank": 8}
     changed = stored | {"batch_size": 2, "base": 2, "rank": 16, "tokenizer": 2, "rows": 2}
     with pytest.raises(ConfigError) as caught:
         check_resumable(changed, state_of(stored))
@@ -662,10 +664,23 @@ def test_rows_that_changed_on_their_own_are_a_difference() -> None:
         check_resumable({"rows": 2, "data": 1}, state_of({"rows": 1, "data": 1}))
 
 
-def test_every_option_of_the_identity_exists_and_every_group_is_an_allowed_name() -> None:
-    assert set(OPTIONS) <= qk.TrainConfig.model_fields.keys()
-    for group in GROUPS:
+def test_every_group_is_an_allowed_name_and_stands_in_the_documentation() -> None:
+    page = (PROJECT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    lines = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, flags=re.MULTILINE))
+    for group in COVERED:
         assert qk.TrainConfig(allow_change=(group,)).allow_change == (group,)
+        documented = set(re.findall(r"`(\w+)`", lines[group]))
+        assert documented == set(that_decide(qk.TrainConfig, group))
+    shapes = {*that_decide(qk.TrainConfig, "shape")}
+    assert {"rank", "rank_pattern", "targets", "optimizer"} == shapes
+
+
+def test_the_identity_of_a_run_is_every_option_that_decides_its_bits() -> None:
+    """Of each option a run that changes it is refused, or known by what came of it."""
+    named = set(compared(qk.TrainConfig))
+    for name in that_decide(qk.TrainConfig, "shape", *COVERED):
+        assert name in named or declared(qk.TrainConfig, name)["known_by_result"], name
+    assert not named & {*that_decide(qk.TrainConfig, "length")}
 
 
 def test_more_steps_say_what_they_do_to_the_schedule() -> None:

@@ -1,4 +1,4 @@
-"""One file a command: flags to a config, errors to one line and an exit code. No logic."""
+"""Flags to a configuration, errors to one line and an exit code. No logic."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ import traceback
 import click
 
 import qlora_kit
-from qlora_kit.cli.check import check
-from qlora_kit.cli.evaluate import evaluate
-from qlora_kit.cli.export import export
-from qlora_kit.cli.generate import generate
+from qlora_kit.cli.commands import COMMANDS
 from qlora_kit.cli.models import doctor, models
-from qlora_kit.cli.plan import plan
-from qlora_kit.cli.quantize import quantize
-from qlora_kit.cli.train import train
 from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
 from qlora_kit.redact import one_line, redacted
 from qlora_kit.signals import Stopped, stop_on_signals
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Group(click.Group):
+    """The commands, each with its whole summary."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one entry a command; click would cut long summaries off."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, each.get_short_help_str(1000)) for name, each in self.commands.items()]
+            )
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(qlora_kit.__version__, prog_name="qlora-kit")
 def cli() -> None:
     """Fine-tune large language models on small GPUs: 4-bit base, LoRA, merged exports.
@@ -32,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (check, plan, train, evaluate, generate, export, quantize, models, doctor):
+for command in (*COMMANDS, models, doctor):
     cli.add_command(command)
 
 

@@ -1,7 +1,7 @@
 """Build a command's flags from the fields of its configuration, and the configuration back.
 
-So a flag, its default and its help stand in `config.py` only. Every synonym of a field is
-accepted as a flag too, but only the field's own name is shown by `--help`.
+So a flag, its default and its help stand with the option (`config/options.py`) only. Every synonym
+of a field is accepted as a flag too, but only the field's own name is shown by `--help`.
 """
 
 from __future__ import annotations
@@ -9,29 +9,18 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import click
 from pydantic.fields import FieldInfo
 
 from qlora_kit import opening
-from qlora_kit.config import (
-    SWITCHES,
-    AnyConfig,
-    Layer,
-    Options,
-    TrainConfig,
-    read_config_file,
-    resolve,
-)
+from qlora_kit.config import SWITCHES, AnyConfig, Layer, Options, declared, read_config_file
 from qlora_kit.errors import ConfigError
-from qlora_kit.train.folder import stored_layer
 
 _COMMON = ("config_file", "dry_run", "json", "debug")
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Option(click.Option):
@@ -46,46 +35,56 @@ class _Option(click.Option):
             self.opts = [*shown[:1], *hidden]
 
 
-def flags_of(
-    config_class: type[Options], positional: Mapping[str, str] | None = None
-) -> Callable[[Command], Command]:
-    """Return a decorator that adds a flag for every field of a configuration.
+def parameters_of(config_class: type[Options], positional: str | None) -> list[click.Parameter]:
+    """Return a flag for every field of a configuration, and those that every command takes.
 
     Args:
         config_class: the configuration of the command.
-        positional: fields given as an argument instead, with their metavar.
+        positional: the field that is given as an argument instead.
     """
-    positional = positional or {}
-
-    def decorate(command: Command) -> Command:
-        for switch, meanings in SWITCHES.items():
-            if {name for name, _ in meanings.values()} <= config_class.model_fields.keys():
-                settings: dict[str, Any] = {"is_flag": True, "default": None, "hidden": True}
-                command = click.option(_flag(switch), **settings)(command)
-        for name, field in reversed(config_class.model_fields.items()):
-            if name in positional:
-                command = click.argument(name, metavar=positional[name], type=str)(command)
-            else:
-                command = _option(name, field)(command)
-        return command
-
-    return decorate
+    found: list[click.Parameter] = []
+    for name, field in config_class.model_fields.items():
+        if name == positional:
+            found.append(click.Argument([name], metavar=name.upper(), type=str))
+        else:
+            found.append(_option(name, field, declared(config_class, name)["also"]))
+    return [*found, *_switches(config_class), *_common()]
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
-    extra = field.json_schema_extra
-    also = typing.cast("list[str]", extra.get("also", [])) if isinstance(extra, dict) else []
+def _switches(config_class: type[Options]) -> list[click.Parameter]:
+    """Return the peers' switches that set an option of this configuration; they are not shown."""
+    fields = config_class.model_fields.keys()
+    return [
+        click.Option([_flag(switch)], is_flag=True, default=None, hidden=True)
+        for switch, meanings in SWITCHES.items()
+        if {name for name, _ in meanings.values()} <= fields
+    ]
+
+
+def _common() -> list[click.Parameter]:
+    switches = (
+        ("--dry-run", "print the resolved configuration and stop"),
+        ("--json", "print JSON for programs"),
+        ("--debug", "show the traceback of an error"),
+    )
+    return [
+        click.Option(["--config", "config_file"], metavar="FILE", help="YAML file of options"),
+        *(click.Option([flag], is_flag=True, help=text) for flag, text in switches),
+    ]
+
+
+def _option(name: str, field: FieldInfo, also: list[str]) -> click.Option:
     flags = [_flag(each) for each in (name, *also)]
     text = f"{field.description}{_default(field)}"
     if bool in _kinds(field.annotation):
         pairs = [f"{flag}/--no-{flag[2:]}" for flag in flags]
-        return click.option(name, *pairs, cls=_Option, default=None, help=text)
+        return _Option([name, *pairs], default=None, help=text)
     settings: dict[str, Any] = {"default": None, "help": text, "metavar": _metavar(field)}
     if name == "adapter":
         settings["multiple"] = True
     if name == "resume":
         settings |= {"is_flag": False, "flag_value": "latest", "metavar": "[latest|PATH]"}
-    return click.option(name, *flags, cls=_Option, type=str, **settings)
+    return _Option([name, *flags], type=str, **settings)
 
 
 def _flag(name: str) -> str:
@@ -121,19 +120,6 @@ def _kinds(annotation: Any) -> set[Any]:
     return {annotation}
 
 
-def common_flags(command: Command) -> Command:
-    """Add the flags every run takes: --config, --dry-run, --json, --debug."""
-    for flag, text in (
-        ("--debug", "show the traceback of an error"),
-        ("--json", "print JSON for programs"),
-        ("--dry-run", "print the resolved configuration and stop"),
-    ):
-        command = click.option(flag, is_flag=True, help=text)(command)
-    return click.option("--config", "config_file", metavar="FILE", help="YAML file of options")(
-        command
-    )
-
-
 def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyConfig:
     """Resolve defaults, the model's file, `--config` and flags into a configuration.
 
@@ -147,9 +133,6 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
     layers = [Layer("", flags)]
     if given.get("config_file"):
         layers.insert(0, read_config_file(Path(given["config_file"])))
-    asked = resolve(config_class, layers)
-    if isinstance(asked, TrainConfig) and (stored := _stored(asked)):
-        layers.insert(0, stored)
     return opening.configure(config_class, layers)
 
 
@@ -166,13 +149,3 @@ def _adapters(given: tuple[str, ...]) -> dict[str, Any]:
 
 def _is_named(value: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+=.+", value)) and not Path(value).exists()
-
-
-def _stored(asked: TrainConfig) -> Layer | None:
-    """Return the options of the run that `--resume` continues; they go below all others."""
-    stored = stored_layer(asked.output, asked.resume)
-    given = asked.model_fields_set
-    if stored is not None and "epochs" in given and "max_steps" not in given:
-        # A stored number of steps would silently win over the epochs that are asked for.
-        return Layer(stored.origin, {**stored.values, "max_steps": None})
-    return stored

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_kit.config import TrainConfig
+from qlora_kit.config import TrainConfig, that_decide
 from qlora_kit.model.architecture import build_skeleton, unquantized_share
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.plan.alternatives import nothing_fits
@@ -19,12 +19,6 @@ from qlora_kit.plan.simulate import Prediction
 from qlora_kit.plan.subject import Subject
 from qlora_kit.report.memory import size_text
 
-_SETTINGS = (
-    "model", "bits", "quant_type", "double_quant", "rank", "targets", "max_length", "batch_size",
-    "gradient_accumulation_steps", "eval_batch_size", "recompute", "keep_layers",
-    "offload_checkpoints", "mlp_tile_tokens", "loss_chunk_tokens", "optimizer",
-    "embedding_on_cpu", "head_bits",
-)  # fmt: skip
 # How often a choice that turns out larger than extrapolated makes room for the next.
 _MOST_TRIES = 4
 _CHOICES_SHOWN = 5
@@ -77,7 +71,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What was planned, value by name."""
-        found = {name: getattr(self.config, name) for name in _SETTINGS}
+        found = {name: getattr(self.config, name) for name in that_decide(TrainConfig, "memory")}
         device = "cpu" if self.hardware.device.type == "cpu" else "cuda"
         return {**found, "device": device, "dtype": self.hardware.dtype_name}
 

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qlora_kit.config import (
-    TrainConfig,
-)
+from qlora_kit.config import TrainConfig, compared
 from qlora_kit.data.samples import Samples
 from qlora_kit.errors import (
     NumericsError,
@@ -188,10 +186,8 @@ def _identity(
     config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, base: Base
 ) -> dict[str, Any]:
     """Return everything that must be equal for a resumed run to have the same bits."""
-    from qlora_kit.train.resume import OPTIONS
-
     return {
-        **config.model_dump(mode="json", include=set(OPTIONS)),
+        **config.model_dump(mode="json", include=set(compared(TrainConfig))),
         **rows.origin,
         "rows": rows.content_hash(),
         "validation": held_out.content_hash() if held_out else None,

@@ -11,19 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import (
-    BaseModelOptions,
-    BudgetOptions,
-    DataOptions,
-    LoraOptions,
-    OptimizerOptions,
-    Options,
-    RecordOptions,
-    RunOptions,
-    StepOptions,
-    TokenOptions,
-    TrainConfig,
-)
+from qlora_kit.config import GROUPS, TrainConfig, that_decide
 
 if TYPE_CHECKING:
     from qlora_kit.data.samples import Samples
@@ -32,18 +20,11 @@ if TYPE_CHECKING:
 
 Rows = tuple[tuple[str, str], ...]
 
-# What decides the weights that come out, as against where and how they are computed.
-DECIDING = (
-    BaseModelOptions,
-    LoraOptions,
-    RecordOptions,
-    TokenOptions,
-    StepOptions,
-    OptimizerOptions,
-)
-ALL_GROUPS = (*DECIDING, DataOptions, BudgetOptions, RunOptions)
 # Told elsewhere, or a path of this machine.
-_NOT_TOLD = ("model", "device", "chat_template")
+_NOT_TOLD = ("model", "data", "validation", "device", "threads", "chat_template")
+_DECIDING = tuple(
+    name for name in that_decide(TrainConfig, "shape", "length", *GROUPS) if name not in _NOT_TOLD
+)
 
 
 def speed(log_rows: Sequence[Mapping[str, Any]]) -> Rows:
@@ -95,30 +76,19 @@ class RunSummary:
         commands: tuple[str, ...],
     ) -> RunSummary:
         """Sum up a run that was trained with `config`."""
-        deciding = [
-            name
-            for name in _names(DECIDING)
-            if name not in _NOT_TOLD and getattr(config, name) not in (None, {})
-        ]
-        changed = [
-            name
-            for name in _names(ALL_GROUPS)
-            if getattr(config, name) != TrainConfig.model_fields[name].default
-        ]
+        names = TrainConfig.model_fields
+        deciding = [name for name in _DECIDING if getattr(config, name) not in (None, {})]
+        changed = [name for name in names if getattr(config, name) != names[name].default]
         return cls(
             base=base,
             facts=facts,
             results=results,
-            settings=_settings(config, _names(ALL_GROUPS)),
+            settings=_settings(config, names),
             changed=_settings(config, changed),
             deciding=_settings(config, deciding),
             versions=tuple(versions.items()),
             commands=commands,
         )
-
-
-def _names(groups: Iterable[type[Options]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for group in groups for name in group.model_fields))
 
 
 def _settings(config: TrainConfig, names: Iterable[str]) -> Rows:

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import OptimizerOptions, TrainConfig, read_config_file, resolve
+from qlora_kit.config import (
+    GROUPS,
+    OptimizerOptions,
+    TrainConfig,
+    read_config_file,
+    resolve,
+    that_decide,
+)
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Notice
 from qlora_kit.lora.adapter import library_versions
@@ -20,51 +27,22 @@ from qlora_kit.train.checkpoint import StoredState, find_checkpoint, read_state
 from qlora_kit.train.folder import CONFIG
 from qlora_kit.train.optimizer import learning_rate_at
 
-# What `--allow-change` names, and what each name covers.
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "data": (
-        "data",
-        "validation",
-        "validation_fraction",
-        "max_length",
-        "long_samples",
-        "train_on",
-        "rows",
-    ),
-    "tokenizer": ("tokenizer", "chat_template", "template"),
-    "base": ("base", "bits", "quant_type", "double_quant", "head_bits"),
-    "batch": ("batch_size", "gradient_accumulation_steps"),
-    "seed": ("seed",),
-    "lora": ("alpha", "alpha_pattern", "lora_dropout", "rslora"),
-    "schedule": ("learning_rate", "scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
-    "precision": (
-        "device",
-        "dtype",
-        "threads",
-        "loss_chunk_tokens",
-        "mlp_tile_tokens",
-        "deterministic",
-    ),
+# What an option decides is known by these as well, that no option names.
+_RESULTS: Mapping[str, tuple[str, ...]] = {
+    "data": ("rows",), "tokenizer": ("tokenizer", "template"), "base": ("base",),
+}  # fmt: skip
+COVERED: Mapping[str, tuple[str, ...]] = {
+    group: (*that_decide(TrainConfig, group), *_RESULTS.get(group, ())) for group in GROUPS
 }
-# The shapes of the stored tensors follow from these.
-_FIXED = ("rank", "rank_pattern", "targets", "optimizer")
+"""What each name of `--allow-change` covers."""
+
 # What follows from others is a difference of its own only where those are equal.
-_DERIVED: Mapping[str, tuple[str, ...]] = {
-    "template": ("chat_template",),
-    "rows": (*GROUPS["data"][:-1], *GROUPS["tokenizer"], "seed"),
-    "validation": ("data", *GROUPS["data"][2:-1], *GROUPS["tokenizer"], "seed"),
-}
+_CAUSES = {*COVERED["data"], *COVERED["tokenizer"], "seed"} - {"rows", "validation"}
+_DERIVED: Mapping[str, set[str]] = {
+    "template": {"chat_template"}, "rows": {*_CAUSES, "validation"}, "validation": _CAUSES,
+}  # fmt: skip
 # After a change of these the order of the rows is another one.
 _REORDERING = ("data", "tokenizer", "batch", "seed")
-
-OPTIONS: tuple[str, ...] = (
-    *_FIXED, "validation_fraction", "max_length", "long_samples", "train_on", "chat_template",
-    "bits", "quant_type", "double_quant", "head_bits",
-    "batch_size", "gradient_accumulation_steps", "seed", "alpha", "alpha_pattern",
-    "lora_dropout", "rslora", *GROUPS["schedule"], "loss_chunk_tokens", "mlp_tile_tokens",
-    "deterministic",
-)  # fmt: skip
-"""The options that are part of a run's identity as they are."""
 
 # Options that older checkpoints do not name, and what was done then.
 _BEFORE: Mapping[str, Any] = {"head_bits": 16, "chat_template": None}
@@ -78,7 +56,7 @@ def differences(
     Args:
         identity: of the run now, value by name.
         stored: of the checkpoint.
-        allowed: groups of `GROUPS` that may differ.
+        allowed: groups of `COVERED` that may differ.
 
     Returns:
         One line for each difference that is refused; and for each that is allowed, and what
@@ -88,7 +66,7 @@ def differences(
     stored = {**_BEFORE, "threads": identity.get("threads"), **stored}
     differing = [name for name, value in identity.items() if stored.get(name) != value]
     for name, causes in _DERIVED.items():
-        if name in differing and set(differing) & set(causes):
+        if name in differing and set(differing) & causes:
             differing.remove(name)
     refused, accepted = [], []
     for name in differing:
@@ -107,7 +85,7 @@ def differences(
 
 
 def _group_of(name: str) -> str | None:
-    return next((group for group, names in GROUPS.items() if name in names), None)
+    return next((group for group, names in COVERED.items() if name in names), None)
 
 
 def _spelled(name: str) -> str:

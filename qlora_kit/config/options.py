@@ -1,35 +1,27 @@
-"""What can be asked for: every option, its default, its unit and its other names.
+"""What can be asked for: every option, its default, its unit, its other names, and what it decides.
 
-One frozen class a command, composed of groups. The command line is built from these fields
-(`cli/options.py`), so a flag, its configuration key and its default cannot disagree. The
-class is filled by `resolve` from layers, the later winning:
-
-    defaults here  <  configs/NAME.yaml  <  --config FILE  <  flags
-
-Imports neither torch nor anything that does.
+One frozen class a command, composed of groups. The command line, what `--resume` compares, the
+settings of a plan and the tables of the docs are made from these fields, so none of them can
+disagree with another.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
-from qlora_kit.errors import ConfigError
-from qlora_kit.values import (
+from qlora_kit.config.decisions import Decision, Group
+from qlora_kit.config.values import (
     as_meant,
     kinds_of,
     parse_digits,
@@ -42,7 +34,6 @@ from qlora_kit.values import (
     parse_size_or_auto,
     parse_steps,
     parse_tracker,
-    switch,
 )
 
 # ---------------------------------------------------------------- field types
@@ -72,12 +63,7 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
 
 
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
-ChangeNames = Annotated[
-    tuple[
-        Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"], ...
-    ],
-    BeforeValidator(parse_list),
-]
+ChangeNames = Annotated[tuple[Group, ...], BeforeValidator(parse_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
 Columns = Annotated[dict[str, str], BeforeValidator(parse_names)]
 _Integer = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_number)]
@@ -99,9 +85,33 @@ Steps = Annotated[int | None, BeforeValidator(parse_steps)]
 Tracker = Annotated[Literal["none", "tensorboard", "wandb"], BeforeValidator(parse_tracker)]
 
 
-def option(default: Any, text: str, *, also: Sequence[str] = (), **bounds: Any) -> Any:
-    """Declare one option: default, help text with unit, and the names peers give it."""
-    return Field(default, description=text, json_schema_extra={"also": list(also)}, **bounds)
+def option(
+    default: Any,
+    text: str,
+    *,
+    also: Sequence[str] = (),
+    decides: Decision | Sequence[Decision] = (),
+    known_by_result: bool = False,
+    leads: bool = False,
+    **bounds: Any,
+) -> Any:
+    """Declare one option.
+
+    Args:
+        default: its value where none is given.
+        text: help, with the unit.
+        also: names that peers give it.
+        decides: what of a run follows from it, see `config.decisions`.
+        known_by_result: a run is not told apart by this value but by what came of it, such as a
+            hash of the rows.
+        leads: one of the dozen that `--help` shows first.
+        bounds: of its value, as pydantic has them.
+    """
+    decided = [decides] if isinstance(decides, str) else list(decides)
+    extra: dict[str, Any] = {
+        "also": list(also), "decides": decided, "known_by_result": known_by_result, "leads": leads,
+    }  # fmt: skip
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
 class Options(BaseModel):
@@ -126,35 +136,59 @@ class BaseModelOptions(Options):
     model: str = option(
         "demo", "name in configs/, folder, or hub id of a causal language model",
         also=["model_name_or_path", "base_model"],
+        decides=["memory", "base"], known_by_result=True, leads=True,
     )  # fmt: skip
     revision: str | None = option(
-        None, "commit, branch or tag of a hub id", also=["model_revision"]
+        None,
+        "commit, branch or tag of a hub id",
+        also=["model_revision"],
+        decides="base",
+        known_by_result=True,
     )
     weights: Literal["pretrained", "random"] = option(
-        "pretrained", "random: the real architecture with random weights, no download"
+        "pretrained",
+        "random: the real architecture with random weights, no download",
+        decides="base",
+        known_by_result=True,
     )
-    bits: Bits = option(4, "bits a frozen weight is held in; 16: unquantised")
+    bits: Bits = option(
+        4,
+        "bits a frozen weight is held in; 16: unquantised",
+        decides=["base", "memory"],
+        leads=True,
+    )
     quant_type: Literal["nf4", "fp4"] = option(
-        "nf4", "code book of the 4-bit weights", also=["bnb_4bit_quant_type"]
+        "nf4",
+        "code book of the 4-bit weights",
+        also=["bnb_4bit_quant_type"],
+        decides=["base", "memory"],
     )
     double_quant: bool = option(
-        True, "quantise the 4-bit constants as well", also=["bnb_4bit_use_double_quant"]
+        True,
+        "quantise the 4-bit constants as well",
+        also=["bnb_4bit_use_double_quant"],
+        decides=["base", "memory"],
     )
     embedding_on_cpu: bool | None = option(
         None, "keep the input embedding in host memory; default: on a GPU, unless head and "
-        "embedding are one",
-    )  # fmt: skip
+        "embedding are one", decides="memory")  # fmt: skip
     head_bits: Bits = option(
-        16, "bits the output head is held in; below 16 it is approximate, and so is the loss"
+        16,
+        "bits the output head is held in; below 16 it is approximate, and so is the loss",
+        decides=["base", "memory"],
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "where the model runs", decides="precision", known_by_result=True
+    )
     dtype: DtypeName = option(
         "auto", "compute dtype; auto: bfloat16 where the GPU has it, else float32",
         also=["bnb_4bit_compute_dtype", "torch_dtype"],
+        decides="precision", known_by_result=True,
     )  # fmt: skip
     threads: int | None = option(
         None, "threads of a CPU; default: as many as cores are free at the start, or as "
         "OMP_NUM_THREADS says", ge=1, le=_MOST,
+        decides="precision", known_by_result=True,
     )  # fmt: skip
 
 
@@ -174,19 +208,37 @@ class AdapterOption(Options):
 class LoraOptions(Options):
     """The trained part."""
 
-    rank: int = option(16, "rank of the LoRA matrices", also=["lora_r", "r"], ge=1, le=_MOST)
-    alpha: float = option(32, "LoRA numerator: scaling = alpha / rank", also=["lora_alpha"], gt=0)
-    lora_dropout: float = option(0.0, "dropout on the input of A, 0 to 1", ge=0, lt=1)
+    rank: int = option(
+        16,
+        "rank of the LoRA matrices",
+        also=["lora_r", "r"],
+        ge=1,
+        le=_MOST,
+        decides=["shape", "memory"],
+        leads=True,
+    )
+    alpha: float = option(
+        32, "LoRA numerator: scaling = alpha / rank", also=["lora_alpha"], gt=0, decides="lora"
+    )
+    lora_dropout: float = option(
+        0.0, "dropout on the input of A, 0 to 1", ge=0, lt=1, decides="lora"
+    )
     targets: Names = option(
         ("attention",),
         "comma-separated: attention, mlp, all-linear, names, or regular expressions of paths",
         also=["lora_target_modules", "target_modules", "lora_target"],
+        decides=["shape", "memory"],
+        leads=True,
     )
-    rslora: bool = option(False, "scaling = alpha / sqrt(rank)", also=["use_rslora"])
+    rslora: bool = option(
+        False, "scaling = alpha / sqrt(rank)", also=["use_rslora"], decides="lora"
+    )
     rank_pattern: IntegerByPattern = option(
-        {}, "rank by name, such as down_proj=8,layers.0.self_attn.q_proj=32"
+        {}, "rank by name, such as down_proj=8,layers.0.self_attn.q_proj=32", decides="shape"
     )
-    alpha_pattern: NumberByPattern = option({}, "alpha by name, such as down_proj=16")
+    alpha_pattern: NumberByPattern = option(
+        {}, "alpha by name, such as down_proj=16", decides="lora"
+    )
 
 
 class DataOptions(Options):
@@ -195,14 +247,18 @@ class DataOptions(Options):
     data: str | None = option(
         None, "training file, folder or hub id; without it the built-in sample data",
         also=["dataset", "train_file", "data_path"],
+        decides="data", known_by_result=True, leads=True,
     )  # fmt: skip
     validation: str | None = option(
-        None, "validation file", also=["validation_file", "eval_dataset"]
+        None,
+        "validation file",
+        also=["validation_file", "eval_dataset"],
+        decides="data",
+        known_by_result=True,
     )
     validation_fraction: float = option(
         0.05, "share of the data held out when no validation file is given and rows >= 200",
-        also=["val_size", "val_set_size"], ge=0, lt=1,
-    )  # fmt: skip
+        also=["val_size", "val_set_size"], ge=0, lt=1, decides="data")  # fmt: skip
 
 
 class RecordOptions(Options):
@@ -211,14 +267,19 @@ class RecordOptions(Options):
     format: Literal[
         "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text"
     ] = option(
-        "auto", "what a record is; auto: by its fields", also=["dataset_format"]
+        "auto", "what a record is; auto: by its fields", also=["dataset_format"],
+        decides="data", known_by_result=True,
     )  # fmt: skip
     columns: Columns = option(
         {}, "fields that have another name in the data, such as "
         "prompt=query,completion=extra_info.answer",
+        decides="data", known_by_result=True,
     )  # fmt: skip
     skip_bad_lines: bool = option(
-        False, "leave out records with a fault, and say how many, instead of ending"
+        False,
+        "leave out records with a fault, and say how many, instead of ending",
+        decides="data",
+        known_by_result=True,
     )
 
 
@@ -229,6 +290,7 @@ class TemplateOption(Options):
         None, "Jinja file, or alpaca, chatml, gemma, llama-3, mistral, vicuna, zephyr; default: "
         "the tokenizer's own, for base models alpaca",
         also=["template", "chat_template_path", "chat_template_jinja"],
+        decides="tokenizer",
     )  # fmt: skip
 
 
@@ -238,49 +300,66 @@ class TokenOptions(TemplateOption):
     max_length: int = option(
         1024, "tokens a sample may have",
         also=["cutoff_len", "sequence_len", "max_seq_length"], ge=2,
+        decides=["data", "memory"], leads=True,
     )  # fmt: skip
     long_samples: Literal["auto", "drop", "truncate", "split", "error"] = option(
-        "auto", "samples over max_length; auto: truncate pairs and chats, split plain text"
+        "auto",
+        "samples over max_length; auto: truncate pairs and chats, split plain text",
+        decides="data",
     )
     train_on: TrainOn = option(
         "completion", "tokens that are supervised: every answer (all-turns is the same), the last "
-        "answer of a chat, or everything",
-    )  # fmt: skip
+        "answer of a chat, or everything", decides="data")  # fmt: skip
 
 
 class StepOptions(Options):
     """How one optimiser step is computed."""
 
     batch_size: int = option(
-        1, "rows a micro-batch", also=["per_device_train_batch_size", "micro_batch_size"], ge=1
+        1,
+        "rows a micro-batch",
+        also=["per_device_train_batch_size", "micro_batch_size"],
+        ge=1,
+        decides=["batch", "memory"],
+        leads=True,
     )
     gradient_accumulation_steps: int = option(
-        16, "micro-batches an optimiser step", also=["gradient_accumulation"], ge=1
+        16,
+        "micro-batches an optimiser step",
+        also=["gradient_accumulation"],
+        ge=1,
+        decides=["batch", "memory"],
+        leads=True,
     )
     recompute: bool = option(
         True, "recompute activations in backward (gradient checkpointing)",
-        also=["gradient_checkpointing"],
-    )  # fmt: skip
+        also=["gradient_checkpointing"], decides="memory")  # fmt: skip
     keep_layers: int = option(
-        0, "decoder layers, counted from the last, that keep their activations instead", ge=0
+        0,
+        "decoder layers, counted from the last, that keep their activations instead",
+        ge=0,
+        decides="memory",
     )
     offload_checkpoints: bool | None = option(
-        None, "hold what recomputation keeps in host memory; default: on a GPU"
+        None, "hold what recomputation keeps in host memory; default: on a GPU", decides="memory"
     )
     mlp_tile_tokens: int | None = option(
         None, "tokens an MLP works on at a time, keeping its input only; 0: as its model has it; "
-        "default: 2048 with recompute, else 0", ge=0,
-    )  # fmt: skip
-    loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
+        "default: 2048 with recompute, else 0", ge=0, decides=["precision", "memory"])  # fmt: skip
+    loss_chunk_tokens: int = option(
+        256,
+        "tokens whose logits exist at one time in the loss",
+        ge=1,
+        decides=["precision", "memory"],
+    )
 
 
 class BudgetOptions(Options):
-    """How much memory a run may have; what is left open in its settings is then chosen."""
+    """How much memory a run may have. What is left open in its settings is then chosen."""
 
     vram: MemorySize | None = option(
         None, "memory of the whole card, such as 10GB or 8GiB, or auto; chooses micro-batch and "
-        "reducers that fit, and is kept to",
-    )  # fmt: skip
+        "reducers that fit, and is kept to", leads=True)  # fmt: skip
     ram: MemorySize | None = option(
         None, "memory of the host that the run may take, such as 16GB, or auto"
     )
@@ -290,24 +369,43 @@ class OptimizerOptions(Options):
     """How the adapter moves."""
 
     epochs: float = option(
-        1.0, "passes over the data", also=["num_train_epochs", "num_epochs"], gt=0
+        1.0,
+        "passes over the data",
+        also=["num_train_epochs", "num_epochs"],
+        gt=0,
+        decides="length",
+        leads=True,
     )
-    max_steps: Steps = option(None, "optimiser steps; overrides epochs; -1: none", ge=1)
-    learning_rate: float = option(2e-4, "peak learning rate", also=["lr"], gt=0)
+    max_steps: Steps = option(
+        None, "optimiser steps; overrides epochs; -1: none", ge=1, decides="length"
+    )
+    learning_rate: float = option(
+        2e-4, "peak learning rate", also=["lr"], gt=0, decides="schedule", leads=True
+    )
     scheduler: SchedulerName = option(
         "linear",
         "shape of the learning rate after warm-up",
         also=["lr_scheduler_type", "lr_scheduler"],
+        decides="schedule",
     )
-    warmup_ratio: float = option(0.03, "share of the steps that warm up", ge=0, le=1)
-    weight_decay: float = option(0.0, "decoupled weight decay of AdamW", ge=0)
-    max_grad_norm: float = option(0.3, "gradient norm that is clipped to; 0: no clipping", ge=0)
-    optimizer: OptimizerName = option("adamw", "adamw keeps fp32 state", also=["optim"])
-    seed: int = option(42, "seed of initialisation, data order and dropout", ge=0, le=2**32 - 1)
+    warmup_ratio: float = option(
+        0.03, "share of the steps that warm up", ge=0, le=1, decides="schedule"
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW", ge=0, decides="schedule")
+    max_grad_norm: float = option(
+        0.3, "gradient norm that is clipped to; 0: no clipping", ge=0, decides="schedule"
+    )
+    optimizer: OptimizerName = option(
+        "adamw", "adamw keeps fp32 state", also=["optim"], decides=["shape", "memory"]
+    )
+    seed: int = option(
+        42, "seed of initialisation, data order and dropout", ge=0, le=2**32 - 1, decides="seed"
+    )
     deterministic: bool = option(
         False,
         "the same bits in each run on a GPU too; its cost is printed",
         also=["full_determinism"],
+        decides="precision",
     )
 
 
@@ -315,7 +413,7 @@ class RunOptions(Options):
     """Where a run lives, and when it saves and evaluates."""
 
     output: Path | None = option(
-        None, "folder of the run; default runs/<model>-<n>", also=["output_dir"]
+        None, "folder of the run; default runs/<model>-<n>", also=["output_dir"], leads=True
     )
     overwrite: bool = option(
         False, "replace a run already in the folder", also=["overwrite_output_dir"]
@@ -338,6 +436,7 @@ class RunOptions(Options):
         "rows a batch in evaluation; unless given, fewer where these take more than a step",
         also=["per_device_eval_batch_size"],
         ge=1,
+        decides="memory",
     )
     early_stopping_patience: int | None = option(
         None, "evaluations without improvement before the run stops", ge=1
@@ -373,20 +472,20 @@ class TrainConfig(
 
 
 class PlanConfig(TrainConfig):
-    """Options of `qlora-kit plan`: those of the run that is planned, and how to show it."""
+    """How to show the plan. `qlora-kit plan` takes the options of the run that is planned."""
 
     plot: Path | None = option(None, "picture of the memory of each phase, such as plan.png")
 
 
 class CheckConfig(TrainConfig):
-    """Options of `qlora-kit check`: those of the run whose data it is, and how to show it."""
+    """How to show the data. `qlora-kit check` takes the options of the run whose data it is."""
 
     rows: int = option(3, "token rows to show, drawn by the seed", ge=0, le=1000)
     html: Path | None = option(None, "page of what is found, with the rows, such as data.html")
 
 
 class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOptions):
-    """Options of `qlora-kit evaluate`."""
+    """What is measured."""
 
     data: str | None = option(
         None, "file, folder or hub id with the rows to measure", also=["dataset", "test_file"]
@@ -401,7 +500,7 @@ class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOption
 
 
 class GenerateConfig(TemplateOption, AdapterOption, BaseModelOptions):
-    """Options of `qlora-kit generate`."""
+    """What is asked, and how it is answered."""
 
     prompt: str | None = option(
         None, "text to continue, or a chat turn where the model has a template"
@@ -417,7 +516,7 @@ class GenerateConfig(TemplateOption, AdapterOption, BaseModelOptions):
 
 
 class ExportConfig(Options):
-    """Options of `qlora-kit export`."""
+    """What is merged, and where to."""
 
     adapter: Path = option(..., "run or adapter folder")
     to: Path = option(..., "new folder for the merged model")
@@ -452,7 +551,7 @@ class ExportConfig(Options):
 
 
 class QuantizeConfig(Options):
-    """Options of `qlora-kit quantize`."""
+    """What is quantised, and where to."""
 
     model: str = option(
         ..., "name in configs/, folder, or hub id of a causal language model",
@@ -479,195 +578,3 @@ class QuantizeConfig(Options):
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where weights are quantised")
     overwrite: bool = option(False, "replace the folder if it exists")
-
-
-AnyConfig = TypeVar("AnyConfig", bound=Options)
-
-# Peers' switches whose value becomes another key's value.
-SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
-    "load_in_4bit": {True: ("bits", 4)},
-    "load_in_8bit": {True: ("bits", 8)},
-    "bf16": {True: ("dtype", "bfloat16")},
-    "fp16": {True: ("dtype", "float16")},
-    "completion_only_loss": {True: ("train_on", "completion"), False: ("train_on", "all")},
-}
-# Off, these leave open what is meant: the default here is 4 bits, with peers it is 16.
-_NOT_SAID_WHAT = ("load_in_4bit", "load_in_8bit")
-
-
-# ---------------------------------------------------------------- resolving
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Values from one place, and what to call that place in an error."""
-
-    origin: str
-    values: Mapping[str, Any]
-
-
-class _AsWritten(yaml.SafeLoader):
-    """YAML's safe loader, for options: a value is the text that stands there, as in a flag.
-
-    What it means is said by the option's type. YAML would make a date of the folder 2024-01-01,
-    1.1 of the revision 1.10, false of the name no, 90 of 1:30, and text of 1e-4.
-
-    It refuses two equal keys, of which YAML takes the last without a word, and aliases: options
-    have no use for them, and a few lines of aliases of aliases become gigabytes where they are
-    printed.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
-        first: [(tag, form) for tag, form in known if tag == "tag:yaml.org,2002:null"]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="an alias (*name)", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                mark = node.value[index][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"{key} stands twice", problem_mark=mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_config_file(path: Path) -> Layer:
-    """Read a YAML configuration file; its values are texts, lists, mappings and None.
-
-    Raises:
-        ConfigError: missing, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _AsWritten)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"{path}: {reason}; expected a YAML file") from error
-    # Bytes that are no text, values that are not what their tag says, nesting without end.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = f" ({problem})" if (problem := getattr(error, "problem", None)) else ""
-        raise ConfigError(
-            f"{path}{line}: not valid YAML{reason}; write `key: value` lines"
-        ) from error
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: found a {type(content).__name__}; expected `key: value` lines")
-    return Layer(str(path), {str(key).replace("-", "_"): value for key, value in content.items()})
-
-
-def resolve(config_class: type[AnyConfig], layers: Sequence[Layer]) -> AnyConfig:
-    """Fill `config_class` from `layers`, the later winning, and report every fault at once.
-
-    Raises:
-        ConfigError: with one fault a line: unknown keys (with the nearest known one), one
-            option given twice in a layer, and values that are not usable.
-    """
-    faults: list[str] = []
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for layer in layers:
-        for name, (value, origin) in _canonical(config_class, layer, faults).items():
-            values[name], origins[name] = value, origin
-    try:
-        config = config_class.model_validate(values)
-    except ValidationError as error:
-        faults += _value_faults(error, origins)
-    if faults:
-        raise ConfigError(*faults)
-    return config
-
-
-def _canonical(
-    config_class: type[Options], layer: Layer, faults: list[str]
-) -> dict[str, tuple[Any, str]]:
-    """Translate a layer's keys to field names; add unknown and doubled keys to `faults`."""
-    names = field_names(config_class)
-    found: dict[str, tuple[Any, str]] = {}
-    for key, value in layer.values.items():
-        origin = f"{layer.origin}: {key}" if layer.origin else _as_flag(key)
-        is_on = switch(value)
-        if key in SWITCHES and is_on is None:
-            faults.append(f"{origin}: found {_shown(value)}; expected true or false")
-            continue
-        if key in SWITCHES and SWITCHES[key].get(bool(is_on), ("",))[0] in names:
-            name, value = SWITCHES[key][bool(is_on)]
-        elif key in names:
-            name = names[key]
-        elif key in _NOT_SAID_WHAT and is_on is False:
-            faults.append(f"{origin}: false does not say how; give bits: 4, 8 or 16 instead")
-            continue
-        elif key in SWITCHES and is_on is False:
-            continue
-        else:
-            faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
-            continue
-        if name in found and found[name][0] != value:
-            faults.append(f"{origin}: {name} is given twice; keep one of the two")
-        found[name] = (value, origin)
-    return found
-
-
-def field_names(config_class: type[Options]) -> dict[str, str]:
-    """Return every accepted key of a configuration, synonyms included, with its field."""
-    names = {}
-    for name, field in config_class.model_fields.items():
-        extra = field.json_schema_extra
-        also = extra.get("also", []) if isinstance(extra, dict) else []
-        assert isinstance(also, list)
-        names.update(dict.fromkeys([name, *map(str, also)], name))
-    return names
-
-
-def _did_you_mean(key: str, names: Mapping[str, str]) -> str:
-    near = difflib.get_close_matches(key, [*names, *SWITCHES], n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else "; see `qlora-kit train --help` for the keys"
-
-
-def _value_faults(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
-    faults: dict[str, str] = {}
-    for problem in error.errors():
-        name = str(problem["loc"][0])
-        origin = origins.get(name, _as_flag(name))
-        if problem["type"] == "missing":
-            faults[name] = f"{origin}: missing; give one"
-            continue
-        message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-        if (kind := problem["type"].partition("_")[0]) in _EXPECTED:
-            message = f"expected {_EXPECTED[kind]}"
-        found = _shown(problem["input"])
-        faults[name] = f"{origin}: found {found}; {message[0].lower()}{message[1:]}"
-    return list(faults.values())
-
-
-# pydantic's kinds of faults of type; its own words for them speak of Python.
-_EXPECTED = {
-    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text",
-    "path": "a path", "tuple": "a list", "dict": "name=value pairs",
-}  # fmt: skip
-_MOST_SHOWN = 80
-
-
-def _shown(value: Any) -> str:
-    """Return a value as YAML has it, shortened."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, dict):
-        return "keys with values"
-    if isinstance(value, int) and abs(value) > 10**_MOST_SHOWN:
-        return "a number of very many digits"  # more than Python would write out
-    is_list = isinstance(value, list | tuple)
-    text = f"[{', '.join(map(_shown, value))}]" if is_list else str(value) or "''"
-    text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

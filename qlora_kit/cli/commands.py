@@ -1,0 +1,132 @@
+"""The commands that run a recipe, one declaration each; all else follows from their options."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import click
+
+from qlora_kit import recipe
+from qlora_kit.cli.options import configure, parameters_of
+from qlora_kit.cli.run import print_config, run_recipe
+from qlora_kit.config import (
+    CheckConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    Options,
+    PlanConfig,
+    QuantizeConfig,
+    TrainConfig,
+    by_heading,
+    declared,
+)
+
+
+class _Command(click.Command):
+    """A command whose help shows the options that matter first, and the rest by group.
+
+    Args:
+        name: of the command, and of its recipe.
+        config_class: the configuration that its flags fill.
+        text: what it does; the first sentence is its summary.
+        example: a command line.
+        positional: the field that is given as an argument.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config_class: type[Options],
+        text: str,
+        example: str,
+        positional: str | None = None,
+    ) -> None:
+        def callback(**given: Any) -> None:
+            config = configure(config_class, given)
+            if given["dry_run"]:
+                print_config(config, as_json=given["json"])
+            else:
+                run_recipe(getattr(recipe, name), config, as_json=given["json"])
+
+        self._config_class = config_class
+        super().__init__(
+            name,
+            callback=callback,
+            params=parameters_of(config_class, positional),
+            help=f"{text}\n\n\b\n{example}",
+            short_help=text.partition(". ")[0].rstrip("."),
+        )
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings."""
+        found = {str(param.name): param.get_help_record(ctx) for param in self.get_params(ctx)}
+        records = {name: record for name, record in found.items() if record is not None}
+        for heading, names in _headings(self._config_class, records):
+            with formatter.section(heading):
+                formatter.write_dl([records[name] for name in names])
+
+
+def _headings(
+    config_class: type[Options], shown: Collection[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each heading of a help page with the options under it; each option once."""
+    fields = config_class.model_fields
+    leading = [name for name in shown if name in fields and declared(config_class, name)["leads"]]
+    if leading:
+        yield "What matters first", leading
+    for heading, names in by_heading(config_class):
+        if under := [name for name in names if name in shown and name not in leading]:
+            yield heading, under
+    yield "Every command", [name for name in shown if name not in fields]
+
+
+COMMANDS: tuple[click.Command, ...] = (
+    _Command(
+        "check",
+        CheckConfig,
+        "Show what a model would learn from a data file, token by token, without training. Takes "
+        "the options of `train`; writes nothing but the page that --html names. Exit code 0: the "
+        "data can be trained on; 2: why it cannot.",
+        "qlora-kit check --model deepseek-7b --data my.jsonl --html data.html",
+    ),
+    _Command(
+        "plan",
+        PlanConfig,
+        "Predict the peak memory of a run, without a GPU, weights or a network. Takes the options "
+        "of `train`, and a folder or a bare config.json as --model.",
+        "qlora-kit plan --model deepseek-7b --bits 4 --max-length 2048",
+    ),
+    _Command(
+        "train",
+        TrainConfig,
+        "Train a LoRA adapter on a frozen base.",
+        "qlora-kit train --model deepseek-7b --bits 4 --data my.jsonl --output runs/mine",
+    ),
+    _Command(
+        "evaluate",
+        EvaluateConfig,
+        "Measure a model, with or without an adapter, on a data file.",
+        "qlora-kit evaluate --model deepseek-7b --adapter runs/mine --data test.jsonl",
+    ),
+    _Command(
+        "generate",
+        GenerateConfig,
+        "Generate text with a model, with or without an adapter.",
+        'qlora-kit generate --adapter runs/mine --prompt "Once upon a time"',
+    ),
+    _Command(
+        "export",
+        ExportConfig,
+        "Merge an adapter into its base, verify the merge, and write the model with its report.",
+        "qlora-kit export runs/mine --to merged/mine",
+        positional="adapter",
+    ),
+    _Command(
+        "quantize",
+        QuantizeConfig,
+        "Write a model in 4 or 8 bits, to be loaded in seconds, here and in plain transformers.",
+        "qlora-kit quantize --model deepseek-7b --bits 4 --to models/deepseek-7b-nf4",
+    ),
+)

@@ -1,0 +1,49 @@
+"""Every option there is, and how values of many places become one configuration.
+
+`options.py` declares them, `decisions.py` says what follows from each, `values.py` reads what
+people write for them, `resolve.py` lays files and flags over each other. Imports neither torch
+nor anything that does.
+"""
+
+from qlora_kit.config.decisions import GROUPS, by_heading, compared, declared, that_decide
+from qlora_kit.config.options import (
+    AdapterOption,
+    BaseModelOptions,
+    Bits,
+    BudgetOptions,
+    CheckConfig,
+    DataOptions,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    LoraOptions,
+    OptimizerOptions,
+    Options,
+    PlanConfig,
+    QuantizeConfig,
+    RecordOptions,
+    RunOptions,
+    StepOptions,
+    TemplateOption,
+    TokenOptions,
+    TrainConfig,
+)
+from qlora_kit.config.resolve import (
+    SWITCHES,
+    AnyConfig,
+    Layer,
+    field_names,
+    read_config_file,
+    resolve,
+)
+from qlora_kit.config.values import parse_size
+
+__all__ = [
+    "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits",
+    "BudgetOptions",
+    "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "Layer",
+    "LoraOptions", "OptimizerOptions", "Options", "PlanConfig", "QuantizeConfig", "RecordOptions",
+    "RunOptions", "StepOptions", "TemplateOption", "TokenOptions", "TrainConfig", "by_heading",
+    "compared", "declared", "field_names", "parse_size", "read_config_file", "resolve",
+    "that_decide",
+]  # fmt: skip

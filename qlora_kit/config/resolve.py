@@ -1,0 +1,207 @@
+"""From layers of values to a configuration, the later winning; every fault at once.
+
+defaults  <  configs/NAME.yaml  <  --config FILE  <  flags
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from qlora_kit.config.options import Options
+from qlora_kit.config.values import switch
+from qlora_kit.errors import ConfigError
+
+AnyConfig = TypeVar("AnyConfig", bound=Options)
+
+# Peers' switches whose value becomes another key's value.
+SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
+    "load_in_4bit": {True: ("bits", 4)},
+    "load_in_8bit": {True: ("bits", 8)},
+    "bf16": {True: ("dtype", "bfloat16")},
+    "fp16": {True: ("dtype", "float16")},
+    "completion_only_loss": {True: ("train_on", "completion"), False: ("train_on", "all")},
+}
+# Off, these leave open what is meant: the default here is 4 bits, with peers it is 16.
+_NOT_SAID_WHAT = ("load_in_4bit", "load_in_8bit")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place, and what to call that place in an error."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
+class _AsWritten(yaml.SafeLoader):
+    """YAML's safe loader, for options: a value is the text that stands there, as in a flag.
+
+    What it means is said by the option's type. YAML would make a date of the folder 2024-01-01,
+    1.1 of the revision 1.10, false of the name no, 90 of 1:30, and text of 1e-4.
+
+    It refuses two equal keys, of which YAML takes the last without a word, and aliases: options
+    have no use for them, and a few lines of aliases of aliases become gigabytes where they are
+    printed.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
+        first: [(tag, form) for tag, form in known if tag == "tag:yaml.org,2002:null"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="an alias (*name)", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{key} stands twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_config_file(path: Path) -> Layer:
+    """Read a YAML configuration file; its values are texts, lists, mappings and None.
+
+    Raises:
+        ConfigError: missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _AsWritten)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{path}: {reason}; expected a YAML file") from error
+    # Bytes that are no text, values that are not what their tag says, nesting without end.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = f" ({problem})" if (problem := getattr(error, "problem", None)) else ""
+        raise ConfigError(
+            f"{path}{line}: not valid YAML{reason}; write `key: value` lines"
+        ) from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: found a {type(content).__name__}; expected `key: value` lines")
+    return Layer(str(path), {str(key).replace("-", "_"): value for key, value in content.items()})
+
+
+def resolve(config_class: type[AnyConfig], layers: Sequence[Layer]) -> AnyConfig:
+    """Fill `config_class` from `layers`, the later winning, and report every fault at once.
+
+    Raises:
+        ConfigError: with one fault a line: unknown keys (with the nearest known one), one
+            option given twice in a layer, and values that are not usable.
+    """
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for name, (value, origin) in _canonical(config_class, layer, faults).items():
+            values[name], origins[name] = value, origin
+    try:
+        config = config_class.model_validate(values)
+    except ValidationError as error:
+        faults += _value_faults(error, origins)
+    if faults:
+        raise ConfigError(*faults)
+    return config
+
+
+def _canonical(
+    config_class: type[Options], layer: Layer, faults: list[str]
+) -> dict[str, tuple[Any, str]]:
+    """Translate a layer's keys to field names; add unknown and doubled keys to `faults`."""
+    names = field_names(config_class)
+    found: dict[str, tuple[Any, str]] = {}
+    for key, value in layer.values.items():
+        origin = f"{layer.origin}: {key}" if layer.origin else _as_flag(key)
+        is_on = switch(value)
+        if key in SWITCHES and is_on is None:
+            faults.append(f"{origin}: found {_shown(value)}; expected true or false")
+            continue
+        if key in SWITCHES and SWITCHES[key].get(bool(is_on), ("",))[0] in names:
+            name, value = SWITCHES[key][bool(is_on)]
+        elif key in names:
+            name = names[key]
+        elif key in _NOT_SAID_WHAT and is_on is False:
+            faults.append(f"{origin}: false does not say how; give bits: 4, 8 or 16 instead")
+            continue
+        elif key in SWITCHES and is_on is False:
+            continue
+        else:
+            faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
+            continue
+        if name in found and found[name][0] != value:
+            faults.append(f"{origin}: {name} is given twice; keep one of the two")
+        found[name] = (value, origin)
+    return found
+
+
+def field_names(config_class: type[Options]) -> dict[str, str]:
+    """Return every accepted key of a configuration, synonyms included, with its field."""
+    names = {}
+    for name, field in config_class.model_fields.items():
+        extra = field.json_schema_extra
+        also = extra.get("also", []) if isinstance(extra, dict) else []
+        assert isinstance(also, list)
+        names.update(dict.fromkeys([name, *map(str, also)], name))
+    return names
+
+
+def _did_you_mean(key: str, names: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(key, [*names, *SWITCHES], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; see `qlora-kit train --help` for the keys"
+
+
+def _value_faults(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
+    faults: dict[str, str] = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        origin = origins.get(name, _as_flag(name))
+        if problem["type"] == "missing":
+            faults[name] = f"{origin}: missing; give one"
+            continue
+        message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+        if (kind := problem["type"].partition("_")[0]) in _EXPECTED:
+            message = f"expected {_EXPECTED[kind]}"
+        found = _shown(problem["input"])
+        faults[name] = f"{origin}: found {found}; {message[0].lower()}{message[1:]}"
+    return list(faults.values())
+
+
+# pydantic's kinds of faults of type; its own words for them speak of Python.
+_EXPECTED = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text",
+    "path": "a path", "tuple": "a list", "dict": "name=value pairs",
+}  # fmt: skip
+_MOST_SHOWN = 80
+
+
+def _shown(value: Any) -> str:
+    """Return a value as YAML has it, shortened."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, dict):
+        return "keys with values"
+    if isinstance(value, int) and abs(value) > 10**_MOST_SHOWN:
+        return "a number of very many digits"  # more than Python would write out
+    is_list = isinstance(value, list | tuple)
+    text = f"[{', '.join(map(_shown, value))}]" if is_list else str(value) or "''"
+    text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
