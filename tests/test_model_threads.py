@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_busy_cores_are_left_to_those_who_have_them() -> None:
     spin = [sys.executable, "-c", "while True: pass"]
     busy = [subprocess.Popen(spin) for _ in range(cores)]
     try:
+        time.sleep(1)  # until all of them have started
         assert free_cores() == (0, cores)
         said = told()
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import relative_error
 
 import qlora_kit as qk
 from qlora_kit.errors import EnvironmentFault, NumericsError
@@ -71,7 +72,9 @@ def test_one_row_eight_times_equals_eight_rows_once(save_tiny: Callable[..., Pat
     for other_losses, other_weights in found[1:]:
         assert other_losses == pytest.approx(found[0][0], rel=1e-6)
         for name, weight in found[0][1].items():
-            assert torch.allclose(weight, other_weights[name], rtol=1e-4, atol=1e-6), name
+            # In norm: Adam moves an element by the sign of its gradient at first, and the order of
+            # a sum decides the sign of one next to zero.
+            assert relative_error(other_weights[name], weight) < 2e-5, name
 
 
 def test_the_loss_falls_on_rows_seen_again_and_again(save_tiny: Callable[..., Path]) -> None:
