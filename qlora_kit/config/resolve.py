@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from qlora_kit.config.decisions import declared
 from qlora_kit.config.options import Options
 from qlora_kit.config.values import switch
 from qlora_kit.errors import ConfigError
@@ -152,11 +153,8 @@ def _canonical(
 def field_names(config_class: type[Options]) -> dict[str, str]:
     """Return every accepted key of a configuration, synonyms included, with its field."""
     names = {}
-    for name, field in config_class.model_fields.items():
-        extra = field.json_schema_extra
-        also = extra.get("also", []) if isinstance(extra, dict) else []
-        assert isinstance(also, list)
-        names.update(dict.fromkeys([name, *map(str, also)], name))
+    for name in config_class.model_fields:
+        names.update(dict.fromkeys([name, *declared(config_class, name).get("also", ())], name))
     return names
 
 

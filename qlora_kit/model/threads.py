@@ -2,7 +2,7 @@
 
 OpenMP's threads meet at a barrier after each of the thousands of small operations of a step. Where
 another process has the core of one of them, all others wait, spinning: beside one busy process a
-step on two cores takes up to eight times as long with two threads, and no longer with one.
+step on two cores takes up to eight times as long with two threads; with one its time stays.
 """
 
 from __future__ import annotations
