@@ -105,7 +105,8 @@ def _summary(side: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
         "share_of_matmul_rate": _median([run["share_of_matmul_rate"] for run in mine]),
         "our_speed_ratio": _median([b["step_seconds"] / a["step_seconds"] for a, b in pairs]),
         "our_memory_ratio": _median([a["memory_bytes"] / b["memory_bytes"] for a, b in pairs]),
-        "loss": round(mine[-1]["losses"][-1], 5),
+        "first_loss": round(mine[-1]["losses"][0], 5),
+        "last_loss": round(mine[-1]["losses"][-1], 5),
     }  # fmt: skip
 
 
@@ -125,13 +126,13 @@ def save_model(settings: dict[str, Any], folder: Path) -> None:
 
 
 def token_rows(settings: dict[str, Any]) -> list[list[int]]:
-    """Return the same rows for every side, enough for the warm-up and the measured steps."""
+    """Return one row as often as the steps need it: sides that shuffle still learn the same."""
     import torch
 
-    count = settings["batch"] * (settings["steps"] + 1)
     generator = torch.Generator().manual_seed(1)
-    shape = (count, settings["length"])
-    return torch.randint(3, settings["vocab_size"], shape, generator=generator).tolist()  # type: ignore[no-any-return]
+    shape = (settings["length"],)
+    row = torch.randint(3, settings["vocab_size"], shape, generator=generator).tolist()
+    return [row] * (settings["batch"] * (settings["steps"] + 1))
 
 
 def step_flops(settings: dict[str, Any]) -> float:

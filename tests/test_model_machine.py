@@ -22,7 +22,7 @@ from huggingface_hub import errors
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ConfigError, EnvironmentFault, HubError, ModelError
 from qlora_kit.events import Event, Notice
-from qlora_kit.model import doctor
+from qlora_kit.model import doctor, environment
 from qlora_kit.model.fetch import Fetched, fetch
 from qlora_kit.model.hardware import choose_hardware, dtype_named, make_deterministic
 from qlora_kit.model.memory import memory_in_use_bytes
@@ -277,6 +277,33 @@ def test_what_is_read_once_is_set_before_torch_is_there(tmp_path: Path) -> None:
     first, last = seen_by(*train, str(tmp_path / "run"), "--deterministic")
     assert first == "seen :4096:8 expandable_segments:True"
     assert last == "seen 0 True False False"
+
+
+BEGIN_AGAIN = """
+import os
+from qlora_kit.model import environment
+environment.restart_with_tight_heap()
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), environment.has_tight_heap())
+"""
+
+
+@pytest.mark.skipif(not environment._keeps_offcuts(), reason="a C library that needs no help")
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        (None, "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0 True"),
+        ("glibc.malloc.check=0", "glibc.malloc.check=0 False"),
+    ],
+)
+def test_a_process_begins_again_with_a_tight_heap(own: str | None, found: str) -> None:
+    """Once, as the same process, with all its arguments; what the user set stays."""
+    environ = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environ |= {"GLIBC_TUNABLES": own} if own else {}
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEGIN_AGAIN], env=environ, stdout=subprocess.PIPE, text=True
+    )
+    output, _ = process.communicate(timeout=60)
+    assert output.strip() == f"{process.pid} {found}"
 
 
 def test_sums_of_16_bits_are_forbidden_in_evaluation_too() -> None:

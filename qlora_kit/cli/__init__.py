@@ -11,6 +11,7 @@ import qlora_kit
 from qlora_kit.cli.commands import COMMANDS
 from qlora_kit.cli.models import doctor, models
 from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
+from qlora_kit.model.environment import restart_with_tight_heap
 from qlora_kit.redact import one_line, redacted
 from qlora_kit.signals import Stopped, stop_on_signals
 
@@ -46,7 +47,11 @@ for command in (*COMMANDS, models, doctor):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code; every error is one line unless `--debug`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        # What trains fills the heap most, and is long enough to begin twice.
+        if arguments[:1] == ["train"]:
+            restart_with_tight_heap()
     debug = "--debug" in arguments
     try:
         with stop_on_signals():

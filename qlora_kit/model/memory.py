@@ -146,6 +146,11 @@ def return_free_memory() -> None:
     page faults. Without glibc this does nothing.
     """
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give back the pages of the heap that nothing lies on; without glibc this does nothing."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

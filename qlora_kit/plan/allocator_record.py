@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kit.model.memory import trim_heap
+
 # About 2 KB of record an allocation, and some allocations an operation.
 _OPERATIONS_A_RECORD = 1000
 # The binding of torch's profiler to C++, which has no types.
@@ -71,6 +73,9 @@ class AllocatorRecord(TorchDispatchMode):
         for _, change in changes:
             self._live += change
             self.peak_bytes = max(self.peak_bytes, self._live)
+        # The record lay between the step's own blocks; what it leaves would stay with the process.
+        del events, changes
+        trim_heap()
 
 
 def _is_in_backward() -> bool:
@@ -85,5 +90,6 @@ def _begin() -> None:
     state = _profiler.ProfilerState.KINETO
     config = _profiler.ProfilerConfig(state, *wanted, inner._ExperimentalConfig())
     _profiler._prepare_profiler(config, _ACTIVITIES)
-    # No operator is of this scope: none is in the record, and none is cut in two where it ends.
-    _profiler._enable_profiler(config, _ACTIVITIES, {inner.RecordScope.USER_SCOPE})
+    # Nothing that runs here is of this scope. What is, and begins in one record and ends after it,
+    # writes its end into freed memory: torch.optim's step, for one, is of USER_SCOPE.
+    _profiler._enable_profiler(config, _ACTIVITIES, {inner.RecordScope.STATIC_RUNTIME_MODEL})

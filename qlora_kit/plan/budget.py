@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from qlora_kit.config import BudgetOptions
 from qlora_kit.errors import ConfigError
+from qlora_kit.model.environment import has_tight_heap
 from qlora_kit.model.quantize import Quantization
 from qlora_kit.report.memory import size_text
 
@@ -21,8 +22,9 @@ from qlora_kit.report.memory import size_text
 # where there is a card.
 CONTEXT_BYTES = 500_000_000
 FRAGMENTATION = 0.05
-# What a process takes besides its tensors: the holes of the C library's heap, measured as 1.2 times
-# the tensors themselves on SmolLM2's shape (2 × 256), and Python objects.
+# What a process takes besides its tensors: the holes of the C library's heap, as a share of the
+# tensors and measured on SmolLM2's shape (2 × 256) with glibc 2.36, and Python objects.
+TIGHT_HEAP_SHARE = 0.3
 HEAP_SHARE = 1.3
 OBJECT_BYTES = 60_000_000
 # Resident after the imports, measured on a CPU: 0.45 to 0.6 GB.
@@ -73,7 +75,8 @@ class Budget:
             before_bytes: that it has before it loads the model.
             peak_bytes: of the tensors of the run.
         """
-        return before_bytes + OBJECT_BYTES + round(peak_bytes * (1 + HEAP_SHARE))
+        share = TIGHT_HEAP_SHARE if has_tight_heap() else HEAP_SHARE
+        return before_bytes + OBJECT_BYTES + round(peak_bytes * (1 + share))
 
     def taken_of_host(self, host_peak_bytes: int, peak_bytes: int) -> int:
         """Return what it takes of the host; there the model itself is, without a card."""
