@@ -162,26 +162,31 @@ def predicted(run: dict[str, Any]) -> dict[str, int]:
 
 def phase_peaks(run: dict[str, Any]) -> dict[str, int]:
     """Return the predicted peak of every phase on the device, in bytes."""
-    spec, config, hardware = _planned(source_of(run), config_of(run), for_gpu=not run["scaled"])
-    return {phase: peak.bytes for phase, peak in _predict(spec, config, hardware).device.items()}
+    from qlora_kit.plan.simulate import predict
+
+    config = config_of(run)
+    found = predict(_planned(source_of(run), config, for_gpu=not run["scaled"]), config)
+    return {phase: peak.bytes for phase, peak in found.device.items()}
 
 
 def step_work(run: dict[str, Any]) -> Any:
     """Return the work of one micro-batch, counted on fake tensors: a `plan.ledger.Work`."""
-    import qlora_kit as qk
     from qlora_kit.model.architecture import build_skeleton
     from qlora_kit.plan.simulate import BatchShape, simulated_run
 
-    spec, config, hardware = _planned(source_of(run), config_of(run), for_gpu=not run["scaled"])
-    skeleton = build_skeleton(spec.architecture())
-    with simulated_run(spec, qk.LoraSpec.of(config), config, hardware, skeleton) as simulated:
+    config = config_of(run)
+    subject = _planned(source_of(run), config, for_gpu=not run["scaled"])
+    skeleton = build_skeleton(subject.spec.architecture())
+    with simulated_run(subject, config, skeleton) as simulated:
         simulated.step(config, BatchShape(run["batch_size"], run["length"]))
         return simulated.work
 
 
 def peaks(source: Any, config: Any, *, for_gpu: bool) -> dict[str, int]:
     """Return the predicted peaks of a step, on device and host, and of an evaluation."""
-    found = _predict(*_planned(source, config, for_gpu=for_gpu))
+    from qlora_kit.plan.simulate import predict
+
+    found = predict(_planned(source, config, for_gpu=for_gpu), config)
     step = ("forward", "backward", "optimizer")
     return {
         "step": max(found.device[phase].bytes for phase in step),
@@ -190,18 +195,14 @@ def peaks(source: Any, config: Any, *, for_gpu: bool) -> dict[str, int]:
     }
 
 
-def _planned(source: Any, config: Any, *, for_gpu: bool) -> tuple[Any, Any, Any]:
+def _planned(source: Any, config: Any, *, for_gpu: bool) -> Any:
+    """Return the `Subject` of a run in bf16 with random weights."""
     import torch
 
     import qlora_kit as qk
     from qlora_kit.model.hardware import Hardware
+    from qlora_kit.plan.subject import Rows, Subject
 
     hardware = Hardware(torch.device("meta" if for_gpu else "cpu"), torch.bfloat16, "planned")
-    return qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True), config, hardware
-
-
-def _predict(spec: Any, config: Any, hardware: Any) -> Any:
-    import qlora_kit as qk
-    from qlora_kit.plan.simulate import predict
-
-    return predict(spec, qk.LoraSpec.of(config), config, hardware, config.max_length)
+    spec = qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True)
+    return Subject(spec, qk.LoraSpec.of(config), hardware, Rows(config.max_length))

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from trl.trainer import sft_trainer
 
-from qlora_kit.model.quantize import FourBitWeight, Quantization
+from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.ledger import Ledger
 from qlora_kit.plan.temporaries import workspace_bytes
@@ -83,7 +83,7 @@ def simulate(architecture: Any, run: dict[str, Any], *, for_gpu: bool) -> dict[s
 def _pack_nothing(layer: Any, _: Callable[[], Tensor], device: torch.device) -> None:
     """Give a layer packed tensors of the right sizes, as plain ones: `Params4bit` is none."""
     shape = (layer.out_features, layer.in_features)
-    sized = FourBitWeight.empty(shape, Quantization(4), device)
+    sized = empty_4bit(shape, Quantization(4), device)
     second = QuantState(
         absmax=sized.absmax_scale, code=sized.absmax_code, blocksize=sized.constants_block_size,
         dtype=torch.float32,

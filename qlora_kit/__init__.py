@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from qlora_kit.export.verify import verify_merge
     from qlora_kit.infer.evaluate import evaluate
     from qlora_kit.infer.generate import Sampling, generate
+    from qlora_kit.layers.quantize import Quantization
     from qlora_kit.lora.adapter import BaseRecord, load_adapter, read_adapter, save_adapter
     from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach, merge
     from qlora_kit.lora.several import AdapterSet, PerRow, load_adapters
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
-    from qlora_kit.model.quantize import Quantization
     from qlora_kit.opening import configure, load_data, open_base
     from qlora_kit.train.loop import TrainResult, train_adapter
 

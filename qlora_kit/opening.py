@@ -168,8 +168,8 @@ def base_spec(source: ModelSource, folder: Path | None, options: BaseModelOption
     Raises:
         ConfigError: other bits are asked for than a quantised checkpoint has.
     """
+    from qlora_kit.layers.quantize import Quantization
     from qlora_kit.model.load import BaseSpec, stored_quantization
-    from qlora_kit.model.quantize import Quantization
 
     asked = Quantization(options.bits, options.quant_type, options.double_quant)
     spec = BaseSpec(source, folder, asked, options.weights == "random")

@@ -174,10 +174,10 @@ def load_folder(
     folder: Path, bits: int = 16, *, dtype: str = "float32", **quantization: Any
 ) -> Any:
     """Load a model folder on the CPU, as the kit does: a `Base`."""
+    from qlora_kit.layers.quantize import Quantization
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import BaseSpec, load_base
     from qlora_kit.model.names import find_model
-    from qlora_kit.model.quantize import Quantization
 
     spec = BaseSpec(find_model(str(folder)), folder, Quantization(bits=bits, **quantization))
     return load_base(spec, choose_hardware("cpu", dtype))

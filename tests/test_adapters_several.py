@@ -148,7 +148,8 @@ def test_generation_answers_every_prompt_with_its_adapter(
 def test_a_base_that_was_trained_in_tiles_has_them_back(
     base: Any, folders: dict[str, Path]
 ) -> None:
-    from qlora_kit.step.mlp import set_mlp_tiles
+    from qlora_kit.layers.mlp import TiledMLP
+    from qlora_kit.step.tiles import set_mlp_tiles
 
     expected = alone(base, folders["b"])
     assert set_mlp_tiles(base.model, 4, torch.float32) > 0
@@ -156,7 +157,7 @@ def test_a_base_that_was_trained_in_tiles_has_them_back(
     adapters.set_adapter("b")
     assert relative_error(logits(base), expected) <= 1e-6
     adapters.detach()
-    assert "forward" in vars(base.model.model.layers[0].mlp)
+    assert isinstance(base.model.model.layers[0].mlp, TiledMLP)
     assert relative_error(alone(base, folders["b"]), expected) <= 1e-5
 
 

@@ -250,7 +250,7 @@ MERGE = textwrap.dedent(
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.load import BaseSpec
     from qlora_kit.model.names import find_model
-    from qlora_kit.model.quantize import Quantization
+    from qlora_kit.layers.quantize import Quantization
 
     folder, path = Path(sys.argv[1]), "model.layers.0.self_attn.q_proj"
     spec = BaseSpec(find_model(str(folder)), folder, Quantization(4))

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import qlora_kit as qk
 from qlora_kit.data.batch import collate
+from qlora_kit.layers.weight import FourBitWeight
 from qlora_kit.model.hardware import make_deterministic
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Placement
 from qlora_kit.model.names import find_model
-from qlora_kit.model.quantize import FourBitWeight
 from qlora_kit.step.forward import loss_sum
 from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply
 

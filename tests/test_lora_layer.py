@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.lora.layer import LoRALinear
-from qlora_kit.model.linear import FrozenLinear
-from qlora_kit.model.quantize import FourBitWeight, Int8Weight, PlainWeight, Quantization
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.quantize import Quantization
+from qlora_kit.layers.weight import FourBitWeight, Int8Weight, PlainWeight
 
 SCHEMES = {
     "nf4-double": Quantization(4, "nf4", True),

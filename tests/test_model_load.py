@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.errors import ModelError
 from qlora_kit.events import LoadProgress
+from qlora_kit.layers.quantize import Quantization
 from qlora_kit.lora.attach import frozen_layers
 from qlora_kit.model.architecture import architecture_from, build_skeleton, read_architecture
 from qlora_kit.model.checkpoint import open_checkpoint
 from qlora_kit.model.hardware import choose_hardware
 from qlora_kit.model.load import BaseSpec, load_base, stored_quantization
 from qlora_kit.model.names import ModelSource, known_models
-from qlora_kit.model.quantize import Quantization
 from qlora_kit.model.random_weights import RandomWeights
 
 Tensors = dict[str, Tensor]
@@ -395,7 +395,7 @@ LOAD = textwrap.dedent(
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import BaseSpec, load_base
     from qlora_kit.model.names import ModelSource
-    from qlora_kit.model.quantize import Quantization
+    from qlora_kit.layers.quantize import Quantization
 
     folder, numbers, bits = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
     tiny = {**numbers, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}

@@ -22,12 +22,12 @@ from huggingface_hub import errors
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ConfigError, EnvironmentFault, HubError, ModelError
 from qlora_kit.events import Event, Notice
+from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model import doctor, environment
 from qlora_kit.model.fetch import Fetched, fetch
 from qlora_kit.model.hardware import choose_hardware, dtype_named, make_deterministic
 from qlora_kit.model.memory import memory_in_use_bytes
 from qlora_kit.model.names import DEMO, ModelSource, find_model, known_models
-from qlora_kit.model.quantize import Quantization
 from qlora_kit.opening import open_tokenizer
 
 # huggingface_hub moved from one to the other.

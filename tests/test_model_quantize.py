@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_kit.model.quantize import Quantization
+from qlora_kit.layers.quantize import Quantization
 
 # Widths that are multiples of 64, of 16, and of neither; and sizes that end within a block.
 SHAPES = [(8, 64), (8, 80), (16, 96), (64, 688), (64, 172), (3, 80), (5, 48), (9, 336), (11, 30)]

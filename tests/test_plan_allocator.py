@@ -19,6 +19,7 @@ from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Placement
 from qlora_kit.model.names import ModelSource, known_models
 from qlora_kit.plan.simulate import Prediction, predict
+from qlora_kit.plan.subject import Rows, Subject
 from qlora_kit.step.forward import loss_sum, scores
 from qlora_kit.step.reducers import apply, resolve
 from qlora_kit.train.optimizer import build_optimizer
@@ -99,6 +100,9 @@ class Case:
     def hardware(self) -> Hardware:
         return choose_hardware("cpu", self.dtype)
 
+    def subject(self, hardware: Hardware, supervised: tuple[int, ...] | None = None) -> Subject:
+        return Subject(self.spec, self.lora, hardware, Rows(self.tokens, supervised))
+
 
 # ---------------------------------------------------------------- the allocator's own record
 
@@ -161,9 +165,7 @@ def measured(case: Case) -> dict[str, int]:
 
 def predicted(case: Case) -> dict[str, int]:
     supervised = sum(case.lengths(case.rows)) - case.rows
-    found: Prediction = predict(
-        case.spec, case.lora, case.config, case.hardware, case.tokens, supervised=supervised
-    )
+    found: Prediction = predict(case.subject(case.hardware, (supervised,)), case.config)
     step = max(found.device[phase].bytes for phase in ("forward", "backward"))
     return {"step": step, "evaluation": found.device["evaluation"].bytes}
 
@@ -252,7 +254,7 @@ def test_random_weights_are_in_memory_once(bits: int) -> None:
     assert weights <= peak < weights + head / 4
     gpu = Hardware(torch.device("meta"), torch.float32, "stands in for a GPU")
     for hardware in (case.hardware, gpu):
-        found = predict(case.spec, case.lora, case.config, hardware, case.tokens)
+        found = predict(case.subject(hardware), case.config)
         # The optimiser's phase has the same weights, and beside them LoRA and its state.
         parts = ("base weights", "quantisation constants", "norms and biases", "embeddings", "head")
         rest = sum(found.device["optimizer"].by_purpose.get(part, 0) for part in parts)

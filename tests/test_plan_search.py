@@ -20,7 +20,7 @@ from qlora_kit.model.names import find_model
 from qlora_kit.plan import budget as budget_module
 from qlora_kit.plan.budget import Budget, budget_of
 from qlora_kit.plan.planning import Plan, make_plan
-from qlora_kit.plan.search import Found
+from qlora_kit.plan.search import Found, search
 from qlora_kit.plan.simulate import BatchShape, simulated_run
 from qlora_kit.plan.subject import Rows, Subject, planned_hardware
 
@@ -41,14 +41,14 @@ def planned(config: TrainConfig, rows: Rows | None = None) -> Subject:
 
 
 def found_for(config: TrainConfig, card_bytes: int, on_gpu: bool = True) -> Found:
-    return planned(config).searched(config, Budget(card_bytes, on_gpu=on_gpu))
+    return search(planned(config), config, Budget(card_bytes, on_gpu=on_gpu))
 
 
 def step_peak(config: TrainConfig, tokens: int) -> tuple[int, int]:
     """Return the peak of a step of the whole model, and its floating-point operations."""
     what = planned(config)
     skeleton = build_skeleton(what.spec.architecture())
-    with simulated_run(what.spec, what.lora, config, what.hardware, skeleton) as run:
+    with simulated_run(what, config, skeleton) as run:
         run.step(config, BatchShape(config.batch_size, tokens))
         peak = max(run.device[phase].bytes for phase in ("forward", "backward"))
         return peak, run.work.flop

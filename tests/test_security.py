@@ -194,8 +194,8 @@ def test_a_pattern_for_every_layer_is_quick() -> None:
 
 
 def test_the_block_size_of_a_record_is_that_of_the_kit() -> None:
+    from qlora_kit.layers.weight import BLOCK_SIZE
     from qlora_kit.lora.files import Record
-    from qlora_kit.model.quantize import BLOCK_SIZE
 
     assert Record.model_fields["block_size"].default == BLOCK_SIZE
 

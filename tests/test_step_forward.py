@@ -163,7 +163,7 @@ def test_a_model_without_such_layers_is_refused() -> None:
 
 def test_quantised_layers_train_like_their_unpacked_twin(save_tiny: Callable[..., Path]) -> None:
     """A whole model: NF4 weights against the same weights merged back to 16 bits."""
-    from qlora_kit.model.quantize import PlainWeight
+    from qlora_kit.layers.weight import PlainWeight
 
     results = []
     for unpacked in (False, True):

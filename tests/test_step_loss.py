@@ -12,15 +12,16 @@ from conftest import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.model.head import Head
-from qlora_kit.model.linear import FrozenLinear
-from qlora_kit.model.quantize import PlainWeight, Quantization
-from qlora_kit.step.loss import (
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head import Head
+from qlora_kit.layers.loss import (
     chunked_loss_sum,
     cross_entropy_sum,
     score_tokens,
     token_logprobs,
 )
+from qlora_kit.layers.quantize import Quantization
+from qlora_kit.layers.weight import PlainWeight
 
 N, D, V = 131, 24, 317
 CHUNKS = [1, 7, 256]

@@ -22,22 +22,26 @@ from qlora_kit.config import StepOptions, TrainConfig
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.infer.evaluate import evaluate
 from qlora_kit.infer.head_loss import measure_head
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head import Head
+from qlora_kit.layers.loss import chunked_loss_sum, cross_entropy_sum, score_tokens
+from qlora_kit.layers.mlp import TiledMLP
+from qlora_kit.layers.quantize import Quantization
+from qlora_kit.layers.weight import FourBitWeight, PlainWeight
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.model import head as head_module
 from qlora_kit.model.hardware import Hardware
-from qlora_kit.model.head import Head, head_of
-from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base, BaseSpec, Placement, load_base
 from qlora_kit.model.names import find_model
-from qlora_kit.model.quantize import FourBitWeight, PlainWeight, Quantization
 from qlora_kit.plan.simulate import Prediction, predict
+from qlora_kit.plan.subject import Rows, Subject
 from qlora_kit.step import offload as offload_module
 from qlora_kit.step.forward import loss_sum, scores, supervised_states
-from qlora_kit.step.loss import chunked_loss_sum, cross_entropy_sum, score_tokens
-from qlora_kit.step.mlp import set_mlp_tiles
 from qlora_kit.step.offload import Offload
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply, resolve, without_effect
+from qlora_kit.step.tiles import set_mlp_tiles
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
 GPU = Hardware(torch.device("meta"), torch.bfloat16, "stands in for a GPU")
@@ -282,7 +286,7 @@ def test_few_tiles_hold_one_unpacked_weight_at_a_time(
 ) -> None:
     """Three of deepseek-7b are 0.27 GB, more than two tiles save."""
     adapter = make_adapter(stories, 4, "all-linear")
-    mlp = adapter.base.model.base_model.layers[0].mlp
+    layer = adapter.base.model.base_model.layers[0]
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
     real = FourBitWeight.dequantize
@@ -297,7 +301,7 @@ def test_few_tiles_hold_one_unpacked_weight_at_a_time(
     for tile, most in ((20, 1), (10, 1), (5, 3)):
         set_mlp_tiles(adapter.base.model, tile, torch.float32)
         monkeypatch.setattr(FourBitWeight, "dequantize", noting)
-        mlp(x).sum().backward()
+        layer.mlp(x).sum().backward()
         monkeypatch.undo()
         assert max(alive) == most
         made.clear()
@@ -320,7 +324,8 @@ def test_an_mlp_of_another_formula_is_left_alone(save_tiny: Callable[..., Path])
     model = adapter.base.model
     model.base_model.layers[1].mlp.__class__ = _Twisted
     assert apply(model, REDUCED["tiles"], CPU) == 1
-    assert "forward" not in vars(model.base_model.layers[1].mlp)
+    assert isinstance(model.base_model.layers[0].mlp, TiledMLP)
+    assert isinstance(model.base_model.layers[1].mlp, _Twisted)
 
 
 def test_tiles_can_be_switched_off_and_leave_nothing_behind(
@@ -332,7 +337,7 @@ def test_tiles_can_be_switched_off_and_leave_nothing_behind(
     assert set_mlp_tiles(model, 8, torch.float32) == 2
     assert list(model.state_dict()) == names
     assert set_mlp_tiles(model, 0, torch.float32) == 0
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(isinstance(module, TiledMLP) for module in model.modules())
 
 
 def test_a_tiled_mlp_dies_with_its_last_user(save_tiny: Callable[..., Path]) -> None:
@@ -670,7 +675,7 @@ def predicted(
         numbers = {**dict(source.architecture or {}), "num_hidden_layers": layers}
         source = replace(source, architecture=numbers)
     spec = BaseSpec(source, None, Quantization(config.bits), random=True)
-    return predict(spec, LoraSpec(), config, GPU, tokens)
+    return predict(Subject(spec, LoraSpec(), GPU, Rows(tokens)), config)
 
 
 @pytest.mark.parametrize(
@@ -724,7 +729,8 @@ def test_host_and_device_are_not_mixed_up_on_any_architecture(
     folder = folder_of(name)
     spec = BaseSpec(find_model(str(folder)), folder, Quantization(4))
     config = TrainConfig(eval_batch_size=2, batch_size=2)
-    found = predict(spec, LoraSpec(targets=("all-linear",)), config, GPU, 32)
+    lora = LoraSpec(targets=("all-linear",))
+    found = predict(Subject(spec, lora, GPU, Rows(32)), config)
     tied = bool(spec.architecture().get_text_config().tie_word_embeddings)
     on_host = found.host["forward"].by_purpose.get("embeddings", 0)
     on_device = found.device["forward"].by_purpose.get("embeddings", 0)

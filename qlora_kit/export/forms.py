@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.export.merge import BaseName, Merge, has_original
+from qlora_kit.layers.quantize import read_quantized
+from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.architecture import linear_layers
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.load import freeze, open_tensors
-from qlora_kit.model.quantize import FrozenWeight, PlainWeight, read_quantized
 
 
 class Variant(StrEnum):

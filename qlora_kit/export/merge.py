@@ -20,13 +20,14 @@ from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
+from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
+from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.lora.saved import check_saved
 from qlora_kit.model.architecture import build_skeleton, linear_layers
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, freeze, frozen_tensors, stored_quantization
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
-from qlora_kit.model.quantize import FrozenWeight, Quantization, bitsandbytes_parts
 from qlora_kit.storage import MANIFEST, check_space, is_sealed, staged_folder
 
 BaseName = Literal["quantized", "original"]

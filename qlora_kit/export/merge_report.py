@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qlora_kit.errors import VerificationError
-from qlora_kit.model.quantize import Quantization
+from qlora_kit.layers.quantize import Quantization
 
 NAME = "merge_report.json"
 _FORMAT = 1

@@ -14,9 +14,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.data.template import end_token_ids
+from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model.architecture import read_generation_config
 from qlora_kit.model.hardware import dtype_name
-from qlora_kit.model.quantize import Quantization
 from qlora_kit.storage import write_json
 
 

@@ -20,10 +20,11 @@ from qlora_kit.events import Announce, silent
 from qlora_kit.export.merge import check_target, has_original, packed_tensors, stored_bytes
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
+from qlora_kit.layers.quantize import Quantization
+from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.model.architecture import build_skeleton, unquantized_share
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
-from qlora_kit.model.quantize import PlainWeight, Quantization
 from qlora_kit.storage import check_space, staged_folder
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qlora_kit.export.forms import Forms, Variant
+from qlora_kit.layers.lora import LowRank
 from qlora_kit.lora.adapter import StoredAdapter
-from qlora_kit.lora.layer import LowRank
 from qlora_kit.model.architecture import linear_layers
 
 UnitReader = Callable[[str], Sequence[Forms]]

@@ -25,13 +25,14 @@ from qlora_kit.export.merge_report import LayerChange, MergeReport, VariantMeasu
 from qlora_kit.export.rows import VerificationRows
 from qlora_kit.export.streamed import StreamedModel
 from qlora_kit.export.verdict import judge
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head import Head
+from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.lora.adapter import library_versions
 from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import dtype_name
-from qlora_kit.model.head import Head, head_of
-from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.head import head_of
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
-from qlora_kit.model.quantize import FrozenWeight, PlainWeight
 from qlora_kit.signals import safe_point
 
 _CHUNK_TOKENS = 128

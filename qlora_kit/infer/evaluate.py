@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from qlora_kit.data.batch import Batch, collate, row_lengths
 from qlora_kit.errors import OutOfMemory
 from qlora_kit.events import Announce, Notice, silent
+from qlora_kit.layers.loss import CHUNK_TOKENS, TokenScores
 from qlora_kit.lora.several import PerRow
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base
 from qlora_kit.model.memory import is_out_of_memory, release_memory
 from qlora_kit.signals import safe_point
 from qlora_kit.step.forward import scores
-from qlora_kit.step.loss import CHUNK_TOKENS, TokenScores
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_kit.infer.evaluate import evaluate
-from qlora_kit.model.head import quantize_head
+from qlora_kit.layers.head import quantize_head
 from qlora_kit.model.load import Base
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.weight import BLOCK_SIZE
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach, frozen_layers
 from qlora_kit.lora.files import (
     CONFIG,
@@ -32,9 +34,7 @@ from qlora_kit.lora.files import (
 from qlora_kit.lora.saved import check_saved, put_in_place
 from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.checkpoint import PickledShards
-from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
-from qlora_kit.model.quantize import BLOCK_SIZE
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import check_no_pointer, load_tensors, save_tensors, write_json
 from qlora_kit.time_limit import TimeUp, time_limit

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from qlora_kit.config import LoraOptions
 from qlora_kit.errors import ConfigError
-from qlora_kit.lora.layer import LoRALinear
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.model.architecture import embedding_paths, group_of
-from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
-from qlora_kit.model.quantize import PlainWeight
 
 ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.model.linear import FrozenLinear
-from qlora_kit.model.quantize import FrozenWeight, PlainWeight
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 
 Original = FrozenWeight | Tensor | None
 

@@ -6,19 +6,18 @@ adapter adds its A and B only. For inference: nothing here is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.lora import LowRank
 from qlora_kit.lora.adapter import StoredAdapter, check_fits, read_adapter
 from qlora_kit.lora.attach import check_free, frozen_layers
-from qlora_kit.lora.layer import LowRank
-from qlora_kit.model.linear import FrozenLinear
 from qlora_kit.model.load import Base
 
 Names = str | None | Sequence[str | None]
@@ -99,7 +98,6 @@ class AdapterSet:
     names: tuple[str, ...]
     layers: Mapping[str, SwitchedLinear]
     _choice: _Choice
-    _set_aside: Mapping[str, Any]
 
     def set_adapter(self, names: Names) -> None:
         """Choose an adapter for all rows, None for the base alone, or one for each row.
@@ -125,8 +123,6 @@ class AdapterSet:
         """Take all adapters off: the base is again what it was, bit for bit."""
         for path, layer in self.layers.items():
             self.base.model.set_submodule(path, layer.frozen)
-        for path, forward in self._set_aside.items():
-            self.base.model.get_submodule(path).forward = forward
         return self.base
 
 
@@ -180,7 +176,7 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
         if terms:
             layers[path] = SwitchedLinear(frozen, terms, choice).train(frozen.training)
             base.model.set_submodule(path, layers[path])
-    return AdapterSet(base, tuple(stored), layers, choice, _own_forwards(base, layers))
+    return AdapterSet(base, tuple(stored), layers, choice)
 
 
 def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
@@ -193,20 +189,6 @@ def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
                 f"adapter {name}: trained on {record.base}, and {first} on {other.base}, whose "
                 "weights are others; expected adapters of one base; leave one of them out"
             )
-
-
-def _own_forwards(base: Base, layers: Iterable[str]) -> dict[str, Any]:
-    """Let the modules around switched layers run as their class has it; return what they ran.
-
-    Training may have left one that reads its layers itself, tile by tile, and knows a single
-    adapter.
-    """
-    set_aside = {}
-    for path in {path.rpartition(".")[0] for path in layers}:
-        forward = vars(base.model.get_submodule(path)).pop("forward", None)
-        if forward is not None:
-            set_aside[path] = forward
-    return set_aside
 
 
 def _term(adapter: StoredAdapter, path: str, device: torch.device) -> LowRank:

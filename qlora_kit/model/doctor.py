@@ -101,8 +101,8 @@ def _try_bits(bits: int, device: str) -> Finding:
     try:
         import torch
 
-        from qlora_kit.model.linear import FrozenLinear
-        from qlora_kit.model.quantize import Quantization
+        from qlora_kit.layers.frozen import FrozenLinear
+        from qlora_kit.layers.quantize import Quantization
 
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(192, 320, generator=generator).to(device)

@@ -19,6 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ModelError
 from qlora_kit.events import Announce, LoadProgress, silent
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head import quantize_head
+from qlora_kit.layers.quantize import Quantization, read_quantized
+from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.architecture import (
     architecture_from,
     build_skeleton,
@@ -29,11 +33,9 @@ from qlora_kit.model.architecture import (
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.hardware import Hardware, dtype_name
-from qlora_kit.model.head import quantize_head, verify_head
-from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.model.head import verify_head
 from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
-from qlora_kit.model.quantize import FrozenWeight, PlainWeight, Quantization, read_quantized
 from qlora_kit.model.random_weights import RandomWeights
 from qlora_kit.model.width import batch_width
 from qlora_kit.signals import safe_point

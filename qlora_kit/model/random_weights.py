@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.model.linear import FrozenLinear
+from qlora_kit.layers.frozen import FrozenLinear
 
 _SMALL = 1  # dimensions of biases and norm weights
 

@@ -13,7 +13,7 @@ from typing import Any
 from qlora_kit.config import Bits, TrainConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.plan.budget import Budget
-from qlora_kit.plan.search import Choice
+from qlora_kit.plan.search import Choice, search
 from qlora_kit.plan.subject import Rows, Subject
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
@@ -57,9 +57,8 @@ def _what_would_fit(config: TrainConfig, subject: Subject, budget: Budget) -> li
         spec = replace(subject.spec, quantization=quantization)
         rows = subject.rows if tokens == subject.rows.tokens else Rows(tokens)
         changed = _frugal(config).model_copy(update={"bits": bits, "head_bits": head_bits})
-        return bool(
-            replace(subject, spec=spec, rows=rows).searched(changed, budget, rows=[1]).fitting
-        )
+        tried = replace(subject, spec=spec, rows=rows)
+        return bool(search(tried, changed, budget, rows=[1]).fitting)
 
     tokens, bits, head_bits = subject.rows.tokens, config.bits, config.head_bits
     lengths = [tokens >> halvings for halvings in range(16) if tokens >> halvings >= _SHORTEST]

@@ -6,15 +6,12 @@ matrix of T × T. The flash kernel that a GPU takes keeps the output and one num
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from qlora_kit.plan.ledger import Ledger
 
@@ -78,8 +75,21 @@ def _attention(ledger: Ledger, query: Tensor, key: Tensor, value: Tensor, **opti
     return out
 
 
-@contextlib.contextmanager
-def planned_attention(ledger: Ledger) -> Iterator[None]:
-    """Let every attention in the block be the planned one; its work is counted in `ledger`."""
-    with mock.patch.object(F, "scaled_dot_product_attention", partial(_attention, ledger)):
-        yield
+class PlannedAttention(TorchFunctionMode):
+    """Lets every attention in its block be the planned one.
+
+    Args:
+        ledger: its work is counted there.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch, or the planned attention in the place of torch's."""
+        if func is F.scaled_dot_product_attention:
+            return _attention(self._ledger, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from qlora_kit.config import BudgetOptions
 from qlora_kit.errors import ConfigError
+from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model.environment import has_tight_heap
-from qlora_kit.model.quantize import Quantization
 from qlora_kit.report.memory import size_text
 
 # What a card holds besides the allocated memory: the CUDA context, published as 0.3 to 0.5 GB,

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from qlora_kit.layers.purpose import UNPACKED
+
 # The CUDA allocator hands out multiples of this; the CPU's is told to, for one kind of sum.
 ROUNDED_BYTES = 512
 
@@ -159,6 +161,8 @@ class Ledger(TorchDispatchMode):
 
     def claim(self, tensor: Tensor, purpose: str) -> None:
         """Say what a tensor is for, whatever it was made as."""
+        if purpose == UNPACKED and self.work is not None:
+            self.work.unpacked_bytes += tensor.nbytes
         key = tensor.untyped_storage()._cdata
         if key not in self._known:
             self.book(tensor, purpose)

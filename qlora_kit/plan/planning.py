@@ -14,8 +14,8 @@ from qlora_kit.model.architecture import build_skeleton, unquantized_share
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.plan.alternatives import nothing_fits
 from qlora_kit.plan.budget import Budget
-from qlora_kit.plan.search import Found
-from qlora_kit.plan.simulate import Prediction
+from qlora_kit.plan.search import Found, search
+from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import Subject
 from qlora_kit.report.memory import size_text
 
@@ -134,7 +134,7 @@ def make_plan(
     warnings = tuple(_warnings(subject))
     if not (budget.is_bounded and choose):
         return replace(_as_asked(config, subject, budget), warnings=warnings)
-    found = subject.searched(config, budget)
+    found = search(subject, config, budget)
     if not found.fitting:
         raise nothing_fits(config, subject, budget, found.least)
     return replace(_first_that_fits(config, subject, budget, found), warnings=warnings)
@@ -142,7 +142,7 @@ def make_plan(
 
 def _as_asked(config: TrainConfig, subject: Subject, budget: Budget) -> Plan:
     """Predict settings as they are, and settle what only the prediction can."""
-    prediction = subject.predicted(config)
+    prediction = predict(subject, config)
     settled = config.model_copy(update={"eval_batch_size": prediction.evaluation_rows})
     return Plan(settled, subject.hardware, prediction, budget)
 

@@ -67,7 +67,7 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
         claim_trained(ledger, step.optimizer)
         with (
             _allocator_record(step.device, ledger.live_bytes) as record,
-            watched(ledger, step.model, step.optimizer),
+            watched(ledger, step.optimizer),
             ledger.recorded() as changes,
             ledger,
         ):

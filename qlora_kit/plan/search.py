@@ -12,11 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.lora.attach import LoraSpec
-from qlora_kit.model.hardware import Hardware
-from qlora_kit.model.load import BaseSpec
 from qlora_kit.plan.budget import Budget
 from qlora_kit.plan.ledger import Work
+from qlora_kit.plan.subject import Subject
 from qlora_kit.plan.survey import Needs, Setting, Survey, take_survey
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
@@ -128,29 +126,20 @@ class Found:
 
 
 def search(
-    spec: BaseSpec,
-    lora: LoraSpec,
-    config: TrainConfig,
-    hardware: Hardware,
-    budget: Budget,
-    tokens: int,
-    rows: Sequence[int] | None = None,
+    subject: Subject, config: TrainConfig, budget: Budget, rows: Sequence[int] | None = None
 ) -> Found:
     """Find the settings that fit a budget.
 
     Args:
-        spec: the base.
-        lora: the trained part.
+        subject: the run.
         config: what was asked for.
-        hardware: `meta` stands in for a GPU.
         budget: what the run may take.
-        tokens: of the longest row.
         rows: micro-batches to choose from; every divisor of the effective batch if None.
     """
     rows, tiles = rows or _micro_batches(config), _tiles(config)
-    survey = take_survey(spec, lora, config, hardware, tokens, rows, tiles)
+    survey = take_survey(subject, config, rows, tiles)
     kinds = list(itertools.product(rows, tiles))
-    on_gpu = hardware.device.type != "cpu"
+    on_gpu = subject.hardware.device.type != "cpu"
 
     def choice(setting: Setting) -> Choice:
         micro_batches = _effective_batch(config) // setting.rows

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,14 +22,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.data.batch import Batch
 from qlora_kit.export.merge import merged_tensors
+from qlora_kit.layers.quantize import Quantization, empty_4bit
+from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
-from qlora_kit.lora.attach import LoraSpec, attach, resolve_targets
+from qlora_kit.lora.attach import attach, resolve_targets
 from qlora_kit.model.architecture import build_skeleton, embedding_paths, linear_layers
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import (
     Base,
-    BaseSpec,
     Placement,
     fill,
     freeze,
@@ -38,13 +38,13 @@ from qlora_kit.model.load import (
     is_tied,
     names_on_host,
 )
-from qlora_kit.model.quantize import FourBitWeight, FrozenWeight, Int8Weight, Quantization
-from qlora_kit.plan.attention import planned_attention
+from qlora_kit.plan.attention import PlannedAttention
 from qlora_kit.plan.ledger import Ledger, Peak, Work
-from qlora_kit.plan.temporaries import pinned_bytes, workspace_bytes
+from qlora_kit.plan.subject import Subject
+from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
+from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step import forward as step
-from qlora_kit.step.offload import InPlaceLane
 from qlora_kit.step.reducers import apply, resolve
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
@@ -118,45 +118,32 @@ class _Planned(Quantization):
             wide = weight.to(torch.float16)
             codes = torch.empty(shape, dtype=torch.int8, device=wide.device)
             return Int8Weight(codes, torch.empty(shape[0], device=wide.device))
-        return FourBitWeight.empty(shape, self, weight.device)
+        return empty_4bit(shape, self, weight.device)
 
 
-def predict(
-    spec: BaseSpec,
-    lora: LoraSpec,
-    config: TrainConfig,
-    hardware: Hardware,
-    tokens: int,
-    *,
-    supervised: int | None = None,
-    evaluation_tokens: int | None = None,
-) -> Prediction:
-    """Predict the memory of a run.
+def predict(subject: Subject, config: TrainConfig) -> Prediction:
+    """Predict the memory of a run with exactly these settings.
 
     Args:
-        spec: the base; of its folder only the config.json is read.
-        lora: the trained part.
+        subject: the run.
         config: how a step is computed, and by which optimiser.
-        hardware: `meta` stands in for a GPU and is told apart from the host.
-        tokens: of the longest row.
-        supervised: targets of the largest micro-batch; all but the first of each row if None.
-        evaluation_tokens: of the longest row in evaluation, if that is another.
     """
-    architecture = spec.architecture()
-    with simulated_run(spec, lora, config, hardware, build_skeleton(architecture)) as run:
-        run.step(config, BatchShape(config.batch_size, tokens, supervised))
+    rows, architecture = subject.rows, subject.spec.architecture()
+    supervised = rows.supervised_of(config.batch_size)
+    with simulated_run(subject, config, build_skeleton(architecture)) as run:
+        run.step(config, BatchShape(config.batch_size, rows.tokens, supervised))
         run.hold()
         run.save()
-    evaluated = BatchShape(config.eval_batch_size, evaluation_tokens or tokens)
+    evaluated = BatchShape(config.eval_batch_size, rows.evaluation_tokens or rows.tokens)
     short = build_skeleton(shortened(architecture, _EVALUATED_LAYERS))
-    with simulated_run(spec, lora, config, hardware, short) as shorter:
+    with simulated_run(subject, config, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
     # Built outside: the placeholders of a skeleton are no memory.
     layers = architecture.get_text_config().num_hidden_layers
     merged = min(layers, _layers_of_a_shard(architecture) + 1)
     skeleton = build_skeleton(shortened(architecture, merged))
-    with _simulation(hardware) as ledger:
-        _merge(ledger, skeleton, spec, lora, hardware, run, layers / merged)
+    with _simulation(subject.hardware) as ledger:
+        _merge(ledger, skeleton, subject, run, layers / merged)
     device = {phase: run.device[phase] for phase in PHASES}
     return Prediction(device, {phase: run.host[phase] for phase in PHASES}, evaluation_rows)
 
@@ -173,17 +160,19 @@ def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 @contextlib.contextmanager
 def simulated_run(
-    spec: BaseSpec,
-    lora: LoraSpec,
-    config: TrainConfig,
-    hardware: Hardware,
-    skeleton: PreTrainedModel,
+    subject: Subject, config: TrainConfig, skeleton: PreTrainedModel
 ) -> Iterator[SimulatedRun]:
-    """Load a base, attach an adapter and take its first optimiser step, all of it simulated."""
-    with _simulation(hardware) as ledger:
-        run = SimulatedRun(ledger, spec, config, hardware, skeleton)
+    """Load a base, attach an adapter and take its first optimiser step, all of it simulated.
+
+    Args:
+        subject: the run.
+        config: what it starts with.
+        skeleton: of the base, or of one with fewer layers.
+    """
+    with _simulation(subject.hardware) as ledger:
+        run = SimulatedRun(ledger, subject, config, skeleton)
         run.load()
-        run.attach(lora)
+        run.attach()
         yield run
 
 
@@ -193,22 +182,11 @@ def _simulation(hardware: Hardware) -> Iterator[Ledger]:
     ledger = Ledger(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # transformers builds masks for tracers, which fake tensors look like, and for no run.
-        stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", return_value=False))
+        stack.enter_context(masks_as_in_a_run())
         if device == "meta":
-            stack.enter_context(planned_attention(ledger))
-            stack.enter_context(mock.patch.object(InPlaceLane, "host_memory", _pinned(ledger)))
+            stack.enter_context(PlannedAttention(ledger))
         stack.enter_context(ledger)
         yield ledger
-
-
-def _pinned(ledger: Ledger) -> Callable[[InPlaceLane, Tensor], Tensor]:
-    def host_memory(_: InPlaceLane, like: Tensor) -> Tensor:
-        block = torch.empty(pinned_bytes(like.nbytes), dtype=torch.uint8, device="cpu")
-        ledger.claim(block, "layer checkpoints")
-        return block[: like.nbytes].view(like.dtype).view(like.shape)
-
-    return host_memory
 
 
 class SimulatedRun:
@@ -223,12 +201,12 @@ class SimulatedRun:
     def __init__(
         self,
         ledger: Ledger,
-        spec: BaseSpec,
+        subject: Subject,
         config: TrainConfig,
-        hardware: Hardware,
         skeleton: PreTrainedModel,
     ) -> None:
-        self.ledger, self.spec, self.config, self.hardware = ledger, spec, config, hardware
+        self.ledger, self.subject, self.config = ledger, subject, config
+        self.hardware = subject.hardware
         self.model = skeleton
         self.device: dict[str, Peak] = {}
         self.host: dict[str, Peak] = {}
@@ -251,15 +229,16 @@ class SimulatedRun:
         placement = Placement.of(self.config).resolved(
             self.hardware.device, tied=is_tied(self.model)
         )
-        quantization = _planned(self.spec.quantization)
+        spec = self.subject.spec
+        quantization = _planned(spec.quantization)
         on_host = names_on_host(self.model, placement)
-        head = head_quantization(self.spec, placement)
+        head = head_quantization(spec, placement)
         stream = _empty_tensors(
-            self.model, quantization, self.hardware, on_host, are_drawn=self.spec.random
+            self.model, quantization, self.hardware, on_host, are_drawn=spec.random
         )
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
-        self.base = Base(self.model, self.spec, self.hardware, "", 0, 0.0, placement)
+        self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement)
         self.head = head_of(self.model)
         claim_model(self.ledger, self.model, self.head)
         workspace = workspace_bytes(self.hardware.device.type)
@@ -273,12 +252,12 @@ class SimulatedRun:
                 self.ledger.claim(tensor, purpose_of_part(part))
             yield name, value
 
-    def attach(self, lora: LoraSpec) -> None:
+    def attach(self) -> None:
         """Attach the adapter and let the optimiser make its state, as every later step has it."""
-        self.parameters = attach(self.base, lora, self.config.seed).parameters()
+        self.parameters = attach(self.base, self.subject.lora, self.config.seed).parameters()
         self.optimizer = build_optimizer(self.parameters.values(), self.config)
         self._give_gradients()
-        with self.phase("optimizer"), watched(self.ledger, self.model, self.optimizer):
+        with self.phase("optimizer"), watched(self.ledger, self.optimizer):
             limit = self.config.max_grad_norm or 1.0
             with self.ledger.purpose("optimiser"):
                 make_state(self.optimizer)
@@ -305,7 +284,7 @@ class SimulatedRun:
         batch = self._batch(shape)
         with (
             self.ledger.counted() as self.work,
-            watched(self.ledger, self.model, self.optimizer),
+            watched(self.ledger, self.optimizer),
         ):
             with self.phase("forward"):
                 loss = step.loss_sum(
@@ -330,7 +309,7 @@ class SimulatedRun:
         """Measure a batch of validation rows."""
         self.model.eval()
         batch = self._batch(shape)
-        with self.phase("evaluation"), watched(self.ledger, self.model, self.optimizer):
+        with self.phase("evaluation"), watched(self.ledger, self.optimizer):
             step.scores(self.model, batch, self.head, config.loss_chunk_tokens)
 
     def hold(self) -> None:
@@ -378,9 +357,7 @@ class SimulatedRun:
 def _merge(
     ledger: Ledger,
     skeleton: PreTrainedModel,
-    spec: BaseSpec,
-    lora: LoraSpec,
-    hardware: Hardware,
+    subject: Subject,
     run: SimulatedRun,
     adapters: float,
 ) -> None:
@@ -389,12 +366,11 @@ def _merge(
     Args:
         ledger: of the simulation.
         skeleton: of as many layers as that takes.
-        spec: the base.
-        lora: the adapter, which is in memory as a whole.
-        hardware: where the merge is computed.
+        subject: the base, and the adapter, which is in memory as a whole.
         run: receives the phase.
         adapters: how many times the adapter of these layers the whole one is.
     """
+    lora = subject.lora
     layers = linear_layers(skeleton)
     targets = resolve_targets(list(layers), lora.targets, embedding_paths(skeleton))
     with ledger.purpose("LoRA"):
@@ -408,7 +384,7 @@ def _merge(
         size = sum(tensor.nbytes for pair in tensors.values() for tensor in pair)
         others = torch.empty(round(size * (adapters - 1)), dtype=torch.uint8, device="cpu")
     stored = StoredAdapter(Path(), lora, tensors, None, None)
-    stream = _empty_tensors(skeleton, _planned(spec.quantization), hardware)
+    stream = _empty_tensors(skeleton, _planned(subject.spec.quantization), subject.hardware)
     with run.phase("merge", ledger):
         pending: list[Tensor] = []
         for _, tensor in merged_tensors(stream, stored, torch.float16):
@@ -431,7 +407,7 @@ def _planned(quantization: Quantization) -> _Planned:
 
 
 def _parts(value: FrozenWeight | Tensor) -> list[tuple[str, Tensor]]:
-    return [("", value)] if isinstance(value, Tensor) else list(value.named_buffers())
+    return [("", value)] if isinstance(value, Tensor) else list(value.stored())
 
 
 def _empty_tensors(

@@ -18,9 +18,6 @@ from qlora_kit.data.encode import IGNORED
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.hardware import Hardware, dtype_named
 from qlora_kit.model.load import BaseSpec
-from qlora_kit.plan.budget import Budget
-from qlora_kit.plan.search import Found, search
-from qlora_kit.plan.simulate import Prediction, predict
 
 
 @dataclass(frozen=True)
@@ -68,32 +65,19 @@ def _targets(labels: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """A run that is planned, all but its settings."""
+    """A run that is planned, all but its settings.
+
+    Attributes:
+        spec: the base; of its folder only the config.json is read.
+        lora: the trained part.
+        hardware: `meta` stands in for a GPU and is told apart from the host.
+        rows: what a batch is made of.
+    """
 
     spec: BaseSpec
     lora: LoraSpec
     hardware: Hardware
     rows: Rows
-
-    def predicted(self, config: TrainConfig) -> Prediction:
-        """Predict a run with exactly these settings."""
-        rows = self.rows
-        return predict(
-            self.spec,
-            self.lora,
-            config,
-            self.hardware,
-            rows.tokens,
-            supervised=rows.supervised_of(config.batch_size),
-            evaluation_tokens=rows.evaluation_tokens,
-        )
-
-    def searched(
-        self, config: TrainConfig, budget: Budget, rows: Sequence[int] | None = None
-    ) -> Found:
-        """Search the settings that fit, with any micro-batch or with these only."""
-        tokens = max(self.rows.tokens, self.rows.evaluation_tokens or 0)
-        return search(self.spec, self.lora, config, self.hardware, budget, tokens, rows)
 
 
 def planned_hardware(config: TrainConfig) -> Hardware:

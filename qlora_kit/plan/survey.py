@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.architecture import build_skeleton
-from qlora_kit.model.hardware import Hardware
-from qlora_kit.model.load import BaseSpec
 from qlora_kit.plan.ledger import Work
 from qlora_kit.plan.simulate import BatchShape, SimulatedRun, shortened, simulated_run
-from qlora_kit.plan.temporaries import pinned_bytes
+from qlora_kit.plan.subject import Subject
+from qlora_kit.step.offload import pinned_bytes
 
 # Of the shortened model: with one or two layers that keep their activations, the first does
 # not. It keeps less than the others: its input, the embedding's output, takes no gradient.
@@ -190,33 +188,24 @@ class Survey:
 
 
 def take_survey(
-    spec: BaseSpec,
-    lora: LoraSpec,
-    config: TrainConfig,
-    hardware: Hardware,
-    tokens: int,
-    rows: Sequence[int],
-    tiles: Sequence[int],
+    subject: Subject, config: TrainConfig, rows: Sequence[int], tiles: Sequence[int]
 ) -> Survey:
-    """Measure what steps need.
+    """Measure what steps need, for training and evaluation on the longest row of both.
 
     Args:
-        spec: the base.
-        lora: the trained part.
+        subject: the run.
         config: all that is not in a setting.
-        hardware: `meta` stands in for a GPU.
-        tokens: of the longest row.
         rows: micro-batches that settings will have, in order.
         tiles: tiles that they will have.
     """
-    architecture = spec.architecture()
+    architecture, hardware = subject.spec.architecture(), subject.hardware
+    tokens = max(subject.rows.tokens, subject.rows.evaluation_tokens or 0)
     text = architecture.get_text_config()
     on_gpu = hardware.device.type != "cpu"
     measured = rows[:2]
 
     def run_of(depth: int) -> AbstractContextManager[SimulatedRun]:
-        skeleton = build_skeleton(shortened(architecture, depth))
-        return simulated_run(spec, lora, config, hardware, skeleton)
+        return simulated_run(subject, config, build_skeleton(shortened(architecture, depth)))
 
     with run_of(_DEPTH + 1) as run:
         deeper = _sample(run, config, BatchShape(rows[0], tokens), tiles[0], keep_layers=1)

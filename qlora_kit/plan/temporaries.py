@@ -14,8 +14,3 @@ _CUBLAS_BYTES = 32 << 20
 def workspace_bytes(device: str) -> int:
     """Return what is taken once, by the first matrix product; "meta" stands in for a GPU."""
     return _CUBLAS_BYTES if device == "meta" else 0
-
-
-def pinned_bytes(size: int) -> int:
-    """Return what torch pins for a tensor: its caching host allocator rounds to powers of two."""
-    return 1 << (size - 1).bit_length()

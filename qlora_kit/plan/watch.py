@@ -1,6 +1,7 @@
 """What each storage of a run is for, told to a ledger while the run goes.
 
-Takes a loaded model and its adapter, fake or real; changes nothing that they compute.
+What computes says it itself (`layers.purpose`); what torch makes is told here. Takes a loaded model
+and its adapter, fake or real; changes nothing that they compute.
 """
 
 from __future__ import annotations
@@ -8,26 +9,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_kit.layers.head import Head
+from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, LOSS_CHUNK, UNPACKED, heard_by
 from qlora_kit.lora.attach import frozen_layers
-from qlora_kit.model.head import Head
-from qlora_kit.model.quantize import FourBitWeight, FrozenWeight, Int8Weight
 from qlora_kit.plan.ledger import Ledger
-from qlora_kit.step import forward as step
-from qlora_kit.step.loss import cross_entropy_sum
 
 _CONSTANTS = "quantisation constants"
 # Names of purposes, in the order in which a picture stacks them.
 PURPOSES = (
     "base weights", _CONSTANTS, "norms and biases", "embeddings", "head", "LoRA",
-    "gradients", "optimiser", "layer checkpoints", "activations", "loss chunk",
-    "dequantised weight", "workspace", "copies to save",
+    "gradients", "optimiser", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
+    UNPACKED, "workspace", "copies to save",
 )  # fmt: skip
 
 
@@ -41,9 +38,9 @@ def claim_model(ledger: Ledger, model: PreTrainedModel, head: Head) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         ledger.claim(tensor, "norms and biases")
     for layer in frozen_layers(model).values():
-        for name, tensor in layer.weight.named_buffers():
+        for name, tensor in layer.weight.stored():
             ledger.claim(tensor, purpose_of_part(name))
-    for tensor in head.linear.weight.buffers():
+    for _, tensor in head.linear.weight.stored():
         ledger.claim(tensor, "head")
     # Last: it may be the head.
     ledger.claim(model.get_input_embeddings().weight, "embeddings")
@@ -62,20 +59,12 @@ def claim_trained(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def watched(
-    ledger: Ledger, model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> Iterator[None]:
-    """Say what is made while the model runs, forward and backward, and while it is updated."""
+def watched(ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hear what is made while a model runs, forward and backward, and while it is updated."""
     with contextlib.ExitStack() as stack:
-        for handle in (
-            *_gradient_hooks(ledger, optimizer),
-            *_checkpoint_hooks(ledger, model),
-            *_optimizer_hooks(ledger, optimizer),
-        ):
+        for handle in (*_gradient_hooks(ledger, optimizer), *_optimizer_hooks(ledger, optimizer)):
             stack.callback(handle.remove)
-        for kind in (FourBitWeight, Int8Weight):
-            stack.enter_context(mock.patch.object(kind, "dequantize", _dequantize(kind, ledger)))
-        stack.enter_context(mock.patch.object(step, "cross_entropy_sum", _loss(ledger)))
+        stack.enter_context(heard_by(ledger))
         yield
 
 
@@ -87,18 +76,6 @@ def _gradient_hooks(ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterato
             )
 
 
-def _checkpoint_hooks(ledger: Ledger, model: PreTrainedModel) -> Iterator[Any]:
-    def claim(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if layer.gradient_checkpointing and layer.training:
-            hidden = inputs[0] if inputs else named["hidden_states"]
-            ledger.claim(hidden, "layer checkpoints")
-
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            hooked: nn.Module = layer
-            yield hooked.register_forward_pre_hook(claim, with_kwargs=True)
-
-
 def _optimizer_hooks(ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
     entered = contextlib.ExitStack()
 
@@ -107,24 +84,3 @@ def _optimizer_hooks(ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterat
 
     yield optimizer.register_step_pre_hook(begin)
     yield optimizer.register_step_post_hook(lambda *_: entered.close())
-
-
-def _loss(ledger: Ledger) -> Any:
-    def booked(*arguments: Any) -> Tensor:
-        with ledger.purpose("loss chunk"):
-            return cross_entropy_sum(*arguments)
-
-    return booked
-
-
-def _dequantize(kind: type[FrozenWeight], ledger: Ledger) -> Any:
-    real = kind.dequantize
-
-    def dequantize(self: FrozenWeight, dtype: torch.dtype) -> Tensor:
-        with ledger.purpose("dequantised weight"):
-            weight = real(self, dtype)
-        if ledger.work is not None:
-            ledger.work.unpacked_bytes += weight.nbytes
-        return weight
-
-    return dequantize

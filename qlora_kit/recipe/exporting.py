@@ -212,8 +212,8 @@ def quantize(config: QuantizeConfig, announce: Announce = silent) -> dict[str, A
     find_model(config.model)
 
     from qlora_kit.export.quantized import quantize_to
+    from qlora_kit.layers.quantize import Quantization
     from qlora_kit.model.hardware import choose_hardware, dtype_named
-    from qlora_kit.model.quantize import Quantization
     from qlora_kit.model.threads import choose_threads
 
     choose_threads()

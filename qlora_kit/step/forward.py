@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.data.batch import Batch
-from qlora_kit.model.head import Head
-from qlora_kit.step.loss import (
+from qlora_kit.layers.head import Head
+from qlora_kit.layers.loss import (
     CHUNK_TOKENS,
     ChunkLoss,
     TokenScores,

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, purpose
+
 
 class Lane(Protocol):
     """Where copies run, beside the computation or in it."""
@@ -64,11 +66,20 @@ class StreamLane:
 
 
 class InPlaceLane:
-    """Copies at once: what a CPU does, and fake tensors."""
+    """Copies at once: what a CPU does, and fake tensors.
+
+    Args:
+        is_pinned: whether host memory is taken as a GPU's lane takes it, which is simulated.
+    """
+
+    def __init__(self, *, is_pinned: bool = False) -> None:
+        self._is_pinned = is_pinned
 
     def host_memory(self, like: Tensor) -> Tensor:
         """See `Lane`."""
-        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        size = pinned_bytes(like.nbytes) if self._is_pinned else like.nbytes
+        block = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return block[: like.nbytes].view(like.dtype).view(like.shape)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """See `Lane`."""
@@ -76,6 +87,11 @@ class InPlaceLane:
 
     def wait(self, end: None) -> None:
         """See `Lane`: what is copied at once is there."""
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what torch pins for a tensor: its caching host allocator rounds to powers of two."""
+    return 1 << (size - 1).bit_length()
 
 
 class _Held:
@@ -91,7 +107,8 @@ class _Held:
         self._lane = lane
         self._device = x.device
         self._on_device: Tensor | None = x.detach()
-        self._on_host = lane.host_memory(x)
+        with purpose(LAYER_CHECKPOINTS):
+            self._on_host = lane.host_memory(x)
         self._end: Any = lane.copy(self._on_host, self._on_device)
         self._before = weakref.ref(before) if before is not None else lambda: None
 
@@ -145,7 +162,9 @@ class Offload:
     @classmethod
     def on(cls, device: torch.device) -> Offload:
         """Return an offload whose copies run beside what a GPU computes."""
-        return cls(StreamLane(device) if device.type == "cuda" else InPlaceLane(), device)
+        is_planned = device.type == "meta"
+        lane = StreamLane(device) if device.type == "cuda" else InPlaceLane(is_pinned=is_planned)
+        return cls(lane, device)
 
     def pack(self, x: Tensor) -> _Held | Tensor:
         """Begin to copy the input of a layer out, and free that of the layer before.

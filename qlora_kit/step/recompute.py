@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, announce
 from qlora_kit.step.offload import Offload
 
 
@@ -47,7 +48,15 @@ def set_recompute(
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:
-    return checkpoint(forward, *inputs, use_reentrant=False)
+    return checkpoint(partial(_announced, forward), *inputs, use_reentrant=False)
+
+
+def _announced(forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a layer, now or again in backward, and say what its input is for."""
+    # transformers binds what it passed by name to the forward.
+    hidden = inputs[0] if inputs else forward.keywords["hidden_states"]  # type: ignore[attr-defined]
+    announce(hidden, LAYER_CHECKPOINTS)
+    return forward(*inputs)
 
 
 def _offloaded(offload: Offload, forward: Callable[..., Any], *inputs: Any) -> Any:

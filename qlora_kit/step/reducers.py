@@ -18,9 +18,9 @@ from torch import nn
 
 from qlora_kit.config import StepOptions
 from qlora_kit.model.hardware import Hardware
-from qlora_kit.step.mlp import set_mlp_tiles
 from qlora_kit.step.offload import Offload
 from qlora_kit.step.recompute import set_recompute
+from qlora_kit.step.tiles import set_mlp_tiles
 
 # Of 1,024, 2,048 and 4,096 in the simulation of deepseek-7b. Smaller tiles save no more and
 # unpack the weights more often, or hold three of them unpacked.

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from qlora_kit.data.batch import Batch, Indices, collate
 from qlora_kit.errors import OutOfMemory, TornStep
+from qlora_kit.layers.loss import ChunkLoss
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.head import head_of
 from qlora_kit.model.memory import is_out_of_memory, release_memory
 from qlora_kit.signals import safe_point
 from qlora_kit.step.forward import loss_sum
-from qlora_kit.step.loss import ChunkLoss
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
 from qlora_kit.train.random_states import random_states, restore_random_states
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import qlora_kit as qk
+from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.load import BaseSpec, load_base
-from qlora_kit.model.quantize import Quantization
 
 _VOCABULARY = 640
 ROWS = 24

@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_kit.model.quantize import FrozenWeight
+from qlora_kit.layers.weight import FrozenWeight
 
 
 class FrozenLinear(nn.Module):
@@ -42,8 +41,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return frozen_product(x, self.weight, bias)
+        return frozen_product(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Show shape and bits when the model is printed."""
@@ -53,18 +51,16 @@ class FrozenLinear(nn.Module):
 
 def frozen_product(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b (..., K) of x (..., D), differentiable in x; the graph keeps no tensor."""
-    y: Tensor = _FrozenMatmul.apply(x, bias, weight)
+    y: Tensor = _FrozenProduct.apply(x, bias, weight)
     return y
 
 
-class _FrozenMatmul(torch.autograd.Function):
+class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         ctx.weight = weight
-        # One product with its bias, as `LoRALinear` has it: a fresh adapter changes no bit.
-        return F.linear(x, weight.dequantize(x.dtype), bias)
+        return weight.product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grads
-        return grad_y @ ctx.weight.dequantize(grad_y.dtype), None, None
+        return ctx.weight.product_back(grads[0]), None, None

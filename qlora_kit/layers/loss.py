@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qlora_kit.config import StepOptions
-from qlora_kit.model.head import Head, SlicedWeight
+from qlora_kit.layers.head import Head, SlicedWeight
+from qlora_kit.layers.purpose import LOSS_CHUNK, purpose
 
 CHUNK_TOKENS = StepOptions().loss_chunk_tokens
 
@@ -38,7 +39,8 @@ def cross_entropy_sum(
 
     Source: the online form of Cut Your Losses (arXiv:2411.09009), section 4, by rows.
     """
-    total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens)
+    with purpose(LOSS_CHUNK):
+        total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens)
     return total
 
 

@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_kit.model.linear import FrozenLinear
-from qlora_kit.model.quantize import FrozenWeight
-from qlora_kit.model.save_first import save_first
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.save_first import save_first
+from qlora_kit.layers.weight import FrozenWeight
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class LoRALinear(nn.Module):
         with torch.no_grad():
             h = term.inner(rows)
         saved = save_first(rows, term.a, term.b, term.kept, h)
-        y: Tensor = _LoRAMatmul.apply(
+        y: Tensor = _LoRAProduct.apply(
             rows,
             term.a,
             term.b,
@@ -150,7 +149,12 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-class _LoRAMatmul(torch.autograd.Function):
+class _LoRAProduct(torch.autograd.Function):
+    # With d for dropout, p for the share it keeps and s for the scaling:
+    #   h = d(x) Aᵀ / p           y = x Wᵀ + b + s h Bᵀ
+    #   g = s dy B / p            dx = dy W + d(g A)
+    #   dA = gᵀ d(x)              dB = s dyᵀ h
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -165,7 +169,7 @@ class _LoRAMatmul(torch.autograd.Function):
         node: Any,
     ) -> Tensor:
         ctx.weight, ctx.factors, ctx.node = weight, factors, node
-        y = F.linear(x, weight.dequantize(x.dtype), _cast(bias, x.dtype))
+        y = weight.product(x, bias)
         LowRank(a, b, None, *factors).add_to(y, h)
         return y
 
@@ -180,7 +184,7 @@ class _LoRAMatmul(torch.autograd.Function):
         del grad_y_wide
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ ctx.weight.dequantize(grad_y.dtype)
+            grad_x = ctx.weight.product_back(grad_y)
             term.add_input_gradient(grad_x, grad_inner)
         return (grad_x, grad_a, grad_b, *(None for _ in range(6)))
 
@@ -188,10 +192,6 @@ class _LoRAMatmul(torch.autograd.Function):
 def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
     # Exact in any dtype; the division by the probability is left to the small products.
     return x if kept is None else x * kept
-
-
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, factor: float) -> None:

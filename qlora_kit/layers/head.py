@@ -1,0 +1,181 @@
+"""The output head: how a model turns its last hidden state into logits.
+
+The loss computes logits chunk by chunk and so needs to know the formula:
+logits = cap · tanh((h Wᵀ + b) · scale / cap). `model.head` reads it from a model.
+
+A head in 8 or 4 bits is held in slices of the vocabulary and unpacked one slice at a time: the
+whole would take as much as it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.layers.frozen import FrozenLinear, frozen_product
+from qlora_kit.layers.quantize import Quantization
+from qlora_kit.layers.weight import FrozenWeight, PlainWeight
+
+_SLICE_ROWS = 8192
+
+
+class SlicedWeight(FrozenWeight):
+    """A weight (V, D) whose slices of rows are quantised each for itself.
+
+    Args:
+        weight: (V, D), on any device.
+        quantization: of each slice.
+        device: where the slices go.
+    """
+
+    def __init__(self, weight: Tensor, quantization: Quantization, device: torch.device) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        self.bits = quantization.bits
+        slices = (quantization.freeze(weight[rows].to(device)) for rows in _rows(len(weight)))
+        self.slices = nn.ModuleList(slices)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole weight; what can use a slice at a time asks `unpacked_slices`."""
+        return torch.cat([part for _, part in self.unpacked_slices(dtype)])
+
+    def unpacked_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield each slice (n, D) with its rows."""
+        for rows, part in zip(_rows(len(self)), self.parts, strict=True):
+            yield rows, part.unpacked(dtype)
+
+    @property
+    def parts(self) -> list[FrozenWeight]:
+        """The slices in their order."""
+        return [part for part in self.slices if isinstance(part, FrozenWeight)]
+
+
+class SlicedLinear(FrozenLinear):
+    """A head whose weight is sliced: its logits are computed slice by slice too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., D) to (..., V) in the dtype of x; differentiable in x."""
+        y = torch.cat(self.products(x), dim=-1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def products(self, x: Tensor) -> list[Tensor]:
+        """Return x (..., D) times each slice of the weight; a graph keeps none of these."""
+        assert isinstance(self.weight, SlicedWeight)
+        return [frozen_product(x, part) for part in self.weight.parts]
+
+
+def quantize_head(
+    head: FrozenLinear, quantization: Quantization, device: torch.device
+) -> SlicedLinear:
+    """Return a head in fewer bits, approximately the same; the given one is left as it is."""
+    sliced = SlicedLinear(head.in_features, head.out_features, bias=head.bias is not None)
+    sliced.bias = head.bias
+    stored = head.weight
+    values = stored.values if isinstance(stored, PlainWeight) else stored.dequantize(torch.float32)
+    sliced.weight = SlicedWeight(values, quantization, device)
+    return sliced
+
+
+def _rows(count: int) -> Iterator[slice]:
+    for start in range(0, count, _SLICE_ROWS):
+        yield slice(start, min(start + _SLICE_ROWS, count))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The formula of the logits.
+
+    Attributes:
+        linear: W (V, D) and b (V,) or None.
+        scale: factor of the logits.
+        softcap: bound of the logits, or None.
+    """
+
+    linear: FrozenLinear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def weight(self, dtype: torch.dtype) -> Tensor | SlicedWeight:
+        """Return W (V, D) for hidden states of `dtype`, never upcast as a whole.
+
+        A head stored in 16 bits stays so even where the layers compute in fp32; `fill_logits`
+        and `back_project` cast a slice of the vocabulary at a time.
+        """
+        stored = self.linear.weight
+        if isinstance(stored, SlicedWeight):
+            return stored
+        return stored.values if isinstance(stored, PlainWeight) else stored.unpacked(dtype)
+
+    def fill_logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor | SlicedWeight,
+        out: Tensor,
+        capped: Tensor | None = None,
+    ) -> None:
+        """Write the logits of hidden states (n, D) into `out` (n, V), fp32.
+
+        Args:
+            hidden: in the compute dtype.
+            weight: what `weight` returned.
+            out: overwritten.
+            capped: (n, V), fp32; receives tanh(…), which the gradient of a softcap needs.
+        """
+        for columns, part in _slices(weight, hidden.dtype):
+            if part.dtype == out.dtype and part is weight:
+                torch.mm(hidden, part.T, out=out)
+            else:
+                out[:, columns] = hidden @ part.T
+        if self.linear.bias is not None:
+            out += self.linear.bias
+        if self.scale != 1.0:
+            out *= self.scale
+        if self.softcap is not None:
+            capped = torch.empty_like(out) if capped is None else capped
+            torch.div(out, self.softcap, out=capped).tanh_()
+            torch.mul(capped, self.softcap, out=out)
+
+    def back_project(
+        self, grad: Tensor, weight: Tensor | SlicedWeight, dtype: torch.dtype
+    ) -> Tensor:
+        """Return `grad` (n, V) times W, (n, D), computed in `dtype`."""
+        products = (grad[:, c].to(dtype) @ part for c, part in _slices(weight, dtype))
+        total = next(products)
+        for product in products:
+            total += product
+        return total
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits (n, V) of hidden states (n, D), differentiable in `hidden`.
+
+        The formula of `fill_logits` for a caller who brings a loss of his own.
+        """
+        if isinstance(self.linear, SlicedLinear):
+            parts = self.linear.products(hidden)
+        else:
+            weight = self.weight(hidden.dtype)
+            parts = [hidden @ part.T for _, part in _slices(weight, hidden.dtype)]
+        logits = torch.cat(parts, dim=1).float() if len(parts) > 1 else parts[0].float()
+        if self.linear.bias is not None:
+            logits = logits + self.linear.bias.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def _slices(weight: Tensor | SlicedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield W whole where it is in `dtype`, else slices of the vocabulary, cast or unpacked."""
+    if isinstance(weight, SlicedWeight):
+        yield from weight.unpacked_slices(dtype)
+    elif weight.dtype == dtype:
+        yield slice(None), weight
+    else:
+        for rows in _rows(len(weight)):
+            yield rows, weight[rows].to(dtype)

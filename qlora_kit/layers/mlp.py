@@ -1,0 +1,263 @@
+"""The gated MLP over tiles of tokens: y = (act(x Wgᵀ) ∘ x Wuᵀ) Wdᵀ, keeping x and nothing else.
+
+The largest tensors of a layer are as wide as its MLP. Here they exist for one tile of tokens at
+a time, in forward, in backward and in evaluation. Backward is written by hand; it computes the
+gate and the up projection again, which recomputing the layer would have done. As x is saved
+first, recomputing stops before the MLP where nothing behind it asks for its output. Exact but
+for the order in which floats are summed.
+
+`TiledMLP` stands in place of a model's own MLP and has its layers, under their names.
+
+Source: TiledMLP of Arctic Long Sequence Training (arXiv:2506.13996).
+
+Shapes: N tokens, D hidden size, I width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.lora import LoRALinear, LowRank
+from qlora_kit.layers.save_first import save_first
+from qlora_kit.layers.weight import FrozenWeight, HeldWeight
+
+_Linear: TypeAlias = FrozenLinear | LoRALinear
+
+_INNER = (("gate_proj", "up_proj"), ("gate_up_proj",))
+_OUTER = "down_proj"
+# With more tiles the weights are unpacked once a pass. One tile asks for the gate's and the up
+# projection's twice in backward, as plain layers do; to keep all three is more memory than one
+# or two tiles save.
+_TILES_THAT_UNPACK = 2
+
+
+class Parts(NamedTuple):
+    """What a gated MLP is made of: its linear layers, the outer one last, and act."""
+
+    layers: tuple[_Linear, ...]
+    act: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Parts | None:
+        """Return the parts of what looks like a gated MLP, by their names as the hub has them."""
+        children = dict(module.named_children())
+        for names in ((*inner, _OUTER) for inner in _INNER):
+            found = (children.get(name) for name in names)
+            layers = tuple(child for child in found if isinstance(child, _Linear))
+            rest = [child for name, child in children.items() if name not in names]
+            if len(layers) == len(names) and len(rest) == 1:
+                return cls(layers, rest[0])
+        return None
+
+    @property
+    def frozen(self) -> list[FrozenLinear]:
+        """The frozen layers, without what is trained on them."""
+        return [each.frozen if isinstance(each, LoRALinear) else each for each in self.layers]
+
+
+class TiledMLP(nn.Module):
+    """A gated MLP that works on some tokens at a time, in place of a model's own.
+
+    Its children are those of the module that it replaces: what is put in the place of one, a
+    LoRA layer for example, stands in both.
+
+    Args:
+        replaced: the model's own.
+        tile_tokens: tokens of a tile.
+    """
+
+    def __init__(self, replaced: nn.Module, tile_tokens: int) -> None:
+        super().__init__()
+        self._modules = replaced._modules
+        self.training = replaced.training
+        self.tile_tokens = tile_tokens
+        # In a tuple: registered as a child, it would give every layer a second path.
+        self._replaced = (replaced,)
+
+    @property
+    def replaced(self) -> nn.Module:
+        """The model's own module."""
+        return self._replaced[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., D) to (..., D)."""
+        parts = Parts.of(self)
+        if parts is None:
+            # Some of its layers are of a kind that multiplies in another way.
+            y: Tensor = self.replaced(x)
+            return y
+        rows = x.reshape(-1, x.shape[-1])
+        return _gated_mlp(rows, _Call(parts, self.tile_tokens)).view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        """Show the size of a tile when the model is printed."""
+        return f"tile_tokens={self.tile_tokens}"
+
+
+# ---------------------------------------------------------------- one tile
+
+
+class _Projection(NamedTuple):
+    """One linear layer, frozen or with LoRA, for the tokens of one tile."""
+
+    weight: FrozenWeight
+    bias: Tensor | None
+    term: LowRank | None
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return y (n, K) of x (n, D)."""
+        y = self.weight.product(x, self.bias)
+        if self.term is not None:
+            self.term.add_to(y, self.term.inner(x))
+        return y
+
+    def input_gradient(self, grad_y: Tensor) -> Tensor:
+        """Return the gradient of x (n, D) from that of y (n, K); x itself is not asked for."""
+        grad_x = self.weight.product_back(grad_y)
+        if self.term is not None:
+            wide = grad_y.to(self.term.a.dtype)
+            self.term.add_input_gradient(grad_x, self.term.inner_gradient(wide))
+        return grad_x
+
+    def parameter_gradients(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
+        """Return the gradients of A and B, or none of a frozen layer."""
+        if self.term is None:
+            return []
+        wide = grad_y.to(self.term.a.dtype)
+        inner = self.term.inner_gradient(wide)
+        return list(self.term.gradients(x, self.term.inner(x), wide, inner))
+
+
+def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return gate and up, computed by two layers or by a fused one."""
+    gate, up = inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)
+    return gate, up
+
+
+def _tile_output(x: Tensor, act: Callable[[Tensor], Tensor], layers: list[_Projection]) -> Tensor:
+    *inner, outer = layers
+    gate, up = _split([layer.product(x) for layer in inner])
+    product = up.mul_(act(gate))
+    del gate, up
+    return outer.product(product)
+
+
+def _tile_gradients(
+    x: Tensor,
+    grad_y: Tensor,
+    act: Callable[[Tensor], Tensor],
+    layers: list[_Projection],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradients of x and of all A and B, from that of y; of one tile.
+
+    At most five tensors as wide as the MLP are there at a time, or three and one weight.
+    """
+    *inner, outer = layers
+    grad_product = outer.input_gradient(grad_y)
+    gate, up = _split([layer.product(x) for layer in inner])
+    gate.requires_grad_()
+    with torch.enable_grad():
+        activated = act(gate)
+    values = activated.detach()
+    of_outer = outer.parameter_gradients(values * up, grad_y) if outer.term else []
+    grad_activated = up.mul(grad_product)  # not in place: a fused gate shares its memory
+    del up
+    (grad_gate,) = torch.autograd.grad(activated, gate, grad_activated)
+    grad_up = grad_product.mul_(values)
+    del gate, activated, values, grad_activated, grad_product
+
+    grads = [grad_gate, grad_up] if len(inner) == 2 else [torch.cat([grad_gate, grad_up], -1)]
+    del grad_gate, grad_up
+    parameters = [
+        each
+        for layer, grad in zip(inner, grads, strict=True)
+        for each in layer.parameter_gradients(x, grad)
+    ]
+    grad_x = inner[0].input_gradient(grads[0])
+    if len(inner) == 2:
+        grad_x += inner[1].input_gradient(grads[1])
+    return grad_x, parameters + of_outer
+
+
+# ---------------------------------------------------------------- all tiles
+
+
+class _Call(NamedTuple):
+    """One call of an MLP. Holds no activation: a graph would keep it past recomputation."""
+
+    parts: Parts
+    tile_tokens: int
+
+    def tiles(
+        self, tokens: int, masks: tuple[Tensor | None, ...]
+    ) -> Iterator[tuple[slice, list[_Projection]]]:
+        """Yield tiles of nearly equal size, each with its layers; the weights are the same."""
+        count = math.ceil(tokens / self.tile_tokens)
+        weights = [layer.weight for layer in self.parts.frozen]
+        if count > _TILES_THAT_UNPACK:
+            weights = [HeldWeight(weight) for weight in weights]
+        size = math.ceil(tokens / count)
+        for start in range(0, tokens, size):
+            rows = slice(start, start + size)
+            yield rows, list(self._projections(weights, masks, rows))
+
+    def _projections(
+        self, weights: list[FrozenWeight], masks: tuple[Tensor | None, ...], rows: slice
+    ) -> Iterator[_Projection]:
+        for layer, weight, kept in zip(self.parts.layers, weights, masks, strict=True):
+            if isinstance(layer, LoRALinear):
+                yield _Projection(weight, layer.frozen.bias, layer.low_rank(kept).rows(rows))
+            else:
+                yield _Projection(weight, layer.bias, None)
+
+
+def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
+    """Map x (N, D) to (N, D), differentiable in x and in every A and B."""
+    trained = [layer for layer in call.parts.layers if isinstance(layer, LoRALinear)]
+    # All at once and in the order of the layers: the draws are those of the module's own.
+    masks = tuple(
+        layer.draw_kept(len(x), x.device) if isinstance(layer, LoRALinear) else None
+        for layer in call.parts.layers
+    )
+    parameters = [each for layer in trained for each in (layer.lora_A, layer.lora_B)]
+    saved = save_first(x, *masks, *parameters)
+    y: Tensor = _GatedMLP.apply(x, call, masks, *saved, *parameters)
+    return y
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        call: _Call,
+        masks: tuple[Tensor | None, ...],
+        token: Tensor,
+        node: Any,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.call, ctx.node = call, node
+        y = x.new_empty(len(x), call.parts.frozen[-1].out_features)
+        for rows, layers in call.tiles(len(x), masks):
+            y[rows] = _tile_output(x[rows], call.parts.act, layers)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grads
+        call: _Call = ctx.call
+        x, *rest = ctx.node.saved_tensors
+        masks = tuple(rest[: len(call.parts.layers)])
+        grad_x = torch.empty_like(x)
+        parameters: list[Tensor] = []
+        for rows, layers in call.tiles(len(x), masks):
+            grad_x[rows], more = _tile_gradients(x[rows], grad_y[rows], call.parts.act, layers)
+            pairs = zip(parameters, more, strict=True) if parameters else ()
+            parameters = [total.add_(part) for total, part in pairs] or more
+        return (grad_x, None, None, None, None, *parameters)

@@ -1,0 +1,199 @@
+"""From a weight to a frozen one, and between frozen weights and bitsandbytes' own format.
+
+`Quantization.freeze` packs with bitsandbytes' kernels; `read_quantized` and `bitsandbytes_parts`
+read and write what a bitsandbytes checkpoint stores.
+
+This package and `train/optimizer.py` are the only importers of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+
+from qlora_kit.config import BaseModelOptions
+from qlora_kit.errors import ModelError
+from qlora_kit.layers.weight import (
+    ABSMAX_BLOCK_SIZE,
+    BLOCK_SIZE,
+    FourBitWeight,
+    FrozenWeight,
+    Int8Weight,
+    PlainWeight,
+    QuantType,
+)
+
+_DEFAULTS = BaseModelOptions()
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen weights of a base are held."""
+
+    bits: Literal[4, 8, 16] = _DEFAULTS.bits
+    quant_type: QuantType = _DEFAULTS.quant_type
+    double_quant: bool = _DEFAULTS.double_quant
+
+    def freeze(self, weight: Tensor) -> FrozenWeight:
+        """Quantise a weight (K, D) on the device where it lies.
+
+        Raises:
+            ModelError: at 8 bits, a value beyond float16, through which int8 goes.
+        """
+        if self.bits == 16:
+            return PlainWeight(weight)
+        if self.bits == 8:
+            return _freeze_int8(weight)
+        return _freeze_4bit(weight, self.quant_type, self.double_quant)
+
+    def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the `quantization_config` that transformers finds such weights by.
+
+        Args:
+            dtype: what transformers shall compute in.
+        """
+        named: dict[str, Any] = {"quant_method": "bitsandbytes"}
+        if self.bits == 8:
+            return {**named, "load_in_8bit": True, "load_in_4bit": False}
+        return {
+            **named,
+            "load_in_8bit": False,
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
+    def describe(self) -> str:
+        """Return the scheme in a few words, such as "4-bit nf4, double quantisation"."""
+        if self.bits != 4:
+            return f"{self.bits}-bit"
+        return f"4-bit {self.quant_type}" + (", double quantisation" if self.double_quant else "")
+
+
+def _freeze_int8(weight: Tensor) -> Int8Weight:
+    if weight.dtype != torch.float16 and weight.abs().amax() > _FLOAT16_MAX:
+        raise ModelError("a weight beyond 65504 does not fit 8 bits; use --bits 4 or 16")
+    # The kernel of a GPU reads row after row from where the memory begins, whatever the strides.
+    rows = weight.to(torch.float16).contiguous()
+    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
+    return Int8Weight(codes, absmax)
+
+
+def _freeze_4bit(weight: Tensor, quant_type: QuantType, double_quant: bool) -> FourBitWeight:
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=BLOCK_SIZE, quant_type=quant_type, compress_statistics=double_quant
+    )
+    shape = (weight.shape[0], weight.shape[1])
+    return FourBitWeight(shape, codes, _constants(state), quant_type=quant_type)
+
+
+def empty_4bit(
+    shape: tuple[int, int], quantization: Quantization, device: torch.device
+) -> FourBitWeight:
+    """Return a weight whose tensors have their sizes and no values yet."""
+    elements = shape[0] * shape[1]
+    blocks = -(-elements // BLOCK_SIZE)
+
+    def sized(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=device)
+
+    constants = {"absmax": sized(blocks, torch.float32)}
+    if quantization.double_quant:
+        constants = {
+            "absmax": sized(blocks, torch.uint8),
+            "absmax_scale": sized(-(-blocks // ABSMAX_BLOCK_SIZE), torch.float32),
+            "absmax_code": sized(256, torch.float32),
+            "absmax_offset": torch.empty((), device=device),
+        }
+    codes = sized(-(-elements // 2), torch.uint8).unsqueeze(1)
+    return FourBitWeight(shape, codes, constants, quant_type=quantization.quant_type)
+
+
+def _constants(state: Any) -> dict[str, Tensor]:
+    """Return the constants of a bitsandbytes quantisation state as plain tensors."""
+    if not state.nested:
+        return {"absmax": state.absmax}
+    return {
+        "absmax": state.absmax,
+        "absmax_scale": state.state2.absmax,
+        "absmax_code": state.state2.code,
+        "absmax_offset": state.offset,
+    }
+
+
+def bitsandbytes_parts(weight: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what a bitsandbytes checkpoint stores of a weight, see `read_quantized`.
+
+    Args:
+        weight: in 4 or 8 bits.
+        dtype: what it was before, which bitsandbytes unpacks it to.
+    """
+    if isinstance(weight, Int8Weight):
+        # The format is 0: codes by rows.
+        row_format = torch.zeros((), dtype=torch.uint8)
+        return {"weight": weight.codes, "SCB": weight.absmax, "weight_format": row_format}
+    assert isinstance(weight, FourBitWeight)
+    offset, constants = None, None
+    if weight.double_quant:
+        offset = weight.absmax_offset
+        constants = bnb.QuantState(
+            weight.absmax_scale,
+            code=weight.absmax_code,
+            blocksize=weight.constants_block_size,
+            dtype=torch.float32,
+        )
+    state = bnb.QuantState(
+        weight.absmax,
+        shape=torch.Size(weight.shape),
+        code=bnb.get_4bit_type(weight.quant_type, device=weight.device),
+        blocksize=weight.block_size,
+        quant_type=weight.quant_type,
+        dtype=dtype,
+        offset=offset,
+        state2=constants,
+    )
+    parts = {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    return {"weight": weight.codes, **parts}
+
+
+def read_quantized(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> FrozenWeight:
+    """Rebuild a frozen weight from what a bitsandbytes checkpoint stores of it.
+
+    Args:
+        parts: the stored tensors by the rest of their name: "weight" with "SCB" for 8 bits;
+            "weight" with "weight.absmax", "weight.quant_map",
+            "weight.quant_state.bitsandbytes__nf4" and, double-quantised,
+            "weight.nested_absmax", "weight.nested_quant_map" for 4 bits.
+        shape: (K, D) of the layer.
+
+    Raises:
+        ModelError: the parts are neither of the two, or of another shape.
+    """
+    codes = parts["weight"]
+    if "SCB" in parts:
+        if tuple(codes.shape) != shape:
+            raise ModelError(f"8-bit weight of shape {tuple(codes.shape)}; expected {shape}")
+        return Int8Weight(codes, parts["SCB"])
+    state_parts = {name: tensor for name, tensor in parts.items() if name.startswith("weight.")}
+    try:
+        state = bnb.QuantState.from_dict(state_parts, device=codes.device)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ModelError(f"not the parts of a 4-bit weight ({sorted(parts)})") from error
+    if tuple(state.shape) != shape:
+        raise ModelError(f"4-bit weight of shape {tuple(state.shape)}; expected {shape}")
+    return FourBitWeight(
+        shape,
+        codes,
+        _constants(state),
+        quant_type=state.quant_type,
+        block_size=state.blocksize,
+        constants_block_size=state.state2.blocksize if state.nested else ABSMAX_BLOCK_SIZE,
+    )

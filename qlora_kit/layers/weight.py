@@ -1,0 +1,227 @@
+"""A weight that no longer changes, in 4, 8 or 16 bits, as plain tensors that multiply.
+
+The tensors are what bitsandbytes' kernels produce and are read back by bitsandbytes' ops,
+but they are ordinary tensors of a module: no state hides in a tensor subclass, so fake tensors,
+strict state dicts, sharding and recomputation all see the whole weight.
+
+Shapes: D in, K out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal, Self
+
+import bitsandbytes  # noqa: F401  registers the ops that unpack
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_kit.layers.purpose import UNPACKED, announce, purpose
+
+QuantType = Literal["nf4", "fp4"]
+
+BLOCK_SIZE = 64
+ABSMAX_BLOCK_SIZE = 256
+_INT8_STEP = 1 / 127
+
+
+class FrozenWeight(nn.Module):
+    """A weight W of shape (K, D) that is stored packed and multiplied unpacked.
+
+    Whoever multiplies asks `product` and `product_back`: where the numbers lie and how they are
+    packed is the weight's own business. An autograd function keeps the weight itself and asks it
+    again in backward, so that nothing holds a packed tensor which a loader may have moved since.
+
+    Its tensors are buffers, or parameters without gradient after `as_parameters`.
+    """
+
+    bits: int
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (K, D) in `dtype`."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x Wᵀ + b (..., K) of x (..., D), in the dtype of x; b (K,) is cast to it.
+
+        One product with its bias, for frozen layers and those with LoRA alike: a fresh adapter
+        changes no bit.
+        """
+        return F.linear(x, self.unpacked(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def product_back(self, grad_y: Tensor) -> Tensor:
+        """Return grad_y W (..., D) of grad_y (..., K): the gradient of x, in its dtype."""
+        return grad_y @ self.unpacked(grad_y.dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (K, D) in `dtype` for a product; who listens hears what it is for."""
+        with purpose(UNPACKED):
+            weight = self.dequantize(dtype)
+        announce(weight, UNPACKED)
+        return weight
+
+    def as_parameters(self) -> Self:
+        """Let the stored tensors be parameters without gradient, as what shards a model asks."""
+        for name, tensor in list(self._buffers.items()):
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        return self
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the stored tensors by name."""
+        yield from self.named_buffers()
+        yield from self.named_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is stored."""
+        return next(self.stored())[1].device
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes the stored tensors take."""
+        return sum(tensor.nbytes for _, tensor in self.stored())
+
+
+class HeldWeight(FrozenWeight):
+    """A weight that is unpacked once, by its first product, and held for those that follow.
+
+    Args:
+        packed: the weight; all products are in one dtype.
+    """
+
+    def __init__(self, packed: FrozenWeight) -> None:
+        super().__init__(packed.shape)
+        self.bits = packed.bits
+        self._packed = packed
+        self._values: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as the first call unpacked it."""
+        return self.unpacked(dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as the first call unpacked it."""
+        if self._values is None:
+            self._values = self._packed.unpacked(dtype)
+        return self._values
+
+
+class PlainWeight(FrozenWeight):
+    """16 bits: the weight as the checkpoint has it."""
+
+    bits = 16
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        self.register_buffer("values", weight)
+        self.values: Tensor
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the values, cast when the compute dtype is another one."""
+        return self.values.to(dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return the values themselves where they are in `dtype`: nothing is unpacked."""
+        return self.dequantize(dtype)
+
+
+class Int8Weight(FrozenWeight):
+    """8 bits: int8 codes and one scale a row.
+
+    Dequantised and multiplied, it is more exact than LLM.int8's matmul, which also rounds
+    the activations, and it is what a merge reproduces.
+
+    Source: LLM.int8() (arXiv:2208.07339), section 2.2, vector-wise quantisation.
+    """
+
+    bits = 8
+
+    def __init__(self, codes: Tensor, absmax: Tensor) -> None:
+        super().__init__((codes.shape[0], codes.shape[1]))
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.codes: Tensor
+        self.absmax: Tensor
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return codes · absmax / 127, computed in fp32 and rounded once."""
+        # Codes are exact in every dtype. One product with both would first cast them into a
+        # temporary of the weight's size on a CPU.
+        weight = self.codes.to(dtype)
+        return weight.mul_((self.absmax * _INT8_STEP).unsqueeze(1))
+
+
+class FourBitWeight(FrozenWeight):
+    """4 bits: two codes a byte, one absmax a block of 64, itself in 8 bits if `double_quant`.
+
+    Source: QLoRA (arXiv:2305.14314), section 3: NF4 and double quantisation.
+    """
+
+    bits = 4
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        codes: Tensor,
+        constants: Mapping[str, Tensor],
+        *,
+        quant_type: QuantType,
+        block_size: int = BLOCK_SIZE,
+        constants_block_size: int = ABSMAX_BLOCK_SIZE,
+    ) -> None:
+        """Hold what a kernel produced.
+
+        Args:
+            shape: (K, D).
+            codes: uint8, two weights a byte.
+            constants: `absmax` alone (fp32), or `absmax` (uint8) with `absmax_scale`,
+                `absmax_code` and `absmax_offset` for double quantisation.
+            quant_type: code book of the weights.
+            block_size: weights that share one absmax.
+            constants_block_size: absmax values that share one absmax_scale.
+        """
+        super().__init__(shape)
+        self.quant_type: QuantType = quant_type
+        self.block_size = block_size
+        self.constants_block_size = constants_block_size
+        self.double_quant = len(constants) > 1
+        self.register_buffer("codes", codes)
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor)
+        self.codes: Tensor
+        self.absmax: Tensor
+        self.absmax_scale: Tensor
+        self.absmax_code: Tensor
+        self.absmax_offset: Tensor
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return code book values · absmax."""
+        absmax = self.absmax
+        if self.double_quant:
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+                absmax,
+                self.absmax_scale,
+                self.absmax_code,
+                self.constants_block_size,
+                torch.float32,
+            ).add_(self.absmax_offset)
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            self.codes, absmax, self.block_size, self.quant_type, self._block_rows(), dtype
+        )
+        return weight.view(self.shape)
+
+    def _block_rows(self) -> tuple[int, int]:
+        """Return a shape of the weight whose rows begin with a block.
+
+        Where D is a multiple of 16 and not of the block size, bitsandbytes' kernel for AVX-512
+        (0.50.2) begins a block with each row, and unpacks values that were never packed.
+        """
+        size = self.shape[0] * self.shape[1]
+        whole = size % self.block_size == 0
+        return (size // self.block_size, self.block_size) if whole else (1, size)
