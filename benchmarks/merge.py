@@ -68,7 +68,8 @@ def write(folder: str, layers: int) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from qlora_kit.export.shards import ShardWriter
-    from qlora_kit.model.architecture import architecture_from, build_skeleton, linear_layers
+    from qlora_kit.layers.projections import projections
+    from qlora_kit.model.architecture import architecture_from, build_skeleton
 
     base, adapter = Path(folder) / "base", Path(folder) / "adapter"
     base.mkdir()
@@ -83,7 +84,7 @@ def write(folder: str, layers: int) -> dict[str, Any]:
         writer.add(name, (values + 1 if shaped.dim() == 1 else values).bfloat16())
     writer.finish()
     tensors = {}
-    for path, layer in linear_layers(skeleton).items():
+    for path, layer in projections(skeleton).items():
         key = f"base_model.model.{path}.lora_{{}}.weight"
         tensors[key.format("A")] = torch.randn(RANK, layer.in_features, generator=generator) * 0.02
         tensors[key.format("B")] = torch.randn(layer.out_features, RANK, generator=generator) * 0.02

@@ -83,11 +83,12 @@ def step_flop(run: Run, rows: int, tokens: int) -> float:
     head twice, because it is not recomputed. Causal attention multiplies half of two T × T
     products, forward twice and backward 2.5 times that. LoRA and all else is left out (below 1 %).
     """
-    from qlora_kit.model.architecture import build_skeleton, linear_layers
+    from qlora_kit.layers.projections import projections
+    from qlora_kit.model.architecture import build_skeleton
 
     skeleton = build_skeleton(our_stack.architecture_of(run))
     text: Any = skeleton.config.get_text_config()
-    linear = sum(m.in_features * m.out_features for m in linear_layers(skeleton).values())
+    linear = sum(m.in_features * m.out_features for m in projections(skeleton).values())
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width = text.num_attention_heads * head_size
     attention = text.num_hidden_layers * 2 * tokens * width * (1 + 1 + 2.5)

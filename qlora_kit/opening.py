@@ -132,12 +132,13 @@ class Opened:
         Raises:
             ConfigError: a target or pattern names no layer.
         """
+        from qlora_kit.layers.projections import projections, vocabulary_paths
         from qlora_kit.lora.attach import check_patterns, resolve_targets
-        from qlora_kit.model.architecture import build_skeleton, embedding_paths, linear_layers
+        from qlora_kit.model.architecture import build_skeleton
 
         skeleton = build_skeleton(self.spec(options).architecture())
-        layers = linear_layers(skeleton)
-        paths = resolve_targets(list(layers), lora.targets, embedding_paths(skeleton))
+        layers = projections(skeleton)
+        paths = resolve_targets(layers, lora.targets, vocabulary_paths(skeleton))
         check_patterns(paths, lora)
         shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
         return sum(width * lora.rank_of(path) for width, path in shapes)

@@ -102,9 +102,9 @@ def codes_of(weight: torch.nn.Module) -> Tensor:
 
 
 def frozen_of(base: qk.Base) -> dict[str, torch.nn.Module]:
-    from qlora_kit.lora.attach import frozen_layers
+    from qlora_kit.layers.projections import projections
 
-    return dict(frozen_layers(base.model))
+    return {path: each.frozen for path, each in projections(base.model).items()}
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

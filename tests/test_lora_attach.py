@@ -12,13 +12,13 @@ from conftest import fill_lora, load_folder, relative_error
 from torch import Tensor
 
 from qlora_kit.errors import ConfigError
+from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.projections import Projection, group_of, projections
 from qlora_kit.lora.attach import (
     LoraSpec,
     attach,
-    attached_layers,
     check_patterns,
     detach,
-    frozen_layers,
     merge,
     resolve_targets,
 )
@@ -35,11 +35,17 @@ PATHS = [
     for layer in (0, 1, 10)
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 ]
+LAYER = torch.nn.Linear(2, 2)
+FOUND = {path: Projection(path, LAYER, group_of(path)) for path in PATHS}
 
 
 @torch.no_grad()
 def logits(base: Any) -> Tensor:
     return base.model(input_ids=IDS).logits
+
+
+def carries_lora(base: Any) -> bool:
+    return any(isinstance(module, LoRALinear) for module in base.model.modules())
 
 
 # ---------------------------------------------------------------- attach, detach, merge
@@ -60,7 +66,7 @@ def test_attaching_leaves_and_detaching_restores_every_bit(
     assert relative_error(logits(base), before) > 0.01
     assert detach(adapter) is base
     assert torch.equal(logits(base), before)
-    assert attached_layers(base) == {}
+    assert not carries_lora(base)
     assert dict(base.model.named_modules()).keys() - {""} == modules.keys()
     assert all(base.model.get_submodule(path) is module for path, module in modules.items())
 
@@ -76,8 +82,8 @@ def test_merged_equals_attached(save_tiny: Callable[..., Path], name: str, schem
     assert merge(adapter) is base
     assert relative_error(plain, attached) > 0.01
     assert relative_error(logits(base), attached) <= 1e-5
-    assert attached_layers(base) == {}
-    layers = frozen_layers(base.model)
+    assert not carries_lora(base)
+    layers = {path: each.frozen for path, each in projections(base.model).items()}
     assert all(layers[path].weight.bits == 16 for path in adapter.layers)
     untouched = layers["model.layers.0.self_attn.o_proj"].weight.bits
     assert untouched == SCHEMES[scheme]["bits"]
@@ -90,20 +96,20 @@ def test_a_merge_can_be_rounded_to_float16(save_tiny: Callable[..., Path]) -> No
     attached = logits(base)
     merge(adapter, torch.float16)
     path = next(iter(adapter.layers))
-    assert frozen_layers(base.model)[path].weight.values.dtype == torch.float16
+    assert projections(base.model)[path].frozen.weight.values.dtype == torch.float16
     assert 1e-7 < relative_error(logits(base), attached) < 2e-3
 
 
-def test_frozen_layers_are_the_same_with_and_without_an_adapter(
+def test_projections_are_the_same_with_and_without_an_adapter(
     save_tiny: Callable[..., Path],
 ) -> None:
     base = load_folder(save_tiny("tinyllama"))
-    before = frozen_layers(base.model)
+    before = projections(base.model)
     attach(base, LoraSpec())
-    after = frozen_layers(base.model)
+    after = projections(base.model)
     assert list(after) == list(before)
     assert len(before) == 14
-    assert all(after[path] is before[path] for path in before)
+    assert all(after[path].layer is before[path].layer for path in before)
 
 
 def test_only_the_adapter_is_trained(save_tiny: Callable[..., Path]) -> None:
@@ -164,14 +170,14 @@ def test_a_layer_is_attached_in_the_mode_of_its_model(save_tiny: Callable[..., P
 def test_targets_name_layers(targets: tuple[str, ...], expected: list[str]) -> None:
     wanted = [path for path in PATHS if path.split(".", 3)[3] in expected]
     assert len(wanted) == 3 * len(expected)
-    assert resolve_targets(PATHS, targets) == wanted
+    assert resolve_targets(FOUND, targets) == wanted
 
 
 def test_a_path_or_an_expression_can_name_single_layers() -> None:
-    assert resolve_targets(PATHS, ["model.layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
-    found = resolve_targets(PATHS, [r"model\.layers\.(0|10)\.self_attn\..*"])
+    assert resolve_targets(FOUND, ["model.layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
+    found = resolve_targets(FOUND, [r"model\.layers\.(0|10)\.self_attn\..*"])
     assert found == [PATHS[0], PATHS[1], PATHS[8], PATHS[9]]
-    assert resolve_targets(PATHS, [r"model\.layers\.1\..*"]) == PATHS[4:8]  # not layer 10
+    assert resolve_targets(FOUND, [r"model\.layers\.1\..*"]) == PATHS[4:8]  # not layer 10
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ def test_a_path_or_an_expression_can_name_single_layers() -> None:
 )
 def test_a_target_that_matches_nothing_lists_the_layers(target: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve_targets(PATHS, [target])
+        resolve_targets(FOUND, [target])
     (fault,) = caught.value.faults
     assert f"'{target}' matches no linear layer" in fault
     assert "attention, mlp, all-linear, or one of q_proj, o_proj, up_proj, down_proj" in fault
@@ -192,7 +198,7 @@ def test_targets_that_match_in_part_are_refused_one_line_a_fault(
     with pytest.raises(ConfigError) as caught:
         attach(base, LoraSpec(targets=("q_proj", "qkv_proj", "attention", "wte")))
     assert [fault.split("'")[1] for fault in caught.value.faults] == ["qkv_proj", "wte"]
-    assert attached_layers(base) == {}  # nothing half done
+    assert not carries_lora(base)  # nothing half done
     with pytest.raises(ConfigError, match="empty"):
         attach(base, LoraSpec(targets=()))
 
@@ -215,13 +221,13 @@ def test_head_and_embedding_are_told_apart_from_slips(
 
 def test_an_expression_is_told_as_it_was_given() -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve_targets(PATHS, [r"layers\.\d{1,2}\.q"])
+        resolve_targets(FOUND, [r"layers\.\d{1,2}\.q"])
     assert r"'layers\.\d{1,2}\.q' matches" in caught.value.faults[0]
 
 
 def test_a_broken_expression_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'\(q_proj' is no regular expression"):
-        resolve_targets(PATHS, ["(q_proj"])
+        resolve_targets(FOUND, ["(q_proj"])
 
 
 # ---------------------------------------------------------------- rank and alpha
@@ -263,7 +269,7 @@ def test_patterned_ranks_are_those_of_the_layers(save_tiny: Callable[..., Path])
 
 def test_patterns_that_name_no_targeted_layer_are_refused() -> None:
     spec = LoraSpec(rank_pattern={"up_proj": 4, "q_proj": 2}, alpha_pattern={"nothing": 3.0})
-    paths = resolve_targets(PATHS, ["attention"])
+    paths = resolve_targets(FOUND, ["attention"])
     with pytest.raises(ConfigError) as caught:
         check_patterns(paths, spec)
     assert [fault.split(" ")[0] for fault in caught.value.faults] == [

@@ -14,12 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_kit.data.batch import Batch, predicting_positions
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.projections import projections
 from qlora_kit.lora.attach import LoraSpec, attach
 from qlora_kit.model.architecture import (
     architecture_from,
     build_skeleton,
-    group_of,
-    linear_layers,
     read_architecture,
     unquantized_share,
 )
@@ -115,11 +114,11 @@ def test_loss_and_gradients_are_those_of_transformers(
     total.backward()
 
     plain = plain_model(folder).train()
-    linear = linear_layers(plain)
+    linear = projections(plain)
     assert linear.keys() == adapter.layers.keys()
     with torch.no_grad():
         for path, layer in adapter.layers.items():
-            linear[path].weight += 4.0 / 3 * (layer.lora_B @ layer.lora_A)
+            linear[path].layer.weight += 4.0 / 3 * (layer.lora_B @ layer.lora_A)
     mean = plain(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=batch.labels).loss
     expected = mean * batch.supervised_tokens
     expected.backward()
@@ -244,7 +243,7 @@ def test_a_16_bit_checkpoint_runs_in_float32(
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_cover_every_linear_layer(folder_of: Callable[[str], Path], name: str) -> None:
     skeleton = build_skeleton(read_architecture(folder_of(name)))
-    groups = {path: group_of(path) for path in linear_layers(skeleton)}
+    groups = {path: each.group for path, each in projections(skeleton).items()}
     assert set(groups.values()) == {"attention", "mlp"}
     assert all((group == "attention") == ("attn" in path) for path, group in groups.items())
     assert all(("mlp" in path) != ("attn" in path) for path in groups)
@@ -254,7 +253,7 @@ def test_groups_cover_every_linear_layer(folder_of: Callable[[str], Path], name:
 
 def test_fused_projections_are_one_layer(folder_of: Callable[[str], Path]) -> None:
     skeleton = build_skeleton(read_architecture(folder_of("phi-4-mini")))
-    endings = {path.rsplit(".", 1)[-1] for path in linear_layers(skeleton)}
+    endings = {path.rsplit(".", 1)[-1] for path in projections(skeleton)}
     assert endings == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 
 
@@ -290,7 +289,7 @@ def test_gpt2_and_mixtures_of_experts_are_refused() -> None:
 
 def test_share_of_unquantised_weights_is_counted_without_embeddings() -> None:
     skeleton = build_skeleton(architecture_from(tiny_numbers("tinyllama")))
-    linear = sum(layer.weight.numel() for layer in linear_layers(skeleton).values())
+    linear = sum(each.in_features * each.out_features for each in projections(skeleton).values())
     norms = (2 * 2 + 1) * 64
     assert unquantized_share(skeleton) == pytest.approx(norms / (linear + norms))
 

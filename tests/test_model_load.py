@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.errors import ModelError
 from qlora_kit.events import LoadProgress
+from qlora_kit.layers.projections import projections
 from qlora_kit.layers.quantize import Quantization
-from qlora_kit.lora.attach import frozen_layers
 from qlora_kit.model.architecture import architecture_from, build_skeleton, read_architecture
 from qlora_kit.model.checkpoint import open_checkpoint
 from qlora_kit.model.hardware import choose_hardware
@@ -92,7 +92,7 @@ def test_every_form_of_checkpoint_gives_the_same_base(
     assert found.parameters == sum(
         t.numel() for t in load_file(tiny / "model.safetensors").values()
     )
-    assert {layer.weight.bits for layer in frozen_layers(found.model).values()} == {bits}
+    assert {each.frozen.weight.bits for each in projections(found.model).values()} == {bits}
     assert not any(parameter.requires_grad for parameter in found.model.parameters())
 
 
@@ -177,9 +177,10 @@ def test_a_checkpoint_quantised_by_bitsandbytes_loads_as_it_is(
     quantization = stored_quantization(read_architecture(tmp_path))
     assert quantization == Quantization(bits=bits)
     base = load_folder(tmp_path, bits)
-    layers = frozen_layers(base.model)
+    layers = projections(base.model)
     assert len(layers) == 14
-    for path, layer in layers.items():
+    for path, projection in layers.items():
+        layer = projection.frozen
         weight = theirs.get_submodule(path).weight
         if bits == 4:
             expected = bnb.dequantize_4bit(weight.data, weight.quant_state)
@@ -509,8 +510,8 @@ def test_what_bitsandbytes_left_unquantised_stays_so(
     AutoModelForCausalLM.from_pretrained(
         save_tiny(), quantization_config=config, dtype=torch.float32
     ).save_pretrained(tmp_path)
-    layers = frozen_layers(load_folder(tmp_path, 4).model)
-    bits = {path.rsplit(".", 1)[-1]: layer.weight.bits for path, layer in layers.items()}
+    layers = projections(load_folder(tmp_path, 4).model)
+    bits = {path.rsplit(".", 1)[-1]: each.frozen.weight.bits for path, each in layers.items()}
     assert bits["o_proj"] == 16
     assert bits["q_proj"] == bits["down_proj"] == 4
 

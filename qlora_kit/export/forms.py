@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.export.merge import BaseName, Merge, has_original
+from qlora_kit.layers.projections import projected_weights
 from qlora_kit.layers.quantize import read_quantized
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
-from qlora_kit.model.architecture import linear_layers
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.load import freeze, open_tensors
@@ -165,7 +165,7 @@ class Parameters:
 
     def __init__(self, merge: Merge, skeleton: PreTrainedModel, folder: Path) -> None:
         self._merge = merge
-        self._linear = {f"{path}.weight" for path in linear_layers(skeleton)}
+        self._linear = projected_weights(skeleton)
         self._base = _Reader(open_tensors(merge.spec, skeleton, merge.device), skeleton)
         self._written = _Reader(open_checkpoint(folder), skeleton)
         self.has_original = has_original(merge.spec, skeleton)

@@ -20,11 +20,12 @@ from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
+from qlora_kit.layers.projections import projected_weights, projections
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.lora.saved import check_saved
-from qlora_kit.model.architecture import build_skeleton, linear_layers
+from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, freeze, frozen_tensors, stored_quantization
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
@@ -132,7 +133,7 @@ def merge_to(
     check_target(folder, [stored.folder, spec.folder], overwrite)
     skeleton = build_skeleton(spec.architecture())
     _check_possible(merge, skeleton)
-    check_layers(stored, linear_layers(skeleton), "the base")
+    check_layers(stored, projections(skeleton), "the base")
     shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
     check_saved(stored.saved, shapes, stored.folder)
     if stored.changes_nothing:
@@ -237,7 +238,7 @@ def stored_bytes(
     total = sum(sizes.values())
     if quantization is None:
         return total * dtype.itemsize
-    linear = sum(sizes[f"{path}.weight"] for path in linear_layers(skeleton))
+    linear = sum(sizes[name] for name in projected_weights(skeleton))
     constants = 0.25 if quantization.double_quant else 0.5  # bits a weight, at most
     return int(linear * (quantization.bits + constants) / 8) + (total - linear) * dtype.itemsize
 
@@ -344,7 +345,7 @@ def packed_tensors(
     Raises:
         ModelError: a value does not fit the dtype or the quantisation.
     """
-    linear = {f"{path}.weight" for path in linear_layers(skeleton)}
+    linear = projected_weights(skeleton)
     for name, tensor in tensors:
         if name not in linear:
             yield name, _cast(name, tensor, dtype)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from qlora_kit.export.forms import Forms, Variant
 from qlora_kit.layers.lora import LowRank
+from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter
-from qlora_kit.model.architecture import linear_layers
 
 UnitReader = Callable[[str], Sequence[Forms]]
 """Returns the parameters of a module, all of its parts included."""
@@ -51,8 +51,8 @@ class StreamedModel:
         self._running = variants[0]
         self._forms: Mapping[str, Forms] = {}
         skeleton.eval()
-        for path, linear in linear_layers(skeleton).items():
-            self._multiply_by_borrowed(path, linear, _term(path, stored, device))
+        for path, projection in projections(skeleton).items():
+            self._multiply_by_borrowed(path, projection.layer, _term(path, stored, device))
         embedding = skeleton.get_input_embeddings()
         for path, unit in units.items():
             self._run_all_variants(path, unit, is_embedding=unit is embedding)
@@ -121,7 +121,7 @@ class StreamedModel:
         rows = form.plain(self._running)[torch.unique(ids).cpu()]
         return {form.name.removeprefix(f"{path}."): rows.to(self._device).float()}
 
-    def _multiply_by_borrowed(self, path: str, linear: nn.Linear, term: LowRank | None) -> None:
+    def _multiply_by_borrowed(self, path: str, linear: nn.Module, term: LowRank | None) -> None:
         """Let a linear layer have its weight in fp32 while it multiplies, and no longer."""
 
         def forward(x: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError
-from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.projections import Projection, projections
 from qlora_kit.layers.weight import BLOCK_SIZE
-from qlora_kit.lora.attach import Adapter, LoraSpec, attach, frozen_layers
+from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.lora.files import (
     CONFIG,
     PICKLED_WEIGHTS,
@@ -170,7 +170,7 @@ def _target_modules(adapter: Adapter) -> list[str]:
     """Return the last parts of the paths where they name just these layers, else the paths."""
     targeted = set(adapter.layers)
     endings = sorted({path.rsplit(".", 1)[-1] for path in targeted})
-    every = frozen_layers(adapter.base.model)
+    every = projections(adapter.base.model)
     named = {path for path in every if path.rsplit(".", 1)[-1] in endings}
     return endings if named == targeted else sorted(targeted)
 
@@ -354,7 +354,7 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
         AdapterError: a layer is missing or of another shape, or the base's weights differ
             from those it was trained on.
     """
-    check_layers(stored, frozen_layers(base.model), base.spec.source.name)
+    check_layers(stored, projections(base.model), base.spec.source.name)
     if stored.saved:
         shapes = build_skeleton(base.spec.architecture()).state_dict()
         check_saved(stored.saved, {n: tuple(t.shape) for n, t in shapes.items()}, stored.folder)
@@ -365,26 +365,24 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
         )
 
 
-def check_layers(
-    stored: StoredAdapter, layers: Mapping[str, FrozenLinear | nn.Linear], base: str
-) -> None:
+def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: str) -> None:
     """Check that every layer of an adapter is in a base, with the right shape.
 
     Args:
         stored: the adapter.
-        layers: the linear layers of the base, loaded or of a skeleton, by path.
+        found: the projections of the base.
         base: what to call the base in an error.
 
     Raises:
         AdapterError: a line for each of the first layers that do not fit.
     """
-    shapes = {path: (m.out_features, m.in_features) for path, m in layers.items()}
+    shapes = {path: each.shape for path, each in found.items()}
     faults = []
     for path, (a, b) in stored.tensors.items():
         if shapes.get(path) != (b.shape[0], a.shape[1]):
-            found = f"of shape {shapes[path]}" if path in shapes else "missing"
+            state = f"of shape {shapes[path]}" if path in shapes else "missing"
             faults.append(
-                f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is {found} in "
+                f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is {state} in "
                 f"{base}; expected the base {stored.base}; name it with --model"
             )
     if faults:

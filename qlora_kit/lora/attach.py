@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,16 @@ from qlora_kit.config import LoraOptions
 from qlora_kit.errors import ConfigError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.projections import Group, Projection, projections, vocabulary_paths
 from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.lora.saved import Original, put_back
-from qlora_kit.model.architecture import embedding_paths, group_of
 from qlora_kit.model.load import Base
 
 ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)
 
 _DEFAULTS = LoraOptions()
-_GROUPS = ("attention", "mlp")
+_GROUPS = get_args(Group)
 _IS_PATTERN = re.compile(r"[\\*+?()\[\]|^$]")
 
 
@@ -136,12 +136,12 @@ class Adapter:
 
 
 def resolve_targets(
-    paths: Sequence[str], targets: Iterable[str], vocabulary: Iterable[str] = ()
+    found: Mapping[str, Projection], targets: Iterable[str], vocabulary: Iterable[str] = ()
 ) -> list[str]:
-    """Return the paths of linear layers that `targets` name, in the order of `paths`.
+    """Return the paths of the projections that `targets` name, in the order of the model.
 
     Args:
-        paths: all linear layers of the model, the head left out.
+        found: all projections of the model.
         targets: each "attention", "mlp", "all-linear", the last part of a path (`q_proj`), a
             whole path, or a regular expression of a whole path.
         vocabulary: the paths of the input embedding and the head, which carry no LoRA here.
@@ -154,29 +154,29 @@ def resolve_targets(
     faults = []
     vocabulary = list(vocabulary)
     for target in targets:
-        matched = [path for path in paths if _matches(target, path)]
+        matched = [path for path, each in found.items() if _matches(target, path, each.group)]
         if not matched:
-            found, remedy = "matches no linear layer", ""
+            reason, remedy = "matches no linear layer", ""
             if any(_matches(target, path) for path in vocabulary):
-                found = "names an embedding or the output head, which carry no LoRA here yet"
+                reason = "names an embedding or the output head, which carry no LoRA here yet"
                 remedy = "; leave it out"
             faults.append(
-                f"--targets: '{target}' {found}; expected attention, mlp, all-linear, or one of "
-                f"{', '.join(_endings(paths))}{remedy}"
+                f"--targets: '{target}' {reason}; expected attention, mlp, all-linear, or one of "
+                f"{', '.join(_endings(found))}{remedy}"
             )
         chosen.update(matched)
     if not chosen and not faults:
         faults.append("--targets: empty; expected attention, mlp, all-linear or names")
     if faults:
         raise ConfigError(*faults)
-    return [path for path in paths if path in chosen]
+    return [path for path in found if path in chosen]
 
 
-def _matches(target: str, path: str) -> bool:
+def _matches(target: str, path: str, group: str | None = None) -> bool:
     if target == ALL_LINEAR:
         return True
     if target in _GROUPS:
-        return group_of(path) == target
+        return group == target
     if _IS_PATTERN.search(target):
         try:
             return re.fullmatch(target, path) is not None
@@ -208,18 +208,6 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
         raise ConfigError(*faults)
 
 
-def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
-    """Return the linear layers of a loaded base by path, the output head left out."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    wrapped = {
-        path: module.frozen if isinstance(module, LoRALinear) else module
-        for path, module in model.named_modules()
-        if isinstance(module, (LoRALinear, FrozenLinear)) and module is not head
-    }
-    inner = {f"{path}.frozen" for path in wrapped}
-    return {path: layer for path, layer in wrapped.items() if path not in inner}
-
-
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """Wrap the targeted layers of `base` in LoRA layers; its output does not change yet.
 
@@ -227,19 +215,19 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         ConfigError: a target or pattern matches nothing, or LoRA is attached already.
     """
     check_free(base)
-    frozen = frozen_layers(base.model)
-    paths = resolve_targets(list(frozen), spec.targets, embedding_paths(base.model))
+    found = projections(base.model)
+    paths = resolve_targets(found, spec.targets, vocabulary_paths(base.model))
     check_patterns(paths, spec)
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for path in paths:
         layers[path] = LoRALinear(
-            frozen[path],
+            found[path].frozen,
             rank=spec.rank_of(path),
             scaling=spec.scaling_of(path),
             dropout=spec.dropout,
             generator=generator,
-        ).train(frozen[path].training)
+        ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
     return Adapter(base, spec, layers)
 
@@ -252,12 +240,6 @@ def check_free(base: Base) -> None:
     """
     if any(isinstance(getattr(m, "frozen", None), FrozenLinear) for m in base.model.modules()):
         raise ConfigError("the base carries an adapter already; detach it first")
-
-
-def attached_layers(base: Base) -> dict[str, LoRALinear]:
-    """Return the LoRA layers that `base` carries, by path."""
-    modules = base.model.named_modules()
-    return {path: module for path, module in modules if isinstance(module, LoRALinear)}
 
 
 def detach(adapter: Adapter) -> Base:

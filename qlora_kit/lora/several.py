@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LowRank
+from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter, check_fits, read_adapter
-from qlora_kit.lora.attach import check_free, frozen_layers
+from qlora_kit.lora.attach import check_free
 from qlora_kit.model.load import Base
 
 Names = str | None | Sequence[str | None]
@@ -167,7 +168,8 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
                 "itself"
             )
     choice, layers = _Choice(), {}
-    for path, frozen in frozen_layers(base.model).items():
+    for path, projection in projections(base.model).items():
+        frozen = projection.frozen
         terms = {
             name: _term(adapter, path, frozen.weight.device)
             for name, adapter in stored.items()

@@ -1,14 +1,12 @@
 """The architecture of a model without its weights.
 
 Takes a `config.json`; returns transformers' own model on the meta device (a 7B takes
-16 MiB) and says which of its layers are linear, which belong to attention or MLP, and which
-is the output head. Never downloads and never runs code that comes with a model.
+16 MiB). Never downloads and never runs code that comes with a model.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from transformers import (
 )
 
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.projections import projections, vocabulary_paths
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
     as_list,
@@ -36,8 +35,6 @@ from qlora_kit.model.config_file import (
 from qlora_kit.model.faults import model_errors
 from qlora_kit.time_limit import TimeUp, time_limit
 
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 # Above this share of weights that stay unquantised the memory promised is not kept.
 _UNQUANTIZED_LIMIT = 0.05
 # 1,024 layers, the most there may be, take 1 s.
@@ -174,39 +171,6 @@ def _initialize_buffers(skeleton: PreTrainedModel, module: nn.Module) -> None:
     skeleton._init_weights(module)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers of a skeleton by path, the output head left out."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-
-
-def group_of(path: str) -> str | None:
-    """Return "attention" or "mlp" for the path of a linear layer, or None.
-
-    The nearest enclosing name decides: `layers.0.self_attn.q_proj` is attention.
-    """
-    for name in reversed(path.split(".")[:-1]):
-        if _ATTENTION.search(name):
-            return "attention"
-        if _MLP.search(name):
-            return "mlp"
-    return None
-
-
-def embedding_paths(skeleton: PreTrainedModel) -> set[str]:
-    """Return the paths of the input embedding and the output head."""
-    wanted = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    return {
-        path
-        for path, module in skeleton.named_modules()
-        if any(module is each for each in wanted if each is not None)
-    }
-
-
 def unquantized_share(skeleton: PreTrainedModel) -> float:
     """Return the share of weights outside embeddings and head that are not linear layers.
 
@@ -214,8 +178,8 @@ def unquantized_share(skeleton: PreTrainedModel) -> float:
         ModelError: above 5 %, naming the largest: a mixture of experts keeps its experts in
             3-D tensors, GPT-2 in transposed layers, and neither would be quantised.
     """
-    skipped = tuple(f"{path}." for path in embedding_paths(skeleton))
-    linear = tuple(f"{path}." for path in linear_layers(skeleton))
+    skipped = tuple(f"{path}." for path in vocabulary_paths(skeleton))
+    linear = tuple(f"{path}." for path in projections(skeleton))
     sizes = {
         name: parameter.numel()
         for name, parameter in skeleton.named_parameters()

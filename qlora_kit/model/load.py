@@ -21,12 +21,12 @@ from qlora_kit.errors import ModelError
 from qlora_kit.events import Announce, LoadProgress, silent
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import quantize_head
+from qlora_kit.layers.projections import projected_weights
 from qlora_kit.layers.quantize import Quantization, read_quantized
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.architecture import (
     architecture_from,
     build_skeleton,
-    linear_layers,
     read_architecture,
     unquantized_share,
 )
@@ -208,7 +208,7 @@ def frozen_tensors(
     source = open_tensors(spec, skeleton, device)
     expected = dict(skeleton.state_dict())
     tied = skeleton.all_tied_weights_keys or {}
-    linear = {f"{path}.weight" for path in linear_layers(skeleton)}
+    linear = projected_weights(skeleton)
     # What bitsandbytes left unquantised in a checkpoint of its own stays so.
     stored = None if spec.random else stored_quantization(skeleton.config)
     quantization = Quantization(bits=16) if stored else spec.quantization

@@ -22,11 +22,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.data.batch import Batch
 from qlora_kit.export.merge import merged_tensors
+from qlora_kit.layers.projections import projected_weights, projections, vocabulary_paths
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach, resolve_targets
-from qlora_kit.model.architecture import build_skeleton, embedding_paths, linear_layers
+from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import (
@@ -371,8 +372,8 @@ def _merge(
         adapters: how many times the adapter of these layers the whole one is.
     """
     lora = subject.lora
-    layers = linear_layers(skeleton)
-    targets = resolve_targets(list(layers), lora.targets, embedding_paths(skeleton))
+    layers = projections(skeleton)
+    targets = resolve_targets(layers, lora.targets, vocabulary_paths(skeleton))
     with ledger.purpose("LoRA"):
         tensors = {
             path: (
@@ -397,7 +398,7 @@ def _merge(
 
 def _layers_of_a_shard(architecture: PreTrainedConfig) -> int:
     """Return how many decoder layers fill a file of merged weights."""
-    one = linear_layers(build_skeleton(shortened(architecture, 1))).values()
+    one = projections(build_skeleton(shortened(architecture, 1))).values()
     numbers = sum(layer.in_features * layer.out_features for layer in one)
     return math.ceil(_SHARD_BYTES / (numbers * torch.float16.itemsize))
 
@@ -427,7 +428,7 @@ def _empty_tensors(
         on_host: names of those that stay in host memory.
         are_drawn: whether they are random weights, which are made on the device.
     """
-    linear = {f"{path}.weight" for path in linear_layers(skeleton)}
+    linear = projected_weights(skeleton)
     tied = skeleton.all_tied_weights_keys or {}
     for name, shaped in list(skeleton.state_dict(keep_vars=True).items()):
         if name not in tied:

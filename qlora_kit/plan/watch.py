@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.layers.head import Head
+from qlora_kit.layers.projections import projections
 from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, LOSS_CHUNK, UNPACKED, heard_by
-from qlora_kit.lora.attach import frozen_layers
 from qlora_kit.plan.ledger import Ledger
 
 _CONSTANTS = "quantisation constants"
@@ -37,8 +37,8 @@ def claim_model(ledger: Ledger, model: PreTrainedModel, head: Head) -> None:
     """Say what every tensor of a loaded model is for."""
     for tensor in [*model.parameters(), *model.buffers()]:
         ledger.claim(tensor, "norms and biases")
-    for layer in frozen_layers(model).values():
-        for name, tensor in layer.weight.stored():
+    for projection in projections(model).values():
+        for name, tensor in projection.frozen.weight.stored():
             ledger.claim(tensor, purpose_of_part(name))
     for _, tensor in head.linear.weight.stored():
         ledger.claim(tensor, "head")

@@ -1,0 +1,121 @@
+"""Which layers of a model can carry LoRA: one view, for everything that asks.
+
+Takes a model of any state: a skeleton on the meta device, loaded and frozen, or with adapters on
+it. Targets, quantisation, plan, merge and reports ask here, and so agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from qlora_kit.layers.frozen import FrozenLinear
+
+Group = Literal["attention", "mlp"]
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A layer y = x Wᵀ + b of a model, the output head left out.
+
+    Attributes:
+        path: of the layer.
+        layer: a skeleton's `nn.Linear` or a loaded base's `FrozenLinear`, never what is around it.
+        group: what it is a part of, if that has a name.
+    """
+
+    path: str
+    layer: nn.Linear | FrozenLinear
+    group: Group | None
+
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """K."""
+        return self.layer.out_features
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight: (K, D)."""
+        return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight in a state dict."""
+        return f"{self.path}.weight"
+
+    @property
+    def frozen(self) -> FrozenLinear:
+        """The layer of a loaded base."""
+        assert isinstance(self.layer, FrozenLinear), "a skeleton has no frozen layers"
+        return self.layer
+
+
+def projections(model: nn.Module) -> dict[str, Projection]:
+    """Return the layers that can carry LoRA by path, in the order of the model."""
+    head = _output_head(model)
+    found = {
+        path: Projection(path, layer, group_of(path))
+        for path, module in model.named_modules()
+        if module is not head and (layer := _layer_of(module)) is not None
+    }
+    # A layer inside of what is around it was found under the path of that one already.
+    inner = {f"{path}.frozen" for path in found}
+    return {path: each for path, each in found.items() if path not in inner}
+
+
+def projected_weights(model: nn.Module) -> Set[str]:
+    """Return the names of the weights of all projections: those that are quantised."""
+    return {each.weight for each in projections(model).values()}
+
+
+def vocabulary_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the input embedding and the output head, which carry no LoRA here."""
+    wanted = [each for each in _vocabulary(model) if each is not None]
+    return {
+        path
+        for path, module in model.named_modules()
+        if any(module is each for each in wanted)
+    }  # fmt: skip
+
+
+def group_of(path: str) -> Group | None:
+    """Return what the layer at a path is a part of, or None.
+
+    The nearest enclosing name decides: `layers.0.self_attn.q_proj` is attention.
+    """
+    for name in reversed(path.split(".")[:-1]):
+        if _ATTENTION.search(name):
+            return "attention"
+        if _MLP.search(name):
+            return "mlp"
+    return None
+
+
+def _layer_of(module: nn.Module) -> nn.Linear | FrozenLinear | None:
+    """Return the layer that a module is, or that it is around."""
+    layer = getattr(module, "frozen", module)
+    return layer if isinstance(layer, nn.Linear | FrozenLinear) else None
+
+
+def _vocabulary(model: nn.Module) -> Iterator[nn.Module | None]:
+    named: Any = model
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        if hasattr(named, name):
+            yield getattr(named, name)()
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    named: Any = model
+    return named.get_output_embeddings() if hasattr(named, "get_output_embeddings") else None
