@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 from qlora_kit.plan.ledger import Ledger
 
 
+_ATTENTION = F.scaled_dot_product_attention
+
+
 class _Flash(torch.autograd.Function):
     """Allocates what torch's flash attention allocates.
 
@@ -90,6 +93,6 @@ class PlannedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run a function of torch, or the planned attention in the place of torch's."""
-        if func is F.scaled_dot_product_attention:
+        if func is _ATTENTION:
             return _attention(self._ledger, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
