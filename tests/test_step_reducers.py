@@ -29,7 +29,7 @@ from qlora_kit.layers.mlp import TiledMLP
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import FourBitWeight, PlainWeight
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
-from qlora_kit.model import head as head_module
+from qlora_kit.layers import head as head_module
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base, BaseSpec, Placement, load_base

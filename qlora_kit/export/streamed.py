@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.export.forms import Forms, Variant
 from qlora_kit.layers.lora import LowRank
+from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter
 
@@ -121,7 +122,9 @@ class StreamedModel:
         rows = form.plain(self._running)[torch.unique(ids).cpu()]
         return {form.name.removeprefix(f"{path}."): rows.to(self._device).float()}
 
-    def _multiply_by_borrowed(self, path: str, linear: nn.Module, term: LowRank | None) -> None:
+    def _multiply_by_borrowed(
+        self, path: str, linear: nn.Linear | FrozenLinear, term: LowRank | None
+    ) -> None:
         """Let a linear layer have its weight in fp32 while it multiplies, and no longer."""
 
         def forward(x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class FrozenWeight(nn.Module):
 
     def as_parameters(self) -> Self:
         """Let the stored tensors be parameters without gradient, as what shards a model asks."""
-        for name, tensor in list(self._buffers.items()):
+        for name, tensor in list(self.named_buffers(recurse=False)):
             delattr(self, name)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         return self
