@@ -22,6 +22,7 @@ from qlora_kit.config import StepOptions, TrainConfig
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.infer.evaluate import evaluate
 from qlora_kit.infer.head_loss import measure_head
+from qlora_kit.layers import head as head_module
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.loss import chunked_loss_sum, cross_entropy_sum, score_tokens
@@ -29,7 +30,6 @@ from qlora_kit.layers.mlp import TiledMLP
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import FourBitWeight, PlainWeight
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
-from qlora_kit.layers import head as head_module
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base, BaseSpec, Placement, load_base

@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qlora_kit.export.forms import Forms, Variant
-from qlora_kit.layers.lora import LowRank
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.lora import LowRank
 from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter
 

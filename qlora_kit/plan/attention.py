@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_kit.plan.ledger import Ledger
 
-
 _ATTENTION = F.scaled_dot_product_attention
 
 
