@@ -32,7 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from trl.trainer import sft_trainer
 
 from qlora_kit.layers.quantize import Quantization, empty_4bit
-from qlora_kit.plan.attention import PlannedAttention
+from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.ledger import Ledger
 from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.private_transformers import masks_as_in_a_run
@@ -121,7 +121,7 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 def _as_on_a_gpu(ledger: _TwoSides) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = lambda *where: stack.enter_context(mock.patch.object(*where))  # noqa: E731
-        stack.enter_context(PlannedAttention(ledger))
+        stack.enter_context(planned_attention(ledger))
         patch(F, "scaled_dot_product_attention", _in_autocast(F.scaled_dot_product_attention))
         patch(
             sft_trainer, "get_act_offloading_ctx_manager", lambda model: _offloading(ledger, model)

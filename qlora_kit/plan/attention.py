@@ -6,16 +6,16 @@ matrix of T × T. The flash kernel that a GPU takes keeps the output and one num
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from qlora_kit.plan.ledger import Ledger
-
-_ATTENTION = F.scaled_dot_product_attention
 
 
 class _Flash(torch.autograd.Function):
@@ -77,21 +77,15 @@ def _attention(ledger: Ledger, query: Tensor, key: Tensor, value: Tensor, **opti
     return out
 
 
-class PlannedAttention(TorchFunctionMode):
-    """Lets every attention in its block be the planned one.
+@contextlib.contextmanager
+def planned_attention(ledger: Ledger) -> Iterator[None]:
+    """Let every attention in the block be the planned one; its work is counted in `ledger`.
 
-    Args:
-        ledger: its work is counted there.
+    By torch's own name for it: a `TorchFunctionMode` does not reach what backward recomputes.
     """
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self._ledger = ledger
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run a function of torch, or the planned attention in the place of torch's."""
-        if func is _ATTENTION:
-            return _attention(self._ledger, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    of_torch = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = partial(_attention, ledger)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = of_torch

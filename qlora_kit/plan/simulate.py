@@ -39,7 +39,7 @@ from qlora_kit.model.load import (
     is_tied,
     names_on_host,
 )
-from qlora_kit.plan.attention import PlannedAttention
+from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.ledger import Ledger, Peak, Work
 from qlora_kit.plan.subject import Subject
 from qlora_kit.plan.temporaries import workspace_bytes
@@ -185,7 +185,7 @@ def _simulation(hardware: Hardware) -> Iterator[Ledger]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(masks_as_in_a_run())
         if device == "meta":
-            stack.enter_context(PlannedAttention(ledger))
+            stack.enter_context(planned_attention(ledger))
         stack.enter_context(ledger)
         yield ledger
 
