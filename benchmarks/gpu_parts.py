@@ -186,7 +186,7 @@ class _Step:
     def phases(self, batch: Any, config: Any) -> dict[str, Any]:
         import torch
 
-        from qlora_kit.step.forward import loss_sum, scores
+        from qlora_kit.tasks.causal import loss_sum, scores
 
         self.meter.phase("steps before", self._step_before)
         chunk = config.loss_chunk_tokens
@@ -203,7 +203,7 @@ class _Step:
 
         self.model.train()
         loss = phase("forward", lambda: loss_sum(self.model, batch, self.head, chunk_tokens=chunk))
-        found["loss"] = float(loss.detach()) / batch.supervised_tokens
+        found["loss"] = float(loss.detach()) / batch.weight
         phase("backward", loss.backward)
         del loss
         phase("optimizer", move)
@@ -341,8 +341,8 @@ def ragged(settings: Settings, send: Send) -> None:
     import qlora_kit as qk
     from qlora_kit.data.batch import collate
     from qlora_kit.model.head import head_of
-    from qlora_kit.step.forward import loss_sum
     from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.tasks.causal import loss_sum
 
     clock = clock_of_this_machine()
     hardware = qk.choose_hardware(dtype="bfloat16")

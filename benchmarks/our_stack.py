@@ -104,8 +104,8 @@ def measure(run: dict[str, Any], meter: Meter) -> None:
     import qlora_kit as qk
     from qlora_kit.model.head import head_of
     from qlora_kit.model.load import Placement
-    from qlora_kit.step.forward import loss_sum, scores
     from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.tasks.causal import loss_sum, scores
     from qlora_kit.train.optimizer import build_optimizer
 
     config = config_of(run)
@@ -123,7 +123,7 @@ def measure(run: dict[str, Any], meter: Meter) -> None:
         base.model.train()
         for _ in range(ACCUMULATION):
             loss: Any = loss_sum(base.model, batch, head, chunk_tokens=config.loss_chunk_tokens)
-            (loss / batch.supervised_tokens).backward()
+            (loss / batch.weight).backward()
 
     def step() -> None:
         optimizer.step()

@@ -101,7 +101,7 @@ def test_collating_pads_on_the_right(lengths: list[int]) -> None:
         assert (batch.input_ids[index, length:] == 5).all()
         assert (batch.labels[index, length:] == -100).all()
     assert batch.tokens == sum(lengths)
-    assert batch.supervised_tokens == sum(lengths) - len(lengths)
+    assert batch.weight == sum(lengths) - len(lengths)
 
 
 def test_a_batch_moves_but_for_its_ids() -> None:
@@ -118,7 +118,7 @@ def test_a_supervised_end_survives_padding_with_the_same_token() -> None:
     made = tokenize(samples_of(*items), tokenizer, TokenOptions(), cache=False)
     batch = collate(list(made.rows), tokenizer.pad_token_id)
     assert batch.labels[0].tolist().count(tokenizer.eos_token_id) == 1
-    assert batch.supervised_tokens == made.counts.supervised_tokens
+    assert batch.weight == made.counts.supervised_tokens
     assert batch.tokens == made.counts.tokens
 
 

@@ -25,8 +25,8 @@ from qlora_kit.model.hardware import make_deterministic
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Placement
 from qlora_kit.model.names import find_model
-from qlora_kit.step.forward import loss_sum
 from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply
+from qlora_kit.tasks.causal import loss_sum
 
 # What libraries warn of on a GPU is not known before they have run on one: shown, no fault.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

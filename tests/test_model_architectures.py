@@ -24,7 +24,7 @@ from qlora_kit.model.architecture import (
 )
 from qlora_kit.model.head import head_of
 from qlora_kit.model.names import known_models
-from qlora_kit.step.forward import loss_sum
+from qlora_kit.tasks.causal import loss_sum
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -120,7 +120,7 @@ def test_loss_and_gradients_are_those_of_transformers(
         for path, layer in adapter.layers.items():
             linear[path].layer.weight += 4.0 / 3 * (layer.lora_B @ layer.lora_A)
     mean = plain(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=batch.labels).loss
-    expected = mean * batch.supervised_tokens
+    expected = mean * batch.weight
     expected.backward()
 
     assert abs(total.item() - expected.item()) <= 1e-5 * expected.item()

@@ -17,7 +17,7 @@ from qlora_kit.lora.adapter import BaseRecord, load_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.model.head import head_of
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.step.forward import loss_sum
+from qlora_kit.tasks.causal import loss_sum
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -102,7 +102,7 @@ def batches(stories: Path) -> list[Batch]:
 
 def our_loss(adapter: Adapter, batch: Batch) -> Tensor:
     model = adapter.base.model
-    return loss_sum(model, batch, head_of(model), chunk_tokens=7) / batch.supervised_tokens
+    return loss_sum(model, batch, head_of(model), chunk_tokens=7) / batch.weight
 
 
 def their_loss(twin: Any, batch: Batch) -> Tensor:

@@ -20,8 +20,8 @@ from qlora_kit.model.load import Placement
 from qlora_kit.model.names import ModelSource, known_models
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import Rows, Subject
-from qlora_kit.step.forward import loss_sum, scores
 from qlora_kit.step.reducers import apply, resolve
+from qlora_kit.tasks.causal import loss_sum, scores
 from qlora_kit.train.optimizer import build_optimizer
 
 # Share of the record. Most are within 0.15 % in fp32 and 0.4 % in bf16; 2 % is the bar, and
@@ -140,7 +140,7 @@ def measured(case: Case) -> dict[str, int]:
     def step() -> None:
         batch = batch_of(config.batch_size)
         loss: Any = loss_sum(base.model, batch, head, chunk_tokens=config.loss_chunk_tokens)
-        (loss / batch.supervised_tokens).backward()
+        (loss / batch.weight).backward()
 
     def static() -> int:
         state = [value for kept in optimizer.state.values() for value in kept.values()]

@@ -102,8 +102,8 @@ def loss_of_twin(twin: Any, folder: Path, data: str, config: qk.TrainConfig) -> 
     for row in qk.load_data(data, load_tokenizer(folder), config).rows:
         batch = collate([row], 0)
         with torch.no_grad():
-            total += float(their_loss(twin, batch)) * batch.supervised_tokens
-        count += batch.supervised_tokens
+            total += float(their_loss(twin, batch)) * batch.weight
+        count += batch.weight
     return total / count
 
 

@@ -43,6 +43,8 @@ from qlora_kit.plan.ledger import Ledger
 from qlora_kit.plan.rehearsal import rehearse
 from qlora_kit.plan.watch import claim_trained
 from qlora_kit.report.log import Log, read_log
+from qlora_kit.tasks import causal
+from qlora_kit.tasks.causal import CausalObjective
 from qlora_kit.train import optimizer_step
 from qlora_kit.train.checkpoint import (
     Progress,
@@ -185,7 +187,7 @@ class ShortOfMemory:
 
     def __init__(self, most: int, error: Exception) -> None:
         self.most, self.error, self.rows = most, error, []
-        self.real = optimizer_step.loss_sum
+        self.real = causal.loss_sum
 
     def __call__(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.real(model, batch, *args, **kwargs)
@@ -212,9 +214,9 @@ def test_a_step_is_taken_again_with_fewer_rows_at_a_time(
     for most in (8, 3):
         adapter, events = make_adapter(save_tiny()), []
         short = ShortOfMemory(most, error)
-        monkeypatch.setattr(optimizer_step, "loss_sum", short)
+        monkeypatch.setattr(causal, "loss_sum", short)
         result = qk.train_adapter(adapter, rows, config, announce=record(events))
-        monkeypatch.setattr(optimizer_step, "loss_sum", short.real)
+        monkeypatch.setattr(causal, "loss_sum", short.real)
         # A step that ran out went through some of its rows twice; the last times count.
         taken = [row for batch in short.rows for row in batch][-16:]
         found.append((losses(events), weights_of(adapter), sorted(taken)))
@@ -237,7 +239,7 @@ def test_a_replayed_step_draws_the_same_dropout(
     for batch_size, most in ((1, 1), (2, 1)):
         adapter, events = make_adapter(save_tiny(), dropout=0.3), []
         short = ShortOfMemory(most, MemoryError())
-        monkeypatch.setattr(optimizer_step, "loss_sum", short)
+        monkeypatch.setattr(causal, "loss_sum", short)
         # Windows of two rows that stand in the same order however they are batched.
         monkeypatch.setattr(
             "qlora_kit.train.loop.epoch_batches",
@@ -249,7 +251,7 @@ def test_a_replayed_step_draws_the_same_dropout(
             max_steps=3, batch_size=batch_size, gradient_accumulation_steps=2 // batch_size
         )
         qk.train_adapter(adapter, rows, config, announce=record(events))
-        monkeypatch.setattr(optimizer_step, "loss_sum", short.real)
+        monkeypatch.setattr(causal, "loss_sum", short.real)
         found.append((losses(events), weights_of(adapter)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
@@ -412,14 +414,14 @@ def test_backward_stays_on_the_thread_that_asks_for_it(
     save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread of autograd's own has a second cuBLAS workspace, which no plan knows."""
-    allowed, real = [], optimizer_step.loss_sum
+    allowed, real = [], causal.loss_sum
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
         summed = real(*args, **kwargs)
         summed.register_hook(lambda _: allowed.append(torch._C._is_multithreading_enabled()))
         return summed
 
-    monkeypatch.setattr(optimizer_step, "loss_sum", watched)
+    monkeypatch.setattr(causal, "loss_sum", watched)
     qk.train_adapter(make_adapter(save_tiny()), make_rows(4), options(max_steps=2))
     assert allowed == [False, False]
     assert torch._C._is_multithreading_enabled()
@@ -429,14 +431,14 @@ def test_one_row_that_does_not_fit_ends_with_advice_and_a_checkpoint(
     save_tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(save_tiny())
-    real, calls = optimizer_step.loss_sum, iter(range(100))
+    real, calls = causal.loss_sum, iter(range(100))
 
     def short(*args: Any, **kwargs: Any) -> torch.Tensor:
         if next(calls) >= 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(optimizer_step, "loss_sum", short)
+    monkeypatch.setattr(causal, "loss_sum", short)
     saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
     with pytest.raises(OutOfMemory, match=r"one row at a time, the longest of .*--max-length"):
         qk.train_adapter(adapter, make_rows(4), options(), saving=saving)
@@ -450,10 +452,10 @@ def test_the_halved_micro_batch_is_kept_over_a_resume(
     saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
     short = ShortOfMemory(2, MemoryError())
     config = options(max_steps=4, batch_size=4, save_steps=2)
-    monkeypatch.setattr(optimizer_step, "loss_sum", short)
+    monkeypatch.setattr(causal, "loss_sum", short)
     qk.train_adapter(adapter, make_rows(8), config, saving=saving)
     again = ShortOfMemory(2, MemoryError())
-    monkeypatch.setattr(optimizer_step, "loss_sum", again)
+    monkeypatch.setattr(causal, "loss_sum", again)
     resumed = Saving(tmp_path / "again", saving.record, tmp_path / "checkpoint-2")
     part, events = make_adapter(save_tiny()), []
     qk.train_adapter(part, make_rows(8), config, saving=resumed, announce=record(events))
@@ -464,10 +466,8 @@ def test_the_halved_micro_batch_is_kept_over_a_resume(
 def test_evaluation_goes_on_with_fewer_rows(
     save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_kit.infer import evaluate as module
-
     base = make_adapter(save_tiny()).base
-    rows, real, events = make_rows(9), module.scores, []
+    rows, real, events = make_rows(9), causal.scores, []
     whole = qk.evaluate(base, rows, batch_size=4)
 
     def short(model: Any, batch: Any, *args: Any) -> Any:
@@ -475,13 +475,13 @@ def test_evaluation_goes_on_with_fewer_rows(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, batch, *args)
 
-    monkeypatch.setattr(module, "scores", short)
+    monkeypatch.setattr(causal, "scores", short)
     found = qk.evaluate(base, rows, batch_size=4, announce=record(events))
     assert found.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (found.supervised_tokens, found.rows) == (whole.supervised_tokens, 9)
     assert (whole.batch_size, found.batch_size) == (4, 1)
     assert len(events) == 2
-    monkeypatch.setattr(module, "scores", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(causal, "scores", lambda *args: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(OutOfMemory, match="in evaluation on one row of"):
         qk.evaluate(base, rows, batch_size=4)
 
@@ -587,7 +587,7 @@ def test_stopped_between_micro_batches_a_step_is_undone_and_the_run_continues_bi
     whole = make_adapter(save_tiny(), dropout=0.2)
     qk.train_adapter(whole, rows, config)
     part = make_adapter(save_tiny(), dropout=0.2)
-    real, calls = optimizer_step.loss_sum, iter(range(100))
+    real, calls = causal.loss_sum, iter(range(100))
 
     def stop_in_step_3(*args: Any, **kwargs: Any) -> torch.Tensor:
         if next(calls) == 7:
@@ -595,7 +595,7 @@ def test_stopped_between_micro_batches_a_step_is_undone_and_the_run_continues_bi
         return real(*args, **kwargs)
 
     saving = Saving(tmp_path, qk.BaseRecord.of(part.base))
-    monkeypatch.setattr(optimizer_step, "loss_sum", stop_in_step_3)
+    monkeypatch.setattr(causal, "loss_sum", stop_in_step_3)
     with pytest.raises(signals.Stopped):
         qk.train_adapter(part, rows, config, saving=saving)
     found = find_checkpoint(tmp_path, "latest").folder
@@ -872,8 +872,9 @@ def test_a_disk_too_small_is_found_before_the_base_is_loaded(
 def test_determinism_has_a_measured_cost(save_tiny: Tiny) -> None:
     adapter = make_adapter(save_tiny(), dropout=0.1)
     step = optimizer_step.OptimizerStep(
-        adapter, make_rows(4), torch.optim.AdamW(adapter.parameters().values()),
-        torch.amp.GradScaler("cpu", enabled=False), 1, 256, 0.0,
+        adapter, CausalObjective(adapter.base), make_rows(4),
+        torch.optim.AdamW(adapter.parameters().values()),
+        torch.amp.GradScaler("cpu", enabled=False), 1, 0.0,
     )  # fmt: skip
     before = torch.get_rng_state()
     assert 0.05 < step.cost_of_determinism([(0,), (1,)]) < 20

@@ -15,8 +15,8 @@ from qlora_kit.data.batch import Batch, collate
 from qlora_kit.errors import ModelError
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.model.head import head_of
-from qlora_kit.step.forward import loss_sum, scores, supervised_states
 from qlora_kit.step.recompute import set_recompute
+from qlora_kit.tasks.causal import loss_sum, scores, supervised_states
 
 ROWS = [
     {"input_ids": [1, 7, 30, 41, 52, 63, 2], "labels": [-100, -100, -100, 41, 52, 63, 2], "row": 0},
@@ -39,7 +39,7 @@ def test_a_state_predicts_the_next_label(adapter: Adapter) -> None:
     batch = collate(ROWS, 0)
     hidden, targets = supervised_states(adapter.base.model, batch)
     assert targets.tolist() == [41, 52, 63, 2, 9, 11, 2]
-    assert len(targets) == batch.supervised_tokens
+    assert len(targets) == batch.weight
     with torch.no_grad():
         whole = adapter.base.model.base_model(
             input_ids=batch.input_ids, attention_mask=mask_of(batch)

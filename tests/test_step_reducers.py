@@ -37,11 +37,11 @@ from qlora_kit.model.names import find_model
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import Rows, Subject
 from qlora_kit.step import offload as offload_module
-from qlora_kit.step.forward import loss_sum, scores, supervised_states
 from qlora_kit.step.offload import Offload
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply, resolve, without_effect
 from qlora_kit.step.tiles import set_mlp_tiles
+from qlora_kit.tasks.causal import loss_sum, scores, supervised_states
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
 GPU = Hardware(torch.device("meta"), torch.bfloat16, "stands in for a GPU")

@@ -51,8 +51,8 @@ class Batch:
         return max(self.lengths)
 
     @property
-    def supervised_tokens(self) -> int:
-        """Labels that are targets after the shift: all but those of the first position."""
+    def weight(self) -> int:
+        """Supervised tokens: labels that are targets after the shift."""
         return len(self.positions)
 
     def to(self, device: torch.device | str) -> Batch:

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.data.batch import Batch, collate, row_lengths
+from qlora_kit.data.batch import row_lengths
 from qlora_kit.errors import OutOfMemory
 from qlora_kit.events import Announce, Notice, silent
-from qlora_kit.layers.loss import CHUNK_TOKENS, TokenScores
+from qlora_kit.layers.loss import CHUNK_TOKENS
 from qlora_kit.lora.several import PerRow
-from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base
 from qlora_kit.model.memory import is_out_of_memory, release_memory
 from qlora_kit.signals import safe_point
-from qlora_kit.step.forward import scores
+from qlora_kit.tasks.causal import CAUSAL
+from qlora_kit.tasks.task import Objective, RowSums
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def evaluate(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
-    sums = _measure(base, rows, batch_size, pad_token_id, chunk_tokens, announce, per_row)
+    objective = CAUSAL.objective(base, pad_token_id, chunk_tokens, None)
+    sums = _Sums.zeros(len(rows), CAUSAL.metrics, batch_size)
+    _measure(objective, base, rows, sums, announce, per_row)
     return sums.of(range(len(rows)))
 
 
@@ -106,7 +108,9 @@ def evaluate_mixed(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
-    sums = _measure(base, rows, batch_size, pad_token_id, chunk_tokens, announce, per_row)
+    objective = CAUSAL.objective(base, pad_token_id, chunk_tokens, None)
+    sums = _Sums.zeros(len(rows), CAUSAL.metrics, batch_size)
+    _measure(objective, base, rows, sums, announce, per_row)
     of_name: dict[str | None, list[int]] = {}
     for row, name in enumerate(per_row.names):
         of_name.setdefault(name, []).append(row)
@@ -119,61 +123,58 @@ class _Sums:
     """What was counted of each row; all (rows,), in host memory, fp64.
 
     Attributes:
-        logprobs: sum over the supervised tokens.
-        correct: supervised tokens that are the most likely one.
-        tokens: supervised tokens.
+        weight: what the other sums are over: supervised tokens.
+        loss: summed.
+        metrics: sums by name.
         batch_size: rows a batch at the end.
     """
 
-    logprobs: Tensor
-    correct: Tensor
-    tokens: Tensor
+    weight: Tensor
+    loss: Tensor
+    metrics: dict[str, Tensor]
     batch_size: int
 
-    def add(self, indices: Sequence[int], batch: Batch, scored: TokenScores) -> None:
-        """Count the rows of a batch; `indices` are theirs among all rows."""
-        row_of = batch.positions.cpu() // batch.input_ids.shape[1]
+    @classmethod
+    def zeros(cls, rows: int, metrics: Sequence[str], batch_size: int) -> _Sums:
+        weight, loss, *rest = torch.zeros(2 + len(metrics), rows, dtype=torch.float64)
+        return cls(weight, loss, dict(zip(metrics, rest, strict=True)), batch_size)
+
+    def add(self, indices: Sequence[int], found: RowSums) -> None:
+        """Take what was measured of some rows; `indices` are theirs among all rows."""
         chosen = torch.tensor(indices)
-        ones = torch.ones(len(row_of))
-        for sums, values in (
-            (self.logprobs, scored.logprobs), (self.correct, scored.is_top), (self.tokens, ones),
-        ):  # fmt: skip
-            weights = values.double().cpu()
-            sums[chosen] = torch.bincount(row_of, weights, minlength=len(indices))
+        self.weight[chosen], self.loss[chosen] = found.weight, found.loss
+        for name, values in found.metrics.items():
+            self.metrics[name][chosen] = values
 
     def of(self, rows: Sequence[int]) -> Evaluation:
         """Return the means over some of the rows."""
         chosen = torch.tensor(rows)
-        count = int(self.tokens[chosen].sum())
-        loss = -float(self.logprobs[chosen].sum()) / count
-        accuracy = float(self.correct[chosen].sum()) / count
-        return Evaluation(loss, accuracy, count, len(rows), self.batch_size)
+        count = int(self.weight[chosen].sum())
+        loss = float(self.loss[chosen].sum()) / count
+        means = {name: float(sums[chosen].sum()) / count for name, sums in self.metrics.items()}
+        return Evaluation(loss, means["token_accuracy"], count, len(rows), self.batch_size)
 
 
 def _measure(
+    objective: Objective,
     base: Base,
     rows: Sequence[dict[str, Any]],
-    batch_size: int,
-    pad_token_id: int,
-    chunk_tokens: int,
+    sums: _Sums,
     announce: Announce,
     per_row: PerRow | None,
-) -> _Sums:
+) -> None:
     """Run all rows, the model in evaluation mode meanwhile."""
-    head, device = head_of(base.model), base.hardware.device
-    logprobs, correct, tokens = torch.zeros(3, len(rows), dtype=torch.float64)
-    sums = _Sums(logprobs, correct, tokens, batch_size)
     order = _by_length(rows)
     done = 0
     with _in_evaluation(base.model):
         while done < len(order):
             safe_point()
             indices = order[done : done + sums.batch_size]
-            batch = collate([rows[i] for i in indices], pad_token_id, base.batch_width)
+            batch = objective.batch([rows[i] for i in indices])
             if per_row is not None:
                 per_row.choose(indices)
             try:
-                sums.add(indices, batch, scores(base.model, batch.to(device), head, chunk_tokens))
+                sums.add(indices, objective.row_sums(batch, objective.measured(batch)))
                 fits = True
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -181,7 +182,7 @@ def _measure(
                 fits = False
             if not fits:
                 # Here the error and the tensors its frames held are gone.
-                release_memory(device)
+                release_memory(base.hardware.device)
                 sums.batch_size = _halved(len(indices), batch.longest)
                 announce(
                     Notice(
@@ -190,7 +191,6 @@ def _measure(
                 )
                 continue
             done += len(indices)
-    return sums
 
 
 @contextlib.contextmanager

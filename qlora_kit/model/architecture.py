@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,6 +35,8 @@ from qlora_kit.model.config_file import (
 from qlora_kit.model.faults import model_errors
 from qlora_kit.time_limit import TimeUp, time_limit
 
+# What a base is loaded as unless its task says otherwise.
+CAUSAL_LM = "AutoModelForCausalLM"
 # Above this share of weights that stay unquantised the memory promised is not kept.
 _UNQUANTIZED_LIMIT = 0.05
 # 1,024 layers, the most there may be, take 1 s.
@@ -119,8 +121,12 @@ def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
         return _without_ids_beyond(AutoConfig.for_model(**copy.deepcopy(dict(numbers))))
 
 
-def build_skeleton(architecture: PreTrainedConfig) -> PreTrainedModel:
-    """Build the causal language model on the meta device, its computed buffers filled in.
+def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> PreTrainedModel:
+    """Build a model on the meta device, its computed buffers filled in.
+
+    Args:
+        architecture: of the model.
+        loads: the class of transformers' that it is built as.
 
     Raises:
         ModelError: the architecture is not a causal language model of transformers, or would
@@ -133,7 +139,8 @@ def build_skeleton(architecture: PreTrainedConfig) -> PreTrainedModel:
             model_errors(name, "a causal language model of transformers"),
         ):
             with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+                kind: Any = getattr(transformers, loads)
+                skeleton: PreTrainedModel = kind.from_config(architecture, trust_remote_code=False)
             _fill_computed_buffers(skeleton)
     except TimeUp as error:
         raise ModelError(

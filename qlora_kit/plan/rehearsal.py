@@ -62,7 +62,7 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
     largest = largest_batch(row_lengths(step.rows), step.micro_batch_rows)
     window = [largest] * min(2, micro_batches)
     ledger = Ledger(step.device.type)
-    claim_model(ledger, step.model, step.head)
+    claim_model(ledger, step.model)
     with _shortage_in_one_line(), step.undone():
         claim_trained(ledger, step.optimizer)
         with (

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
-from qlora_kit.data.batch import Batch
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.layers.projections import projected_weights, projections, vocabulary_paths
 from qlora_kit.layers.quantize import Quantization, empty_4bit
@@ -29,7 +28,6 @@ from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach, resolve_targets
 from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import Hardware
-from qlora_kit.model.head import head_of
 from qlora_kit.model.load import (
     Base,
     Placement,
@@ -45,8 +43,8 @@ from qlora_kit.plan.subject import Subject
 from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
 from qlora_kit.private_transformers import masks_as_in_a_run
-from qlora_kit.step import forward as step
 from qlora_kit.step.reducers import apply, resolve
+from qlora_kit.tasks.task import Objective
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
@@ -64,12 +62,12 @@ class BatchShape:
     Attributes:
         rows: that go through the model at one time.
         tokens: of the longest row.
-        supervised: targets of the whole batch; every token but the first of each row if None.
+        weight: of the whole batch: its targets; every token but the first of each row if None.
     """
 
     rows: int
     tokens: int
-    supervised: int | None = None
+    weight: int | None = None
 
 
 @dataclass(frozen=True)
@@ -240,8 +238,7 @@ class SimulatedRun:
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
         self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement)
-        self.head = head_of(self.model)
-        claim_model(self.ledger, self.model, self.head)
+        claim_model(self.ledger, self.model)
         workspace = workspace_bytes(self.hardware.device.type)
         self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.hardware.device)
         self.ledger.claim(self.workspace, "workspace")
@@ -282,36 +279,30 @@ class SimulatedRun:
         self.model.train()
         if options.gradient_accumulation_steps > 1:
             self._give_gradients()
-        batch = self._batch(shape)
+        objective = self._objective(options)
+        batch = objective.stand_in(shape.rows, shape.tokens, shape.weight)
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.optimizer),
         ):
             with self.phase("forward"):
-                loss = step.loss_sum(
-                    self.model, batch, self.head, chunk_tokens=options.loss_chunk_tokens
-                )
+                loss = objective.loss_sum(batch)
             with self.phase("backward"):
                 torch.autograd.backward(loss)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _batch(self, shape: BatchShape) -> Batch:
-        width = self.base.batch_width(shape.tokens)
-        ids = torch.zeros(shape.rows, width, dtype=torch.int64, device="cpu")
-        supervised = shape.supervised or shape.rows * (shape.tokens - 1)
-        positions = torch.zeros(supervised, dtype=torch.int64, device="cpu")
-        lengths = (shape.tokens,) * shape.rows
-        batch = Batch(ids, ids, lengths, tuple(range(shape.rows)), positions)
-        return batch.to(self.hardware.device)
+    def _objective(self, options: StepOptions) -> Objective:
+        return self.subject.task.objective(self.base, 0, options.loss_chunk_tokens, None)
 
     # ------------------------------------------------------------ after training
 
     def evaluate(self, config: TrainConfig, shape: BatchShape) -> None:
         """Measure a batch of validation rows."""
         self.model.eval()
-        batch = self._batch(shape)
+        objective = self._objective(config)
+        batch = objective.stand_in(shape.rows, shape.tokens, shape.weight)
         with self.phase("evaluation"), watched(self.ledger, self.optimizer):
-            step.scores(self.model, batch, self.head, config.loss_chunk_tokens)
+            objective.measured(batch)
 
     def hold(self) -> None:
         """Note what is there between two steps."""

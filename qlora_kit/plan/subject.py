@@ -18,6 +18,8 @@ from qlora_kit.data.encode import IGNORED
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.hardware import Hardware, dtype_named
 from qlora_kit.model.load import BaseSpec
+from qlora_kit.tasks.causal import CAUSAL
+from qlora_kit.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ class Subject:
         lora: the trained part.
         hardware: `meta` stands in for a GPU and is told apart from the host.
         rows: what a batch is made of.
+        task: what they mean.
     """
 
     spec: BaseSpec
     lora: LoraSpec
     hardware: Hardware
     rows: Rows
+    task: Task = CAUSAL
 
 
 def planned_hardware(config: TrainConfig) -> Hardware:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.layers.head import Head
 from qlora_kit.layers.projections import projections
 from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, LOSS_CHUNK, UNPACKED, heard_by
 from qlora_kit.plan.ledger import Ledger
@@ -33,14 +32,14 @@ def purpose_of_part(part: str) -> str:
     return "base weights" if part in ("", "codes", "values") else _CONSTANTS
 
 
-def claim_model(ledger: Ledger, model: PreTrainedModel, head: Head) -> None:
+def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
     """Say what every tensor of a loaded model is for."""
     for tensor in [*model.parameters(), *model.buffers()]:
         ledger.claim(tensor, "norms and biases")
     for projection in projections(model).values():
         for name, tensor in projection.frozen.weight.stored():
             ledger.claim(tensor, purpose_of_part(name))
-    for _, tensor in head.linear.weight.stored():
+    for _, tensor in model.get_output_embeddings().weight.stored():
         ledger.claim(tensor, "head")
     # Last: it may be the head.
     ledger.claim(model.get_input_embeddings().weight, "embeddings")

@@ -41,6 +41,8 @@ from qlora_kit.lora.adapter import BaseRecord
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes, restart_peak
 from qlora_kit.step.reducers import apply, resolve, without_effect
+from qlora_kit.tasks.causal import CAUSAL
+from qlora_kit.tasks.task import Task
 from qlora_kit.train.checkpoint import (
     Progress,
     StepPlan,
@@ -111,6 +113,7 @@ def train_adapter(
     rows: TokenRows,
     config: TrainConfig,
     *,
+    task: Task = CAUSAL,
     pad_token_id: int = 0,
     evaluate: Callable[[], float] | None = None,
     loss: ChunkLoss | None = None,
@@ -124,6 +127,7 @@ def train_adapter(
         adapter: trained in place.
         rows: tokenised training rows.
         config: everything else that was asked for.
+        task: what a row means.
         pad_token_id: fills short rows of a batch; never seen by the loss.
         evaluate: returns the validation loss; called while training with the adapter in place.
         loss: custom loss of a chunk of logits and targets, returning a sum; cross-entropy if
@@ -142,7 +146,16 @@ def train_adapter(
     """
     _check_one_process()
     run = _Run(
-        adapter, rows, config, pad_token_id, evaluate, loss, saving, before_first_step, announce
+        adapter,
+        rows,
+        config,
+        task,
+        pad_token_id,
+        evaluate,
+        loss,
+        saving,
+        before_first_step,
+        announce,
     )
     with signals.deferred():
         return run.run()
@@ -155,6 +168,7 @@ class _Run:
     adapter: Adapter
     rows: TokenRows
     config: TrainConfig
+    task: Task
     pad_token_id: int
     evaluate: Callable[[], float] | None
     loss: ChunkLoss | None
@@ -173,14 +187,14 @@ class _Run:
         )
         self.step = OptimizerStep(
             adapter=self.adapter,
+            objective=self.task.objective(
+                self.adapter.base, self.pad_token_id, config.loss_chunk_tokens, self.loss
+            ),
             rows=self.rows,
             optimizer=self.trainee.optimizer,
             scaler=self.trainee.scaler,
             micro_batch_rows=config.batch_size,
-            loss_chunk_tokens=config.loss_chunk_tokens,
             max_grad_norm=config.max_grad_norm,
-            pad_token_id=self.pad_token_id,
-            loss=self.loss,
             on_halved=self._record_halving,
         )
         self.plan = plan_steps(len(self.rows), config)
@@ -298,7 +312,7 @@ class _Run:
                 loss=taken.loss,
                 learning_rate=rate,
                 grad_norm=taken.grad_norm,
-                supervised_tokens=taken.supervised_tokens,
+                supervised_tokens=taken.weight,
                 tokens=taken.tokens,
                 step_seconds=time.perf_counter() - start,
                 memory_bytes=memory_in_use_bytes(self.device),

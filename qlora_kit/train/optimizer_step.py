@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.data.batch import Batch, Indices, collate
+from qlora_kit.data.batch import Indices
 from qlora_kit.errors import OutOfMemory, TornStep
-from qlora_kit.layers.loss import ChunkLoss
 from qlora_kit.lora.attach import Adapter
-from qlora_kit.model.head import head_of
 from qlora_kit.model.memory import is_out_of_memory, release_memory
 from qlora_kit.signals import safe_point
-from qlora_kit.step.forward import loss_sum
+from qlora_kit.tasks.task import Batch, Objective
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
 from qlora_kit.train.random_states import random_states, restore_random_states
 
@@ -43,9 +41,9 @@ class Taken:
     """What an optimiser step came to.
 
     Attributes:
-        loss: mean over the window's supervised tokens, nats per token.
+        loss: mean over the window's weight, such as nats per supervised token.
         grad_norm: before clipping.
-        supervised_tokens: in the window.
+        weight: of the window, what its loss is a mean over.
         tokens: in the window, padding not counted.
         suspect_rows: where the step was skipped, the rows of the micro-batches whose loss is
             not finite, or of all where only the gradient is not; else empty.
@@ -54,7 +52,7 @@ class Taken:
 
     loss: float
     grad_norm: float
-    supervised_tokens: int
+    weight: int
     tokens: int
     suspect_rows: Indices = ()
     overflowed: bool = False
@@ -66,31 +64,26 @@ class OptimizerStep:
 
     Attributes:
         adapter: trained in place.
+        objective: what is minimised.
         rows: all training rows.
         optimizer: over the adapter's parameters.
         scaler: of the loss; disabled where nothing is computed in float16.
         micro_batch_rows: most rows that go through the model at a time.
-        loss_chunk_tokens: tokens whose logits exist at one time.
         max_grad_norm: clipped to; 0 is no clipping.
-        pad_token_id: fills short rows of a batch; never seen by the loss.
-        loss: custom loss of a chunk, or None for cross-entropy.
         on_halved: told the new `micro_batch_rows` when memory ran out.
     """
 
     adapter: Adapter
+    objective: Objective
     rows: TokenRows
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     micro_batch_rows: int
-    loss_chunk_tokens: int
     max_grad_norm: float
-    pad_token_id: int = 0
-    loss: ChunkLoss | None = None
     on_halved: Callable[[int], None] = lambda rows: None
 
     def __post_init__(self) -> None:
         self.model = self.adapter.base.model
-        self.head = head_of(self.model)
         self.device = self.adapter.base.hardware.device
         self.parameters = list(self.adapter.parameters().values())
 
@@ -111,7 +104,7 @@ class OptimizerStep:
             Stopped: a signal came. The weights and random states are those before the step.
         """
         losses, batches, norm = self._gradients(window)
-        supervised = sum(batch.supervised_tokens for batch in batches)
+        weight = sum(batch.weight for batch in batches)
         overflowed = False
         suspect = _suspect_rows(losses, norm, batches, is_scaled=self.scaler.is_enabled())
         if not suspect:
@@ -124,9 +117,9 @@ class OptimizerStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return Taken(
-            loss=math.fsum(losses) / supervised,
+            loss=math.fsum(losses) / weight,
             grad_norm=norm,
-            supervised_tokens=supervised,
+            weight=weight,
             tokens=sum(batch.tokens for batch in batches),
             suspect_rows=suspect,
             overflowed=overflowed,
@@ -155,12 +148,12 @@ class OptimizerStep:
 
     def _backward(self, window: Window) -> tuple[list[float], list[Batch]]:
         batches = [self._collate(indices) for indices in cut(window, self.micro_batch_rows)]
-        supervised = sum(batch.supervised_tokens for batch in batches)
+        weight = sum(batch.weight for batch in batches)
         sums = []
         for batch in batches:
             safe_point()
-            summed = self._loss_sum(batch)
-            _differentiate(self.scaler.scale(summed / supervised))
+            summed = self.objective.loss_sum(batch)
+            _differentiate(self.scaler.scale(summed / weight))
             sums.append(summed.detach().double())
         # One transfer from the device for all micro-batches.
         losses: list[float] = torch.stack(sums).tolist()
@@ -195,17 +188,7 @@ class OptimizerStep:
             ) from error
 
     def _collate(self, indices: Indices) -> Batch:
-        rows = [self.rows[index] for index in indices]
-        return collate(rows, self.pad_token_id, self.adapter.base.batch_width)
-
-    def _loss_sum(self, batch: Batch) -> Tensor:
-        return loss_sum(
-            self.model,
-            batch.to(self.device),
-            self.head,
-            loss=self.loss,
-            chunk_tokens=self.loss_chunk_tokens,
-        )
+        return self.objective.batch([self.rows[index] for index in indices])
 
     def _halve(self, window: Window) -> None:
         micro_batches = list(cut(window, self.micro_batch_rows))
@@ -264,7 +247,7 @@ class OptimizerStep:
 
     def _seconds(self, batch: Batch) -> float:
         start = time.perf_counter()
-        _differentiate(self._loss_sum(batch))
+        _differentiate(self.objective.loss_sum(batch))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start

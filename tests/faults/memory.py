@@ -18,6 +18,7 @@ import qlora_kit as qk
 from qlora_kit.errors import OutOfMemory
 from qlora_kit.events import Event, MicroBatchHalved, StepFinished
 from qlora_kit.infer.evaluate import evaluate
+from qlora_kit.tasks.causal import CausalObjective
 from qlora_kit.train.optimizer_step import OptimizerStep
 
 from .children import Ended, finish, spread
@@ -76,13 +77,13 @@ def _trained(sample: Sample, fail: Callable[..., Tensor] | None) -> _Trained:
     cuts: list[int] = []
     rows: list[int] = []
     calls = itertools.count()
-    real_backward, real_loss_sum = OptimizerStep._backward, OptimizerStep._loss_sum
+    real_backward, real_loss_sum = OptimizerStep._backward, CausalObjective.loss_sum
 
     def backward(self: OptimizerStep, window: Any) -> Any:
         rows.clear()
         return real_backward(self, window)
 
-    def loss_sum(self: OptimizerStep, batch: Any) -> Tensor:
+    def loss_sum(self: CausalObjective, batch: Any) -> Tensor:
         rows.extend(batch.rows)
         summed = real_loss_sum(self, batch)
         return fail(summed, len(batch.rows), next(calls)) if fail else summed
@@ -94,12 +95,12 @@ def _trained(sample: Sample, fail: Callable[..., Tensor] | None) -> _Trained:
             cuts.append(event.rows_now)
 
     OptimizerStep._backward = backward  # type: ignore[method-assign]
-    OptimizerStep._loss_sum = loss_sum  # type: ignore[method-assign]
+    CausalObjective.loss_sum = loss_sum  # type: ignore[method-assign]
     try:
         qk.train_adapter(adapter, make_rows(), options(), announce=listen)
     finally:
         OptimizerStep._backward = real_backward  # type: ignore[method-assign]
-        OptimizerStep._loss_sum = real_loss_sum  # type: ignore[method-assign]
+        CausalObjective.loss_sum = real_loss_sum  # type: ignore[method-assign]
     return steps, cuts
 
 
@@ -132,7 +133,7 @@ def _wrong_training(expected: _Trained, found: _Trained, most_rows: int) -> Iter
 
 
 def _in_evaluation(sample: Sample, number: int) -> list[str]:
-    from qlora_kit.infer import evaluate as module
+    from qlora_kit.tasks import causal as module
 
     base = make_adapter(sample.model).base
     expected = evaluate(base, make_rows(), batch_size=8)

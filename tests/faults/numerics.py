@@ -19,9 +19,9 @@ import qlora_kit as qk
 from qlora_kit.errors import LearningError, NumericsError
 from qlora_kit.events import Event, StepFinished, StepSkipped, announce_to
 from qlora_kit.report.log import Log
+from qlora_kit.tasks.causal import CausalObjective
 from qlora_kit.train.checkpoint import find_checkpoint
 from qlora_kit.train.loop import Saving
-from qlora_kit.train.optimizer_step import OptimizerStep
 
 from .children import spread
 from .loops import are_equal, make_adapter, make_rows, options, weights_of
@@ -105,7 +105,7 @@ def _injected(sample: Sample, case: Case) -> list[str]:
     except NumericsError as error:
         ended_well = error.exit_code != 4
     finally:
-        OptimizerStep._loss_sum = _REAL_LOSS_SUM  # type: ignore[method-assign]
+        CausalObjective.loss_sum = _REAL_LOSS_SUM  # type: ignore[method-assign]
     wrong = [] if ended_well == (case.in_a_row < _TOO_MANY) else ["ended as it should not"]
     wrong += _wrong_log(case, output, hit_rows)
     skipped = [event.optimizer_step for event in events if isinstance(event, StepSkipped)]
@@ -121,7 +121,7 @@ def _injected(sample: Sample, case: Case) -> list[str]:
     return [f"{case}: {fault}" for fault in wrong]
 
 
-_REAL_LOSS_SUM = OptimizerStep._loss_sum
+_REAL_LOSS_SUM = CausalObjective.loss_sum
 
 
 def _hit(case: Case) -> dict[int, list[int]]:
@@ -129,7 +129,7 @@ def _hit(case: Case) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = {}
     calls = 0
 
-    def loss_sum(self: OptimizerStep, batch: Any) -> Tensor:
+    def loss_sum(self: CausalObjective, batch: Any) -> Tensor:
         nonlocal calls
         step, micro_batch = calls // _MICRO_BATCHES + 1, calls % _MICRO_BATCHES
         calls += 1
@@ -143,10 +143,11 @@ def _hit(case: Case) -> dict[int, list[int]]:
             return summed
         if case.place == "loss":
             return summed + case.value
-        _add_once(self.parameters[-1], case.value)
+        trained = [each for each in self.base.model.parameters() if each.requires_grad]
+        _add_once(trained[-1], case.value)
         return summed
 
-    OptimizerStep._loss_sum = loss_sum  # type: ignore[method-assign]
+    CausalObjective.loss_sum = loss_sum  # type: ignore[method-assign]
     return rows
 
 

@@ -46,15 +46,15 @@ _PHASES: dict[str, tuple[Callable[[_Act], None], ...]] = {
     "training": (
         partial(at_event, StepFinished, 1),
         partial(at_event, StepFinished, 17),
-        partial(at_call, "qlora_kit.train.optimizer_step:loss_sum", 23),
+        partial(at_call, "qlora_kit.tasks.causal:loss_sum", 23),
         partial(at_call, "torch:Tensor.backward", 50),
         partial(at_call, "torch.optim:AdamW.step", 12),
         partial(at_call, "torch.optim:AdamW.step", 30),
     ),
     "evaluating": (
-        partial(at_call, "qlora_kit.infer.evaluate:scores", 1),
-        partial(at_call, "qlora_kit.infer.evaluate:scores", 5),
-        partial(at_call, "qlora_kit.infer.evaluate:scores", 6),
+        partial(at_call, "qlora_kit.tasks.causal:scores", 1),
+        partial(at_call, "qlora_kit.tasks.causal:scores", 5),
+        partial(at_call, "qlora_kit.tasks.causal:scores", 6),
     ),
     "saving": (
         partial(at_call, "qlora_kit.train.checkpoint:save_adapter", 3),

@@ -1,0 +1,147 @@
+"""Causal language modelling: each supervised token is predicted from those before it.
+
+Takes a loaded model (with or without LoRA) and a batch; returns sums over supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qlora_kit.data.batch import Batch, collate
+from qlora_kit.layers.head import Head
+from qlora_kit.layers.loss import (
+    CHUNK_TOKENS,
+    ChunkLoss,
+    TokenScores,
+    chunked_loss_sum,
+    cross_entropy_sum,
+    score_tokens,
+)
+from qlora_kit.model.head import head_of
+from qlora_kit.model.load import Base
+from qlora_kit.tasks.task import RowSums, Task
+
+
+class Supervised(NamedTuple):
+    """Hidden states and targets of the supervised tokens only: (N, D) and (N,)."""
+
+    hidden: Tensor
+    targets: Tensor
+
+
+def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
+    """Run the layers on a batch and pick the states that predict a supervised token.
+
+    The state at position t predicts the label at t + 1. Tokens without a label never reach
+    the head, which is the larger part of the work of a small model.
+    """
+    # No mask: it would keep attention from its fast kernels, and `Batch` needs none.
+    outputs = model.base_model(input_ids=batch.input_ids, attention_mask=None, use_cache=False)
+    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
+    return Supervised(hidden, batch.labels.flatten().index_select(0, batch.positions + 1))
+
+
+def loss_sum(
+    model: PreTrainedModel,
+    batch: Batch,
+    head: Head,
+    *,
+    loss: ChunkLoss | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Return the loss of a batch, summed over its supervised tokens: a scalar.
+
+    Args:
+        model: with or without LoRA.
+        batch: on the model's device.
+        head: formula of its logits.
+        loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
+    hidden, targets = supervised_states(model, batch)
+    if loss is None:
+        return cross_entropy_sum(hidden, targets, head, chunk_tokens)
+    return chunked_loss_sum(hidden, targets, head, loss, chunk_tokens)
+
+
+@torch.no_grad()
+def scores(
+    model: PreTrainedModel, batch: Batch, head: Head, chunk_tokens: int = CHUNK_TOKENS
+) -> TokenScores:
+    """Return log p and top-1 agreement of every supervised token of a batch."""
+    hidden, targets = supervised_states(model, batch)
+    return score_tokens(hidden, targets, head, chunk_tokens)
+
+
+@dataclass(frozen=True)
+class CausalObjective:
+    """Causal language modelling on a loaded base.
+
+    Attributes:
+        base: with or without an adapter.
+        pad_token_id: fills short rows of a batch; never seen by the loss.
+        chunk_tokens: tokens whose logits exist at one time.
+        loss: custom loss of a chunk of logits and targets; cross-entropy if None.
+    """
+
+    base: Base
+    pad_token_id: int = 0
+    chunk_tokens: int = CHUNK_TOKENS
+    loss: ChunkLoss | None = None
+
+    @cached_property
+    def head(self) -> Head:
+        """The formula of the model's logits."""
+        return head_of(self.base.model)
+
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """See `Objective`; padded to a width that suits the device."""
+        return collate(rows, self.pad_token_id, self.base.batch_width)
+
+    def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> Batch:
+        """See `Objective`: zeros, of which all but the first of each row are targets."""
+        ids = torch.zeros(rows, self.base.batch_width(tokens), dtype=torch.int64, device="cpu")
+        count = weight or rows * (tokens - 1)
+        positions = torch.zeros(count, dtype=torch.int64, device="cpu")
+        return Batch(ids, ids, (tokens,) * rows, tuple(range(rows)), positions)
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """See `Objective`."""
+        where = batch.to(self.base.hardware.device)
+        return loss_sum(
+            self.base.model, where, self.head, loss=self.loss, chunk_tokens=self.chunk_tokens
+        )
+
+    def measured(self, batch: Batch) -> TokenScores:
+        """See `Objective`."""
+        where = batch.to(self.base.hardware.device)
+        return scores(self.base.model, where, self.head, self.chunk_tokens)
+
+    def row_sums(self, batch: Batch, measured: TokenScores) -> RowSums:
+        """See `Objective`."""
+        row_of = batch.positions.cpu() // batch.input_ids.shape[1]
+
+        def summed(values: Tensor) -> Tensor:
+            return torch.bincount(row_of, values.double().cpu(), minlength=len(batch.rows))
+
+        weight = summed(torch.ones(len(row_of)))
+        correct = {"token_accuracy": summed(measured.is_top)}
+        return RowSums(weight, -summed(measured.logprobs), correct)
+
+
+CAUSAL = Task(
+    name="causal",
+    loads="AutoModelForCausalLM",
+    peft_type="CAUSAL_LM",
+    metrics=("token_accuracy",),
+    weighs="supervised tokens",
+    generates=True,
+    objective=CausalObjective,
+)
