@@ -162,11 +162,11 @@ def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def simulated_once() -> Iterator[None]:
     """Plans of a module simulate the same step once: for tests of what is not the simulation."""
-    from qlora_kit.plan import search, subject
+    from qlora_kit.plan import planning, search
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "take_survey", remembering(search.take_survey))
-        patch.setattr(subject, "predict", remembering(subject.predict))
+        patch.setattr(planning, "predict", remembering(planning.predict))
         yield
 
 
