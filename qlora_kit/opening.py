@@ -134,14 +134,15 @@ class Opened:
         """
         from qlora_kit.layers.projections import projections, vocabulary_paths
         from qlora_kit.lora.attach import check_patterns, resolve_targets
-        from qlora_kit.model.architecture import build_skeleton
 
-        skeleton = build_skeleton(self.spec(options).architecture())
+        skeleton = self.spec(options).skeleton()
         layers = projections(skeleton)
         paths = resolve_targets(layers, lora.targets, vocabulary_paths(skeleton))
         check_patterns(paths, lora)
         shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
-        return sum(width * lora.rank_of(path) for width, path in shapes)
+        count: int = sum(width * lora.rank_of(path) for width, path in shapes)
+        whole = (skeleton.get_submodule(path) for path in lora.whole)
+        return count + sum(each.numel() for layer in whole for each in layer.parameters())
 
     def load(
         self, options: BaseModelOptions, announce: Announce, threads: Threads | None = None

@@ -25,7 +25,6 @@ from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.lora.saved import check_saved
-from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, freeze, frozen_tensors, stored_quantization
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
@@ -131,7 +130,7 @@ def merge_to(
     """
     merge = Merge(stored, spec, dtype, over, requantize, device or _CPU)
     check_target(folder, [stored.folder, spec.folder], overwrite)
-    skeleton = build_skeleton(spec.architecture())
+    skeleton = spec.skeleton()
     _check_possible(merge, skeleton)
     check_layers(stored, projections(skeleton), "the base")
     shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}

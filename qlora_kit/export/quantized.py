@@ -22,7 +22,7 @@ from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import PlainWeight
-from qlora_kit.model.architecture import build_skeleton, unquantized_share
+from qlora_kit.model.architecture import unquantized_share
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
 from qlora_kit.storage import check_space, staged_folder
@@ -78,7 +78,7 @@ def quantize_to(
         OutputError: see `merge.check_target`; or the folder exists.
     """
     check_target(folder, [spec.folder], overwrite)
-    skeleton = build_skeleton(spec.architecture())
+    skeleton = spec.skeleton()
     if not has_original(spec, skeleton):
         raise ModelError(
             f"{spec.source.name}: is quantised already; expected unquantised weights; name the "

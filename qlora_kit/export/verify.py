@@ -29,7 +29,6 @@ from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.lora.adapter import library_versions
-from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import dtype_name
 from qlora_kit.model.head import head_of
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
@@ -61,7 +60,7 @@ def verify_merge(
             to the dtype takes most of the delta away. Layers are named.
         OutOfMemory: a layer does not fit.
     """
-    skeleton = build_skeleton(merge.spec.architecture())
+    skeleton = merge.spec.skeleton()
     parameters = Parameters(merge, skeleton, folder)
     _check_names(parameters, skeleton, folder)
     weigher = _Weigher(merge, folder)

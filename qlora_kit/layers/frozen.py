@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.layers.weight import FrozenWeight
+from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 
 
 class FrozenLinear(nn.Module):
@@ -38,6 +38,13 @@ class FrozenLinear(nn.Module):
     def of(cls, linear: nn.Linear) -> FrozenLinear:
         """Return an empty frozen layer of the shape of `linear`."""
         return cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+
+    @classmethod
+    def holding(cls, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
+        """Return a frozen layer of an unquantised weight (K, D) and a bias (K,)."""
+        layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer.weight, layer.bias = PlainWeight(weight), bias
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""

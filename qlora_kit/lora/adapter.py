@@ -32,7 +32,6 @@ from qlora_kit.lora.files import (
     read_peft_config,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
-from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.load import Base
 from qlora_kit.redact import redacted_values
@@ -135,7 +134,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     for path, layer in adapter.layers.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    for name, tensor in adapter.saved.items():
+    for name, tensor in {**adapter.saved, **adapter.whole_parameters()}.items():
         tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     save_tensors(folder / WEIGHTS, tensors)
     # A base may be named by a folder or an address that has a secret in it.
@@ -149,7 +148,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": spec.task_type,
         "base_model_name_or_path": record.base,
         "revision": record.revision,
         "r": spec.rank,
@@ -161,7 +160,10 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "target_modules": _target_modules(adapter),
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": sorted({n.rpartition(".")[0] for n in adapter.saved}) or None,
+        "modules_to_save": sorted(
+            {name.rpartition(".")[0] for name in (*adapter.saved, *adapter.whole_parameters())}
+        )
+        or None,
         "inference_mode": True,
     }
 
@@ -342,7 +344,7 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     stored = read_adapter(folder)
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
-    adapter.fill(stored.tensors)
+    adapter.fill(stored.tensors, stored.saved)
     originals = put_in_place(base.model, stored.saved)
     return replace(adapter, saved=stored.saved, originals=originals)
 
@@ -356,7 +358,7 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
     """
     check_layers(stored, projections(base.model), base.spec.source.name)
     if stored.saved:
-        shapes = build_skeleton(base.spec.architecture()).state_dict()
+        shapes = base.spec.skeleton().state_dict()
         check_saved(stored.saved, {n: tuple(t.shape) for n, t in shapes.items()}, stored.folder)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(

@@ -21,7 +21,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.projections import Group, Projection, projections, vocabulary_paths
-from qlora_kit.layers.weight import PlainWeight
+from qlora_kit.layers.trained import TrainedLinear
 from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.model.load import Base
 
@@ -45,6 +45,8 @@ class LoraSpec:
         rslora: scaling = alpha / √rank instead of alpha / rank.
         rank_pattern: rank by the end of a path or a regular expression, as in PEFT.
         alpha_pattern: alpha likewise.
+        whole: paths of linear layers that are trained whole, without LoRA.
+        task_type: what PEFT calls the task that they are trained for.
     """
 
     rank: int = _DEFAULTS.rank
@@ -54,6 +56,8 @@ class LoraSpec:
     rslora: bool = _DEFAULTS.rslora
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    task_type: str = "CAUSAL_LM"
 
     @classmethod
     def of(cls, options: LoraOptions) -> LoraSpec:
@@ -104,6 +108,7 @@ class Adapter:
         base: what it is attached to.
         spec: how.
         layers: the LoRA layers by path.
+        whole: the layers that are trained whole, by path.
         saved: parameters that stand in place of the base's, by name.
         originals: the base's own, by name, see `lora.saved`.
     """
@@ -111,15 +116,20 @@ class Adapter:
     base: Base
     spec: LoraSpec
     layers: Mapping[str, LoRALinear]
+    whole: Mapping[str, TrainedLinear] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
 
     @torch.no_grad()
-    def fill(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set every A and B from `tensors`, by path."""
+    def fill(
+        self, tensors: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor]
+    ) -> None:
+        """Set every A and B by path, and what is trained whole by name."""
         for path, (a, b) in tensors.items():
             self.layers[path].lora_A.copy_(a)
             self.layers[path].lora_B.copy_(b)
+        for name, parameter in self.whole_parameters().items():
+            parameter.copy_(whole[name])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a stable order."""
@@ -127,7 +137,15 @@ class Adapter:
         for path, layer in self.layers.items():
             named[f"{path}.lora_A"] = layer.lora_A
             named[f"{path}.lora_B"] = layer.lora_B
-        return named
+        return {**named, **self.whole_parameters()}
+
+    def whole_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the layers that are trained whole, by name."""
+        return {
+            f"{path}.{leaf}": parameter
+            for path, layer in self.whole.items()
+            for leaf, parameter in layer.named_parameters()
+        }
 
     @property
     def trainable(self) -> int:
@@ -229,7 +247,25 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             generator=generator,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
-    return Adapter(base, spec, layers)
+    return Adapter(base, spec, layers, _train_whole(base, spec, layers))
+
+
+def _train_whole(
+    base: Base, spec: LoraSpec, layers: Mapping[str, LoRALinear]
+) -> dict[str, TrainedLinear]:
+    whole = {}
+    for path in spec.whole:
+        layer = base.model.get_submodule(path)
+        if path in layers or not isinstance(layer, FrozenLinear):
+            raise ConfigError(f"{path}: cannot be trained whole; expected a layer without LoRA")
+        if layer is base.model.get_output_embeddings():
+            raise ConfigError(
+                f"{path}: the loss takes the output head for frozen; leave it out of what is "
+                "trained whole"
+            )
+        whole[path] = TrainedLinear(layer)
+        base.model.set_submodule(path, whole[path])
+    return whole
 
 
 def check_free(base: Base) -> None:
@@ -246,6 +282,8 @@ def detach(adapter: Adapter) -> Base:
     """Take the LoRA layers off: the base is again what it was, bit for bit."""
     for path, layer in adapter.layers.items():
         adapter.base.model.set_submodule(path, layer.frozen)
+    for path, trained in adapter.whole.items():
+        adapter.base.model.set_submodule(path, trained.replaced)
     put_back(adapter.base.model, adapter.originals)
     return adapter.base
 
@@ -258,12 +296,11 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
     weight is dequantised, the delta added in fp32, and the sum rounded once; it is never
     quantised again.
     """
+    model = adapter.base.model
     for path, layer in adapter.layers.items():
         merged = layer.frozen.weight.dequantize(torch.float32) + layer.delta()
-        frozen = FrozenLinear(
-            layer.frozen.in_features, layer.frozen.out_features, bias=layer.frozen.bias is not None
-        )
-        frozen.bias = layer.frozen.bias
-        frozen.weight = PlainWeight(merged.to(dtype))
-        adapter.base.model.set_submodule(path, frozen)
+        model.set_submodule(path, FrozenLinear.holding(merged.to(dtype), layer.frozen.bias))
+    for path, trained in adapter.whole.items():
+        bias = None if trained.bias is None else trained.bias.detach().to(dtype)
+        model.set_submodule(path, FrozenLinear.holding(trained.weight.detach().to(dtype), bias))
     return adapter.base

@@ -150,6 +150,16 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
     return skeleton
 
 
+def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return the same architecture with so many decoder layers."""
+    short = copy.deepcopy(architecture)
+    text = short.get_text_config()
+    text.num_hidden_layers = layers
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = (kinds * layers)[:layers]
+    return short
+
+
 def _fill_computed_buffers(skeleton: PreTrainedModel) -> None:
     """Compute what no checkpoint stores, such as the rotary frequencies."""
     stored = set(skeleton.state_dict())

@@ -25,9 +25,11 @@ from qlora_kit.layers.projections import projected_weights
 from qlora_kit.layers.quantize import Quantization, read_quantized
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.architecture import (
+    CAUSAL_LM,
     architecture_from,
     build_skeleton,
     read_architecture,
+    shortened,
     unquantized_share,
 )
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
@@ -53,12 +55,14 @@ class BaseSpec:
         folder: where its files are; None for random weights of a known architecture.
         quantization: how its weights are held.
         random: random weights instead of the stored ones.
+        loads: the class of transformers' that it is loaded as.
     """
 
     source: ModelSource
     folder: Path | None
     quantization: Quantization
     random: bool = False
+    loads: str = CAUSAL_LM
 
     def architecture(self) -> PreTrainedConfig:
         """Return the architecture, from the folder or from `configs/`."""
@@ -67,6 +71,12 @@ class BaseSpec:
         if self.source.architecture is None:
             raise ModelError(f"{self.source.name}: its architecture is not known; give a folder")
         return architecture_from(dict(self.source.architecture))
+
+    def skeleton(self, layers: int | None = None) -> PreTrainedModel:
+        """Return the model without weights, with fewer decoder layers where that is asked for."""
+        architecture = self.architecture()
+        whole = architecture if layers is None else shortened(architecture, layers)
+        return build_skeleton(whole, self.loads)
 
 
 @dataclass(frozen=True)
@@ -323,7 +333,7 @@ def load_base(
         ModelError: the checkpoint does not fit its architecture, or the architecture would
             stay largely unquantised, or computes its logits in an unknown way.
     """
-    model = build_skeleton(spec.architecture())
+    model = spec.skeleton()
     share = unquantized_share(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = Digest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_kit.config import TrainConfig, that_decide
-from qlora_kit.model.architecture import build_skeleton, unquantized_share
+from qlora_kit.model.architecture import unquantized_share
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.plan.alternatives import nothing_fits
 from qlora_kit.plan.budget import Budget
@@ -129,8 +129,7 @@ def make_plan(
         ModelError: of an architecture that the kit does not train.
         ConfigError: a target names no layer; or nothing fits, with what would.
     """
-    architecture = subject.spec.architecture()
-    unquantized_share(build_skeleton(architecture))
+    unquantized_share(subject.spec.skeleton())
     warnings = tuple(_warnings(subject))
     if not (budget.is_bounded and choose):
         return replace(_as_asked(config, subject, budget), warnings=warnings)

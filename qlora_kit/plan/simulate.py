@@ -8,7 +8,6 @@ saving, merging. What stands here is only how they are called.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.export.merge import merged_tensors
@@ -26,10 +25,10 @@ from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach, resolve_targets
-from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.load import (
     Base,
+    BaseSpec,
     Placement,
     fill,
     freeze,
@@ -129,32 +128,22 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     """
     rows, architecture = subject.rows, subject.spec.architecture()
     supervised = rows.supervised_of(config.batch_size)
-    with simulated_run(subject, config, build_skeleton(architecture)) as run:
+    with simulated_run(subject, config, subject.spec.skeleton()) as run:
         run.step(config, BatchShape(config.batch_size, rows.tokens, supervised))
         run.hold()
         run.save()
     evaluated = BatchShape(config.eval_batch_size, rows.evaluation_tokens or rows.tokens)
-    short = build_skeleton(shortened(architecture, _EVALUATED_LAYERS))
+    short = subject.spec.skeleton(_EVALUATED_LAYERS)
     with simulated_run(subject, config, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
     # Built outside: the placeholders of a skeleton are no memory.
     layers = architecture.get_text_config().num_hidden_layers
-    merged = min(layers, _layers_of_a_shard(architecture) + 1)
-    skeleton = build_skeleton(shortened(architecture, merged))
+    merged = min(layers, _layers_of_a_shard(subject.spec) + 1)
+    skeleton = subject.spec.skeleton(merged)
     with _simulation(subject.hardware) as ledger:
         _merge(ledger, skeleton, subject, run, layers / merged)
     device = {phase: run.device[phase] for phase in PHASES}
     return Prediction(device, {phase: run.host[phase] for phase in PHASES}, evaluation_rows)
-
-
-def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """Return the same architecture with so many decoder layers."""
-    short = copy.deepcopy(architecture)
-    text = short.get_text_config()
-    text.num_hidden_layers = layers
-    if kinds := getattr(text, "layer_types", None):
-        text.layer_types = (kinds * layers)[:layers]
-    return short
 
 
 @contextlib.contextmanager
@@ -387,9 +376,9 @@ def _merge(
     del others
 
 
-def _layers_of_a_shard(architecture: PreTrainedConfig) -> int:
+def _layers_of_a_shard(spec: BaseSpec) -> int:
     """Return how many decoder layers fill a file of merged weights."""
-    one = projections(build_skeleton(shortened(architecture, 1))).values()
+    one = projections(spec.skeleton(1)).values()
     numbers = sum(layer.in_features * layer.out_features for layer in one)
     return math.ceil(_SHARD_BYTES / (numbers * torch.float16.itemsize))
 

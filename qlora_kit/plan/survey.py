@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.plan.ledger import Work
-from qlora_kit.plan.simulate import BatchShape, SimulatedRun, shortened, simulated_run
+from qlora_kit.plan.simulate import BatchShape, SimulatedRun, simulated_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.step.offload import pinned_bytes
 
@@ -205,7 +204,7 @@ def take_survey(
     measured = rows[:2]
 
     def run_of(depth: int) -> AbstractContextManager[SimulatedRun]:
-        return simulated_run(subject, config, build_skeleton(shortened(architecture, depth)))
+        return simulated_run(subject, config, subject.spec.skeleton(depth))
 
     with run_of(_DEPTH + 1) as run:
         deeper = _sample(run, config, BatchShape(rows[0], tokens), tiles[0], keep_layers=1)

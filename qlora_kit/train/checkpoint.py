@@ -329,7 +329,8 @@ def restore_checkpoint(folder: Path, trainee: Trainee) -> Progress:
         StorageError: the checkpoint is not as it was written.
     """
     state = read_state(folder)
-    trainee.adapter.fill(read_adapter(folder).tensors)
+    stored = read_adapter(folder)
+    trainee.adapter.fill(stored.tensors, stored.saved)
     restore_optimizer(
         trainee.optimizer,
         trainee.adapter.parameters(),

@@ -28,6 +28,7 @@ def check_gradients(adapter: Adapter) -> None:
         LearningError: naming the layers without one.
     """
     gradients = {path: layer.lora_B.grad for path, layer in adapter.layers.items()}
+    gradients |= {path: layer.weight.grad for path, layer in adapter.whole.items()}
     if dead := _all_zero(gradients):
         raise LearningError(
             f"after the first step {_named(dead)} got no gradient, so nothing is learnt there; "
