@@ -141,8 +141,9 @@ class Opened:
         check_patterns(paths, lora)
         shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
         count: int = sum(width * lora.rank_of(path) for width, path in shapes)
-        whole = (skeleton.get_submodule(path) for path in lora.whole)
-        return count + sum(each.numel() for layer in whole for each in layer.parameters())
+        for path in lora.whole:
+            count += sum(each.numel() for each in skeleton.get_submodule(path).parameters())
+        return count
 
     def load(
         self, options: BaseModelOptions, announce: Announce, threads: Threads | None = None
