@@ -82,13 +82,12 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     opened = open_tokenizer(options, announce, config.adapter)
     spec = opened.spec(options)
     rows = _verification_rows(config, opened, announce)
-    report: MergeReport | None = None
+    reports: list[MergeReport] = []
 
     def check(merge: Merge, folder: Path) -> None:
-        nonlocal report
-        report = verify_merge(merge, folder, rows, announce)
-        check_threshold(report, config.verify_threshold)
-        _write_merge_report(folder, report)
+        reports.append(verify_merge(merge, folder, rows, announce))
+        check_threshold(reports[0], config.verify_threshold)
+        _write_merge_report(folder, reports[0])
 
     merged = merge_to(
         config.to,
@@ -104,7 +103,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
         check=check,
         announce=announce,
     )
-    assert report is not None
+    (report,) = reports
     _announce_merge(config, model, merged, report, announce)
     return {
         **asdict(merged),

@@ -1,0 +1,294 @@
+"""One run of training: what it is made of, and its story from there to the report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_kit.config import TrainConfig, compared
+from qlora_kit.data.batch import row_lengths
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.tokens import Tokenized
+from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
+from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
+from qlora_kit.infer.evaluate import evaluate
+from qlora_kit.infer.samples import SampleAccount
+from qlora_kit.lora.adapter import BaseRecord, save_adapter
+from qlora_kit.lora.attach import Adapter, LoraSpec, attach
+from qlora_kit.model.hardware import make_deterministic
+from qlora_kit.model.threads import choose_threads
+from qlora_kit.opening import Opened
+from qlora_kit.plan.planning import Plan
+from qlora_kit.plan.run import PICTURE, MemoryAccount, plan_run
+from qlora_kit.recipe.rows import surveyed, token_rows
+from qlora_kit.redact import redacted_values
+from qlora_kit.report import card, data_view, log, plot, run_page
+from qlora_kit.report.facts import RunSummary, header, speed
+from qlora_kit.report.trackers import Tracking
+from qlora_kit.signals import Stopped
+from qlora_kit.storage import storage_errors, write_text
+from qlora_kit.train.checkpoint import check_room
+from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
+from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
+from qlora_kit.train.resume import is_finished, resume_point
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to begin.
+
+    Attributes:
+        config: what was asked for, settled by the plan.
+        output: the run folder, claimed.
+        announce: receives the events.
+        samples: of training, as they were read.
+        validation: likewise, where a file of its own has them.
+        opened: the tokenizer and where the base is.
+        rows: tokenised, of training.
+        held_out: of validation.
+        plan: of its memory, where it could be made.
+        adapter: attached to the loaded base.
+        record: what the adapter's files say of the base.
+        identity: what must be equal to resume, value by name.
+        resume: the checkpoint it goes on from.
+    """
+
+    config: TrainConfig
+    output: Path
+    announce: Announce
+    samples: Samples
+    validation: Samples | None
+    opened: Opened
+    rows: Tokenized
+    held_out: Tokenized | None
+    plan: Plan | None
+    adapter: Adapter
+    record: BaseRecord
+    identity: dict[str, Any]
+    resume: Path | None
+
+    # ------------------------------------------------------------ before it begins
+
+    @classmethod
+    def prepared(
+        cls,
+        config: TrainConfig,
+        output: Path,
+        samples: Samples,
+        validation: Samples | None,
+        announce: Announce,
+    ) -> Run:
+        """Plan the run, load its base and attach its adapter."""
+        if config.deterministic:
+            make_deterministic()
+        threads = choose_threads(config.threads)
+        config = config.model_copy(update={"threads": threads.count})
+        opened, rows, held_out = token_rows(samples, validation, config, announce)
+        lora = LoraSpec.of(config)
+        trainable = opened.trainable(config, lora)
+        goes_on = config.resume is not None and bool(checkpoints(output))
+        plan = plan_run(
+            config,
+            opened.spec(config),
+            lora,
+            rows.rows,
+            held_out.rows if held_out else None,
+            announce,
+            choose=not goes_on,
+        )
+        config = plan.config if plan else config
+        steps = plan_steps(len(rows.rows), config)
+        check_room(output, trainable, steps, config)
+        base = opened.load(config, announce, threads)
+        adapter = attach(base, lora, config.seed)
+        record = BaseRecord.of(base, opened.fetched.revision, rows.template_hash)
+        identity = _identity(config, rows, held_out, adapter)
+        resume = resume_point(output, config, identity, steps.total, announce)
+        return cls(
+            config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
+            record, identity, resume,
+        )  # fmt: skip
+
+    def finished_before(self) -> dict[str, Any] | None:
+        """Return the outcome of a run that has nothing left to do, or None."""
+        if self.resume is None or not is_finished(self.output, self.resume, self.config):
+            return None
+        self.announce(Notice(f"{self.output}: this run is finished; nothing to do"))
+        return {"output": str(self.output), "finished": True}
+
+    # ------------------------------------------------------------ from its beginning to its end
+
+    def taken(self) -> dict[str, Any]:
+        """Train, and write all that a run leaves behind."""
+        if self.config.overwrite:
+            clear_run(self.output)
+        facts = header(self.adapter, self.rows, self.held_out, self.samples, self.config)
+        name = self.opened.source.name
+        self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))
+        self._save_inputs()
+        self._show_data()
+        memory = MemoryAccount(self.output, self.plan, self.announce)
+        samples = self._samples()
+        try:
+            result = self._trained(memory)
+        except (Stopped, NumericsError, OutOfMemory) as end:
+            self._say_how_to_go_on(end)
+            raise
+        return self._finished(result, memory, samples, facts)
+
+    def _save_inputs(self) -> None:
+        settings = redacted_values(self.config.model_dump(mode="json"))
+        write_text(self.output / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+        with storage_errors(self.output):
+            self.opened.tokenizer.save_pretrained(self.output)
+
+    def _show_data(self) -> None:
+        found = surveyed(
+            self.samples, self.validation, self.rows, self.held_out, self.opened, self.config,
+            data_view.ROWS,
+        )  # fmt: skip
+        write_text(self.output / data_view.NAME, data_view.data_page(found))
+        for warning in found.warnings():
+            self.announce(Notice(warning))
+
+    def _samples(self) -> SampleAccount:
+        """Return what writes the samples of the run's page, its first ones written."""
+        account = SampleAccount(
+            self.output, self.adapter.base, self.opened.tokenizer, self.announce
+        )
+        # A token in a cache of keys and values takes up to what two take in training.
+        tokens_at_once = self.config.batch_size * max(row_lengths(self.rows.rows)) // 2
+        account.begin(self.config.samples, (self.held_out or self.rows).rows, tokens_at_once)
+        return account
+
+    def _trained(self, memory: MemoryAccount) -> TrainResult:
+        first_step = 1 if self.resume is None else step_of(self.resume) + 1
+        with Tracking(self.config, self.output, first_step, self.announce) as tracking:
+            written = log.Log(self.output, self.config.logging_steps)
+            return train_adapter(
+                self.adapter,
+                self.rows.rows,
+                self.config,
+                pad_token_id=self.opened.tokenizer.pad_token_id,
+                evaluate=self._validation(),
+                saving=Saving(self.output, self.record, self.resume, self.identity),
+                before_first_step=memory.rehearse if self.config.rehearse else None,
+                announce=announce_to((written, tracking, self.announce)),
+            )
+
+    def _validation(self) -> Callable[[], float] | None:
+        """Return what measures the held-out rows, with as large a batch as memory has allowed."""
+        if self.held_out is None:
+            return None
+        rows, batch_size = self.held_out.rows, self.config.eval_batch_size
+
+        def validation_loss() -> float:
+            nonlocal batch_size
+            measured = evaluate(
+                self.adapter.base,
+                rows,
+                batch_size=batch_size,
+                pad_token_id=self.opened.tokenizer.pad_token_id,
+                chunk_tokens=self.config.loss_chunk_tokens,
+                announce=self.announce,
+            )
+            batch_size = measured.batch_size
+            return measured.loss
+
+        return validation_loss
+
+    def _say_how_to_go_on(self, end: BaseException) -> None:
+        if checkpoints(self.output):
+            until = " until the last checkpoint" if isinstance(end, TornStep) else ""
+            again = f"qlora-kit train --output {shlex.quote(str(self.output))} --resume"
+            self.announce(Notice(f"what was trained{until} is saved; go on with: {again}"))
+
+    # ------------------------------------------------------------ what it leaves behind
+
+    def _finished(
+        self,
+        result: TrainResult,
+        memory: MemoryAccount,
+        samples: SampleAccount,
+        facts: tuple[tuple[str, str], ...],
+    ) -> dict[str, Any]:
+        """Write the plot, the card, the page and the adapter; say what to do next."""
+        output = self.output
+        rows = log.read_log(output / log.NAME)
+        plot.draw_loss(rows, output / plot.NAME)
+        results = (*_results(result), *speed(rows), *memory.close(result.peak_memory_bytes))
+        commands = _next_commands(output, self.config)
+        record = self.record
+        summary = RunSummary.of(self.config, record.base, facts, results, record.versions, commands)
+        card.write_card(output, summary)
+        run_page.write_run_page(
+            output,
+            summary,
+            rows,
+            [sample.rows() for sample in samples.close()],
+            loss_picture=output / plot.NAME,
+            step_picture=output / PICTURE,
+            on_gpu=self.adapter.base.hardware.device.type != "cpu",
+            predicted_bytes=self.plan.prediction.peak.bytes if self.plan else None,
+        )
+        # Last: a run folder with the weights of its last checkpoint has all the rest.
+        save_adapter(self.adapter, output, record)
+        self.announce(Facts("result", results))
+        files = tuple(sorted(str(path) for path in output.glob("[!.]*")))
+        self.announce(Closing(files, commands))
+        return {"output": str(output), "finished": True, **asdict(result)}
+
+
+def _identity(
+    config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, adapter: Adapter
+) -> dict[str, Any]:
+    """Return everything that must be equal for a resumed run to have the same bits."""
+    base = adapter.base
+    return {
+        **config.model_dump(mode="json", include=set(compared(TrainConfig))),
+        **rows.origin,
+        "rows": rows.content_hash(),
+        "validation": held_out.content_hash() if held_out else None,
+        "base": base.digest,
+        "dtype": base.hardware.dtype_name,
+        "device": base.hardware.device.type,
+        # Where a sum is cut depends on them.
+        "threads": config.threads if base.hardware.device.type == "cpu" else None,
+    }
+
+
+def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:
+    name = shlex.quote(str(output))
+    merged = shlex.quote(str(Path("merged") / output.name))
+    commands = (
+        f'qlora-kit generate --adapter {name} --prompt "..."',
+        f"qlora-kit evaluate --adapter {name} --data test.jsonl",
+        f"qlora-kit export {name} --to {merged}",
+    )
+    if config.report_to == "tensorboard":
+        return (*commands, f"tensorboard --logdir {shlex.quote(str(output.parent))}")
+    return commands
+
+
+def _results(result: TrainResult) -> tuple[tuple[str, str], ...]:
+    progress = result.progress
+    rows = [
+        ("optimiser steps", f"{progress.optimizer_step} ({result.reason})"),
+        ("training loss", f"{result.last_loss:.4f} in the last step"),
+    ]
+    if progress.best_loss is not None:
+        best = f"{progress.best_loss:.4f} at best, step {progress.best_step}"
+        rows.append(("validation loss", best))
+    if progress.skipped_steps:
+        rows.append(("skipped steps", f"{progress.skipped_steps} (not finite; see the log)"))
+    if progress.micro_batch_rows is not None:
+        fewer = f"{progress.micro_batch_rows} rows at a time, after memory ran out"
+        rows.append(("micro-batch", fewer))
+    rows.append(("time", f"{result.seconds:.1f} s"))
+    rows.append(("memory of the process", f"{result.peak_memory_bytes / 1e9:.2f} GB"))
+    return tuple(rows)
