@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kit.layers.draws import Draws
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.quantize import Quantization
@@ -356,3 +357,32 @@ def test_a_value_beyond_float16_is_refused_at_8_bits() -> None:
 )
 def test_a_scheme_describes_itself(scheme: str, words: str) -> None:
     assert SCHEMES[scheme].describe() == words
+
+
+# ---------------------------------------------------------------- what dropout draws
+
+
+def masks(samples: tuple[int, ...], tokens: int, **changes: int) -> torch.Tensor:
+    draws = Draws(**{"seed": 1, "step": 2, "tokens": 20, **changes}, samples=samples)
+    return draws.kept(torch.Size((len(samples), tokens, 8)), 3, 0.5, torch.device("cpu"))
+
+
+def test_a_mask_depends_on_its_sample_and_not_on_the_batch() -> None:
+    together = masks((4, 9, 2), tokens=15).view(3, 15, 8)
+    alone = masks((9,), tokens=11).view(11, 8)
+    assert torch.equal(together[1, :11], alone)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 5}, {"step": 3}])
+def test_seed_and_step_draw_other_masks(changes: dict[str, int]) -> None:
+    assert 0.3 < (masks((4,), 15) != masks((4,), 15, **changes)).float().mean() < 0.7
+
+
+def test_samples_and_layers_draw_other_masks() -> None:
+    draws, shape = Draws(1, 2, (4, 5), 20), torch.Size((2, 15, 8))
+    first = draws.kept(shape, 3, 0.5, torch.device("cpu"))
+    other_layer = draws.kept(shape, 4, 0.5, torch.device("cpu"))
+    assert 0.3 < (first != other_layer).float().mean() < 0.7
+    assert 0.3 < (first.view(2, -1)[0] != first.view(2, -1)[1]).float().mean() < 0.7
+    kept = draws.kept(torch.Size((2, 2000, 8)), 3, 0.9, torch.device("cpu"))
+    assert abs(float(kept.float().mean()) - 0.9) < 0.01

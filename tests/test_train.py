@@ -238,7 +238,7 @@ def test_several_processes_are_refused(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr("qlora_kit.train.loop.PartialState", lambda: launched)
+    monkeypatch.setattr("qlora_kit.parallel.one.PartialState", lambda: launched)
     with pytest.raises(EnvironmentFault, match="2 processes were launched; expected one"):
         qk.train_adapter(make_adapter(save_tiny()), make_rows(4), options())
 

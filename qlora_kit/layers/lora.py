@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.layers.draws import draws_now
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.save_first import save_first
 from qlora_kit.layers.weight import FrozenWeight
@@ -85,6 +86,7 @@ class LoRALinear(nn.Module):
         scaling: factor of the low-rank term.
         dropout: probability that an input of A is zeroed in training.
         generator: draws A; the global one if None.
+        number: among the layers with LoRA; dropout draws by it.
     """
 
     def __init__(
@@ -95,9 +97,11 @@ class LoRALinear(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        number: int = 0,
     ) -> None:
         super().__init__()
         self.frozen = frozen
+        self.number = number
         self.rank = rank
         self.scaling = scaling
         self.dropout = dropout
@@ -111,7 +115,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""
         rows = x.reshape(-1, x.shape[-1])
-        term = self.low_rank(self.draw_kept(len(rows), rows.device))
+        term = self.low_rank(self.draw_kept(x))
         with torch.no_grad():
             h = term.inner(rows)
         saved = save_first(rows, term.a, term.b, term.kept, h)
@@ -132,12 +136,20 @@ class LoRALinear(nn.Module):
         keep_probability = 1.0 if kept is None else 1 - self.dropout
         return LowRank(self.lora_A, self.lora_B, kept, self.scaling, keep_probability)
 
-    def draw_kept(self, rows: int, device: torch.device) -> Tensor | None:
-        """Draw which inputs of A are kept: bool (N, D), or None without dropout."""
+    def draw_kept(self, x: Tensor) -> Tensor | None:
+        """Draw which inputs of A are kept: bool (N, D), or None without dropout.
+
+        Args:
+            x: (..., anything), with as many rows as the input has, and on its device.
+        """
         if not self.training or self.dropout == 0:
             return None
-        kept = torch.empty(rows, self.frozen.in_features, dtype=torch.bool, device=device)
-        return kept.bernoulli_(1 - self.dropout)
+        keep, draws = 1 - self.dropout, draws_now()
+        shape = torch.Size((*x.shape[:-1], self.frozen.in_features))
+        if draws is not None and len(shape) == 3 and shape[0] == len(draws.samples):
+            return draws.kept(shape, self.number, keep, x.device)
+        kept = torch.empty(shape, dtype=torch.bool, device=x.device)
+        return kept.bernoulli_(keep).view(-1, shape[-1])
 
     @torch.no_grad()
     def delta(self) -> Tensor:

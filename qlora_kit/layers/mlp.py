@@ -92,8 +92,7 @@ class TiledMLP(nn.Module):
             # Some of its layers are of a kind that multiplies in another way.
             y: Tensor = self.replaced(x)
             return y
-        rows = x.reshape(-1, x.shape[-1])
-        return _gated_mlp(rows, _Call(parts, self.tile_tokens)).view(*x.shape[:-1], -1)
+        return _gated_mlp(x, _Call(parts, self.tile_tokens)).view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         """Show the size of a tile when the model is printed."""
@@ -218,16 +217,16 @@ class _Call(NamedTuple):
 
 
 def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
-    """Map x (N, D) to (N, D), differentiable in x and in every A and B."""
+    """Map x (..., D) to (N, D), differentiable in x and in every A and B."""
+    rows = x.reshape(-1, x.shape[-1])
     trained = [layer for layer in call.parts.layers if isinstance(layer, LoRALinear)]
     # All at once and in the order of the layers: the draws are those of the module's own.
     masks = tuple(
-        layer.draw_kept(len(x), x.device) if isinstance(layer, LoRALinear) else None
-        for layer in call.parts.layers
+        layer.draw_kept(x) if isinstance(layer, LoRALinear) else None for layer in call.parts.layers
     )
     parameters = [each for layer in trained for each in (layer.lora_A, layer.lora_B)]
-    saved = save_first(x, *masks, *parameters)
-    y: Tensor = _GatedMLP.apply(x, call, masks, *saved, *parameters)
+    saved = save_first(rows, *masks, *parameters)
+    y: Tensor = _GatedMLP.apply(rows, call, masks, *saved, *parameters)
     return y
 
 

@@ -238,13 +238,14 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     check_patterns(paths, spec)
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for path in paths:
+    for number, path in enumerate(paths):
         layers[path] = LoRALinear(
             found[path].frozen,
             rank=spec.rank_of(path),
             scaling=spec.scaling_of(path),
             dropout=spec.dropout,
             generator=generator,
+            number=number,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
     return Adapter(base, spec, layers, _train_whole(base, spec, layers))

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, epoch_batches, plan_windows
-from qlora_kit.errors import EnvironmentFault, NumericsError, OutOfMemory, TornStep
+from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
     CheckpointSaved,
@@ -40,6 +39,7 @@ from qlora_kit.layers.loss import ChunkLoss
 from qlora_kit.lora.adapter import BaseRecord
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes, restart_peak
+from qlora_kit.parallel.one import Processes, processes_of_this_run
 from qlora_kit.step.reducers import apply, resolve, without_effect
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.task import Task
@@ -144,7 +144,7 @@ def train_adapter(
         TornStep: memory ran out while the weights changed; the last checkpoint is what is left.
         Stopped: a signal came.
     """
-    _check_one_process()
+    processes = processes_of_this_run()
     run = _Run(
         adapter,
         rows,
@@ -155,7 +155,8 @@ def train_adapter(
         loss,
         saving,
         before_first_step,
-        announce,
+        announce if processes.is_writer else silent,
+        processes,
     )
     with signals.deferred():
         return run.run()
@@ -175,6 +176,7 @@ class _Run:
     saving: Saving | None
     before_first_step: Callable[[OptimizerStep], None] | None
     announce: Announce
+    processes: Processes
 
     def __post_init__(self) -> None:
         config, hardware = self.config, self.adapter.base.hardware
@@ -195,6 +197,8 @@ class _Run:
             scaler=self.trainee.scaler,
             micro_batch_rows=config.batch_size,
             max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            processes=self.processes,
             on_halved=self._record_halving,
         )
         self.plan = plan_steps(len(self.rows), config)
@@ -295,7 +299,7 @@ class _Run:
         start = time.perf_counter()
         step = self.progress.optimizer_step + 1
         rate = learning_rate_at(step, self.plan.total, self.config)
-        taken = self.step.take(window, rate, self._check_first_gradients)
+        taken = self.step.take(window, rate, step, self._check_first_gradients)
         self.progress.optimizer_step, self.last_loss = step, taken.loss
         self.progress.window += 1
         epoch = self._epoch()
@@ -409,7 +413,9 @@ class _Run:
 
     def _save(self) -> None:
         """Save a checkpoint, unless nothing happened since the last one."""
-        if self.saving is None or not self.progress.optimizer_step or self.progress == self.saved:
+        if self.saving is None or not self.processes.is_writer:
+            return
+        if not self.progress.optimizer_step or self.progress == self.saved:
             return
         folder = save_checkpoint(
             self.saving.output,
@@ -423,19 +429,5 @@ class _Run:
         self.announce(CheckpointSaved(self.progress.optimizer_step, str(folder)))
 
     def _delete_old(self) -> None:
-        if self.saving is not None:
+        if self.saving is not None and self.processes.is_writer:
             delete_old(self.saving.output, self.config.save_total_limit)
-
-
-def _check_one_process() -> None:
-    """Check that this process is the only one.
-
-    Raises:
-        EnvironmentFault: several processes were launched; each would train on its own.
-    """
-    launched = PartialState().num_processes
-    if launched > 1:
-        raise EnvironmentFault(
-            f"{launched} processes were launched; expected one (data parallel training is not "
-            "built yet); start it without torchrun or accelerate launch"
-        )

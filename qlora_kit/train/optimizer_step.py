@@ -12,16 +12,18 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_kit.data.batch import Indices
+from qlora_kit.data.batch import Indices, row_lengths
 from qlora_kit.errors import OutOfMemory, TornStep
+from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.memory import is_out_of_memory, release_memory
+from qlora_kit.parallel.one import OneProcess, Processes
 from qlora_kit.signals import safe_point
 from qlora_kit.tasks.task import Batch, Objective
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
@@ -70,6 +72,8 @@ class OptimizerStep:
         scaler: of the loss; disabled where nothing is computed in float16.
         micro_batch_rows: most rows that go through the model at a time.
         max_grad_norm: clipped to; 0 is no clipping.
+        seed: dropout draws by it.
+        processes: that take the step together, each with rows of its own.
         on_halved: told the new `micro_batch_rows` when memory ran out.
     """
 
@@ -80,21 +84,29 @@ class OptimizerStep:
     scaler: torch.amp.GradScaler
     micro_batch_rows: int
     max_grad_norm: float
+    seed: int = 0
+    processes: Processes = field(default_factory=OneProcess)
     on_halved: Callable[[int], None] = lambda rows: None
 
     def __post_init__(self) -> None:
         self.model = self.adapter.base.model
         self.device = self.adapter.base.hardware.device
         self.parameters = list(self.adapter.parameters().values())
+        self.longest = max(row_lengths(self.rows))
 
     def take(
-        self, window: Window, rate: float, check: Callable[[int], None] = lambda longest: None
+        self,
+        window: Window,
+        rate: float,
+        step: int = 0,
+        check: Callable[[int], None] = lambda longest: None,
     ) -> Taken:
         """Take one step, or skip it where its loss or gradient is not finite.
 
         Args:
             window: rows of the step.
             rate: learning rate.
+            step: its number; dropout draws by it.
             check: called before the weights change, when the gradients are there and finite,
                 with the tokens of the longest row.
 
@@ -103,11 +115,11 @@ class OptimizerStep:
             TornStep: memory ran out while the weights changed; they are good for nothing.
             Stopped: a signal came. The weights and random states are those before the step.
         """
-        losses, batches, norm = self._gradients(window)
-        weight = sum(batch.weight for batch in batches)
+        losses, batches, norm = self._gradients(window, step)
+        weight = self._weight(batches)
         overflowed = False
         suspect = _suspect_rows(losses, norm, batches, is_scaled=self.scaler.is_enabled())
-        if not suspect:
+        if not self.processes.any(bool(suspect)):
             overflowed = not math.isfinite(norm)
             if not overflowed:
                 check(max(batch.longest for batch in batches))
@@ -125,7 +137,11 @@ class OptimizerStep:
             overflowed=overflowed,
         )
 
-    def _gradients(self, window: Window) -> tuple[list[float], list[Batch], float]:
+    def _weight(self, batches: Sequence[Batch]) -> int:
+        """Return what the step's loss is a mean over, in all processes."""
+        return self.processes.total(sum(batch.weight for batch in batches))
+
+    def _gradients(self, window: Window, step: int) -> tuple[list[float], list[Batch], float]:
         """Sum the window's gradients and clip them.
 
         Returns:
@@ -135,25 +151,35 @@ class OptimizerStep:
         while True:
             try:
                 make_state(self.optimizer)
-                losses, batches = self._backward(window)
-                return losses, batches, self._clip()
+                losses, batches = self._backward(window, step)
+                norm, fits = self._clip(), True
             except BaseException as error:
-                self.optimizer.zero_grad(set_to_none=True)
-                restore_random_states(states, self.device)
                 if not is_out_of_memory(error):
+                    self._forget(states)
                     raise
+                fits = False
             # Here the error and the tensors its frames held are gone.
+            if not self.processes.any(not fits):
+                return losses, batches, norm
+            self._forget(states)
             release_memory(self.device)
             self._halve(window)
 
-    def _backward(self, window: Window) -> tuple[list[float], list[Batch]]:
-        batches = [self._collate(indices) for indices in cut(window, self.micro_batch_rows)]
-        weight = sum(batch.weight for batch in batches)
+    def _forget(self, states: dict[str, Tensor]) -> None:
+        """Be where the step began."""
+        self.optimizer.zero_grad(set_to_none=True)
+        restore_random_states(states, self.device)
+
+    def _backward(self, window: Window, step: int) -> tuple[list[float], list[Batch]]:
+        micro_batches = list(cut(window, self.micro_batch_rows))
+        batches = [self._collate(indices) for indices in micro_batches]
+        weight = self._weight(batches)
         sums = []
-        for batch in batches:
+        for indices, batch in zip(micro_batches, batches, strict=True):
             safe_point()
-            summed = self.objective.loss_sum(batch)
-            _differentiate(self.scaler.scale(summed / weight))
+            with drawn_from(Draws(self.seed, step, indices, self.longest)):
+                summed = self.objective.loss_sum(batch)
+                _differentiate(self.scaler.scale(summed / weight))
             sums.append(summed.detach().double())
         # One transfer from the device for all micro-batches.
         losses: list[float] = torch.stack(sums).tolist()
