@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from qlora_kit.config import RecordOptions
-from qlora_kit.data.columns import check_columns, suggest_columns
 from qlora_kit.data.read import Record
-from qlora_kit.data.recognise import recognise, to_samples
+from qlora_kit.data.recognise import check_columns, recognise, suggest_columns, to_samples
 from qlora_kit.data.shapes import FIELDS, ROLES, Conversation, Message, Pair, Shape, Text
 from qlora_kit.errors import ConfigError, DataError
 

@@ -29,7 +29,7 @@ import xxhash
 from qlora_kit import storage
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.encode import IGNORED, Encoder, Labelled
-from qlora_kit.data.faults import Faults
+from qlora_kit.data.fields import Faults
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Shape
 from qlora_kit.data.template import Rendered, Renderer
