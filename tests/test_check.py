@@ -21,8 +21,7 @@ from test_cli import run
 
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.chat_template import built_in_templates, spelled_out_end
-from qlora_kit.data.encode import IGNORED
-from qlora_kit.data.pieces import WITHHELD, pieces_of
+from qlora_kit.data.encode import IGNORED, WITHHELD, pieces_of
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Pair, Sample, Text
 from qlora_kit.data.survey import Part, Survey, survey

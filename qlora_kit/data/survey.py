@@ -17,8 +17,7 @@ import numpy
 import xxhash
 
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.encode import IGNORED, prompt_ids
-from qlora_kit.data.pieces import Piece, pieces_of
+from qlora_kit.data.encode import IGNORED, Piece, pieces_of, prompt_ids
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
 from qlora_kit.data.template import Renderer, end_tokens
