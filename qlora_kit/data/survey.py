@@ -17,7 +17,8 @@ import numpy
 import xxhash
 
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.encode import IGNORED, Piece, pieces_of, prompt_ids
+from qlora_kit.data.batch import first_tokens
+from qlora_kit.data.encode import Piece, pieces_of, prompt_ids
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
 from qlora_kit.data.template import Renderer, end_tokens
@@ -224,20 +225,16 @@ class _Rows:
     """Token rows one after the other: those of row i are `ids[starts[i] : starts[i + 1]]`."""
 
     def __init__(self, part: Part) -> None:
-        table = part.tokenized.rows.with_format("arrow")[:]
-        ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
-        # The offsets of a slice do not begin at 0, and what `flatten` returns does.
-        self.starts = ids.offsets.to_numpy() - ids.offsets[0].as_py()
+        rows = part.tokenized.rows
+        ids, labels = (rows.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        self.starts = first_tokens(ids)
         self.ids = ids.flatten().to_numpy()
         self.labels = labels.flatten().to_numpy()
-        self.uncut_tokens = table["uncut_tokens"].to_numpy()
-        self.sample_of_row = table["row"].to_numpy()
+        self.uncut_tokens = rows.column("uncut_tokens").to_numpy()
+        self.sample_of_row = rows.column("row").to_numpy()
         self._samples = part.samples.items
         self._dropped = part.tokenized.dropped
-        # A row's first token is never predicted, so it is not supervised, whatever its label.
-        is_supervised = self.labels != IGNORED
-        is_supervised[self.starts[:-1]] = False
-        self.supervised = numpy.flatnonzero(is_supervised)
+        self.supervised = numpy.flatnonzero(rows.is_supervised())
         """where there is a supervised token, in order; every row has one"""
 
     def __len__(self) -> int:

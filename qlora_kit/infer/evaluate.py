@@ -10,12 +10,11 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.data.batch import Batch, collate, row_lengths
+from qlora_kit.data.batch import Batch, Row, TokenRows, collate
 from qlora_kit.errors import OutOfMemory
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.layers.loss import CHUNK_TOKENS, TokenScores
@@ -67,7 +66,7 @@ class MixedEvaluation:
 @torch.no_grad()
 def evaluate(
     base: Base,
-    rows: Sequence[dict[str, Any]],
+    rows: TokenRows | Sequence[Row],
     *,
     batch_size: int = 8,
     pad_token_id: int = 0,
@@ -85,6 +84,7 @@ def evaluate(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
+    rows = TokenRows.of(rows)
     sums = _measure(base, rows, batch_size, pad_token_id, chunk_tokens, announce, per_row)
     return sums.of(range(len(rows)))
 
@@ -92,7 +92,7 @@ def evaluate(
 @torch.no_grad()
 def evaluate_mixed(
     base: Base,
-    rows: Sequence[dict[str, Any]],
+    rows: TokenRows | Sequence[Row],
     per_row: PerRow,
     *,
     batch_size: int = 8,
@@ -106,6 +106,7 @@ def evaluate_mixed(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
+    rows = TokenRows.of(rows)
     sums = _measure(base, rows, batch_size, pad_token_id, chunk_tokens, announce, per_row)
     of_name: dict[str | None, list[int]] = {}
     for row, name in enumerate(per_row.names):
@@ -152,7 +153,7 @@ class _Sums:
 
 def _measure(
     base: Base,
-    rows: Sequence[dict[str, Any]],
+    rows: TokenRows,
     batch_size: int,
     pad_token_id: int,
     chunk_tokens: int,
@@ -212,7 +213,7 @@ def _halved(rows: int, tokens: int) -> int:
     return math.ceil(rows / 2)
 
 
-def _by_length(rows: Sequence[dict[str, Any]]) -> list[int]:
+def _by_length(rows: TokenRows) -> list[int]:
     """Order rows so that those of similar length share a batch: padding is work for nothing."""
-    lengths = row_lengths(rows)
+    lengths = rows.lengths()
     return sorted(range(len(lengths)), key=lambda i: lengths[i])

@@ -76,7 +76,6 @@ def _train(
     validation: Samples | None,
     announce: Announce,
 ) -> dict[str, Any]:
-    from qlora_kit.data.batch import row_lengths
     from qlora_kit.infer.samples import SampleAccount
     from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.lora.attach import LoraSpec, attach
@@ -128,7 +127,7 @@ def _train(
     account = MemoryAccount(output, memory_plan, announce)
     written = SampleAccount(output, base, opened.tokenizer, announce)
     # A token in a cache of keys and values takes up to what two take in training.
-    tokens_at_once = config.batch_size * max(row_lengths(rows.rows)) // 2
+    tokens_at_once = config.batch_size * max(rows.rows.lengths()) // 2
     written.begin(config.samples, (held_out or rows).rows, tokens_at_once)
     try:
         first_step = 1 if resume is None else step_of(resume) + 1
@@ -189,8 +188,8 @@ def _identity(
     return {
         **config.model_dump(mode="json", include=set(compared(TrainConfig))),
         **rows.origin,
-        "rows": rows.content_hash(),
-        "validation": held_out.content_hash() if held_out else None,
+        "rows": rows.rows.content_hash(),
+        "validation": held_out.rows.content_hash() if held_out else None,
         "base": base.digest,
         "dtype": base.hardware.dtype_name,
         "device": base.hardware.device.type,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from accelerate import PartialState
 
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Indices, epoch_batches, plan_windows
+from qlora_kit.data.batch import Indices, Row, TokenRows, epoch_batches, plan_windows
 from qlora_kit.errors import EnvironmentFault, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
@@ -52,7 +52,7 @@ from qlora_kit.train.checkpoint import (
 )
 from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
 from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
-from qlora_kit.train.optimizer_step import OptimizerStep, Taken, TokenRows
+from qlora_kit.train.optimizer_step import OptimizerStep, Taken
 from qlora_kit.train.random_states import seed_everything
 
 # A single bad row is worth going on after; more in a row are a run that has gone wrong.
@@ -108,7 +108,7 @@ def plan_steps(rows: int, config: TrainConfig) -> StepPlan:
 
 def train_adapter(
     adapter: Adapter,
-    rows: TokenRows,
+    rows: TokenRows | Sequence[Row],
     config: TrainConfig,
     *,
     pad_token_id: int = 0,
@@ -122,7 +122,7 @@ def train_adapter(
 
     Args:
         adapter: trained in place.
-        rows: tokenised training rows.
+        rows: tokenised training rows: those of `load_data`, or a list of your own.
         config: everything else that was asked for.
         pad_token_id: fills short rows of a batch; never seen by the loss.
         evaluate: returns the validation loss; called while training with the adapter in place.
@@ -142,7 +142,15 @@ def train_adapter(
     """
     _check_one_process()
     run = _Run(
-        adapter, rows, config, pad_token_id, evaluate, loss, saving, before_first_step, announce
+        adapter,
+        TokenRows.of(rows),
+        config,
+        pad_token_id,
+        evaluate,
+        loss,
+        saving,
+        before_first_step,
+        announce,
     )
     with signals.deferred():
         return run.run()

@@ -13,12 +13,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_kit.data.batch import Batch, Indices, collate
+from qlora_kit.data.batch import Batch, Indices, TokenRows, collate
 from qlora_kit.errors import OutOfMemory, TornStep
 from qlora_kit.layers.loss import ChunkLoss
 from qlora_kit.lora.attach import Adapter
@@ -31,9 +30,6 @@ from qlora_kit.train.random_states import random_states, restore_random_states
 
 Window = Sequence[Indices]
 """The micro-batches of one optimiser step, each as indices of rows."""
-
-TokenRows = Sequence[dict[str, Any]]
-"""Rows with `input_ids`, `labels` and `row`, see `data.tokens`."""
 
 _TIMED_PASSES = 3
 
