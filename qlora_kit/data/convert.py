@@ -84,8 +84,14 @@ def _from_alpaca(record: Fields, where: str) -> Sample:
 
 def _history(rounds: Any, where: str) -> list[Message]:
     """Return the turns of earlier rounds, each a question and its answer."""
+    if rounds is None:
+        return []
+    if not isinstance(rounds, list):
+        raise DataError(
+            f'{where}: "history" is {kind_of(rounds)}; expected a list of rounds; write them in [ ]'
+        )
     messages = []
-    for number, each in enumerate([] if rounds is None else _list(rounds, where), 1):
+    for number, each in enumerate(rounds, 1):
         if not isinstance(each, list) or len(each) != 2:
             raise DataError(
                 f'{where}: round {number} of "history" is no pair; expected [question, answer]; '
@@ -95,14 +101,6 @@ def _history(rounds: Any, where: str) -> list[Message]:
             said = filled({"history": text}, "history", f"{where}: round {number}")
             messages.append(Message(role, said))
     return messages
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    raise DataError(
-        f'{where}: "history" is {kind_of(value)}; expected a list of rounds; write them in [ ]'
-    )
 
 
 def _from_qa(record: Fields, where: str) -> Sample:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -139,7 +139,7 @@ def load_held_out(data: str | Path | None, options: RecordOptions | None = None)
     elif os.path.exists(path) or not is_hub_id(str(data)):
         has_some = False
     else:
-        has_some = _hub_part(str(data), "validation") is not None
+        has_some = _named("validation", _hub_splits(str(data))) is not None
     return load_samples(data, "validation", options) if has_some else None
 
 
@@ -246,21 +246,20 @@ def is_hub_id(name: str) -> bool:
 
 
 def _on_hub(name: str, split: Split) -> _Source:
+    splits = _hub_splits(name)
     for part in _INSTEAD[split]:
-        found = _hub_part(name, part)
+        found = _named(part, splits)
         if found is not None:
-            place = f"{name} {found}"
-            return _Source(f"{name} ({found})", _hub_records(place, _hub_splits(name)[found]))
+            return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", splits[found]))
     raise DataError(
-        f"{name}: no {split} split, only {list_names(_hub_splits(name))}; expected one; "
+        f"{name}: no {split} split, only {list_names(splits)}; expected one; "
         "download the data set and name a file of it"
     )
 
 
-def _hub_part(name: str, split: Split) -> str | None:
+def _named(split: Split, splits: Collection[str]) -> str | None:
     """Return what the hub's data set calls a split, if it has it."""
-    splits = _hub_splits(name)
-    return next((called for called in _SPLIT_NAMES[split] if called in splits), None)
+    return next((name for name in _SPLIT_NAMES[split] if name in splits), None)
 
 
 def _hub_splits(name: str) -> Mapping[str, Any]:
