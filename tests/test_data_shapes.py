@@ -468,6 +468,13 @@ def test_fields_that_are_not_read_are_told() -> None:
     assert to_samples(_records(record)).unread == ("id", "messages.tone")
 
 
+@pytest.mark.parametrize("unused", [["x"], [None], [1, {"role": "user", "tone": 0}], [["x"]]])
+def test_a_field_that_is_of_no_use_may_hold_anything(unused: list[Any]) -> None:
+    found = to_samples(_records({"question": "q", "answer": "a", "prompt": unused}))
+    assert found.shape is Shape.QA
+    assert {"prompt"} <= {*found.unread} <= {"prompt", "prompt.tone"}
+
+
 def test_placeholders_are_counted() -> None:
     found = to_samples(
         _records(

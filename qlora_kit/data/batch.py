@@ -38,8 +38,8 @@ class TokenRows:
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
-    @classmethod
-    def of(cls, rows: TokenRows | Sequence[Row]) -> TokenRows:
+    @staticmethod
+    def of(rows: TokenRows | Sequence[Row]) -> TokenRows:
         """Return rows as users of the API have them: these, a list of rows, or a `Dataset`."""
         if isinstance(rows, TokenRows):
             return rows
@@ -71,20 +71,22 @@ class TokenRows:
 class TokenTable(TokenRows):
     """Token rows in a table of `datasets`, whose columns are read without making a row.
 
-    Has the column `uncut_tokens` besides: how many there were before `max_length` was applied.
+    Args:
+        table: has the column `uncut_tokens` besides: how many there were before `max_length` was
+            applied.
     """
 
     def __init__(self, table: datasets.Dataset) -> None:
         super().__init__(table)
-        self._table = table
+        self.table = table
 
     def __getitem__(self, index: int | str) -> Any:
         """Return a row by its index, or a column by its name."""
-        return self._table[index]
+        return self.table[index]
 
     def select(self, indices: Iterable[int]) -> TokenTable:
         """Return some of the rows."""
-        return TokenTable(self._table.select(indices))
+        return TokenTable(self.table.select(indices))
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
@@ -103,7 +105,7 @@ class TokenTable(TokenRows):
 
     def column(self, name: str) -> pyarrow.ChunkedArray:
         """Return a column by its name, in as many pieces as the table has."""
-        return self._table.select_columns(name).with_format("arrow")[:][name]
+        return self.table.select_columns(name).with_format("arrow")[:][name]
 
     def is_supervised(self) -> Any:
         """Return whether a loss is computed for each token of all rows, (tokens,) of numpy.

@@ -257,7 +257,9 @@ def _unread_in_turns(fields: Mapping[str, Any]) -> Iterator[str]:
     for field in _WITH_TURNS:
         turns = fields.get(field)
         for turn in turns if isinstance(turns, list) else ():
-            yield from (f"{field}.{name}" for name in unread_keys(turn))
+            # A field that the shape has no use for may hold anything.
+            if isinstance(turn, dict):
+                yield from (f"{field}.{name}" for name in unread_keys(turn))
 
 
 def _unlearnt(sample: Sample) -> int:
