@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from qlora_kit.data.fields import clean, filled, is_plain, kind_of, optional, string
+from qlora_kit.data.fields import clean, filled, is_plain, kind_of, not_empty, optional, string
 from qlora_kit.data.shapes import ROLES, Conversation, Message, Pair, Sample, Shape, Text
 from qlora_kit.errors import DataError
 from qlora_kit.storage import parse_json
@@ -75,7 +75,7 @@ def _side(record: Fields, key: str, role: str, where: str) -> tuple[Message, ...
 def _from_alpaca(record: Fields, where: str) -> Sample:
     instruction, extra = string(record, "instruction", where), optional(record, "input", where)
     if not instruction.strip() and not extra.strip():
-        filled(record, "instruction", where)
+        not_empty(instruction, "instruction", where)
     asked = "\n\n".join(text for text in (instruction, extra) if text)
     turns = (*_history(record.get("history"), where), Message("user", asked))
     answer = Message("assistant", filled(record, "output", where))
@@ -257,7 +257,7 @@ def _spoken(role: str, turn: Mapping[str, Any], key: str, where: str) -> Message
     """Return a turn whose content stands under `key`."""
     said = _said(role, turn, key, where)
     if role in ("user", "assistant") and not said.calls:
-        filled({key: said.text}, key, where)
+        not_empty(said.text, key, where)
     return Message(role, said.text, said.calls)
 
 

@@ -98,12 +98,20 @@ def filled(record: Mapping[str, Any], key: str, where: str) -> str:
     Raises:
         DataError: it is not a string, or it is empty.
     """
-    value = string(record, key, where)
-    if not value.strip():
+    return not_empty(string(record, key, where), key, where)
+
+
+def not_empty(text: str, key: str, where: str) -> str:
+    """Return the text of a field after a look for more than white space.
+
+    Raises:
+        DataError: there is nothing else.
+    """
+    if not text.strip():
         raise DataError(
             f'{where}: "{key}" is empty; expected text; fill it in or remove the record'
         )
-    return value
+    return text
 
 
 def optional(record: Mapping[str, Any], key: str, where: str) -> str:

@@ -182,7 +182,9 @@ class _Work:
                 f"{record.place}: {kind_of(record.content)}; expected an object with named "
                 'fields; write the record as {"...": ...}'
             )
-        fields = apply_columns(record.content, self.options.columns, record.place)
+        columns = self.options.columns.items()
+        named = {name: _look_up(record.content, path, record.place) for name, path in columns}
+        fields = {**record.content, **named}
         shape = self._shape_of(fields, record)
         sample = to_sample(shape, fields, record.place)
         if self.adapters is not None:
@@ -315,25 +317,8 @@ def check_columns(columns: Mapping[str, str]) -> None:
         )
 
 
-def apply_columns(
-    record: Mapping[str, Any], columns: Mapping[str, str], where: str
-) -> Mapping[str, Any]:
-    """Return the record with each field of `columns` taken from the column it names.
-
-    Args:
-        record: as it was read.
-        columns: field and column; dots lead into objects, as in `extra_info.answer`.
-        where: place of the record.
-
-    Raises:
-        DataError: the record has no such column.
-    """
-    if not columns:
-        return record
-    return {**record, **{field: _look_up(record, path, where) for field, path in columns.items()}}
-
-
 def _look_up(record: Mapping[str, Any], path: str, where: str) -> Any:
+    """Return the column that a field is taken from; dots lead into objects: `extra_info.answer`."""
     if path in record:
         return record[path]
     value: Any = record

@@ -295,10 +295,10 @@ class _Work:
     def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_Row]:
         """Bring the rows of one sample to length and count what that costs."""
         left = [
-            _Row(ids, labels, index, len(row.ids))
+            _Row(part.ids, part.labels, index, len(row.ids))
             for row in rows
-            for ids, labels in self._shorten(index, row)
-            if supervised_count(labels)
+            for part in self._shorten(index, row)
+            if supervised_count(part.labels)
         ]
         supervised = sum(supervised_count(row.labels) for row in left)
         all_supervised = sum(supervised_count(row.labels) for row in rows)
@@ -321,12 +321,12 @@ class _Work:
             self.tally.update(rows_truncated=1)
         return left
 
-    def _shorten(self, index: int, row: Labelled) -> list[tuple[list[int], list[int]]]:
+    def _shorten(self, index: int, row: Labelled) -> list[Labelled]:
         length, limit = len(row.ids), self.max_length
         if length <= limit:
-            return [(row.ids, row.labels)]
+            return [row]
         if self.long_samples == "truncate":
-            return [(row.ids[:limit], row.labels[:limit])]
+            return [Labelled(row.ids[:limit], row.labels[:limit], row.aligned)]
         if self.long_samples == "split":
             return self._split(row)
         if self.long_samples == "error":
@@ -336,7 +336,7 @@ class _Work:
             )
         return []
 
-    def _split(self, row: Labelled) -> list[tuple[list[int], list[int]]]:
+    def _split(self, row: Labelled) -> list[Labelled]:
         opening = len(self.opening)
         width = self.max_length - opening
         chunks = []
@@ -344,7 +344,7 @@ class _Work:
             ids = self.opening + row.ids[start : start + width]
             labels = [IGNORED] * opening + row.labels[start : start + width]
             if len(ids) >= 2:
-                chunks.append((ids, labels))
+                chunks.append(Labelled(ids, labels, row.aligned))
         return chunks
 
     def _nothing_to_learn(self) -> str:
