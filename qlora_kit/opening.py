@@ -107,18 +107,16 @@ class Opened:
             ConfigError: the longest row is longer than the model was made for.
             ModelError: the tokenizer gives tokens that the model does not have.
         """
-        from qlora_kit.data.batch import largest_token, row_lengths
-
         text = self.spec(options).architecture().get_text_config()
         positions = getattr(text, "max_position_embeddings", None)
-        longest = max(row_lengths(rows.rows))
+        longest = max(rows.rows.lengths())
         if positions is not None and longest > positions:
             raise ConfigError(
                 f"--max-length: the longest row has {longest} tokens and the model only "
                 f"{positions} positions; pass --max-length {positions} or less"
             )
         embeddings = getattr(text, "vocab_size", None)
-        largest = largest_token(rows.rows)
+        largest = rows.rows.largest_token()
         if embeddings is not None and largest >= embeddings:
             raise ModelError(
                 f"{self.source.name}: its tokenizer gives token {largest} for this data and the "

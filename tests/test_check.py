@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import PROJECT
 from data_fixtures import CHATML, chat, conversation, make_tokenizer, samples_of
@@ -20,9 +21,9 @@ from rich.console import Console
 from test_cli import run
 
 from qlora_kit.config import TokenOptions
+from qlora_kit.data.batch import TokenTable
 from qlora_kit.data.chat_template import built_in_templates, spelled_out_end
-from qlora_kit.data.encode import IGNORED
-from qlora_kit.data.pieces import WITHHELD, pieces_of
+from qlora_kit.data.encode import IGNORED, WITHHELD, pieces_of
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Pair, Sample, Text
 from qlora_kit.data.survey import Part, Survey, survey
@@ -312,7 +313,8 @@ def test_a_row_that_begins_otherwise_than_generation_is_told() -> None:
         ids, labels = row["input_ids"], row["labels"]
         return {**row, "input_ids": [ids[0], space, *ids[1:]], "labels": [IGNORED, *labels]}
 
-    table = rows.rows.map(lambda row: with_a_space(row) if row["row"] else row)
+    changed = [with_a_space(row) if row["row"] else row for row in rows.rows]
+    table = TokenTable(datasets.Dataset.from_list(changed))
     part = Part(samples, replace(rows, rows=table))
     found = survey(part, None, tokenizer, TokenOptions(), seed=0, shown_rows=0)
     assert (found.prompts.tried, found.prompts.differing) == (2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_numbers
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.batch import (
+    TokenRows,
+    TokenTable,
     collate,
     epoch_batches,
     largest_batch,
     plan_windows,
-    row_lengths,
 )
 from qlora_kit.data.shapes import Pair
 from qlora_kit.data.tokens import tokenize
@@ -37,7 +39,7 @@ LENGTHS = st.lists(st.integers(1, 60), max_size=300)
 
 @given(lengths=LENGTHS, size=st.integers(1, 9), seed=st.integers(0, 9), epoch=st.integers(0, 3))
 def test_an_epoch_has_every_row_once(lengths: list[int], size: int, seed: int, epoch: int) -> None:
-    rows = _rows(*lengths)
+    rows = TokenRows(_rows(*lengths))
     batches = epoch_batches(rows, size, seed, epoch)
     assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
     assert len(batches) == -(-len(rows) // size)
@@ -47,7 +49,7 @@ def test_an_epoch_has_every_row_once(lengths: list[int], size: int, seed: int, e
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_order_depends_on_seed_and_epoch(size: int) -> None:
-    rows = _rows(*range(1, 101))
+    rows = TokenRows(_rows(*range(1, 101)))
     orders = [epoch_batches(rows, size, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
@@ -55,7 +57,7 @@ def test_order_depends_on_seed_and_epoch(size: int) -> None:
 def test_grouping_by_length_saves_padding() -> None:
     source = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 500, (2000,), generator=source).tolist()
-    rows = [{"input_ids": [0] * n} for n in lengths]
+    rows = TokenRows([{"input_ids": [0] * n} for n in lengths])
 
     def padded(batches: list[tuple[int, ...]]) -> int:
         return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
@@ -74,9 +76,58 @@ def test_lengths_of_a_dataset_follow_its_selection() -> None:
     items = [Pair("q", "z" * n, f"x:{n}") for n in range(1, 7)]
     made = tokenize(samples_of(*items), make_tokenizer(), TokenOptions(), cache=False)
     expected = [len(ids) for ids in made.rows["input_ids"]]
-    assert row_lengths(made.rows) == expected
-    assert row_lengths(made.rows.select([4, 0, 2])) == [expected[i] for i in (4, 0, 2)]
+    assert made.rows.lengths() == expected
+    assert made.rows.select([4, 0, 2]).lengths() == [expected[i] for i in (4, 0, 2)]
     assert sorted(i for batch in epoch_batches(made.rows, 4, 0, 0) for i in batch) == [*range(6)]
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12), data=st.data())
+def test_a_list_and_a_table_of_the_same_rows_say_the_same(
+    lengths: list[int], data: st.DataObject
+) -> None:
+    rows = _rows(*lengths)
+    plain, table = TokenRows.of(rows), TokenRows.of(datasets.Dataset.from_list(rows))
+    assert isinstance(table, TokenTable)
+    assert TokenRows.of(table) is table
+    assert list(plain) == list(table) == rows
+    assert len(plain) == len(table) == len(rows)
+    assert plain.lengths() == table.lengths() == lengths
+    assert plain.largest_token() == table.largest_token() == max(lengths) + 4
+    indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
+    some = table.select(indices)
+    assert list(some) == [rows[index] for index in indices]
+    assert some["row"][:] == indices
+    assert some.lengths() == [lengths[index] for index in indices]
+    of_each = [index > 0 for length in some.lengths() for index in range(length)]
+    assert some.is_supervised().tolist() == of_each
+
+
+def test_the_hash_of_rows_is_of_their_ids_and_labels_and_of_where_each_ends() -> None:
+    def hash_of(*rows: tuple[list[int], list[int]]) -> str:
+        table = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+        return TokenTable(datasets.Dataset.from_list(table)).content_hash()
+
+    one, two = ([5, 6, 7], [-100, 6, 7]), ([8], [8])
+    other_ids, other_labels = ([5, 6, 9], one[1]), (one[0], [-100, 6, 9])
+    moved = ([5, 6], [-100, 6]), ([7, 8], [7, 8])
+    tables = ((one, two), (two, one), (one,), (other_ids, two), (other_labels, two), moved)
+    different = [hash_of(*rows) for rows in tables]
+    assert len({*different}) == len(different)
+    whole = [{"input_ids": ids, "labels": labels} for ids, labels in (two, one, two)]
+    part = TokenTable(datasets.Dataset.from_list(whole)).select([1, 2])
+    assert part.content_hash() == hash_of(one, two), "however the rows are held"
+
+
+def test_rows_that_are_no_sequence_of_pythons_are_taken_as_they_are() -> None:
+    class Rows:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return _rows(2, 4, 3)[index]
+
+    rows: Any = Rows()
+    assert TokenRows.of(rows).lengths() == [2, 4, 3]
 
 
 @given(count=st.integers(0, 50), accumulation=st.integers(1, 9))
@@ -162,7 +213,7 @@ def test_a_batch_is_as_wide_as_it_is_told() -> None:
 
 def test_an_epoch_has_few_widths_on_a_gpu_and_every_length_on_a_cpu() -> None:
     lengths = [*range(1, 1025)]
-    rows = _rows(*lengths)
+    rows = TokenRows(_rows(*lengths))
     architecture = _architecture(max_position_embeddings=4096)
     widths: dict[torch.device, list[int]] = {CPU: [], GPU: []}
     for device, found in widths.items():

@@ -103,9 +103,9 @@ def test_what_is_no_template_is_refused(tmp_path: Path, asked: str, fault: str) 
 def test_a_file_that_does_not_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_kit.data import probe
+    from qlora_kit.data import chat_template
 
-    monkeypatch.setattr(probe, "SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "PROBE_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     for number, text in enumerate((loop, "{% if tools %}" + loop + "{% endif %}")):
         (tmp_path / str(number)).write_text(text)

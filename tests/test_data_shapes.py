@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from qlora_kit.config import RecordOptions
-from qlora_kit.data.columns import check_columns, suggest_columns
 from qlora_kit.data.read import Record
-from qlora_kit.data.recognise import recognise, to_samples
+from qlora_kit.data.recognise import check_columns, recognise, suggest_columns, to_samples
 from qlora_kit.data.shapes import FIELDS, ROLES, Conversation, Message, Pair, Shape, Text
 from qlora_kit.errors import ConfigError, DataError
 
@@ -467,6 +466,13 @@ def test_fields_that_are_not_read_are_told() -> None:
     turn = {"role": "assistant", "content": "a", "tone": 0, "name": None}
     record = {"id": 3, "messages": [{"role": "user", "content": "u"}, turn], "n": None}
     assert to_samples(_records(record)).unread == ("id", "messages.tone")
+
+
+@pytest.mark.parametrize("unused", [["x"], [None], [1, {"role": "user", "tone": 0}], [["x"]]])
+def test_a_field_that_is_of_no_use_may_hold_anything(unused: list[Any]) -> None:
+    found = to_samples(_records({"question": "q", "answer": "a", "prompt": unused}))
+    assert found.shape is Shape.QA
+    assert {"prompt"} <= {*found.unread} <= {"prompt", "prompt.tone"}
 
 
 def test_placeholders_are_counted() -> None:

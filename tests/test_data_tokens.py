@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from qlora_kit.config import TokenOptions, TrainConfig
+from qlora_kit.data import encode
 from qlora_kit.data.chat_text import wants_bos
 from qlora_kit.data.encode import IGNORED, Encoder, prompt_ids
 from qlora_kit.data.samples import Samples, load_samples
@@ -131,7 +132,7 @@ def test_digits_grouped_from_the_right_are_encoded_apart() -> None:
 
 
 def test_a_boundary_that_cannot_be_divided_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "_decode", lambda self, ids: str(ids))
+    monkeypatch.setattr(encode, "_decode", lambda tokenizer, ids: str(ids))
     tokenizer = make_tokenizer()
     made = _rows(tokenizer, Pair("the t", "he ", "x:1"))
     assert made.counts.rows_unaligned == 1

@@ -14,6 +14,7 @@ from test_cli import run
 from test_plan_allocator import recorded_peak
 
 import qlora_kit as qk
+from qlora_kit.data.batch import TokenRows
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Event, Notice
 from qlora_kit.model.hardware import choose_hardware
@@ -204,7 +205,8 @@ def test_nothing_is_created_when_nothing_fits(
 def plan_tiny(folder: Path, announce: Callable[[Event], None], **changes: Any) -> Any:
     spec = qk.BaseSpec(qk.find_model(str(folder)), folder, qk.Quantization(4))
     config = options(**changes)
-    return plan_run(config, spec, qk.LoraSpec.of(config), rows_of([9, 20, 14]), None, announce)
+    rows = TokenRows(rows_of([9, 20, 14]))
+    return plan_run(config, spec, qk.LoraSpec.of(config), rows, None, announce)
 
 
 def test_settings_that_do_not_fit_what_is_free_are_refused(

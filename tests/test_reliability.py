@@ -28,6 +28,7 @@ from test_train import losses, make_adapter, make_rows, options, record, weights
 import qlora_kit as qk
 from qlora_kit import signals
 from qlora_kit.config import compared, declared, that_decide
+from qlora_kit.data.batch import TokenRows
 from qlora_kit.errors import ConfigError, LearningError, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Evaluated,
@@ -872,7 +873,7 @@ def test_a_disk_too_small_is_found_before_the_base_is_loaded(
 def test_determinism_has_a_measured_cost(save_tiny: Tiny) -> None:
     adapter = make_adapter(save_tiny(), dropout=0.1)
     step = optimizer_step.OptimizerStep(
-        adapter, CausalObjective(adapter.base), make_rows(4),
+        adapter, CausalObjective(adapter.base), TokenRows.of(make_rows(4)),
         torch.optim.AdamW(adapter.parameters().values()),
         torch.amp.GradScaler("cpu", enabled=False), 1, 0.0,
     )  # fmt: skip

@@ -1,24 +1,138 @@
-"""Groups token rows into padded micro-batches, and micro-batches into optimiser steps.
+"""Token rows, and how they are grouped into padded micro-batches and optimiser steps.
 
-Takes rows with `input_ids`, `labels` and `row`; returns index lists and `Batch`es. The order
-is a function of seed and epoch alone; never drops or repeats a row.
+Takes `TokenRows`; returns index lists and `Batch`es. The order is a function of seed and epoch
+alone; never drops or repeats a row.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 
 from qlora_kit.data.encode import IGNORED
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 # Rows are sorted by length within so many batches: padding shrinks, order stays random.
 _SORTED_BATCHES = 50
 
 Indices = tuple[int, ...]
+Row = Mapping[str, Any]
+
+
+class TokenRows:
+    """Token rows by their index, of whatever sequence.
+
+    Args:
+        rows: each with `input_ids`, `labels` (the id at the same position, or -100) and `row`,
+            the index of its source sample.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    @staticmethod
+    def of(rows: TokenRows | Sequence[Row]) -> TokenRows:
+        """Return rows as users of the API have them: these, a list of rows, or a `Dataset`."""
+        if isinstance(rows, TokenRows):
+            return rows
+        if isinstance(rows, Sequence):
+            return TokenRows(rows)
+        import datasets
+
+        return TokenTable(rows) if isinstance(rows, datasets.Dataset) else TokenRows(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        row: Row = self._rows[index]
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
+        return [len(row["input_ids"]) for row in self]
+
+    def largest_token(self) -> int:
+        """Return the largest token id of all rows."""
+        return max(int(token) for row in self for token in row["input_ids"])
+
+
+class TokenTable(TokenRows):
+    """Token rows in a table of `datasets`, whose columns are read without making a row.
+
+    Args:
+        table: has the column `uncut_tokens` besides: how many there were before `max_length` was
+            applied.
+    """
+
+    def __init__(self, table: datasets.Dataset) -> None:
+        super().__init__(table)
+        self.table = table
+
+    def __getitem__(self, index: int | str) -> Any:
+        """Return a row by its index, or a column by its name."""
+        return self.table[index]
+
+    def select(self, indices: Iterable[int]) -> TokenTable:
+        """Return some of the rows."""
+        return TokenTable(self.table.select(indices))
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
+        import pyarrow.compute
+
+        lengths: list[int] = pyarrow.compute.list_value_length(self.column("input_ids")).to_pylist()
+        return lengths
+
+    def largest_token(self) -> int:
+        """Return the largest token id of all rows."""
+        import pyarrow.compute
+
+        tokens = pyarrow.compute.list_flatten(self.column("input_ids"))
+        largest: int = pyarrow.compute.max(tokens).as_py()
+        return largest
+
+    def column(self, name: str) -> pyarrow.ChunkedArray:
+        """Return a column by its name, in as many pieces as the table has."""
+        return self.table.select_columns(name).with_format("arrow")[:][name]
+
+    def is_supervised(self) -> Any:
+        """Return whether a loss is computed for each token of all rows, (tokens,) of numpy.
+
+        A row's first token is never predicted, so it is not supervised, whatever its label.
+        """
+        labels = self.column("labels").combine_chunks()
+        found = labels.flatten().to_numpy() != IGNORED
+        found[first_tokens(labels)[:-1]] = False
+        return found
+
+    def content_hash(self) -> str:
+        """Return a hash of all ids and labels, wherever they come from."""
+        import pyarrow.compute
+
+        digest = xxhash.xxh3_128()
+        for name in ("input_ids", "labels"):
+            column = self.column(name).combine_chunks()
+            digest.update(pyarrow.compute.list_value_length(column).to_numpy().tobytes())
+            digest.update(column.flatten().to_numpy().tobytes())
+        return digest.hexdigest()
+
+
+def first_tokens(column: pyarrow.ListArray) -> Any:
+    """Return where each row begins in what `flatten` returns, and where the last ends."""
+    # The offsets of a slice do not begin at 0.
+    return column.offsets.to_numpy() - column.offsets[0].as_py()
 
 
 @dataclass(frozen=True)
@@ -68,7 +182,7 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     pad_token_id: int,
     width: Callable[[int], int] | None = None,
 ) -> Batch:
@@ -102,52 +216,30 @@ def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
     return predicts.flatten().nonzero().squeeze(1)
 
 
-def row_lengths(rows: Any) -> list[int]:
-    """Return the number of tokens of each row, of a `datasets.Dataset` or a sequence of rows."""
-    if hasattr(rows, "with_format"):
-        import pyarrow.compute
-
-        column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-        lengths: list[int] = pyarrow.compute.list_value_length(column).to_pylist()
-        return lengths
-    return [len(row["input_ids"]) for row in rows]
-
-
 def largest_batch(lengths: Sequence[int], count: int) -> Indices:
     """Return the indices of so many rows, given the tokens of all, that take the most memory."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return tuple(order[:count])
 
 
-def largest_token(rows: Any) -> int:
-    """Return the largest token id of a `datasets.Dataset` or a sequence of rows."""
-    if hasattr(rows, "with_format"):
-        import pyarrow.compute
-
-        column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-        largest: int = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py()
-        return largest
-    return max(int(token) for row in rows for token in row["input_ids"])
-
-
-def epoch_batches(tokenized_rows: Any, batch_size: int, seed: int, epoch: int) -> list[Indices]:
+def epoch_batches(rows: TokenRows, batch_size: int, seed: int, epoch: int) -> list[Indices]:
     """Return the row indices of each micro-batch of an epoch; every row once.
 
     Rows are shuffled by (seed, epoch), sorted by length within windows of 50 batches, and the
     batches are shuffled again.
 
     Args:
-        tokenized_rows: `Tokenized.rows`, or any sequence of rows with `input_ids`.
+        rows: of which an epoch is.
         batch_size: rows a micro-batch; one batch of the epoch may have fewer.
         seed: of the run.
         epoch: counted from 0.
     """
     source = random.Random(f"order {seed} {epoch}")
-    order = list(range(len(tokenized_rows)))
+    order = list(range(len(rows)))
     source.shuffle(order)
     if batch_size == 1:
         return [(index,) for index in order]
-    lengths = row_lengths(tokenized_rows)
+    lengths = rows.lengths()
     window = batch_size * _SORTED_BATCHES
     batches: list[Indices] = []
     for start in range(0, len(order), window):

@@ -1,21 +1,45 @@
-"""Makes one record of a known shape a sample.
+"""Makes one record of a known shape a sample: its texts, and its turns in whatever form.
 
-Takes the fields of a record and where it stands; returns a frozen sample with the texts as
-they are written, or raises one line that says what is wrong with it.
+Takes the fields of a record and where it stands; returns a frozen sample with the texts as they
+are written, its turns and tools in the one form that chat templates read; or raises one line that
+says what is wrong. Never drops or joins a turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
-from qlora_kit.data.faults import kind_of
-from qlora_kit.data.messages import read_tools, read_turns
-from qlora_kit.data.shapes import Conversation, Message, Pair, Sample, Shape, Text
-from qlora_kit.data.text_fields import filled, optional, string
+from qlora_kit.data.fields import clean, filled, is_plain, kind_of, not_empty, optional, string
+from qlora_kit.data.shapes import ROLES, Conversation, Message, Pair, Sample, Shape, Text
 from qlora_kit.errors import DataError
+from qlora_kit.storage import parse_json
 
 Fields = Mapping[str, Any]
+
+_FROM = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "function_call",
+    "observation": "tool",
+    "tool": "tool",
+    "developer": "developer",
+}
+"""Who speaks in a ShareGPT turn; `function_call` is an assistant's turn with only a call in it."""
+
+_PARTS = ("text", "reasoning", "tool_call")
+"""Parts of a content that are read; the last two are LLaMA-Factory's, of an assistant."""
+
+_DEEPEST = 64
+
+_TOOL_KEYS = ("tool_call_id", "name")
+_LEARNT_KEYS = ("weight", "train", "loss_weight")
+_TURN_KEYS = frozenset({"role", "content", "tool_calls", "from", "value", *_LEARNT_KEYS})
 
 
 def to_sample(shape: Shape, record: Fields, where: str) -> Sample:
@@ -32,13 +56,8 @@ def to_sample(shape: Shape, record: Fields, where: str) -> Sample:
     return _CONVERT[shape](record, where)
 
 
-def _from_chat(record: Fields, where: str) -> Sample:
-    return _conversation(record, read_turns(record["messages"], "messages", where), where)
-
-
-def _from_sharegpt(record: Fields, where: str) -> Sample:
-    turns = read_turns(record["conversations"], "conversations", where)
-    return _conversation(record, turns, where)
+def _from_turns(field: str, record: Fields, where: str) -> Sample:
+    return _conversation(record, read_turns(record[field], field, where), where)
 
 
 def _from_chat_pair(record: Fields, where: str) -> Sample:
@@ -56,7 +75,7 @@ def _side(record: Fields, key: str, role: str, where: str) -> tuple[Message, ...
 def _from_alpaca(record: Fields, where: str) -> Sample:
     instruction, extra = string(record, "instruction", where), optional(record, "input", where)
     if not instruction.strip() and not extra.strip():
-        filled(record, "instruction", where)
+        not_empty(instruction, "instruction", where)
     asked = "\n\n".join(text for text in (instruction, extra) if text)
     turns = (*_history(record.get("history"), where), Message("user", asked))
     answer = Message("assistant", filled(record, "output", where))
@@ -65,25 +84,23 @@ def _from_alpaca(record: Fields, where: str) -> Sample:
 
 def _history(rounds: Any, where: str) -> list[Message]:
     """Return the turns of earlier rounds, each a question and its answer."""
+    if rounds is None:
+        return []
+    if not isinstance(rounds, list):
+        raise DataError(
+            f'{where}: "history" is {kind_of(rounds)}; expected a list of rounds; write them in [ ]'
+        )
     messages = []
-    for number, each in enumerate([] if rounds is None else _list(rounds, where), 1):
+    for number, each in enumerate(rounds, 1):
         if not isinstance(each, list) or len(each) != 2:
             raise DataError(
                 f'{where}: round {number} of "history" is no pair; expected [question, answer]; '
                 "write both"
             )
         for role, text in zip(("user", "assistant"), each, strict=True):
-            said = filled({"history": text}, "history", where, f"round {number}: ")
+            said = filled({"history": text}, "history", f"{where}: round {number}")
             messages.append(Message(role, said))
     return messages
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    raise DataError(
-        f'{where}: "history" is {kind_of(value)}; expected a list of rounds; write them in [ ]'
-    )
 
 
 def _from_qa(record: Fields, where: str) -> Sample:
@@ -122,11 +139,264 @@ def _from_text(record: Fields, where: str) -> Sample:
 
 
 _CONVERT: dict[Shape, Callable[[Fields, str], Sample]] = {
-    Shape.CHAT: _from_chat,
-    Shape.SHAREGPT: _from_sharegpt,
+    Shape.CHAT: partial(_from_turns, "messages"),
+    Shape.SHAREGPT: partial(_from_turns, "conversations"),
     Shape.ALPACA: _from_alpaca,
     Shape.CHAT_PAIR: _from_chat_pair,
     Shape.PAIR: _from_pair,
     Shape.QA: _from_qa,
     Shape.TEXT: _from_text,
 }
+
+
+# ---------------------------------------------------------------- turns
+
+
+def read_turns(turns: Any, field: str, where: str) -> tuple[Message, ...]:
+    """Return the messages of a list of turns, each `role` + `content` or `from` + `value`.
+
+    Raises:
+        DataError: it is no such list, a role is unknown, or a turn is empty.
+    """
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else kind_of(turns)
+        raise DataError(
+            f'{where}: "{field}" is {found}; expected a list of turns; '
+            "give at least one user and one assistant turn"
+        )
+    return tuple(_message(turn, f"{where}: turn {n}") for n, turn in enumerate(turns, 1))
+
+
+def unread_keys(turn: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a turn holds that is of no use here."""
+    is_tool = "tool" in (turn.get("role"), _FROM.get(str(turn.get("from"))))
+    for name in turn.keys() - _TURN_KEYS:
+        if turn[name] is not None and not (is_tool and name in _TOOL_KEYS):
+            yield name
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        turn = {}
+    # Tables give every turn every column, so a field that is null is not there.
+    if turn.get("from") is not None and "value" in turn:
+        message = _from_value(turn, where)
+    elif turn.get("role") is not None and ("content" in turn or turn.get("tool_calls")):
+        message = _from_content(turn, where)
+    else:
+        raise DataError(
+            f'{where} has no "role" or no "content"; expected both; '
+            'write each turn as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
+        )
+    if message.role == "tool":
+        answers, name = (optional(turn, key, where) for key in _TOOL_KEYS)
+        message = replace(message, tool_call_id=answers, name=name)
+    return _asked_for(message, turn, where)
+
+
+def _asked_for(message: Message, turn: Mapping[str, Any], where: str) -> Message:
+    """Return the message with what the data says of learning it: its `weight`, its `train`."""
+    said = {key: _is_on(turn[key], key, where) for key in _LEARNT_KEYS if turn.get(key) is not None}
+    if True in said.values() and message.role != "assistant":
+        key = next(key for key, is_on in said.items() if is_on)
+        raise DataError(
+            f'{where} is the {message.role}\'s and has "{key}" on; expected only answers to be '
+            f'learnt; remove the "{key}"'
+        )
+    if len({*said.values()}) > 1:
+        named = " and ".join(f'a "{key}"' for key in said)
+        raise DataError(
+            f"{where} has {named} that contradict each other; expected one of them; remove the "
+            "other"
+        )
+    return replace(message, is_learnt=False not in said.values())
+
+
+def _is_on(value: Any, key: str, where: str) -> bool:
+    # 1.0 and true are 1 to Python as well.
+    if value in (0, 1):
+        return bool(value)
+    found = value if isinstance(value, int | float) else kind_of(value)
+    raise DataError(
+        f'{where} has {found} for "{key}"; expected 0 or 1, false or true: a turn is learnt or it '
+        "is not; correct it"
+    )
+
+
+def _from_value(turn: Mapping[str, Any], where: str) -> Message:
+    role = _role(turn["from"], _FROM, where)
+    if role == "function_call":
+        return Message("assistant", "", _calls_in(filled(turn, "value", where), where))
+    return _spoken(_FROM[role], turn, "value", where)
+
+
+def _from_content(turn: Mapping[str, Any], where: str) -> Message:
+    role, calls = _role(turn["role"], ROLES, where), turn.get("tool_calls")
+    if not calls:
+        return _spoken(role, turn, "content", where)
+    if role != "assistant":
+        raise _not_the_assistants(where, "calls a tool", role, "the call")
+    said = _Said("") if turn.get("content") is None else _said(role, turn, "content", where)
+    return Message(role, said.text, (*said.calls, *_each(calls, _call, where)))
+
+
+def _not_the_assistants(turn: str, does: str, role: str, what: str) -> DataError:
+    return DataError(
+        f"{turn} {does} as {role}; expected only an assistant to; correct its role or remove {what}"
+    )
+
+
+def _role(role: Any, known: Sequence[str] | Mapping[str, str], where: str) -> str:
+    if isinstance(role, str) and role in known:
+        return role
+    named = f'role "{role}"' if is_plain(role) else "a role that is no plain name"
+    raise DataError(f"{where} has {named}; expected {', '.join(known)}; rename or remove it")
+
+
+def _spoken(role: str, turn: Mapping[str, Any], key: str, where: str) -> Message:
+    """Return a turn whose content stands under `key`."""
+    said = _said(role, turn, key, where)
+    if role in ("user", "assistant") and not said.calls:
+        not_empty(said.text, key, where)
+    return Message(role, said.text, said.calls)
+
+
+# ---------------------------------------------------------------- parts
+
+
+class _Said(NamedTuple):
+    """What a content says, and the tools it calls."""
+
+    text: str
+    calls: tuple[Mapping[str, Any], ...] = ()
+
+
+def _said(role: str, turn: Mapping[str, Any], key: str, where: str) -> _Said:
+    """Return a content that is a string, or a list of parts."""
+    content = turn[key]
+    if not isinstance(content, list):
+        return _Said(string(turn, key, where))
+    said = [_part(part, role, where) for part in content]
+    return _Said("".join(each.text for each in said), sum((each.calls for each in said), ()))
+
+
+def _part(part: Any, role: str, where: str) -> _Said:
+    if isinstance(part, str):
+        return _Said(clean(part, f"{where}: a part"))
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    key = "text" if kind is not None and part.get("text") is not None else "value"
+    if kind not in _PARTS or key not in part:
+        named = f'a part of type "{kind}"' if is_plain(kind) else "a part that is no text"
+        raise DataError(
+            f'{where}: {named}; expected {{"type": "text", "text": ...}}; '
+            "remove the record: only text is trained"
+        )
+    if kind == "text":
+        return _Said(string(part, key, where))
+    if role != "assistant":
+        does, what = (
+            ("calls a tool", "the call") if kind == "tool_call" else ("reasons", "that part")
+        )
+        raise _not_the_assistants(where, does, role, what)
+    if kind == "tool_call":
+        return _Said("", _calls_in(part[key], where))
+    # As reasoning models write it, and as their templates look for it in an answer.
+    return _Said(f"<think>\n{string(part, key, where)}\n</think>\n\n")
+
+
+# ---------------------------------------------------------------- tools
+
+
+def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Return the tools a conversation may call; a list, or one written as JSON, or nothing.
+
+    Raises:
+        DataError: it is neither, or a tool has no name.
+    """
+    if value is None or value == "" or value == []:
+        return ()
+    return _each(_many(value, f'{where}: "tools"'), _tool, where)
+
+
+def _calls_in(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    return _each(_many(value, f"{where}: the call"), _call, where)
+
+
+def _many(value: Any, what: str) -> list[Any]:
+    """Return the objects a value is or, as JSON, writes."""
+    if isinstance(value, str):
+        value = _parsed(value, what)
+    return value if isinstance(value, list) else [value]
+
+
+def _parsed(text: str, what: str) -> Any:
+    value = parse_json(clean(text, what), what)
+    # Half a character written as an escape passes the check of the text around it.
+    _check_texts(value, what)
+    return value
+
+
+def _check_texts(value: Any, what: str) -> None:
+    """Check every text of a JSON value, and that whoever walks it later finds an end."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        for each in level:
+            for text in each if isinstance(each, dict) else [each]:
+                if isinstance(text, str):
+                    clean(text, what)
+        level = [inner for each in level for inner in _inside(each)]
+        if not level:
+            return
+    raise DataError(f"{what} is nested too deeply; expected {_DEEPEST} levels at most; flatten it")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _each(
+    values: Any, convert: Callable[[Any, str], Mapping[str, Any]], where: str
+) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(values, list):
+        raise DataError(
+            f"{where}: tool calls are {kind_of(values)}; expected a list; write them in [ ]"
+        )
+    return tuple(convert(value, where) for value in values)
+
+
+def _tool(tool: Any, where: str) -> Mapping[str, Any]:
+    inner = _function_of(tool)
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise DataError(
+            f'{where}: a tool without a "name"; expected a JSON schema of it; write it as '
+            '{"name": ..., "description": ..., "parameters": ...}'
+        )
+    _check_texts(inner, f'{where}: "tools"')
+    return {"type": "function", "function": inner}
+
+
+def _call(call: Any, where: str) -> Mapping[str, Any]:
+    inner = _function_of(call)
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise DataError(
+            f'{where} calls a tool without its "name"; expected name and arguments; write the '
+            'call as {"name": ..., "arguments": {...}}'
+        )
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{where}: the arguments of a call") if arguments else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise DataError(
+            f"{where} calls a tool with {kind_of(arguments)} for arguments; expected an object; "
+            'write them as {"name": value}'
+        )
+    _check_texts(inner, f"{where}: a call")
+    made = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
+
+
+def _function_of(value: Any) -> Any:
+    """Return what stands under "function", or the value itself where it has no such level."""
+    return value.get("function", value) if isinstance(value, dict) else value

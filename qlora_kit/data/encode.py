@@ -1,7 +1,8 @@
-"""Turns rendered text into token ids and labels.
+"""Turns rendered text into token ids and labels, and these into pieces that can be read.
 
 Takes `Rendered` texts; returns ids with labels of the same length, so made that the ids of a
-generation prompt are a prefix of the ids that are trained on. Never shortens a row.
+generation prompt are a prefix of the ids that are trained on. Never shortens a row. Takes ids and
+labels; returns the text of each token, as a tokenizer decodes it, but for secrets.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from qlora_kit.data.chat_text import wants_bos
 from qlora_kit.data.template import Rendered
+from qlora_kit.redact import redacted
 
 IGNORED = -100
 """label of a token that is not supervised"""
@@ -22,6 +25,11 @@ IGNORED = -100
 # Text put before a piece and taken away again, for tokenizers that add a space to the start
 # of every text they are given.
 _ANCHORS = ("", "\n")
+
+# What a decoder writes for bytes that are not a whole character yet; none has more than four.
+_INCOMPLETE = "\ufffd"
+_MOST_BYTES = 4
+WITHHELD = "[not shown: this row holds what looks like a secret]"
 
 
 class Labelled(NamedTuple):
@@ -145,19 +153,19 @@ class Encoder:
 
     def _join(self, text: str, cuts: Sequence[int], whole: _Encoded) -> _Encoded | None:
         """Encode `text` cut at `cuts`; None where the ids would decode to another text."""
-        expected = self._decode(whole.ids)
+        expected = _decode(self._tokenizer, whole.ids)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for start, end in pairwise((0, *cuts, len(text))):
             for anchor in _ANCHORS if start else ("",):
                 piece = self._piece(text[start:end], anchor)
-                if expected.startswith(self._decode(ids + piece.ids)):
+                if expected.startswith(_decode(self._tokenizer, ids + piece.ids)):
                     break
             else:
                 return None
             ids += piece.ids
             offsets += [(start + first, start + last) for first, last in piece.offsets]
-        return _Encoded(ids, offsets) if self._decode(ids) == expected else None
+        return _Encoded(ids, offsets) if _decode(self._tokenizer, ids) == expected else None
 
     def _label_without_offsets(self, item: Rendered) -> Labelled:
         """Encode with a tokenizer that tells no offsets: apart at every edge of a span."""
@@ -204,11 +212,12 @@ class Encoder:
             encoded.append(_Encoded(ids, [(0, len(text))] * len(ids)))
         return encoded
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(
+        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return text
 
 
 def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
@@ -248,3 +257,69 @@ def _context_matters(text: str, position: int) -> bool:
     """
     before = text[max(position - 2, 0) : position]
     return before[-1:].isdigit() or (len(before) == 2 and before.isspace())
+
+
+# ---------------------------------------------------------------- pieces to read
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The text of a token, or of a few that are only together a character."""
+
+    text: str
+    ids: tuple[int, ...]
+    is_supervised: bool
+    """whether a loss is computed for it"""
+    is_special: bool
+    """whether it is a token with a meaning of its own, such as an end token"""
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> tuple[Piece, ...]:
+    """Return the pieces of a token row, in order.
+
+    A row that holds what looks like a secret becomes one piece that says so: cut into tokens, it
+    would pass the redaction of whatever is printed.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        ids: of the row.
+        labels: of the same length; see `IGNORED`.
+    """
+    pieces = tuple(_pieces(tokenizer, ids, labels))
+    text = "".join(piece.text for piece in pieces)
+    if redacted(text) != text:
+        return (Piece(WITHHELD, (), is_supervised=False, is_special=True),)
+    return pieces
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Iterator[Piece]:
+    special = _special_ids(tokenizer)
+    # The first token of a row has none before it that would predict it.
+    supervised = [at > 0 and label != IGNORED for at, label in enumerate(labels)]
+    before = start = 0
+    for end in range(1, len(ids) + 1):
+        text = _added_text(tokenizer, ids[before:start], ids[start:end])
+        goes_on = end < len(ids) and supervised[end] == supervised[start]
+        if text.endswith(_INCOMPLETE) and goes_on and end - start < _MOST_BYTES:
+            continue
+        group = tuple(ids[start:end])
+        yield Piece(text, group, supervised[start], special.issuperset(group))
+        before, start = start, end
+
+
+def _added_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """Return what tokens add to the text of those before them.
+
+    Alone, a token would lose the space it begins with: decoders take it off a text's start.
+    """
+    context = _decode(tokenizer, before)
+    text = _decode(tokenizer, [*before, *ids])
+    return text[len(context) :] if text.startswith(context) else _decode(tokenizer, ids)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of all tokens that a tokenizer declares special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return frozenset(
+        [*tokenizer.all_special_ids, *(number for number, token in added if token.special)]
+    )

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.data.faults import is_plain
+from qlora_kit.data.fields import is_plain
 from qlora_kit.errors import DataError
 from qlora_kit.storage import (
     Line,
@@ -30,6 +30,7 @@ from qlora_kit.storage import (
 )
 from qlora_kit.storage.reading import MOST_LINE_BYTES
 
+ALIGNED_FIELDS = ("question", "answer")
 _ROWS_AT_A_TIME = 1024
 
 
@@ -49,7 +50,19 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         DataError: the file is missing, a folder, of unknown format, damaged, or empty.
     """
-    return _at_least_one(path, _reader_for(path)(path))
+    _check_regular(path)
+    reader = _READERS.get(_suffix(path))
+    if reader is None:
+        found = f'suffix "{_suffix(path)}"' if _suffix(path) else "no suffix"
+        raise DataError(
+            f"{path}: {found}; expected one of {_known()}; convert or rename the file, or name "
+            "two line-aligned ones as FILE+FILE"
+        )
+    record = None
+    for record in reader(path):
+        yield record
+    if record is None:
+        raise _nothing_in(path)
 
 
 def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
@@ -60,10 +73,22 @@ def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
     """
     for path in (asked, answered):
         _check_regular(path)
-    return _at_least_one(asked, _read_aligned(asked, answered))
-
-
-ALIGNED_FIELDS = ("question", "answer")
+    counts = [0, 0]
+    for one, other in zip_longest(read_lines(asked), read_lines(answered)):
+        counts = [counts[0] + (one is not None), counts[1] + (other is not None)]
+        if counts[0] != counts[1]:
+            continue  # counts on, for the error to say how many there are
+        for line in (one, other):
+            _check_text(line.record, f"{line.file}:{line.line}")
+        fields = zip(ALIGNED_FIELDS, (one.record, other.record), strict=True)
+        yield Record(f"{asked}:{one.line}", dict(fields))
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"{asked}: {counts[0]} lines, and {counts[1]} in {answered}; expected line-aligned "
+            "files; align them, one sample a line"
+        )
+    if not any(counts):
+        raise _nothing_in(asked)
 
 
 def is_data_file_name(path: Path) -> bool:
@@ -78,18 +103,6 @@ def without_gzip(path: Path) -> Path:
 
 def _suffix(path: Path) -> str:
     return without_gzip(path).suffix.lower()
-
-
-def _reader_for(path: Path) -> Callable[[Path], Iterator[Record]]:
-    _check_regular(path)
-    reader = _READERS.get(_suffix(path))
-    if reader is None:
-        found = f'suffix "{_suffix(path)}"' if _suffix(path) else "no suffix"
-        raise DataError(
-            f"{path}: {found}; expected one of {_known()}; convert or rename the file, or name "
-            "two line-aligned ones as FILE+FILE"
-        )
-    return reader
 
 
 def _check_regular(path: Path) -> None:
@@ -107,12 +120,8 @@ def _known() -> str:
     return ", ".join(_READERS) + ", each also as .gz"
 
 
-def _at_least_one(path: Path, records: Iterator[Record]) -> Iterator[Record]:
-    first = next(records, None)
-    if first is None:
-        raise DataError(f"{path}: no records; expected at least one; add rows or name another file")
-    yield first
-    yield from records
+def _nothing_in(path: Path) -> DataError:
+    return DataError(f"{path}: no records; expected at least one; add rows or name another file")
 
 
 # ---------------------------------------------------------------- JSON
@@ -151,23 +160,6 @@ def _read_text(path: Path) -> Iterator[Record]:
     _check_text(text, str(path))
     if text.strip():
         yield Record(f"{path}:1", {"text": text.removesuffix("\n")})
-
-
-def _read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
-    counts = [0, 0]
-    for one, other in zip_longest(read_lines(asked), read_lines(answered)):
-        counts = [counts[0] + (one is not None), counts[1] + (other is not None)]
-        if counts[0] != counts[1]:
-            continue  # counts on, for the error to say how many there are
-        for line in (one, other):
-            _check_text(line.record, f"{line.file}:{line.line}")
-        fields = zip(ALIGNED_FIELDS, (one.record, other.record), strict=True)
-        yield Record(f"{asked}:{one.line}", dict(fields))
-    if counts[0] != counts[1]:
-        raise DataError(
-            f"{asked}: {counts[0]} lines, and {counts[1]} in {answered}; expected line-aligned "
-            "files; align them, one sample a line"
-        )
 
 
 def _check_text(text: str, where: str) -> None:

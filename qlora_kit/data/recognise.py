@@ -1,4 +1,4 @@
-"""Recognises what the records of a data file are by their fields, and makes them samples.
+"""Recognises what records are by their fields, under whatever names, and makes them samples.
 
 Takes `Record`s; returns `Recognised`: samples of one shape, and what to tell about them.
 Collects faults instead of ending at the first, or leaves them out and counts them.
@@ -12,17 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_kit.config import RecordOptions
-from qlora_kit.data.columns import apply_columns, suggest_columns
-from qlora_kit.data.convert import to_sample
-from qlora_kit.data.faults import Faults, is_plain, kind_of, list_names
-from qlora_kit.data.messages import unread_keys
+from qlora_kit.data.convert import to_sample, unread_keys
+from qlora_kit.data.fields import Faults, RowAdapters, is_plain, kind_of, list_names
 from qlora_kit.data.read import Record
-from qlora_kit.data.row_adapter import RowAdapters
-from qlora_kit.data.shapes import FIELDS, Conversation, Pair, Sample, Shape
-from qlora_kit.errors import DataError
+from qlora_kit.data.shapes import FIELD_NAMES, FIELDS, Conversation, Pair, Sample, Shape
+from qlora_kit.errors import ConfigError, DataError
 
 _WITH_TURNS = ("messages", "conversations", "prompt", "completion")
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+
+# What others call the two sides of a record, and a text without sides; the likeliest first.
+_ASKS = ("prompt", "question", "query", "instruction", "problem", "input", "source", "sentence")
+_ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "label", "summary")
+# What an answer draws upon besides, as in the records of Dolly.
+_CONTEXTS = ("context", "input", "passage", "document")
+_TEXTS = ("text", "content", "document", "body", "sentence", "story", "code")
+_DEEPEST = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,41 @@ class Recognised:
     with_placeholder: int
     """samples with something like `{{name}}` in them"""
     placeholders: tuple[str, ...]
+
+    def notices(self, name: str, columns: Mapping[str, str]) -> Iterator[str]:
+        """Yield what the user should read once, one line each.
+
+        Args:
+            name: of the source.
+            columns: fields that stand under another name.
+        """
+        count = len(self.samples)
+        fields = ", ".join(
+            field if column == field else f"{field} from {column}"
+            for field in self.fields
+            for column in [columns.get(field, field)]
+        )
+        unread = f"; not read: {list_names(self.unread)}" if self.unread else ""
+        records = "record" if count == 1 else "records"
+        yield f"{name}: {count:,} {self.shape} {records} ({fields}){unread}"
+        if self.skipped:
+            yield (
+                f"{name}: {self.skipped:,} of {self.skipped + count:,} records skipped for a "
+                f"fault; the first: {self.first_skipped}"
+            )
+        if self.unlearnt:
+            answers = "1 answer is" if self.unlearnt == 1 else f"{self.unlearnt:,} answers are"
+            yield (
+                f"{name}: {answers} marked not to be learnt (weight, train), and left out of the "
+                "loss"
+            )
+        if self.with_placeholder:
+            names = ", ".join(f"{{{{{name}}}}}" for name in self.placeholders[:4])
+            yield (
+                f"{name}: {self.with_placeholder:,} of {count:,} records hold a placeholder "
+                f"({names or 'of no plain name'}) that nothing fills in; replace it, or it is "
+                "learnt"
+            )
 
 
 def recognise(record: Mapping[str, Any], options: RecordOptions | None = None) -> Shape | None:
@@ -113,8 +153,8 @@ class _Work:
         self.first_place = ""
         self.used: set[str] = set()
         self.unread: dict[str, None] = {}
-        self.skipped: list[str] = []
-        self.skips = 0
+        self.skipped = 0
+        self.first_skipped = ""
         self.placeholders: dict[str, None] = {}
         self.with_placeholder = 0
 
@@ -124,8 +164,8 @@ class _Work:
             self.samples.append(self._sample(record))
         except DataError as error:
             if self.options.skip_bad_lines:
-                self.skips += 1
-                self.skipped = self.skipped or [error.faults[0]]
+                self.skipped += 1
+                self.first_skipped = self.first_skipped or error.faults[0]
                 return
             if self.shape is None and not isinstance(record.content, DataError):
                 # Whatever comes after has no shape to be measured by.
@@ -142,7 +182,9 @@ class _Work:
                 f"{record.place}: {kind_of(record.content)}; expected an object with named "
                 'fields; write the record as {"...": ...}'
             )
-        fields = apply_columns(record.content, self.options.columns, record.place)
+        columns = self.options.columns.items()
+        named = {name: _look_up(record.content, path, record.place) for name, path in columns}
+        fields = {**record.content, **named}
         shape = self._shape_of(fields, record)
         sample = to_sample(shape, fields, record.place)
         if self.adapters is not None:
@@ -198,15 +240,15 @@ class _Work:
         """
         self.faults.raise_if_any()
         if self.shape is None or not self.samples:
-            first = f", the first: {self.skipped[0]}" if self.skipped else "; add rows"
+            first = f", the first: {self.first_skipped}" if self.skipped else "; add rows"
             raise DataError(f"the data: no usable record; expected at least one{first}")
         return Recognised(
             self.shape,
             self.samples,
             tuple(name for name in FIELDS[self.shape].all if name in self.used),
             tuple(sorted(self.unread)),
-            self.skips,
-            self.skipped[0] if self.skipped else "",
+            self.skipped,
+            self.first_skipped,
             sum(map(_unlearnt, self.samples)),
             self.with_placeholder,
             tuple(self.placeholders),
@@ -217,7 +259,9 @@ def _unread_in_turns(fields: Mapping[str, Any]) -> Iterator[str]:
     for field in _WITH_TURNS:
         turns = fields.get(field)
         for turn in turns if isinstance(turns, list) else ():
-            yield from (f"{field}.{name}" for name in unread_keys(turn))
+            # A field that the shape has no use for may hold anything.
+            if isinstance(turn, dict):
+                yield from (f"{field}.{name}" for name in unread_keys(turn))
 
 
 def _unlearnt(sample: Sample) -> int:
@@ -249,3 +293,76 @@ def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions) 
         f", or pass --columns {remedy}" if remedy else ", or name them with --columns FIELD=COLUMN"
     )
     return f"{record.place}: {found}; expected one of: {known}; rename the fields{asks}"
+
+
+# ---------------------------------------------------------------- columns
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Check that a shape has all of the fields that `--columns` names.
+
+    Raises:
+        ConfigError: none has.
+    """
+    unknown = [name for name in columns if name not in FIELD_NAMES]
+    if unknown:
+        raise ConfigError(
+            f"--columns: no field {unknown[0]}; expected FIELD=COLUMN with a field of "
+            f"{', '.join(sorted(FIELD_NAMES))}; correct it"
+        )
+    if not any(columns.keys() <= {*fields.all} for fields in FIELDS.values()):
+        raise ConfigError(
+            f"--columns: no format has {' and '.join(columns)} together; expected the fields of "
+            "one format; leave some out"
+        )
+
+
+def _look_up(record: Mapping[str, Any], path: str, where: str) -> Any:
+    """Return the column that a field is taken from; dots lead into objects: `extra_info.answer`."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        if not isinstance(value, dict) or name not in value:
+            has = f"keys {list_names(record)}" if record else "no keys"
+            raise DataError(
+                f'{where}: no "{path}" but {has}; expected what --columns names; correct it, or '
+                "pass --skip-bad-lines"
+            )
+        value = value[name]
+    return value
+
+
+def suggest_columns(record: Any) -> str:
+    """Return what to give `--columns` for a record, as far as names tell; "" where they do not."""
+    paths = dict(_leaves(record)) if isinstance(record, dict) else {}
+    asks, answers = _nearest(paths, _ASKS), _nearest(paths, _ANSWERS)
+    others = {path: kind for path, kind in paths.items() if kind is str and path != asks}
+    context = _nearest(others, _CONTEXTS)
+    if asks in paths and paths[asks] is str and answers and context:
+        return f"instruction={asks},input={context},output={answers}"
+    if asks and answers:
+        sides = ("prompt", "completion") if paths[asks] is list else ("question", "answer")
+        return f"{sides[0]}={asks},{sides[1]}={answers}"
+    text = _nearest(paths, _TEXTS)
+    return f"text={text}" if text else ""
+
+
+def _nearest(paths: Mapping[str, type], names: tuple[str, ...]) -> str:
+    """Return the path that ends in one of the names: the least deep, then the likeliest."""
+    found = [path for path in paths if path.rpartition(".")[2] in names]
+    return min(
+        found,
+        key=lambda path: (path.count("."), names.index(path.rpartition(".")[2])),
+        default="",
+    )
+
+
+def _leaves(record: Mapping[str, Any], within: str = "", depth: int = 1) -> Iterator[Any]:
+    for name, value in record.items():
+        if not is_plain(name):
+            continue
+        if isinstance(value, str | list):
+            yield within + name, type(value)
+        elif isinstance(value, dict) and depth < _DEEPEST:
+            yield from _leaves(value, f"{within}{name}.", depth + 1)

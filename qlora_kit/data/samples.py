@@ -1,25 +1,57 @@
-"""Loads the samples a run learns from, or is measured on: the door to the data.
+"""The door to the data: from what `--data` names to samples, and from a file to prompts.
 
-Takes what `--data` was given; returns `Samples`, all of one shape, with what there is to tell
-about them. Never tokenises, and loads neither torch nor transformers.
+Takes a file, two line-aligned ones, a folder or a data set of the hub; returns `Samples`, all of
+one shape, with what there is to tell about them. Never tokenises; imports neither torch nor
+transformers, and `datasets` for the hub only.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
 from qlora_kit.config import RecordOptions
-from qlora_kit.data.columns import check_columns
-from qlora_kit.data.faults import list_names
-from qlora_kit.data.recognise import Recognised, to_samples
-from qlora_kit.data.row_adapter import RowAdapters
-from qlora_kit.data.shapes import Sample, Shape
-from qlora_kit.data.sources import BUILT_IN, Split, has_split, open_source
+from qlora_kit.data.convert import read_turns
+from qlora_kit.data.fields import Faults, RowAdapters, filled, kind_of, list_names
+from qlora_kit.data.read import (
+    Record,
+    is_data_file_name,
+    read_aligned,
+    read_records,
+    without_gzip,
+    without_nulls,
+)
+from qlora_kit.data.recognise import check_columns, to_samples
+from qlora_kit.data.shapes import Message, Sample, Shape
+from qlora_kit.errors import DataError, HubError
+from qlora_kit.storage.faults import reason
 
-__all__ = ["BUILT_IN", "Samples", "load_held_out", "load_samples"]
+Split = Literal["train", "validation", "test"]
+
+_DEMO = Path(__file__).parent.parent / "demo"
+BUILT_IN: dict[Split, Path] = {"train": _DEMO / "train.jsonl", "test": _DEMO / "test.jsonl"}
+
+# What people and hubs call the parts of a data set; of several, the first that is there.
+_SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test",),
+}
+# Rows to measure are the test rows, else those meant for choosing; never those learnt from.
+_INSTEAD: dict[Split, tuple[Split, ...]] = {
+    "train": ("train",),
+    "validation": ("validation",),
+    "test": ("test", "validation"),
+}
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
 @dataclass(frozen=True)
@@ -59,24 +91,36 @@ def load_samples(
     """Load what `--data` names.
 
     Args:
-        data: a file, two line-aligned ones (`FILE+FILE`), a folder, a hub id (owner/name), or
-            None for the built-in samples.
-        split: which part of a folder, of the hub's data set or of the built-in samples.
+        data: a file; two line-aligned ones, `FILE+FILE`; a folder with one file a split; a hub
+            id, `owner/name` or `owner/name:configuration`; None: the built-in samples.
+        split: which part of what has parts. A file is all of one part.
         options: a shape or columns that are given rather than recognised, and whether records
             with a fault are left out.
         adapters: those a record may ask for; if None, no record is looked at for one.
 
     Raises:
         ConfigError: `options.columns` names a field that no shape has.
-        DataError: no such file, or records that are not usable; see `open_source`, `to_samples`.
+        DataError: nothing of that name, no such split, or records that are not usable; see
+            `read_records`, `to_samples`.
         HubError: the hub has no such data set, or is out of reach.
     """
-    options = RecordOptions() if options is None or data is None else options
+    if data is None:
+        found = to_samples(_built_in(BUILT_IN[split]), adapters=adapters)
+        return Samples(found.samples, found.shape, "built-in sample data")
+    options = options or RecordOptions()
     check_columns(options.columns)
-    source = open_source(data, split)
+    name, path = str(data), Path(data)
+    asked, plus, answered = name.partition("+")
+    if os.path.isdir(path):
+        source = _in_folder(path, split)
+    elif not os.path.exists(path) and plus and os.path.isfile(asked):
+        source = _Source(name, read_aligned(Path(asked), Path(answered)))
+    elif not os.path.exists(path) and is_hub_id(name):
+        source = _on_hub(name, split)
+    else:
+        source = _Source(name, read_records(path))
     found = to_samples(source.records, options, adapters)
-    name = source.name if data is None else str(data)
-    notices = () if data is None else tuple(_notices(source.name, found, options))
+    notices = tuple(found.notices(source.name, options.columns))
     return Samples(found.samples, found.shape, name, notices, found.skipped)
 
 
@@ -87,30 +131,226 @@ def load_held_out(data: str | Path | None, options: RecordOptions | None = None)
         DataError: they are not usable.
         HubError: the hub is out of reach.
     """
-    return load_samples(data, "validation", options) if has_split(data, "validation") else None
+    if data is None:
+        return None
+    path = Path(data)
+    if os.path.isdir(path):
+        has_some = bool(_split_files(path, "validation"))
+    elif os.path.exists(path) or not is_hub_id(str(data)):
+        has_some = False
+    else:
+        has_some = _named("validation", _hub_splits(str(data))) is not None
+    return load_samples(data, "validation", options) if has_some else None
 
 
-def _notices(name: str, found: Recognised, options: RecordOptions) -> Iterator[str]:
-    count = len(found.samples)
-    fields = ", ".join(
-        field if column == field else f"{field} from {column}"
-        for field in found.fields
-        for column in [options.columns.get(field, field)]
+@dataclass(frozen=True)
+class _Source:
+    """Records, and what to call where they come from."""
+
+    name: str
+    records: Iterator[Record]
+
+
+def _built_in(path: Path) -> Iterator[Record]:
+    # Where the package is installed is nobody's business in a model card or a page.
+    for record in read_records(path):
+        yield replace(record, place=record.place.removeprefix(f"{path.parent}{os.sep}"))
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _in_folder(folder: Path, split: Split) -> _Source:
+    for part in _INSTEAD[split]:
+        files = _split_files(folder, part)
+        if files:
+            _check_one_set(folder, part, files)
+            name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files)"
+            return _Source(name, chain.from_iterable(map(read_records, files)))
+    raise DataError(_no_split(folder, split))
+
+
+def _split_files(folder: Path, split: Split) -> list[Path]:
+    """Return the data files of a split, in the order of their shards."""
+    files = [path for path in _files_of(folder) if is_data_file_name(path)]
+    for name in _SPLIT_NAMES[split]:
+        named = [path for path in files if _shard_of(path)[0] == name]
+        if named:
+            return named
+    return []
+
+
+def _files_of(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {reason(error)}; expected a readable folder; check its rights"
+        ) from error
+
+
+def _shard_of(path: Path) -> tuple[str, int | None]:
+    """Return the name of a file without suffixes and shard number, and how many shards it has."""
+    stem = without_gzip(path).stem
+    match = _SHARD.fullmatch(stem)
+    return (match[1], int(match[3])) if match else (stem, None)
+
+
+def _check_one_set(folder: Path, split: Split, files: list[Path]) -> None:
+    """Several files of a split must be its shards, all of them."""
+    counts = {_shard_of(path)[1] for path in files}
+    if counts == {None} and len(files) == 1:
+        return
+    if counts != {len(files)}:
+        names = ", ".join(path.name for path in files[:4])
+        raise DataError(
+            f"{folder}: {len(files)} {split} files ({names}); expected one, or every shard of "
+            "one; name the file, or complete the folder"
+        )
+
+
+def _no_split(folder: Path, split: Split) -> str:
+    aligned = _aligned_files(folder, split)
+    if aligned:
+        one, other = aligned
+        return (
+            f"{folder}: {one.name} and {other.name} are line-aligned; expected to be told which "
+            f"asks and which answers; pass --data {one}+{other}, or the other way round"
+        )
+    found = [part for part in _SPLIT_NAMES if _split_files(folder, part)]
+    has = f"a folder with a {' and a '.join(found)} file" if found else "a folder"
+    return (
+        f"{folder}: {has}; expected a {split} file in it, such as {split}.jsonl; "
+        "name a file in it, or rename one"
     )
-    unread = f"; not read: {list_names(found.unread)}" if found.unread else ""
-    records = "record" if count == 1 else "records"
-    yield f"{name}: {count:,} {found.shape} {records} ({fields}){unread}"
-    if found.skipped:
-        yield (
-            f"{name}: {found.skipped:,} of {found.skipped + count:,} records skipped for a fault; "
-            f"the first: {found.first_skipped}"
+
+
+def _aligned_files(folder: Path, split: Split) -> list[Path]:
+    """Return two files of a split whose suffixes are no format: `train.de`, `train.en`."""
+    files = [
+        path
+        for path in _files_of(folder)
+        if without_gzip(path).stem in _SPLIT_NAMES[split]
+        and without_gzip(path).suffix
+        and not is_data_file_name(path)
+    ]
+    return files if len(files) == 2 else []
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id, and not that of a data file."""
+    return bool(_HUB_ID.fullmatch(name)) and not is_data_file_name(Path(name))
+
+
+def _on_hub(name: str, split: Split) -> _Source:
+    splits = _hub_splits(name)
+    for part in _INSTEAD[split]:
+        found = _named(part, splits)
+        if found is not None:
+            return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", splits[found]))
+    raise DataError(
+        f"{name}: no {split} split, only {list_names(splits)}; expected one; "
+        "download the data set and name a file of it"
+    )
+
+
+def _named(split: Split, splits: Collection[str]) -> str | None:
+    """Return what the hub's data set calls a split, if it has it."""
+    return next((name for name in _SPLIT_NAMES[split] if name in splits), None)
+
+
+def _hub_splits(name: str) -> Mapping[str, Any]:
+    import datasets
+
+    # The hub client warns of every retry; the one line that matters is the error below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    match = _HUB_ID.fullmatch(name)
+    assert match is not None
+    try:
+        splits: Mapping[str, Any] = datasets.load_dataset(match[1], match[2])
+    except Exception as error:
+        # The hub client raises from many trees; whatever it is, the remedy is the same.
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubError(
+            f"{name}: no such file, and not loadable from the hub ({why}); expected a data "
+            "file or a hub id; check name, network and access"
+        ) from error
+    return splits
+
+
+def _hub_records(name: str, rows: Any) -> Iterator[Record]:
+    number = 0
+    try:
+        for number, record in enumerate(rows, 1):
+            yield Record(f"{name} record {number}", without_nulls(record))
+    except Exception as error:
+        # Decoding an image or a sound may raise anything.
+        raise DataError(
+            f"{name} record {number + 1}: cannot be decoded ({type(error).__name__}); expected "
+            "text; choose another data set"
+        ) from error
+    if not number:
+        raise DataError(f"{name}: no records; expected at least one; name another data set")
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued: a text, or the turns before an answer.
+
+    Attributes:
+        content: a text stands for the user's turn where there is a chat template.
+        place: where it stands, for errors and answers.
+        adapter: which of several it asks for; None for the base alone.
+    """
+
+    content: str | tuple[Message, ...]
+    place: str
+    adapter: str | None = None
+
+
+def read_prompts(path: Path, adapters: RowAdapters | None = None) -> list[Prompt]:
+    """Read a data file of prompts; other fields than `prompt` and the adapter are not read.
+
+    Args:
+        path: of any format that `read_records` knows, but plain text.
+        adapters: those a record may ask for; if None, no record is looked at for one.
+
+    Raises:
+        DataError: the file is not readable, or records are no prompts: all of them, one a line.
+    """
+    prompts, faults = [], Faults()
+    for record in read_records(path):
+        try:
+            prompts.append(_prompt(record, adapters))
+        except DataError as error:
+            faults.add(*error.faults)
+    faults.raise_if_any()
+    return prompts
+
+
+def _prompt(record: Record, adapters: RowAdapters | None) -> Prompt:
+    if isinstance(record.content, DataError):
+        raise record.content
+    if not isinstance(record.content, dict):
+        raise DataError(
+            f"{record.place}: {kind_of(record.content)}; expected an object with a prompt; write "
+            'the record as {"prompt": ...}'
         )
-    if found.unlearnt:
-        answers = "1 answer is" if found.unlearnt == 1 else f"{found.unlearnt:,} answers are"
-        yield f"{name}: {answers} marked not to be learnt (weight, train), and left out of the loss"
-    if found.with_placeholder:
-        names = ", ".join(f"{{{{{name}}}}}" for name in found.placeholders[:4])
-        yield (
-            f"{name}: {found.with_placeholder:,} of {count:,} records hold a placeholder "
-            f"({names or 'of no plain name'}) that nothing fills in; replace it, or it is learnt"
-        )
+    content = _content(record.content, record.place)
+    adapter = adapters.of(record.content, record.place) if adapters else None
+    return Prompt(content, record.place, adapter)
+
+
+def _content(fields: Mapping[str, Any], where: str) -> str | tuple[Message, ...]:
+    if "prompt" not in fields:
+        found = f"keys {list_names(fields)}" if fields else "no keys"
+        raise DataError(f'{where}: {found}; expected "prompt": a text or a list of turns; add it')
+    if isinstance(fields["prompt"], list):
+        return read_turns(fields["prompt"], "prompt", where)
+    return filled(fields, "prompt", where)

@@ -17,8 +17,8 @@ import numpy
 import xxhash
 
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.encode import IGNORED, prompt_ids
-from qlora_kit.data.pieces import Piece, pieces_of
+from qlora_kit.data.batch import first_tokens
+from qlora_kit.data.encode import Piece, pieces_of, prompt_ids
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
 from qlora_kit.data.template import Renderer, end_tokens
@@ -225,20 +225,16 @@ class _Rows:
     """Token rows one after the other: those of row i are `ids[starts[i] : starts[i + 1]]`."""
 
     def __init__(self, part: Part) -> None:
-        table = part.tokenized.rows.with_format("arrow")[:]
-        ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
-        # The offsets of a slice do not begin at 0, and what `flatten` returns does.
-        self.starts = ids.offsets.to_numpy() - ids.offsets[0].as_py()
+        rows = part.tokenized.rows
+        ids, labels = (rows.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        self.starts = first_tokens(ids)
         self.ids = ids.flatten().to_numpy()
         self.labels = labels.flatten().to_numpy()
-        self.uncut_tokens = table["uncut_tokens"].to_numpy()
-        self.sample_of_row = table["row"].to_numpy()
-        self._samples = part.samples.items
-        self._dropped = part.tokenized.dropped
-        # A row's first token is never predicted, so it is not supervised, whatever its label.
-        is_supervised = self.labels != IGNORED
-        is_supervised[self.starts[:-1]] = False
-        self.supervised = numpy.flatnonzero(is_supervised)
+        self.uncut_tokens = rows.column("uncut_tokens").to_numpy()
+        self.sample_of_row = rows.column("row").to_numpy()
+        self.samples = part.samples.items
+        self.dropped = part.tokenized.dropped
+        self.supervised = numpy.flatnonzero(rows.is_supervised())
         """where there is a supervised token, in order; every row has one"""
 
     def __len__(self) -> int:
@@ -253,15 +249,11 @@ class _Rows:
         first, last = numpy.searchsorted(self.sample_of_row, [index, index + 1])
         return range(int(first), int(last))
 
-    def sample(self, index: int) -> Sample:
-        """Return a sample by its index in the data."""
-        return self._samples[index]
-
     def place(self, row: int) -> str:
         """Return where the sample of a row stands, and which of several rows it is."""
         index = int(self.sample_of_row[row])
         several = len(self.of_sample(index)) > 1
-        return self.sample(index).place + (f" (token row {row + 1:,})" if several else "")
+        return self.samples[index].place + (f" (token row {row + 1:,})" if several else "")
 
     def sample_lengths(self) -> list[tuple[int, int]]:
         """Return each sample's index and how many tokens it has before any are cut."""
@@ -269,11 +261,7 @@ class _Rows:
         longest = numpy.zeros(len(names), dtype=numpy.int64)
         numpy.maximum.at(longest, which, self.uncut_tokens)
         kept = zip(names.tolist(), longest.tolist(), strict=True)
-        return [*kept, *self._dropped.items()]
-
-    def is_dropped(self, index: int) -> bool:
-        """Return whether nothing is left of a sample."""
-        return index in self._dropped
+        return [*kept, *self.dropped.items()]
 
 
 # ---------------------------------------------------------------- lengths
@@ -300,13 +288,13 @@ def _histogram(tokens: Sequence[int], max_length: int) -> Iterator[Bin]:
 def _longest(rows: _Rows, counts: Counts, max_length: int) -> Iterator[LongRow]:
     lengths = sorted(rows.sample_lengths(), key=lambda each: (-each[1], each[0]))
     for index, tokens in lengths[:_MOST_LISTED]:
-        if rows.is_dropped(index):
+        if index in rows.dropped:
             outcome = "dropped"
         elif tokens <= max_length:
             outcome = "whole"
         else:
             outcome = "truncated" if counts.rows_truncated else "split"
-        yield LongRow(rows.sample(index).place, tokens, outcome)
+        yield LongRow(rows.samples[index].place, tokens, outcome)
 
 
 # ---------------------------------------------------------------- ends and prompts
@@ -330,13 +318,13 @@ def _try_prompts(rows: _Rows, tokenizer: Any, options: TokenOptions, seed: int) 
     with many_limits():
         for index in sorted(picked):
             made = [rows.ids[rows.span(row)].tolist() for row in rows.of_sample(index)]
-            for text in _prompts(rows.sample(index), renderer):
+            for text in _prompts(rows.samples[index], renderer):
                 ids = prompt_ids(tokenizer, text)
                 if not any(len(row) > len(ids) for row in made):
                     continue  # cut off before the answer
                 tried += 1
                 if not any(row[: len(ids)] == ids for row in made):
-                    places.append(rows.sample(index).place)
+                    places.append(rows.samples[index].place)
     return PromptTest(tried, len(places), tuple(places[:_MOST_LISTED]))
 
 

@@ -21,15 +21,14 @@ from typing import Any, NamedTuple
 import datasets
 import numpy
 import pyarrow
-import pyarrow.compute
 import tokenizers
 import transformers
-import xxhash
 
 from qlora_kit import storage
 from qlora_kit.config import TokenOptions
+from qlora_kit.data.batch import TokenTable
 from qlora_kit.data.encode import IGNORED, Encoder, Labelled
-from qlora_kit.data.faults import Faults
+from qlora_kit.data.fields import Faults
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Shape
 from qlora_kit.data.template import Rendered, Renderer
@@ -116,14 +115,11 @@ class Counts:
 class Tokenized:
     """Token rows ready to be batched.
 
-    `rows` has the columns `input_ids`, `labels` (the id at the same position, or -100), `row`
-    (index of the source sample) and `uncut_tokens` (how many there were before `max_length`
-    was applied). `fingerprint` is of all that decides the rows, `origin`
-    the hashes of its parts: data, tokenizer, template. `seconds` is what making them took; None
-    where they came from the cache.
+    `fingerprint` is of all that decides the rows, `origin` the hashes of its parts: data,
+    tokenizer, template. `seconds` is what making them took; None where they came from the cache.
     """
 
-    rows: datasets.Dataset
+    rows: TokenTable
     counts: Counts
     fingerprint: str
     origin: Mapping[str, str | None]
@@ -142,16 +138,6 @@ class Tokenized:
             return f"{self.counts.describe()}; from the cache"
         speed = self.counts.tokens / max(self.seconds, 1e-9)
         return f"{self.counts.describe()}; {speed:,.0f} tokens/s"
-
-    def content_hash(self) -> str:
-        """Return a hash of the token rows themselves, wherever they come from."""
-        table = self.rows.with_format("arrow")[:]
-        digest = xxhash.xxh3_128()
-        for name in ("input_ids", "labels"):
-            column = table[name].combine_chunks()
-            digest.update(pyarrow.compute.list_value_length(column).to_numpy().tobytes())
-            digest.update(column.flatten().to_numpy().tobytes())
-        return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- tokenise
@@ -207,7 +193,7 @@ def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) 
         about = storage.read_json(file.with_suffix(".json"))
         if about["sha256"] != storage.file_hash(file):
             return None
-        rows = datasets.Dataset.from_file(str(file))
+        rows = TokenTable(datasets.Dataset.from_file(str(file)))
         counts = Counts(**{**about["counts"], "shape": Shape(about["counts"]["shape"])})
         dropped = {int(index): int(tokens) for index, tokens in about["dropped"]}
     except (
@@ -217,11 +203,12 @@ def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) 
     return Tokenized(rows, counts, fingerprint, origin, dropped=dropped)
 
 
-class _Piece(NamedTuple):
-    """A row that fits, or what was cut off one that does not."""
+class _Row(NamedTuple):
+    """A row of the table: as `_SCHEMA` has it."""
 
     ids: list[int]
     labels: list[int]
+    sample: int
     uncut_tokens: int
 
 
@@ -278,15 +265,15 @@ class _Work:
         if not counts.supervised_tokens:
             raise DataError(self._nothing_to_learn())
         seconds = time.perf_counter() - started
-        return Tokenized(rows, counts, fingerprint, self.origin, seconds, self.dropped)
+        made = TokenTable(rows)
+        return Tokenized(made, counts, fingerprint, self.origin, seconds, self.dropped)
 
     def _table(self, indices: Sequence[int]) -> pyarrow.Table:
         rendered, sources = self._render(indices)
         encoded = zip(sources, self.encoder.encode(rendered), strict=True)
-        rows: list[tuple[list[int], list[int], int, int]] = []
+        rows: list[_Row] = []
         for index, of_one in itertools.groupby(encoded, key=lambda pair: pair[0]):
-            fitted = self._fit(index, [row for _, row in of_one])
-            rows += [(piece.ids, piece.labels, index, piece.uncut_tokens) for piece in fitted]
+            rows += self._fit(index, [row for _, row in of_one])
         columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
         return pyarrow.table(list(map(list, columns)), schema=_SCHEMA)
 
@@ -305,21 +292,21 @@ class _Work:
                 sources += [index] * len(texts)
         return rendered, sources
 
-    def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_Piece]:
+    def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_Row]:
         """Bring the rows of one sample to length and count what that costs."""
-        pieces = [
-            _Piece(ids, labels, len(row.ids))
+        left = [
+            _Row(part.ids, part.labels, index, len(row.ids))
             for row in rows
-            for ids, labels in self._shorten(index, row)
+            for part in self._shorten(index, row)
+            if supervised_count(part.labels)
         ]
-        left = [piece for piece in pieces if supervised_count(piece.labels)]
-        supervised = sum(supervised_count(piece.labels) for piece in left)
+        supervised = sum(supervised_count(row.labels) for row in left)
         all_supervised = sum(supervised_count(row.labels) for row in rows)
         self.tally.update(
             rows_kept=int(bool(left)),
             rows_dropped=int(not left),
             rows_unaligned=int(not all(row.aligned for row in rows)),
-            tokens=sum(len(piece.ids) for piece in left),
+            tokens=sum(len(row.ids) for row in left),
             supervised_tokens=supervised,
             supervised_tokens_lost=all_supervised - supervised,
         )
@@ -334,12 +321,12 @@ class _Work:
             self.tally.update(rows_truncated=1)
         return left
 
-    def _shorten(self, index: int, row: Labelled) -> list[tuple[list[int], list[int]]]:
+    def _shorten(self, index: int, row: Labelled) -> list[Labelled]:
         length, limit = len(row.ids), self.max_length
         if length <= limit:
-            return [(row.ids, row.labels)]
+            return [row]
         if self.long_samples == "truncate":
-            return [(row.ids[:limit], row.labels[:limit])]
+            return [Labelled(row.ids[:limit], row.labels[:limit], row.aligned)]
         if self.long_samples == "split":
             return self._split(row)
         if self.long_samples == "error":
@@ -349,7 +336,7 @@ class _Work:
             )
         return []
 
-    def _split(self, row: Labelled) -> list[tuple[list[int], list[int]]]:
+    def _split(self, row: Labelled) -> list[Labelled]:
         opening = len(self.opening)
         width = self.max_length - opening
         chunks = []
@@ -357,7 +344,7 @@ class _Work:
             ids = self.opening + row.ids[start : start + width]
             labels = [IGNORED] * opening + row.labels[start : start + width]
             if len(ids) >= 2:
-                chunks.append((ids, labels))
+                chunks.append(Labelled(ids, labels, row.aligned))
         return chunks
 
     def _nothing_to_learn(self) -> str:
@@ -411,8 +398,7 @@ def split_validation(
         The rest and the held-out part; all and None where the rows are too few. Kept rows and
         tokens of `counts` are the part's own; what was read, cut and lost stays with the rest.
     """
-    table = tokenized.rows.with_format("arrow")[:]
-    groups = table["row"].to_numpy()
+    groups = tokenized.rows.column("row").to_numpy()
     names = numpy.unique(groups)
     if len(names) < MIN_ROWS_FOR_VALIDATION:
         groups = names = numpy.arange(len(groups))
@@ -421,8 +407,8 @@ def split_validation(
         return tokenized, None
     held = random.Random(f"validation {seed}").sample(range(len(names)), count)
     is_held = numpy.isin(groups, names[sorted(held)])
-    rest = _part(tokenized, table, ~is_held, f"{fraction} {seed} rest")
-    part = _part(tokenized, table, is_held, f"{fraction} {seed} held out")
+    rest = _part(tokenized, ~is_held, f"{fraction} {seed} rest")
+    part = _part(tokenized, is_held, f"{fraction} {seed} held out")
     own = Counts(
         part.counts.shape,
         rows_read=part.counts.rows_kept,
@@ -433,18 +419,14 @@ def split_validation(
     return rest, replace(part, counts=own, dropped={})
 
 
-def _part(tokenized: Tokenized, table: pyarrow.Table, mask: Any, name: str) -> Tokenized:
-    part = table.filter(pyarrow.array(mask)).combine_chunks()
-    labels = part["labels"].combine_chunks()
-    supervised = labels.flatten().to_numpy() != IGNORED
-    # The first label of a row is never a target; rows are not empty.
-    supervised[labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()] = False
+def _part(tokenized: Tokenized, mask: Any, name: str) -> Tokenized:
+    rows = tokenized.rows.select(numpy.flatnonzero(mask))
+    is_supervised = rows.is_supervised()
     counts = replace(
         tokenized.counts,
-        rows_kept=len(numpy.unique(part["row"].to_numpy())),
-        tokens=len(supervised),
-        supervised_tokens=int(supervised.sum()),
+        rows_kept=len(numpy.unique(rows.column("row").to_numpy())),
+        tokens=len(is_supervised),
+        supervised_tokens=int(is_supervised.sum()),
     )
     digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
-    rows = tokenized.rows.select(numpy.flatnonzero(mask))
     return replace(tokenized, rows=rows, counts=counts, fingerprint=digest)

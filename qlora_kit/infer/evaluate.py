@@ -10,12 +10,11 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.data.batch import row_lengths
+from qlora_kit.data.batch import Row, TokenRows
 from qlora_kit.errors import OutOfMemory
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.layers.loss import CHUNK_TOKENS
@@ -67,7 +66,7 @@ class MixedEvaluation:
 @torch.no_grad()
 def evaluate(
     base: Base,
-    rows: Sequence[dict[str, Any]],
+    rows: TokenRows | Sequence[Row],
     *,
     batch_size: int = 8,
     pad_token_id: int = 0,
@@ -85,6 +84,7 @@ def evaluate(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
+    rows = TokenRows.of(rows)
     objective = CAUSAL.objective(base, pad_token_id, chunk_tokens, None)
     sums = _Sums.zeros(len(rows), CAUSAL.metrics, batch_size)
     _measure(objective, base, rows, sums, announce, per_row)
@@ -94,7 +94,7 @@ def evaluate(
 @torch.no_grad()
 def evaluate_mixed(
     base: Base,
-    rows: Sequence[dict[str, Any]],
+    rows: TokenRows | Sequence[Row],
     per_row: PerRow,
     *,
     batch_size: int = 8,
@@ -108,6 +108,7 @@ def evaluate_mixed(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
+    rows = TokenRows.of(rows)
     objective = CAUSAL.objective(base, pad_token_id, chunk_tokens, None)
     sums = _Sums.zeros(len(rows), CAUSAL.metrics, batch_size)
     _measure(objective, base, rows, sums, announce, per_row)
@@ -158,7 +159,7 @@ class _Sums:
 def _measure(
     objective: Objective,
     base: Base,
-    rows: Sequence[dict[str, Any]],
+    rows: TokenRows,
     sums: _Sums,
     announce: Announce,
     per_row: PerRow | None,
@@ -212,7 +213,7 @@ def _halved(rows: int, tokens: int) -> int:
     return math.ceil(rows / 2)
 
 
-def _by_length(rows: Sequence[dict[str, Any]]) -> list[int]:
+def _by_length(rows: TokenRows) -> list[int]:
     """Order rows so that those of similar length share a batch: padding is work for nothing."""
-    lengths = row_lengths(rows)
+    lengths = rows.lengths()
     return sorted(range(len(lengths)), key=lambda i: lengths[i])

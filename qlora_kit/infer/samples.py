@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qlora_kit.data.batch import TokenRows
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import DataError, StorageError
 from qlora_kit.events import Announce, Notice
@@ -96,7 +97,7 @@ class SampleAccount:
     _new_tokens: int = field(default=MOST_NEW_TOKENS, init=False)
     _tokens_at_once: int = field(default=0, init=False)
 
-    def begin(self, count: int, rows: Any, tokens_at_once: int) -> None:
+    def begin(self, count: int, rows: TokenRows, tokens_at_once: int) -> None:
         """Choose prompts and continue them, unless the run did so when it first started.
 
         Args:
@@ -231,7 +232,7 @@ def _stored(item: Mapping[str, Any], vocabulary: int) -> GeneratedSample:
 # ---------------------------------------------------------------- prompts
 
 
-def choose_prompts(rows: Any, count: int, most_tokens: int) -> list[_Prompt]:
+def choose_prompts(rows: TokenRows, count: int, most_tokens: int) -> list[_Prompt]:
     """Return the prompts of some rows, spread evenly over them.
 
     Args:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_kit.data.batch import largest_batch, row_lengths
+from qlora_kit.data.batch import largest_batch
 from qlora_kit.errors import OutOfMemory, TornStep
 from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.plan.allocator_record import AllocatorRecord
@@ -59,7 +59,7 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
     Raises:
         OutOfMemory: even one row does not fit, or what is kept to undo the step.
     """
-    largest = largest_batch(row_lengths(step.rows), step.micro_batch_rows)
+    largest = largest_batch(step.rows.lengths(), step.micro_batch_rows)
     window = [largest] * min(2, micro_batches)
     ledger = Ledger(step.device.type)
     claim_model(ledger, step.model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import row_lengths
+from qlora_kit.data.batch import TokenRows
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.events import Announce, Facts, Notice
 from qlora_kit.lora.attach import LoraSpec
@@ -28,7 +28,7 @@ from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.memory import difference_text, draw_timeline, size_text
 from qlora_kit.storage import write_text
-from qlora_kit.train.optimizer_step import OptimizerStep, TokenRows
+from qlora_kit.train.optimizer_step import OptimizerStep
 
 NAME = "memory.json"
 PICTURE = "memory.png"
@@ -64,7 +64,7 @@ def plan_run(
     """
     hardware = choose_hardware(config.device, config.dtype)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
-    evaluation_tokens = max(row_lengths(held_out)) if held_out is not None else None
+    evaluation_tokens = max(held_out.lengths()) if held_out is not None else None
     most = config.batch_size * config.gradient_accumulation_steps
     subject = Subject(spec, lora, standing_in_for(hardware), Rows.of(rows, most, evaluation_tokens))
     try:

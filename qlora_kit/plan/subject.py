@@ -5,15 +5,14 @@ Takes what `train` takes; needs none of it to exist on this machine but the arch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import largest_batch, row_lengths
+from qlora_kit.data.batch import TokenRows, largest_batch
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.hardware import Hardware, dtype_named
@@ -44,17 +43,15 @@ class Rows:
         return self.supervised[min(rows, len(self.supervised)) - 1]
 
     @classmethod
-    def of(
-        cls, rows: Sequence[Mapping[str, Any]], most: int, evaluation_tokens: int | None
-    ) -> Rows:
+    def of(cls, rows: TokenRows, most: int, evaluation_tokens: int | None) -> Rows:
         """Describe tokenised rows by the largest batches of them.
 
         Args:
-            rows: with `input_ids` and `labels`.
+            rows: of training.
             most: rows that a batch may have.
             evaluation_tokens: of the longest row in evaluation, if there is one.
         """
-        lengths = row_lengths(rows)
+        lengths = rows.lengths()
         # The largest batch holds every smaller one: each of its rows is read once.
         largest = largest_batch(lengths, most)
         supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))

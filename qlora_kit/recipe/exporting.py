@@ -15,7 +15,7 @@ from qlora_kit.config import (
     TrainConfig,
     resolve,
 )
-from qlora_kit.data.samples import load_samples
+from qlora_kit.data.samples import is_hub_id, load_samples
 from qlora_kit.errors import (
     AdapterError,
     ConfigError,
@@ -153,8 +153,6 @@ def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:
 
 def _held_out_rows(run: TrainConfig, tokenizer: Any, announce: Announce) -> Tokenized | None:
     """Return the validation rows of a run, where its data is still on this machine."""
-    from qlora_kit.data.sources import is_hub_id
-
     named = [name for name in (run.data, run.validation) if name is not None]
     try:
         if any(is_hub_id(name) and not Path(name).exists() for name in named):

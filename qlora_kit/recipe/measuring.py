@@ -11,9 +11,8 @@ from qlora_kit.config import (
     EvaluateConfig,
     GenerateConfig,
 )
-from qlora_kit.data.prompts import Prompt, read_prompts
-from qlora_kit.data.row_adapter import RowAdapters
-from qlora_kit.data.samples import Samples, load_samples
+from qlora_kit.data.fields import RowAdapters
+from qlora_kit.data.samples import Prompt, Samples, load_samples, read_prompts
 from qlora_kit.data.shapes import Message
 from qlora_kit.errors import (
     ConfigError,

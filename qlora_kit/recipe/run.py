@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from qlora_kit.config import TrainConfig, compared
-from qlora_kit.data.batch import row_lengths
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
@@ -162,7 +161,7 @@ class Run:
             self.output, self.adapter.base, self.opened.tokenizer, self.announce
         )
         # A token in a cache of keys and values takes up to what two take in training.
-        tokens_at_once = self.config.batch_size * max(row_lengths(self.rows.rows)) // 2
+        tokens_at_once = self.config.batch_size * max(self.rows.rows.lengths()) // 2
         account.begin(self.config.samples, (self.held_out or self.rows).rows, tokens_at_once)
         return account
 
@@ -252,8 +251,8 @@ def _identity(
     return {
         **config.model_dump(mode="json", include=set(compared(TrainConfig))),
         **rows.origin,
-        "rows": rows.content_hash(),
-        "validation": held_out.content_hash() if held_out else None,
+        "rows": rows.rows.content_hash(),
+        "validation": held_out.rows.content_hash() if held_out else None,
         "base": base.digest,
         "dtype": base.hardware.dtype_name,
         "device": base.hardware.device.type,

@@ -13,7 +13,7 @@ from qlora_kit.report.mask import left_out, shown, visible
 from qlora_kit.report.page import note, page, section, table
 
 if TYPE_CHECKING:
-    from qlora_kit.data.pieces import Piece
+    from qlora_kit.data.encode import Piece
     from qlora_kit.data.survey import Bin, Repeats, ShownRow, Survey
 
 NAME = "data.html"

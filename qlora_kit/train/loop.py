@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Indices, epoch_batches, plan_windows
+from qlora_kit.data.batch import Indices, Row, TokenRows, epoch_batches, plan_windows
 from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
@@ -54,7 +54,7 @@ from qlora_kit.train.checkpoint import (
 )
 from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
 from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
-from qlora_kit.train.optimizer_step import OptimizerStep, Taken, TokenRows
+from qlora_kit.train.optimizer_step import OptimizerStep, Taken
 from qlora_kit.train.random_states import seed_everything
 
 # A single bad row is worth going on after; more in a row are a run that has gone wrong.
@@ -110,7 +110,7 @@ def plan_steps(rows: int, config: TrainConfig) -> StepPlan:
 
 def train_adapter(
     adapter: Adapter,
-    rows: TokenRows,
+    rows: TokenRows | Sequence[Row],
     config: TrainConfig,
     *,
     task: Task = CAUSAL,
@@ -125,7 +125,7 @@ def train_adapter(
 
     Args:
         adapter: trained in place.
-        rows: tokenised training rows.
+        rows: tokenised training rows: those of `load_data`, or a list of your own.
         config: everything else that was asked for.
         task: what a row means.
         pad_token_id: fills short rows of a batch; never seen by the loss.
@@ -147,7 +147,7 @@ def train_adapter(
     processes = processes_of_this_run()
     run = _Run(
         adapter,
-        rows,
+        TokenRows.of(rows),
         config,
         task,
         pad_token_id,

@@ -13,12 +13,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_kit.data.batch import Indices, row_lengths
+from qlora_kit.data.batch import Indices, TokenRows
 from qlora_kit.errors import OutOfMemory, TornStep
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.lora.attach import Adapter
@@ -31,9 +30,6 @@ from qlora_kit.train.random_states import random_states, restore_random_states
 
 Window = Sequence[Indices]
 """The micro-batches of one optimiser step, each as indices of rows."""
-
-TokenRows = Sequence[dict[str, Any]]
-"""Rows with `input_ids`, `labels` and `row`, see `data.tokens`."""
 
 _TIMED_PASSES = 3
 
@@ -92,7 +88,7 @@ class OptimizerStep:
         self.model = self.adapter.base.model
         self.device = self.adapter.base.hardware.device
         self.parameters = list(self.adapter.parameters().values())
-        self.longest = max(row_lengths(self.rows))
+        self.longest = max(self.rows.lengths())
 
     def take(
         self,

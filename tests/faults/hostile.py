@@ -475,7 +475,7 @@ _ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{%
 @_attack
 def templates_without_end(folder: Path, canary: Path) -> None:
     """Loops that no user would wait for, at once and for one row only."""
-    with mock.patch("qlora_kit.data.probe.SECONDS", 0.3):
+    with mock.patch("qlora_kit.data.chat_template.PROBE_SECONDS", 0.3):
         refused("does not finish", *_with_template(folder / "all", _ENDLESS))
     written = "{% for m in messages %}{{ m.content }}{% endfor %}"
     on_this_row = "{% if messages[0].content == 'a' %}" + _ENDLESS + "{% endif %}" + written

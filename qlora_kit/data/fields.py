@@ -1,0 +1,172 @@
+"""The fields of a record: the words for what stands in one, its text, the adapter it names.
+
+Takes a field of a record; returns what it holds unchanged, or raises one line that names it.
+`Faults` collects such lines, so that one run tells them all. Never knows what a record is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_kit.errors import DataError
+
+MAX_FAULTS_SHOWN = 20
+_LONGEST_NAME = 30
+_MOST_NAMES = 6
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Faults:
+    """Faults found so far; only the first `MAX_FAULTS_SHOWN` are kept, the rest are counted."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.count = 0
+
+    def add(self, *lines: str) -> None:
+        """Note faults, one line each."""
+        self.lines += lines[: MAX_FAULTS_SHOWN - len(self.lines)]
+        self.count += len(lines)
+
+    def raise_if_any(self) -> None:
+        """End here if anything was found.
+
+        Raises:
+            DataError: with the faults, and "... and N more" where there were too many to show.
+        """
+        if not self.count:
+            return
+        hidden = self.count - len(self.lines)
+        raise DataError(*self.lines, *([f"... and {hidden} more"] if hidden else []))
+
+
+# ---------------------------------------------------------------- words
+
+
+def kind_of(value: Any) -> str:
+    """Return the kind of a JSON value in plain words, such as "a list"."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "a value")
+
+
+def is_plain(name: Any) -> bool:
+    """Return whether a name, dotted or not, may be repeated; a freer one may be sample text."""
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        return False
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def list_names(names: Iterable[Any]) -> str:
+    """Return names as `a, b and 2 more`; those that are not plain are only counted."""
+    names = list(names)
+    plain = [str(name) for name in names if is_plain(name)][:_MOST_NAMES]
+    others = len(names) - len(plain)
+    shown = ([", ".join(plain)] if plain else []) + ([f"{others} more"] if others else [])
+    return " and ".join(shown)
+
+
+# ---------------------------------------------------------------- texts
+
+
+def string(record: Mapping[str, Any], key: str, where: str) -> str:
+    """Return a field that must be a string.
+
+    Args:
+        record: has the field.
+        key: its name.
+        where: place of the record, or of a part of it, such as `a.jsonl:4: turn 3`.
+
+    Raises:
+        DataError: it is not, or not of whole characters.
+    """
+    value = record[key]
+    if not isinstance(value, str):
+        raise DataError(
+            f'{where}: "{key}" is {kind_of(value)}; expected a string; write the text in quotes'
+        )
+    return clean(value, f'{where}: "{key}"')
+
+
+def filled(record: Mapping[str, Any], key: str, where: str) -> str:
+    """Return a field that must have more than white space in it.
+
+    Raises:
+        DataError: it is not a string, or it is empty.
+    """
+    return not_empty(string(record, key, where), key, where)
+
+
+def not_empty(text: str, key: str, where: str) -> str:
+    """Return the text of a field after a look for more than white space.
+
+    Raises:
+        DataError: there is nothing else.
+    """
+    if not text.strip():
+        raise DataError(
+            f'{where}: "{key}" is empty; expected text; fill it in or remove the record'
+        )
+    return text
+
+
+def optional(record: Mapping[str, Any], key: str, where: str) -> str:
+    """Return a field that may be missing or null: both are as good as empty.
+
+    Raises:
+        DataError: it is there and not a string.
+    """
+    return "" if record.get(key) is None else string(record, key, where)
+
+
+def clean(text: str, what: str) -> str:
+    """Return a text after a look at its characters.
+
+    Raises:
+        DataError: half of a surrogate pair, which no tokenizer takes.
+    """
+    if not text.isascii() and _SURROGATE.search(text):
+        raise DataError(
+            f"{what} has half of a surrogate pair; expected whole characters; "
+            "write the character itself or both halves"
+        )
+    return text
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """Where a record names its adapter, and which there are.
+
+    Attributes:
+        field: of the record.
+        names: of the adapters.
+    """
+
+    field: str
+    names: tuple[str, ...]
+
+    def of(self, record: Mapping[str, Any], where: str) -> str | None:
+        """Return the adapter of a record; None where the field is missing, null or empty.
+
+        Args:
+            record: its fields.
+            where: its place, for errors.
+
+        Raises:
+            DataError: the field is no string, or names no adapter.
+        """
+        name = optional(record, self.field, where)
+        if not name or name in self.names:
+            return name or None
+        found = f"no adapter is named {name!r}" if is_plain(name) else "names no adapter"
+        raise DataError(
+            f'{where}: "{self.field}": {found}; expected one of {", ".join(self.names)}, or none '
+            "for the base alone; correct it, or give that adapter with --adapter NAME=FOLDER"
+        )
