@@ -18,8 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.errors import DataError, InputError, StorageError
-from qlora_kit.lora.adapter import BaseRecord, read_adapter, save_adapter
+from qlora_kit.lora.adapter import read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter
+from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.storage import (
     check_space,
