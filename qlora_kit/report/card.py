@@ -5,13 +5,13 @@ It goes where the adapter goes, so it holds no text of the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_kit.redact import redacted
 from qlora_kit.report.facts import RunSummary
+from qlora_kit.report.tables import markdown_table
 from qlora_kit.storage import write_text
 
 NAME = "README.md"
@@ -43,11 +43,11 @@ def write_card(folder: Path, summary: RunSummary) -> None:
         "## Use\n\n" + _WITH_PEFT,
         'Or `qlora-kit generate --adapter this-folder --prompt "..."`, and '
         "`qlora-kit export this-folder --to merged` for one model without adapter.",
-        "## Training\n\n" + _table(summary.facts),
-        "## Results\n\n" + _table(summary.results),
+        "## Training\n\n" + markdown_table(summary.facts),
+        "## Results\n\n" + markdown_table(summary.results),
         "![loss](loss.png)",
-        "## Settings\n\n" + _table(summary.deciding),
-        "## Versions\n\n" + _table(summary.versions),
+        "## Settings\n\n" + markdown_table(summary.deciding),
+        "## Versions\n\n" + markdown_table(summary.versions),
     ]
     card = ModelCard("\n\n".join(sections) + "\n").content
     write_text(folder / NAME, redacted(card))
@@ -55,12 +55,3 @@ def write_card(folder: Path, summary: RunSummary) -> None:
 
 def _is_hub_id(base: str) -> bool:
     return "/" in base and not base.startswith("/")
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")

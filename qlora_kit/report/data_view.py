@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.report.mask import left_out, shown, visible
 from qlora_kit.report.page import note, page, section, table
+from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
     from qlora_kit.data.pieces import Piece
@@ -20,8 +21,6 @@ NAME = "data.html"
 """of the page in a run's folder"""
 ROWS = 20
 """token rows on that page"""
-
-Rows = tuple[tuple[str, str], ...]
 
 _BAR_WIDTH = 40
 _MOST_OF_A_RUN = 600

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import GROUPS, TrainConfig, that_decide
+from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
     from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
-
-Rows = tuple[tuple[str, str], ...]
 
 # Told elsewhere, or a path of this machine.
 _NOT_TOLD = ("model", "data", "validation", "device", "threads", "chat_template")

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_kit.report.plot import save_figure
+from qlora_kit.report.tables import Rows
 
 Breakdown = Mapping[str, int]
 _MB = 10**6
 _GB = 10**9
 
 
-def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> Rows:
     """Return one row a phase: its peak on the device, and on the host."""
     return tuple(
         (phase, f"{size_text(peak):>8}   host {size_text(host[phase]):>8}")
@@ -23,7 +24,7 @@ def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> tuple[tupl
     )
 
 
-def breakdown_rows(parts: Breakdown, order: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def breakdown_rows(parts: Breakdown, order: Sequence[str]) -> Rows:
     """Return one row a purpose, those below a thousandth of the whole left out."""
     least = sum(parts.values()) / 1000
     present = [name for name in order if parts.get(name, 0) > least]

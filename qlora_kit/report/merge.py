@@ -6,7 +6,7 @@ only the files it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_kit.redact import redacted
 from qlora_kit.report.plot import save_figure
+from qlora_kit.report.tables import Rows, markdown_table
 from qlora_kit.storage import write_text
 
 CARD, PICTURE = "README.md", "merge_report.png"
@@ -27,7 +28,6 @@ _NAMES = {
     "written": "written",
 }
 Report = Mapping[str, Any]
-Rows = tuple[tuple[str, str], ...]
 
 
 def written_as(report: Report) -> str:
@@ -138,15 +138,15 @@ def write_merged_card(folder: Path, report: Report) -> None:
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {Path(base).name if is_path else base}, with an adapter merged in",
-        _table([("", ""), *facts]),
+        markdown_table(facts),
         "## Merge report",
         "\n\n".join(report["verdict"]["text"]),
         _measured(report),
         f"![layers]({PICTURE})",
         "The layers with the smallest delta for what quantising changed, the worst first:",
-        _table([("layer", ""), *layer_rows(report, _MOST_LAYERS)]),
+        markdown_table(layer_rows(report, _MOST_LAYERS), ("layer", "")),
         "## Versions",
-        _table([("", ""), *report["versions"].items()]),
+        markdown_table(report["versions"].items()),
     ]
     card = ModelCard("\n\n".join(section for section in sections if section) + "\n").content
     write_text(folder / CARD, redacted(card))
@@ -173,13 +173,4 @@ def _measured(report: Report) -> str:
         f"from weights unpacked to {report['dequantization_dtype']}; KL in nats per token, from "
         "the adapter on its quantised base."
     )
-    return f"{note}\n\n{_table([head, *lines])}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return f"{note}\n\n{markdown_table(lines, head)}"

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.redact import redacted_values
-from qlora_kit.report.facts import Rows, RunSummary
+from qlora_kit.report.facts import RunSummary
 from qlora_kit.report.page import figure, note, page, section, table
 from qlora_kit.report.plot import memory_curve
+from qlora_kit.report.tables import Rows
 from qlora_kit.storage import write_text
 
 NAME = "report.html"
