@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_kit.redact import redacted
-from qlora_kit.report.plot import save_figure
+from qlora_kit.report.plot import new_figure, save_figure
 from qlora_kit.report.tables import Rows, markdown_table
 from qlora_kit.storage import write_text
 
@@ -75,15 +75,8 @@ def draw_layers(report: Report, path: Path) -> None:
     Raises:
         StorageError: it could not be written.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     layers = report["layers"]
-    figure, (sizes, shares) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, layout="constrained"
-    )
+    figure, (sizes, shares) = new_figure(8, 6, plots=2)
     x = list(range(1, len(layers) + 1))
     if any(layer["quantization_error"] for layer in layers):
         errors = [layer["quantization_error"] for layer in layers]
