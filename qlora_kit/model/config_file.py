@@ -7,14 +7,13 @@ torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import ModelError
-from qlora_kit.storage import check_no_pointer
+from qlora_kit.storage import check_no_pointer, strict_json
 
 _MOST_FILE_BYTES = 1 << 26
 
@@ -136,7 +135,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_FILE_BYTES:
             raise ValueError(f"more than {_MOST_FILE_BYTES:,} bytes")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        content = strict_json(path.read_bytes(), infinity=True)
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except RecursionError as error:
@@ -147,13 +146,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
         found = str(error).splitlines()[0]
         raise ModelError(f"{path}: {found}; expected a JSON object; restore it") from error
     return content
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

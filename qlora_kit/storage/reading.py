@@ -166,7 +166,22 @@ def parse_json(text: str, where: str) -> Any:
         DataError: naming `where` and what was found.
     """
     with _json_errors(where, text):
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return strict_json(text)
+
+
+def strict_json(text: str | bytes, *, infinity: bool = False) -> Any:
+    """Parse JSON with no key twice.
+
+    Args:
+        text: all of it.
+        infinity: accept NaN and Infinity, which JSON does not have and some programs write.
+
+    Raises:
+        ValueError: saying what was found.
+        RecursionError: nested too deeply.
+    """
+    constant = None if infinity else _refuse_constant
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant)
 
 
 def read_json_list(path: Path) -> Iterator[Line]:
