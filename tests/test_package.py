@@ -72,10 +72,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_configs_and_demo(wheel: Path) -> None:
+def test_the_wheel_holds_configs_templates_and_demo(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (PROJECT / "configs").glob("*.yaml"):
         assert f"qlora_kit/configs/{path.name}" in names
+    templates = [*(PROJECT / "qlora_kit" / "report" / "templates").iterdir()]
+    assert len(templates) >= 7
+    assert {f"qlora_kit/report/templates/{path.name}" for path in templates} <= names
     for name in ("model/model.safetensors", "model/tokenizer.json", "train.jsonl", "test.jsonl"):
         assert f"qlora_kit/demo/{name}" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -61,8 +61,8 @@ class RunSummary:
 
     @property
     def base_name(self) -> str:
-        """What to call the base: a folder by its last part, which says enough."""
-        return Path(self.base).name if Path(self.base).is_absolute() else self.base
+        """What to call the base."""
+        return base_name(self.base)
 
     @classmethod
     def of(
@@ -88,6 +88,11 @@ class RunSummary:
             versions=tuple(versions.items()),
             commands=commands,
         )
+
+
+def base_name(base: str) -> str:
+    """Return what to call a base: a folder by its last part, which says enough."""
+    return Path(base).name if Path(base).is_absolute() else base
 
 
 def _settings(config: TrainConfig, names: Iterable[str]) -> Rows:
