@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.errors import AdapterError, ModelError, StorageError
+from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
 from qlora_kit.layers.projections import Projection, projections
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.lora.files import (
@@ -212,15 +212,13 @@ def _is_named(path: str, name: str) -> bool:
 
 def _ranks(folder: Path, spec: LoraSpec) -> dict[str, int]:
     """Return the rank of every layer; the patterns may be a stranger's, and slow."""
-    try:
-        with time_limit(_PATTERN_SECONDS):
-            # Both kinds of patterns are gone through here, so that later uses are as quick.
-            return {path: spec.rank_of(path) for path in spec.targets if spec.scaling_of(path)}
-    except TimeUp as error:
-        raise AdapterError(
-            f"{folder / CONFIG}: rank_pattern or alpha_pattern takes longer than "
-            f"{_PATTERN_SECONDS:.0f} s to match; expected names of layers; write them out"
-        ) from error
+    line = (
+        f"{folder / CONFIG}: rank_pattern or alpha_pattern takes longer than "
+        f"{_PATTERN_SECONDS:.0f} s to match; expected names of layers; write them out"
+    )
+    with raised_as(AdapterError, line, of=TimeUp), time_limit(_PATTERN_SECONDS):
+        # Both kinds of patterns are gone through here, so that later uses are as quick.
+        return {path: spec.rank_of(path) for path in spec.targets if spec.scaling_of(path)}
 
 
 def _pair(raw: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

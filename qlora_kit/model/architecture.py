@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_kit.errors import ModelError
+from qlora_kit.errors import ModelError, raised_as
 from qlora_kit.layers.projections import projections, vocabulary_paths
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
@@ -127,19 +127,18 @@ def build_skeleton(architecture: PreTrainedConfig) -> PreTrainedModel:
             take longer than `_BUILD_SECONDS`.
     """
     name = architecture.model_type
-    try:
-        with (
-            time_limit(_BUILD_SECONDS),
-            model_errors(name, "a causal language model of transformers"),
-        ):
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
-            _fill_computed_buffers(skeleton)
-    except TimeUp as error:
-        raise ModelError(
-            f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected "
-            "a few seconds; check the numbers of its config.json"
-        ) from error
+    too_long = (
+        f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected a "
+        "few seconds; check the numbers of its config.json"
+    )
+    with (
+        raised_as(ModelError, too_long, of=TimeUp),
+        time_limit(_BUILD_SECONDS),
+        model_errors(name, "a causal language model of transformers"),
+    ):
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+        _fill_computed_buffers(skeleton)
     return skeleton
 
 
