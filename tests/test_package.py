@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -60,6 +61,19 @@ def test_the_exception_tree_is_the_documented_one() -> None:
     }
     for name in tree:
         assert name in (errors.__doc__ or ""), "the tree in the docstring names every error"
+
+
+def test_private_names_of_torch_and_transformers_have_one_home() -> None:
+    """What a release may take away is looked for in two files; `layers/` and `step/` not yet."""
+    package = PROJECT / "qlora_kit"
+    private = re.compile(
+        r"torch\._|torch\.utils\._|\._cdata|_foreach_|\._buffers|\._parameters\b|\._modules"
+        r"|_(attn|experts)_implementation|_init_weights|_keys_to_ignore"
+    )
+    homes = {package / "private_torch.py", package / "private_transformers.py"}
+    found = {path for path in package.rglob("*.py") if private.search(path.read_text())}
+    assert homes <= found
+    assert {path.relative_to(package).parts[0] for path in found - homes} <= {"layers", "step"}
 
 
 @pytest.fixture(scope="module")

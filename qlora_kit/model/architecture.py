@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_kit.errors import ModelError, raised_as
+from qlora_kit.errors import ModelError
 from qlora_kit.layers.projections import projections, vocabulary_paths
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
@@ -33,6 +33,8 @@ from qlora_kit.model.config_file import (
     read_json_object,
 )
 from qlora_kit.model.faults import model_errors
+from qlora_kit.private_torch import own_buffers
+from qlora_kit.private_transformers import drop_kernels, initialize
 from qlora_kit.time_limit import TimeUp, time_limit
 
 # Above this share of weights that stay unquantised the memory promised is not kept.
@@ -102,10 +104,8 @@ def _drop_kernels(architecture: PreTrainedConfig) -> None:
     """Forget which kernels the file asks for: transformers would download and run them."""
     parts = [getattr(architecture, name, None) for name in architecture.sub_configs]
     for config in (architecture, *parts):
-        if getattr(config, "_attn_implementation", None) not in _OWN_KERNELS:
-            config._attn_implementation = None
-        if getattr(config, "_experts_implementation", None) not in _OWN_KERNELS:
-            config._experts_implementation = None
+        if config is not None:
+            drop_kernels(config, _OWN_KERNELS)
 
 
 def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
@@ -127,18 +127,19 @@ def build_skeleton(architecture: PreTrainedConfig) -> PreTrainedModel:
             take longer than `_BUILD_SECONDS`.
     """
     name = architecture.model_type
-    too_long = (
-        f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected a "
-        "few seconds; check the numbers of its config.json"
-    )
-    with (
-        raised_as(ModelError, too_long, of=TimeUp),
-        time_limit(_BUILD_SECONDS),
-        model_errors(name, "a causal language model of transformers"),
-    ):
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
-        _fill_computed_buffers(skeleton)
+    try:
+        with (
+            time_limit(_BUILD_SECONDS),
+            model_errors(name, "a causal language model of transformers"),
+        ):
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+            _fill_computed_buffers(skeleton)
+    except TimeUp as error:
+        raise ModelError(
+            f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected "
+            "a few seconds; check the numbers of its config.json"
+        ) from error
     return skeleton
 
 
@@ -158,16 +159,15 @@ def _fill_computed_buffers(skeleton: PreTrainedModel) -> None:
                     "stores; expected a small table; check the numbers of config.json"
                 )
             # Rotary frequencies must stay fp32 even where the default dtype is another one.
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            own_buffers(module)[name] = torch.empty_like(buffer, device="cpu")
         if computed:
             _initialize_buffers(skeleton, module)
 
 
 @torch.no_grad()
 def _initialize_buffers(skeleton: PreTrainedModel, module: nn.Module) -> None:
-    for name in module._parameters:
-        assert module._parameters[name] is None or module._parameters[name].is_meta  # type: ignore[union-attr]
-    skeleton._init_weights(module)
+    assert all(parameter.is_meta for parameter in module.parameters(recurse=False))
+    initialize(skeleton, module)
 
 
 def unquantized_share(skeleton: PreTrainedModel) -> float:
