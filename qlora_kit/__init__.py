@@ -65,7 +65,6 @@ _EXPORTS = {
     "export.verify": ("verify_merge",),
     "infer.evaluate": ("evaluate",),
     "infer.generate": ("Sampling", "generate"),
-    "layers.quantize": ("Quantization",),
     "lora.adapter": ("load_adapter", "read_adapter", "save_adapter"),
     "lora.attach": ("Adapter", "LoraSpec", "attach", "detach", "merge"),
     "lora.files": ("BaseRecord",),
@@ -73,6 +72,7 @@ _EXPORTS = {
     "model.hardware": ("choose_hardware",),
     "model.load": ("Base", "BaseSpec", "load_base"),
     "model.names": ("find_model", "known_models"),
+    "layers.quantize": ("Quantization",),
     "opening": ("configure", "load_data", "open_base"),
     "train.loop": ("TrainResult", "train_adapter"),
 }
