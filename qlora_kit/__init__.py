@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from qlora_kit.infer.evaluate import evaluate
     from qlora_kit.infer.generate import Sampling, generate
     from qlora_kit.layers.quantize import Quantization
-    from qlora_kit.lora.adapter import BaseRecord, load_adapter, read_adapter, save_adapter
+    from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
     from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach, merge
+    from qlora_kit.lora.files import BaseRecord
     from qlora_kit.lora.several import AdapterSet, PerRow, load_adapters
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import Base, BaseSpec, load_base
@@ -64,8 +65,9 @@ _EXPORTS = {
     "export.verify": ("verify_merge",),
     "infer.evaluate": ("evaluate",),
     "infer.generate": ("Sampling", "generate"),
-    "lora.adapter": ("BaseRecord", "load_adapter", "read_adapter", "save_adapter"),
+    "lora.adapter": ("load_adapter", "read_adapter", "save_adapter"),
     "lora.attach": ("Adapter", "LoraSpec", "attach", "detach", "merge"),
+    "lora.files": ("BaseRecord",),
     "lora.several": ("AdapterSet", "PerRow", "load_adapters"),
     "model.hardware": ("choose_hardware",),
     "model.load": ("Base", "BaseSpec", "load_base"),

@@ -1,4 +1,4 @@
-"""Every error the kit raises on purpose, with the exit code a shell sees.
+"""Every error the kit raises on purpose, with the exit code a shell sees; others' as one of them.
 
     QloraKitError              1   internal: something the kit should have handled
     ├── InputError             2   what the user gave cannot be used
@@ -22,12 +22,16 @@ fault, and never contains sample text or a token: `redact` sees to the latter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from qlora_kit.redact import one_line
 
 EXIT_INTERRUPTED = 130
 """of a Ctrl-C that `signals` does not handle; a handled signal exits with 128 + its number"""
+
+_MOST_CHARACTERS = 200
 
 
 class QloraKitError(Exception):
@@ -106,3 +110,54 @@ class VerificationError(QloraKitError):
     """A result failed its own check."""
 
     exit_code = 5
+
+
+# ---------------------------------------------------------------- errors of others
+
+
+@contextlib.contextmanager
+def raised_as(
+    kind: type[QloraKitError],
+    line: str | Callable[[Any], str | None],
+    of: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+) -> Iterator[None]:
+    """Raise what is raised inside the block as one line of the kit.
+
+    Args:
+        kind: of the error that takes its place.
+        line: its line, or what makes it of the error; None lets the error pass.
+        of: the errors that it is about. The kit's own pass, unless they are named here.
+
+    Raises:
+        QloraKitError: of that kind, in place of the error.
+    """
+    try:
+        yield
+    except of as error:
+        if isinstance(error, QloraKitError) and of in (Exception, BaseException):
+            raise
+        fault = line(error) if callable(line) else line
+        if fault is None:
+            raise
+        raise kind(fault) from error
+
+
+def reason(error: OSError) -> str:
+    """Return what the system says, in lower case: "no space left on device"."""
+    return (error.strerror or str(error)).lower()
+
+
+def first_line(error: BaseException, most: int = _MOST_CHARACTERS) -> str:
+    """Return the first line of what an error says, cut to so many characters; else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+def said(error: BaseException) -> str:
+    """Return all that an error says, in one line, at least its kind."""
+    # A KeyError quotes its message.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(message).split()).rstrip(".")
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]} …"
+    # A message that is a bare name, as of a KeyError, says nothing without the kind.
+    return text if " " in text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -28,6 +28,7 @@ from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.lora.files import (
     UNKNOWN_TEMPLATE,
+    BaseRecord,
     check_adapter_folder,
     read_base_record,
     read_peft_config,
@@ -38,7 +39,6 @@ from qlora_kit.train.folder import stored_layer
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
-    from qlora_kit.lora.adapter import BaseRecord
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
@@ -300,12 +300,12 @@ def load_data(
 
 def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord | None:
     """Attach the configured adapter, if any, and return its record."""
-    from qlora_kit.lora.adapter import load_adapter, read_record
+    from qlora_kit.lora.adapter import load_adapter
 
     if config.adapter is None:
         return None
     load_adapter(base, config.adapter)
-    record = read_record(config.adapter)
+    record = read_base_record(config.adapter)
     if record is not None and record.bits != base.quantization.bits:
         announce(
             Notice(

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from transformers import masking_utils
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+
+
+def drop_kernels(config: PreTrainedConfig, kept: Collection[str | None]) -> None:
+    """Forget which kernels a configuration asks for, but for those that are kept."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if getattr(config, name, None) not in kept:
+            setattr(config, name, None)
+
+
+def initialize(model: PreTrainedModel, module: nn.Module) -> None:
+    """Let a model fill one of its modules in, as it does before training from nothing."""
+    model._init_weights(module)
+
+
+def left_out_of_checkpoints(model: PreTrainedModel) -> Collection[str]:
+    """Return patterns of tensors that a checkpoint may have and the model does not want."""
+    return model._keys_to_ignore_on_load_unexpected or ()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +32,7 @@ from qlora_kit.data.tokens import split_validation, tokenize
 from qlora_kit.errors import DataError
 from qlora_kit.report.data_view import data_page, length_rows, summary_rows, tables
 from qlora_kit.report.mask import mask_text, shown, visible
-from qlora_kit.report.page import figure, note, page, section, table
+from qlora_kit.report.page import environment
 
 ROW = {"prompt": "one dollar: ", "completion": "$1.00"}
 
@@ -519,17 +520,34 @@ def test_every_table_of_the_terminal_is_on_the_page() -> None:
 
 
 def test_parts_of_pages_escape_what_they_are_given() -> None:
-    html = page(
-        NASTY,
-        [section(NASTY, note(NASTY), table([(NASTY, 3, True)], (NASTY,)), figure(b"png", NASTY))],
-        "b { color: red; }",
+    page = environment().from_string(
+        '{% extends "page.html.jinja" %}'
+        '{% from "parts.html.jinja" import figure, folded, table %}'
+        "{% block sections %}<h2>{{ title }}</h2>{{ table(rows, [title]) }}"
+        "{{ figure(png, title) }}{{ folded(title, rows, 2) }}{% endblock %}"
     )
+    html = page.render(title=NASTY, rows=[(NASTY, 3, True)], png=b"png")
     reader = _read(html.replace("<img ", "<meta "))
     assert "<script>" not in html
-    assert reader.text.count(NASTY) == 7
+    assert reader.text.count(NASTY) == 8
+    assert [unescape(words) for words in re.findall('alt="([^"]*)"', html)] == [NASTY]
     assert html.count('src="data:image/png;base64,cG5n"') == 1
     assert '<td class="number">3</td><td>True</td>' in html
-    assert "b { color: red; }" in html
+
+
+def test_every_template_escapes_what_it_shows() -> None:
+    """Cards are Markdown; everything else that is made from a template is HTML."""
+    made = environment()
+    names = made.list_templates()
+    assert {"data.html.jinja", "run.html.jinja", "card.md.jinja", "page.css"} <= {*names}
+    assert callable(made.autoescape)
+    assert {name for name in names if not made.autoescape(name)} == {
+        name for name in names if name.endswith(".md.jinja")
+    }
+    for name in names:
+        assert made.loader is not None
+        text, *_ = made.loader.get_source(made, name)
+        assert not re.search(r"\|\s*safe\b|autoescape", text), name
 
 
 # ---------------------------------------------------------------- ends that are spelled out

@@ -317,7 +317,8 @@ def test_a_delta_that_rounding_takes_away_is_refused(
     # A base whose values are those of bfloat16, and a delta below half of their last place.
     stored = qk.read_adapter(save(adapter, tmp_path / "adapter"))
     assert stored.record is not None
-    rounded = replace(stored, record=replace(stored.record, dequantization_dtype="bfloat16"))
+    record = stored.record.model_copy(update={"dequantization_dtype": "bfloat16"})
+    rounded = replace(stored, record=record)
     with pytest.raises(VerificationError, match="of its delta is left after rounding to bfloat16"):
         qk.merge_to(
             tmp_path / "merged", rounded, adapter.base.spec, make_tokenizer(),

@@ -14,8 +14,9 @@ from conftest import fill_lora, load_folder
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.adapter import BaseRecord, load_adapter, read_adapter, read_record, save_adapter
+from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach
+from qlora_kit.lora.files import BaseRecord, read_base_record
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
@@ -84,14 +85,14 @@ def test_targets_of_single_layers_are_written_as_paths(adapter: Adapter, tmp_pat
 
 
 def test_record_says_what_the_adapter_was_trained_on(adapter: Adapter, saved: Path) -> None:
-    record = read_record(saved)
+    record = read_base_record(saved)
     assert record == BaseRecord.of(adapter.base, template_hash="abc")
     assert (record.bits, record.quant_type, record.double_quant) == (4, "nf4", True)
     assert (record.block_size, record.compute_dtype) == (64, "float32")
     assert record.digest == adapter.base.digest
     assert record.template_hash == "abc"
     assert record.versions.keys() == {"qlora-kit", "torch", "transformers", "bitsandbytes"}
-    assert read_record(saved.parent) is None
+    assert read_base_record(saved.parent) is None
 
 
 def test_delta_on_disk_is_that_of_the_layer(adapter: Adapter, saved: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -62,6 +63,19 @@ def test_the_exception_tree_is_the_documented_one() -> None:
         assert name in (errors.__doc__ or ""), "the tree in the docstring names every error"
 
 
+def test_private_names_of_torch_and_transformers_have_one_home() -> None:
+    """What a release may take away is looked for in two files; `layers/` and `step/` not yet."""
+    package = PROJECT / "qlora_kit"
+    private = re.compile(
+        r"torch\._|torch\.utils\._|\._cdata|_foreach_|\._buffers|\._parameters\b|\._modules"
+        r"|_(attn|experts)_implementation|_init_weights|_keys_to_ignore"
+    )
+    homes = {package / "private_torch.py", package / "private_transformers.py"}
+    found = {path for path in package.rglob("*.py") if private.search(path.read_text())}
+    assert homes <= found
+    assert {path.relative_to(package).parts[0] for path in found - homes} <= {"layers", "step"}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel as pip does."""
@@ -72,10 +86,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_configs_and_demo(wheel: Path) -> None:
+def test_the_wheel_holds_configs_templates_and_demo(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (PROJECT / "configs").glob("*.yaml"):
         assert f"qlora_kit/configs/{path.name}" in names
+    templates = [*(PROJECT / "qlora_kit" / "report" / "templates").iterdir()]
+    assert len(templates) >= 7
+    assert {f"qlora_kit/report/templates/{path.name}" for path in templates} <= names
     for name in ("model/model.safetensors", "model/tokenizer.json", "train.jsonl", "test.jsonl"):
         assert f"qlora_kit/demo/{name}" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -17,7 +17,7 @@ import qlora_kit as qk
 from qlora_kit import recipe
 from qlora_kit.data.batch import collate, epoch_batches
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.train.optimizer import learning_rate_at, set_learning_rate
+from qlora_kit.train.optimizer import learning_rate_at
 
 # The settings of the command in docs/finetune.md, cut to the steps of a test.
 SETTINGS: dict[str, Any] = {
@@ -86,7 +86,7 @@ def train_with_peft(config: qk.TrainConfig, folder: Path) -> Any:
     twin.train()
     steps = config.max_steps or 0
     for step, indices in enumerate(batches[:steps], 1):
-        set_learning_rate(optimizer, learning_rate_at(step, steps, config))
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, config)
         their_loss(twin, collate([rows[i] for i in indices], 0)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -157,6 +159,20 @@ def test_the_loss_picture_has_every_curve(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(curves["validation"].get_ydata()) == [0.1, 0.05]
     assert list(curves["skipped: not finite"].get_xdata()) == [3]
     assert list(rate.get_lines()[0].get_ydata()) == [1e-4] * 40
+
+
+def test_pictures_leave_the_drawing_of_the_process_alone(tmp_path: Path) -> None:
+    """A notebook that trains keeps its own backend and its own open figures."""
+    program = (
+        "import sys; from pathlib import Path; from qlora_kit.report import memory, merge, plot;"
+        "path = Path(sys.argv[1]); plot.draw_loss([], path); plot.memory_curve([], {});"
+        "memory.draw_timeline([[1]], ['a'], {}, '', path);"
+        "memory.draw_memory({'step': {'a': 1}}, ['a'], '', path);"
+        "merge.draw_layers("
+        "{'layers': [], 'is_requantized': False, 'merged_over': '', 'dtype': ''}, path);"
+        "assert 'matplotlib.figure' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "picture.png")], check=True)
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_short_run() -> None:

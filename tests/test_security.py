@@ -195,9 +195,9 @@ def test_a_pattern_for_every_layer_is_quick() -> None:
 
 def test_the_block_size_of_a_record_is_that_of_the_kit() -> None:
     from qlora_kit.layers.weight import BLOCK_SIZE
-    from qlora_kit.lora.files import Record
+    from qlora_kit.lora.files import BaseRecord
 
-    assert Record.model_fields["block_size"].default == BLOCK_SIZE
+    assert BaseRecord.model_fields["block_size"].default == BLOCK_SIZE
 
 
 def test_numbers_of_every_known_model_are_within_the_bounds(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from qlora_kit.config.decisions import declared
 from qlora_kit.config.options import Options
 from qlora_kit.config.values import switch
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, raised_as, reason
 
 AnyConfig = TypeVar("AnyConfig", bound=Options)
 
@@ -78,24 +78,26 @@ def read_config_file(path: Path) -> Layer:
     Raises:
         ConfigError: missing, not YAML, or not a mapping.
     """
-    try:
+    with raised_as(ConfigError, lambda error: _not_yaml(path, error), of=(OSError, *_OF_YAML)):
         content = yaml.load(path.read_text(encoding="utf-8"), _AsWritten)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"{path}: {reason}; expected a YAML file") from error
-    # Bytes that are no text, values that are not what their tag says, nesting without end.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = f" ({problem})" if (problem := getattr(error, "problem", None)) else ""
-        raise ConfigError(
-            f"{path}{line}: not valid YAML{reason}; write `key: value` lines"
-        ) from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: found a {type(content).__name__}; expected `key: value` lines")
     return Layer(str(path), {str(key).replace("-", "_"): value for key, value in content.items()})
+
+
+# Bytes that are no text, values that are not what their tag says, nesting without end.
+_OF_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
+def _not_yaml(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{path}: {reason(error)}; expected a YAML file"
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = f"{path}:{mark.line + 1}" if mark else path
+    found = f" ({problem})" if problem else ""
+    return f"{place}: not valid YAML{found}; write `key: value` lines"
 
 
 def resolve(config_class: type[AnyConfig], layers: Sequence[Layer]) -> AnyConfig:

@@ -21,6 +21,7 @@ from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LowRank
 from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter
+from qlora_kit.private_torch import own_buffers
 
 UnitReader = Callable[[str], Sequence[Forms]]
 """Returns the parameters of a module, all of its parts included."""
@@ -58,9 +59,9 @@ class StreamedModel:
         for path, unit in units.items():
             self._run_all_variants(path, unit, is_embedding=unit is embedding)
         for module in skeleton.modules():
-            for name, buffer in module._buffers.items():
+            for name, buffer in own_buffers(module).items():
                 if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(device)
+                    own_buffers(module)[name] = buffer.to(device)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> dict[Variant, Tensor]:

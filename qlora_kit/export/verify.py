@@ -28,7 +28,7 @@ from qlora_kit.export.verdict import judge
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
-from qlora_kit.lora.adapter import library_versions
+from qlora_kit.lora.files import library_versions
 from qlora_kit.model.hardware import dtype_name
 from qlora_kit.model.head import head_of
 from qlora_kit.model.memory import memory_returned, out_of_memory_while

@@ -7,29 +7,29 @@ base in just the same way.
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_kit.errors import AdapterError, ModelError, StorageError
+from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
 from qlora_kit.layers.projections import Projection, projections
-from qlora_kit.layers.weight import BLOCK_SIZE
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.lora.files import (
     CONFIG,
     PICKLED_WEIGHTS,
     RECORD,
-    UNKNOWN_TEMPLATE,
     WEIGHTS,
     check_adapter_folder,
     read_base_record,
     read_peft_config,
+)
+from qlora_kit.lora.files import (
+    BaseRecord,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
 from qlora_kit.model.checkpoint import PickledShards
@@ -46,79 +46,6 @@ _SAVED_KEY = re.compile(
 )
 _MOST_FAULTS = 5
 _PATTERN_SECONDS = 5.0
-_VERSIONED = ("torch", "transformers", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class BaseRecord:
-    """What an adapter was trained on: the content of `qlora_kit.json`.
-
-    Attributes:
-        base: hub id, known name, or folder.
-        revision: commit of the hub repository, if it came from there.
-        digest: of the base's tensors, see `model.load.Digest`.
-        weights: "pretrained" or "random".
-        bits, quant_type, double_quant, block_size: how the base was held.
-        compute_dtype, dequantization_dtype: what activations and unpacked weights were in.
-        template_hash: of the chat template the data went through, None if it went through none,
-            or `UNKNOWN_TEMPLATE`.
-        versions: of the kit and what it computes with.
-    """
-
-    base: str
-    digest: str
-    bits: int
-    quant_type: str
-    double_quant: bool
-    compute_dtype: str
-    dequantization_dtype: str
-    weights: str = "pretrained"
-    block_size: int = BLOCK_SIZE
-    revision: str | None = None
-    template_hash: str | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        base: Base,
-        revision: str | None = None,
-        template_hash: str | None = UNKNOWN_TEMPLATE,
-    ) -> BaseRecord:
-        """Describe a loaded base.
-
-        Args:
-            base: what the adapter was trained on.
-            revision: its commit, if it came from the hub.
-            template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses
-                no template; where it is not known, the tokenizer's, if it has one.
-        """
-        dtype = base.hardware.dtype_name
-        return cls(
-            base=base.spec.source.identity,
-            digest=base.digest,
-            weights="random" if base.spec.random else "pretrained",
-            bits=base.quantization.bits,
-            quant_type=base.quantization.quant_type,
-            double_quant=base.quantization.double_quant,
-            compute_dtype=dtype,
-            dequantization_dtype=dtype,
-            revision=revision,
-            template_hash=template_hash,
-            versions=library_versions(),
-        )
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the kit and of the libraries it computes with."""
-    return {name: _version(name) for name in ("qlora-kit", *_VERSIONED)}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 # ---------------------------------------------------------------- writing
@@ -139,7 +66,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     save_tensors(folder / WEIGHTS, tensors)
     # A base may be named by a folder or an address that has a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
-    write_json(folder / RECORD, redacted_values(asdict(record)))
+    write_json(folder / RECORD, redacted_values(record.model_dump()))
 
 
 def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
@@ -214,16 +141,6 @@ class StoredAdapter:
         return (b @ a).mul_(self.spec.scaling_of(path))
 
 
-def read_record(folder: Path) -> BaseRecord | None:
-    """Read `qlora_kit.json`, or return None where there is none.
-
-    Raises:
-        AdapterError: it is there and not readable.
-    """
-    record = read_base_record(folder)
-    return None if record is None else BaseRecord(**record.model_dump())
-
-
 def read_adapter(folder: Path) -> StoredAdapter:
     """Read an adapter folder and check that it is whole.
 
@@ -233,7 +150,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     check_adapter_folder(folder)
     config = read_peft_config(folder)
-    record = read_record(folder)
+    record = read_base_record(folder)
     raw = _read_tensors(folder)
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
@@ -297,15 +214,13 @@ def _is_named(path: str, name: str) -> bool:
 
 def _ranks(folder: Path, spec: LoraSpec) -> dict[str, int]:
     """Return the rank of every layer; the patterns may be a stranger's, and slow."""
-    try:
-        with time_limit(_PATTERN_SECONDS):
-            # Both kinds of patterns are gone through here, so that later uses are as quick.
-            return {path: spec.rank_of(path) for path in spec.targets if spec.scaling_of(path)}
-    except TimeUp as error:
-        raise AdapterError(
-            f"{folder / CONFIG}: rank_pattern or alpha_pattern takes longer than "
-            f"{_PATTERN_SECONDS:.0f} s to match; expected names of layers; write them out"
-        ) from error
+    line = (
+        f"{folder / CONFIG}: rank_pattern or alpha_pattern takes longer than "
+        f"{_PATTERN_SECONDS:.0f} s to match; expected names of layers; write them out"
+    )
+    with raised_as(AdapterError, line, of=TimeUp), time_limit(_PATTERN_SECONDS):
+        # Both kinds of patterns are gone through here, so that later uses are as quick.
+        return {path: spec.rank_of(path) for path in spec.targets if spec.scaling_of(path)}
 
 
 def _pair(raw: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,22 +1,26 @@
 """The two JSON files of an adapter, checked field by field before anything is done with them.
 
 Takes an adapter folder, perhaps a stranger's; returns `PeftConfig` (adapter_config.json) and
-`Record` (qlora_kit.json). What the kit does not understand is refused by name rather than
+`BaseRecord` (qlora_kit.json). What the kit does not understand is refused by name rather than
 ignored. Imports no torch: what an adapter says of its base is read before torch is.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.storage import check_confined, read_json
+
+if TYPE_CHECKING:
+    from qlora_kit.model.load import Base
 
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
@@ -28,6 +32,7 @@ UNKNOWN_TEMPLATE = "unknown"
 MOST_RANK = 65_536
 _MOST_FILE_BYTES = 1 << 24
 _MOST_SHOWN = 60
+_VERSIONED = ("torch", "transformers", "bitsandbytes")
 
 # PEFT options the kit does not have, with the values that mean "not used".
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -140,8 +145,20 @@ class PeftConfig(_File):
         return tuple(self.target_modules) if isinstance(self.target_modules, list) else ()
 
 
-class Record(_File):
-    """The content of `qlora_kit.json`; `lora.adapter.BaseRecord` says what it means."""
+class BaseRecord(_File):
+    """What an adapter was trained on: the content of `qlora_kit.json`.
+
+    Attributes:
+        base: hub id, known name, or folder.
+        digest: of the base's tensors, see `model.load.Digest`.
+        bits, quant_type, double_quant, block_size: how the base was held.
+        compute_dtype, dequantization_dtype: what activations and unpacked weights were in.
+        weights: "pretrained" or "random".
+        revision: commit of the hub repository, if it came from there.
+        template_hash: of the chat template the data went through, None if it went through none,
+            or `UNKNOWN_TEMPLATE`.
+        versions: of the kit and what it computes with.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -157,6 +174,48 @@ class Record(_File):
     revision: _Text | None = None
     template_hash: _Text | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        revision: str | None = None,
+        template_hash: str | None = UNKNOWN_TEMPLATE,
+    ) -> BaseRecord:
+        """Describe a loaded base.
+
+        Args:
+            base: what the adapter was trained on.
+            revision: its commit, if it came from the hub.
+            template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses
+                no template; where it is not known, the tokenizer's, if it has one.
+        """
+        dtype: Any = base.hardware.dtype_name
+        return cls(
+            base=base.spec.source.identity,
+            digest=base.digest,
+            weights="random" if base.spec.random else "pretrained",
+            bits=base.quantization.bits,
+            quant_type=base.quantization.quant_type,
+            double_quant=base.quantization.double_quant,
+            compute_dtype=dtype,
+            dequantization_dtype=dtype,
+            revision=revision,
+            template_hash=template_hash,
+            versions=library_versions(),
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the kit and of the libraries it computes with."""
+    return {name: _version(name) for name in ("qlora-kit", *_VERSIONED)}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 # ---------------------------------------------------------------- reading
@@ -205,7 +264,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     return _checked(PeftConfig, content, path, "")
 
 
-def read_base_record(folder: Path) -> Record | None:
+def read_base_record(folder: Path) -> BaseRecord | None:
     """Read `qlora_kit.json`, or return None where there is none.
 
     Raises:
@@ -214,7 +273,7 @@ def read_base_record(folder: Path) -> Record | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    return _checked(Record, _read_object(path), path, "not a record of this kit: ")
+    return _checked(BaseRecord, _read_object(path), path, "not a record of this kit: ")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qlora_kit.errors import AdapterError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
+from qlora_kit.private_torch import own_buffers, own_parameters
 
 Original = FrozenWeight | Tensor | None
 
@@ -78,9 +79,9 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _set(module: nn.Module, leaf: str, tensor: Tensor | None) -> None:
-    if leaf in module._buffers or tensor is None:
-        module._buffers[leaf] = tensor
+    if leaf in own_buffers(module) or tensor is None:
+        own_buffers(module)[leaf] = tensor
     elif isinstance(tensor, nn.Parameter):
-        module._parameters[leaf] = tensor
+        own_parameters(module)[leaf] = tensor
     else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        own_parameters(module)[leaf] = nn.Parameter(tensor, requires_grad=False)

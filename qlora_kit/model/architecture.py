@@ -33,6 +33,8 @@ from qlora_kit.model.config_file import (
     read_json_object,
 )
 from qlora_kit.model.faults import model_errors
+from qlora_kit.private_torch import own_buffers
+from qlora_kit.private_transformers import drop_kernels, initialize
 from qlora_kit.time_limit import TimeUp, time_limit
 
 # What a base is loaded as unless its task says otherwise.
@@ -104,10 +106,8 @@ def _drop_kernels(architecture: PreTrainedConfig) -> None:
     """Forget which kernels the file asks for: transformers would download and run them."""
     parts = [getattr(architecture, name, None) for name in architecture.sub_configs]
     for config in (architecture, *parts):
-        if getattr(config, "_attn_implementation", None) not in _OWN_KERNELS:
-            config._attn_implementation = None
-        if getattr(config, "_experts_implementation", None) not in _OWN_KERNELS:
-            config._experts_implementation = None
+        if config is not None:
+            drop_kernels(config, _OWN_KERNELS)
 
 
 def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
@@ -176,16 +176,15 @@ def _fill_computed_buffers(skeleton: PreTrainedModel) -> None:
                     "stores; expected a small table; check the numbers of config.json"
                 )
             # Rotary frequencies must stay fp32 even where the default dtype is another one.
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            own_buffers(module)[name] = torch.empty_like(buffer, device="cpu")
         if computed:
             _initialize_buffers(skeleton, module)
 
 
 @torch.no_grad()
 def _initialize_buffers(skeleton: PreTrainedModel, module: nn.Module) -> None:
-    for name in module._parameters:
-        assert module._parameters[name] is None or module._parameters[name].is_meta  # type: ignore[union-attr]
-    skeleton._init_weights(module)
+    assert all(parameter.is_meta for parameter in module.parameters(recurse=False))
+    initialize(skeleton, module)
 
 
 def unquantized_share(skeleton: PreTrainedModel) -> float:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora_kit.errors import DataError, ModelError
+from qlora_kit.errors import DataError, ModelError, first_line, raised_as
 from qlora_kit.model.faults import model_errors
 from qlora_kit.storage import check_no_pointer, read_json
 
@@ -48,14 +48,7 @@ class SafetensorsShards:
     def __init__(self, files: Sequence[Path]) -> None:
         self._shards: dict[str, Any] = {}
         for path in files:
-            check_no_pointer(path, ModelError)
-            try:
-                shard = safe_open(path, framework="pt")
-                self._shards.update(dict.fromkeys(shard.keys(), shard))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{path}: not a complete safetensors file ({error}); download it again"
-                ) from error
+            self._shards |= _open_shard(path)
 
     @property
     def names(self) -> Sequence[str]:
@@ -69,6 +62,18 @@ class SafetensorsShards:
         ):
             tensor: Tensor = self._shards[name].get_tensor(name)
         return tensor
+
+
+def _open_shard(path: Path) -> dict[str, Any]:
+    """Return the open file by the name of each tensor in it."""
+
+    def line(error: Exception) -> str:
+        return f"{path}: not a complete safetensors file ({error}); download it again"
+
+    check_no_pointer(path, ModelError)
+    with raised_as(ModelError, line, of=(SafetensorError, OSError)):
+        shard = safe_open(path, framework="pt")
+        return dict.fromkeys(shard.keys(), shard)
 
 
 class PickledShards:
@@ -102,7 +107,8 @@ class PickledShards:
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     check_no_pointer(path, ModelError)
-    try:
+    # A pickle that is not what it should be ends the unpickler anywhere.
+    with raised_as(ModelError, lambda error: _not_plain(path, error)):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -110,20 +116,20 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # A pickle that is not what it should be ends the unpickler anywhere.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{path}: not a checkpoint of plain tensors ({first[:120]}); expected name: tensor; "
-            "download it from a source you trust"
-        ) from error
     if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
         raise ModelError(
             f"{path}: not a checkpoint of plain tensors; expected name: tensor; download it again"
         )
     return content
+
+
+def _not_plain(path: Path, error: Exception) -> str | None:
+    if isinstance(error, MemoryError):
+        return None
+    return (
+        f"{path}: not a checkpoint of plain tensors ({first_line(error, 120)}); expected name: "
+        "tensor; download it from a source you trust"
+    )
 
 
 def _is_plain(name: Any, value: Any) -> bool:
@@ -157,12 +163,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> Iterator[Path]:
-    try:
+    line = f'{index}: not an index; expected a "weight_map" of file names'
+    with raised_as(ModelError, line, of=(DataError, KeyError, AttributeError, TypeError)):
         names = dict.fromkeys(read_json(index)["weight_map"].values())
         if not names or not all(isinstance(name, str) for name in names):
             raise TypeError("no file names")
-    except (DataError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f'{index}: not an index; expected a "weight_map" of file names') from error
     for name in names:
         path = index.parent / name
         if Path(name).name != name or "\\" in name:

@@ -7,14 +7,13 @@ torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.errors import ModelError
-from qlora_kit.storage import check_no_pointer
+from qlora_kit.errors import ModelError, first_line, raised_as
+from qlora_kit.storage import check_no_pointer, strict_json
 
 _MOST_FILE_BYTES = 1 << 26
 
@@ -133,27 +132,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ModelError: not a JSON object, too large, nested too deeply, or a key twice.
     """
     check_no_pointer(path, ModelError)
-    try:
+
+    def line(error: Exception) -> str:
+        found = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        return f"{path}: {found}; expected a JSON object; restore it"
+
+    with raised_as(ModelError, line, of=(RecursionError, OSError, ValueError)):
         if path.stat().st_size > _MOST_FILE_BYTES:
             raise ValueError(f"more than {_MOST_FILE_BYTES:,} bytes")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        content = strict_json(path.read_bytes(), infinity=True)
         if not isinstance(content, dict):
             raise ValueError("not an object")
-    except RecursionError as error:
-        raise ModelError(
-            f"{path}: nested too deeply; expected a JSON object; restore it"
-        ) from error
-    except (OSError, ValueError) as error:
-        found = str(error).splitlines()[0]
-        raise ModelError(f"{path}: {found}; expected a JSON object; restore it") from error
     return content
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from qlora_kit.private_transformers import left_out_of_checkpoints
+
 # What bitsandbytes stores beside a packed weight; `weight_format` only says "row".
 _QUANTIZED_PARTS = re.compile(
     r"\.(SCB|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))$"
@@ -86,5 +88,5 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
 
 
 def _is_ignored(name: str, skeleton: PreTrainedModel) -> bool:
-    patterns = skeleton._keys_to_ignore_on_load_unexpected or ()
+    patterns = left_out_of_checkpoints(skeleton)
     return bool(_IGNORED.search(name)) or any(re.search(p, name) for p in patterns)

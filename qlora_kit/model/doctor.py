@@ -7,6 +7,8 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qlora_kit.errors import first_line
+
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "safetensors")
 # Before this transformers loses the spaces of some tokenizers, DeepSeek-LLM's among them.
 _MINIMUM = {"transformers": (5, 22)}
@@ -112,9 +114,8 @@ def _try_bits(bits: int, device: str) -> Finding:
         exact = x @ weight.T
         error = float((layer(x) - exact).norm() / exact.norm())
     except Exception as error_:  # a broken installation may raise anything
-        reason = str(error_).strip().splitlines()[0] if str(error_).strip() else ""
         return Finding(
-            name, f"{type(error_).__name__}: {reason[:120]}", False,
+            name, f"{type(error_).__name__}: {first_line(error_, 120)}", False,
             "reinstall bitsandbytes for this CPU or CUDA version: `python -m bitsandbytes`",
         )  # fmt: skip
     ok = error < _TOLERANCE[bits]

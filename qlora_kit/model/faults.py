@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
-from qlora_kit.errors import ModelError, QloraKitError
+from qlora_kit.errors import ModelError, raised_as, said
 from qlora_kit.model.memory import is_out_of_memory
 
-_MOST_CHARACTERS = 200
 
-
-@contextlib.contextmanager
-def model_errors(where: object, expected: str) -> Iterator[None]:
+def model_errors(where: object, expected: str) -> AbstractContextManager[None]:
     """Turn whatever is raised inside the block into one line about a model's file.
 
     transformers and tokenizers raise from many trees, and a damaged or hostile file reaches
@@ -26,28 +22,15 @@ def model_errors(where: object, expected: str) -> Iterator[None]:
     Raises:
         ModelError: in place of the error.
     """
-    try:
-        yield
-    except BaseException as error:
-        if not _is_of_the_file(error):
-            raise
-        raise ModelError(f"{where}: {reason(error)}; expected {expected}") from error
+
+    def line(error: BaseException) -> str | None:
+        return f"{where}: {said(error)}; expected {expected}" if _is_of_the_file(error) else None
+
+    return raised_as(ModelError, line, of=BaseException)
 
 
 def _is_of_the_file(error: BaseException) -> bool:
     # Where its Rust code fails, tokenizers raises what is no Exception, so by name.
     if type(error).__name__ == "PanicException":
         return True
-    ours = isinstance(error, QloraKitError) or is_out_of_memory(error)
-    return isinstance(error, Exception) and not ours
-
-
-def reason(error: BaseException) -> str:
-    """Return what an error says in one line, at least its kind."""
-    # A KeyError quotes its message.
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = " ".join(str(message).split()).rstrip(".")
-    if len(text) > _MOST_CHARACTERS:
-        text = f"{text[:_MOST_CHARACTERS]} …"
-    # A message that is a bare name, as of a KeyError, says nothing without the kind.
-    return text if " " in text else f"{type(error).__name__}: {text}".rstrip(": ")
+    return isinstance(error, Exception) and not is_out_of_memory(error)

@@ -40,6 +40,7 @@ from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
 from qlora_kit.model.random_weights import RandomWeights
 from qlora_kit.model.width import batch_width
+from qlora_kit.private_torch import own_buffers
 from qlora_kit.signals import safe_point
 
 RANDOM_SEED = 0
@@ -421,11 +422,11 @@ def _place(
             module.weight = PlainWeight(value)
         else:
             module.bias = value
-    elif leaf in module._buffers:
-        module._buffers[leaf] = value
+    elif leaf in own_buffers(module):
+        own_buffers(module)[leaf] = value
     elif value.device != hardware.device:
         # As a buffer: transformers takes the device of the first parameter for the model's.
-        del module._parameters[leaf]
+        delattr(module, leaf)
         module.register_buffer(leaf, value)
     else:
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
@@ -455,9 +456,9 @@ def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
     embedding = model.get_input_embeddings()
     for module in model.modules():
         target = embedding.weight.device if module is embedding else device
-        for name, buffer in module._buffers.items():
+        for name, buffer in own_buffers(module).items():
             if buffer is not None and buffer.device != target:
-                module._buffers[name] = buffer.to(target)
+                own_buffers(module)[name] = buffer.to(target)
 
 
 def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -7,13 +7,14 @@ import ctypes
 import functools
 import gc
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from qlora_kit.errors import OutOfMemory
+from qlora_kit.errors import OutOfMemory, raised_as
 
 # mallopt's parameters, from glibc's malloc.h: blocks from this size on are mappings of their own;
 # so much that is free at the end of the heap stays there.
@@ -96,19 +97,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(t in str(error) for t in _OUT_OF_MEMORY_TEXTS)
 
 
-@contextlib.contextmanager
-def out_of_memory_while(doing: str, remedy: str) -> Iterator[None]:
+def out_of_memory_while(doing: str, remedy: str) -> AbstractContextManager[None]:
     """Turn a shortage inside the block into one line.
 
     Raises:
         OutOfMemory: in place of the library's error.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(f"out of memory while {doing}; expected it to fit; {remedy}") from error
+    line = f"out of memory while {doing}; expected it to fit; {remedy}"
+    return raised_as(OutOfMemory, lambda error: line if is_out_of_memory(error) else None)
 
 
 def release_memory(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.private_transformers import initialize
 
 _SMALL = 1  # dimensions of biases and norm weights
 
@@ -68,5 +69,5 @@ class RandomWeights:
         nn.Module.__init__(probe)
         for each, parameter in module.named_parameters(recurse=False):
             probe.register_parameter(each, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
-        self._skeleton._init_weights(probe)
+        initialize(self._skeleton, probe)
         return probe.get_parameter(leaf).detach().to(self._device)

@@ -3,8 +3,6 @@
 It sees what an operation takes for itself meanwhile, which no ledger of tensors does. The record is
 torch's profiler's, without its operators: kept for a whole step, they are many times what the
 step itself takes. It is read and begun again after some operations, but not within a backward.
-
-Uses private names of torch (2.11 to 2.13): `torch.profiler` has no way to leave operators out.
 """
 
 from __future__ import annotations
@@ -12,16 +10,16 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from qlora_kit.model.memory import trim_heap
+from qlora_kit.private_torch import (
+    TorchDispatchMode,
+    begin_memory_record,
+    end_memory_record,
+    is_in_backward,
+)
 
 # About 2 KB of record an allocation, and some allocations an operation.
 _OPERATIONS_A_RECORD = 1000
-# The binding of torch's profiler to C++, which has no types.
-_profiler: Any = torch.autograd
-_ACTIVITIES = {_profiler.ProfilerActivity.CPU}
 
 
 class AllocatorRecord(TorchDispatchMode):
@@ -41,7 +39,7 @@ class AllocatorRecord(TorchDispatchMode):
 
     def __enter__(self) -> AllocatorRecord:
         """Begin to record."""
-        _begin()
+        begin_memory_record()
         super().__enter__()
         return self
 
@@ -61,35 +59,17 @@ class AllocatorRecord(TorchDispatchMode):
         """Run an operation; read what there is of the record after many."""
         result = func(*args, **(kwargs or {}))
         self._operations += 1
-        if self._operations >= _OPERATIONS_A_RECORD and not _is_in_backward():
+        if self._operations >= _OPERATIONS_A_RECORD and not is_in_backward():
             self._read()
-            _begin()
+            begin_memory_record()
         return result
 
     def _read(self) -> None:
         self._operations = 0
-        events = _profiler._disable_profiler().events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        changes = sorted(end_memory_record())
         for _, change in changes:
             self._live += change
             self.peak_bytes = max(self.peak_bytes, self._live)
         # The record lay between the step's own blocks; what it leaves would stay with the process.
-        del events, changes
+        del changes
         trim_heap()
-
-
-def _is_in_backward() -> bool:
-    # What is begun there ends with it: autograd puts the thread's state back as it found it.
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _begin() -> None:
-    inner: Any = torch._C._profiler
-    # Shapes, memory, stacks, FLOP, modules.
-    wanted = (False, True, False, False, False)
-    state = _profiler.ProfilerState.KINETO
-    config = _profiler.ProfilerConfig(state, *wanted, inner._ExperimentalConfig())
-    _profiler._prepare_profiler(config, _ACTIVITIES)
-    # Nothing that runs here is of this scope. What is, and begins in one record and ends after it,
-    # writes its end into freed memory: torch.optim's step, for one, is of USER_SCOPE.
-    _profiler._enable_profiler(config, _ACTIVITIES, {inner.RecordScope.STATIC_RUNTIME_MODEL})

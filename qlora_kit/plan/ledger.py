@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from qlora_kit.layers.purpose import UNPACKED
+from qlora_kit.private_torch import FakeTensor, TorchDispatchMode, storage_key, tree_leaves
 
 # The CUDA allocator hands out multiples of this; the CPU's is told to, for one kind of sum.
 ROUNDED_BYTES = 512
@@ -141,7 +139,7 @@ class Ledger(TorchDispatchMode):
     def book(self, tensor: Tensor, purpose: str) -> None:
         """Learn of a tensor's storage, unless it is known."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._known:
             return
         amount = -(-storage.nbytes() // ROUNDED_BYTES) * ROUNDED_BYTES
@@ -163,7 +161,7 @@ class Ledger(TorchDispatchMode):
         """Say what a tensor is for, whatever it was made as."""
         if purpose == UNPACKED and self.work is not None:
             self.work.unpacked_bytes += tensor.nbytes
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor.untyped_storage())
         if key not in self._known:
             self.book(tensor, purpose)
             return

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
@@ -41,6 +40,7 @@ from qlora_kit.plan.ledger import Ledger, Peak, Work
 from qlora_kit.plan.subject import Subject
 from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
+from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.reducers import apply, resolve
 from qlora_kit.tasks.task import Objective

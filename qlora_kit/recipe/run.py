@@ -17,8 +17,9 @@ from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
 from qlora_kit.infer.evaluate import evaluate
 from qlora_kit.infer.samples import SampleAccount
-from qlora_kit.lora.adapter import BaseRecord, save_adapter
+from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
+from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.hardware import make_deterministic
 from qlora_kit.model.threads import choose_threads
 from qlora_kit.opening import Opened

@@ -1,66 +1,50 @@
 """The model card of an adapter: a README.md with what it was made of and how it did.
 
-It goes where the adapter goes, so it holds no text of the data.
+It goes where the adapter goes, so it holds no text of the data. `write_rendered_card` is for other
+cards too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_kit.redact import redacted
-from qlora_kit.report.facts import RunSummary
+from qlora_kit.report.facts import RunSummary, base_name
+from qlora_kit.report.page import render
 from qlora_kit.storage import write_text
 
 NAME = "README.md"
 
-_WITH_PEFT = """```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-folder = "this-folder"  # or the id of the repository that holds it
-model = AutoPeftModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```"""
-
 
 def write_card(folder: Path, summary: RunSummary) -> None:
     """Write the model card into a run folder."""
-    data = ModelCardData(
-        base_model=summary.base if _is_hub_id(summary.base) else None,
-        library_name="peft",
-        tags=["lora", "qlora", "qlora-kit"],
+    write_rendered_card(folder, "card.md.jinja", summary.base, "peft", "lora", summary=summary)
+
+
+def write_rendered_card(
+    folder: Path, template: str, base: str, library: str, tag: str, **shown: Any
+) -> None:
+    """Write a model card of what was made from a base.
+
+    Args:
+        folder: where it goes.
+        template: of its text, in Markdown.
+        base: hub id, known name, or folder; a hub links to the first.
+        library: that loads what was made.
+        tag: what was made, beside the tags that all cards have.
+        shown: what the template names, beside `name` of the base and the `front` for the hub.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    front = ModelCardData(
+        base_model=base if "/" in base and not base.startswith("/") else None,
+        library_name=library,
+        tags=[tag, "qlora", "qlora-kit"],
         pipeline_tag="text-generation",
     )
-    name = summary.base_name
-    sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# LoRA adapter for {name}",
-        "Trained with qlora-kit: small LoRA matrices beside a frozen, quantised base. "
-        f"It works with {name} only.",
-        "## Use\n\n" + _WITH_PEFT,
-        'Or `qlora-kit generate --adapter this-folder --prompt "..."`, and '
-        "`qlora-kit export this-folder --to merged` for one model without adapter.",
-        "## Training\n\n" + _table(summary.facts),
-        "## Results\n\n" + _table(summary.results),
-        "![loss](loss.png)",
-        "## Settings\n\n" + _table(summary.deciding),
-        "## Versions\n\n" + _table(summary.versions),
-    ]
-    card = ModelCard("\n\n".join(sections) + "\n").content
-    write_text(folder / NAME, redacted(card))
-
-
-def _is_hub_id(base: str) -> bool:
-    return "/" in base and not base.startswith("/")
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")
+    text = render(template, front=front.to_yaml(), name=base_name(base), **shown)
+    write_text(folder / NAME, redacted(ModelCard(text).content))

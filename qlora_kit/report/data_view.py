@@ -5,12 +5,12 @@ Takes a `Survey`; returns tables and HTML. Writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.report.mask import left_out, shown, visible
-from qlora_kit.report.page import note, page, section, table
+from qlora_kit.report.page import render
+from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
     from qlora_kit.data.encode import Piece
@@ -21,27 +21,8 @@ NAME = "data.html"
 ROWS = 20
 """token rows on that page"""
 
-Rows = tuple[tuple[str, str], ...]
-
 _BAR_WIDTH = 40
 _MOST_OF_A_RUN = 600
-_STYLE = """
-:root { --learnt: #bfe8cf; --learnt-too: #d6f1e0; }
-@media (prefers-color-scheme: dark) { :root { --learnt: #1d4d36; --learnt-too: #173d2b; } }
-.tokens { font: 14px/1.8 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  background: var(--wash); padding: .8rem; border-radius: 6px; }
-.tokens span { color: var(--faint); }
-.tokens span:nth-child(even) { background: rgb(128 128 128 / .14); }
-.tokens .learnt { color: var(--ink); background: var(--learnt);
-  border-bottom: 2px solid var(--accent); }
-.tokens .learnt:nth-child(even) { background: var(--learnt-too); }
-.tokens .special { font-weight: 700; }
-.tokens .gap, .tokens .gap:nth-child(even) { font-style: italic; background: none; border: 0; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .2rem .8rem;
-  align-items: center; font-variant-numeric: tabular-nums; }
-.bars span { text-align: right; } .bar { height: 1rem; background: var(--accent); }
-.bar.cut { background: none; border: 2px solid var(--faint); box-sizing: border-box; }
-"""
 
 
 # ---------------------------------------------------------------- tables
@@ -127,67 +108,58 @@ def shown_title(row: ShownRow) -> str:
 
 def data_page(survey: Survey) -> str:
     """Return a self-contained HTML page of a survey, with the masks of its sampled rows."""
-    sections = [
-        section("What becomes of the data", table(summary_rows(survey)), *_warnings(survey)),
-        section(
-            "Tokens of a row",
-            note(f"Before any is cut; outlined is beyond --max-length {survey.max_length:,}."),
-            _bars(survey),
-        ),
-        section("Longest rows", table(longest_rows(survey))),
-        *_repeated(survey),
-        section(
-            "What is learnt, token by token",
-            f'<p class="tokens"><span class="learnt">supervised</span> <span>context</span> '
-            f'<span class="learnt special">{escape("</s>")}</span></p>',
-            note(
-                "A loss is computed for the underlined tokens and for no others. Bold tokens are "
-                "special ones; hover over a token to see its number. Rows were drawn at random."
-            ),
-        ),
-        *(section(shown_title(row), _tokens(row.pieces)) for row in survey.shown),
-    ]
-    return page(f"Data: {survey.source}", sections, _STYLE)
+    return render(
+        "data.html.jinja",
+        title=f"Data: {survey.source}",
+        summary=summary_rows(survey),
+        warnings=[*survey.warnings()],
+        max_length=f"{survey.max_length:,}",
+        bars=[*_bars(survey)],
+        longest=longest_rows(survey),
+        repeated=[*_repeated(survey)],
+        shown=[(shown_title(row), [*_spans(row.pieces)]) for row in survey.shown],
+    )
 
 
-def _warnings(survey: Survey) -> Iterable[str]:
-    warnings = [*survey.warnings()]
-    if warnings:
-        yield "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in warnings) + "</ul>"
+class _Bar(NamedTuple):
+    range: str
+    rows: str
+    width: str
+    is_cut: bool
 
 
-def _bars(survey: Survey) -> str:
+def _bars(survey: Survey) -> Iterator[_Bar]:
     bins = survey.lengths.histogram
     most = max(each.rows for each in bins)
-    lines = []
     for each in bins:
-        cut = " cut" if each.first > survey.max_length else ""
-        bar = f'<div class="bar{cut}" style="width: {100 * each.rows / most:.2f}%"></div>'
-        lines.append(f"<span>{_range(each)}</span><div>{bar}</div><span>{each.rows:,}</span>")
-    return '<div class="bars">\n' + "\n".join(lines) + "\n</div>"
+        width = f"{100 * each.rows / most:.2f}%"
+        yield _Bar(_range(each), f"{each.rows:,}", width, each.first > survey.max_length)
 
 
-def _repeated(survey: Survey) -> Iterable[str]:
+def _repeated(survey: Survey) -> Iterator[tuple[str, Rows, str]]:
     for heading, repeats in (
         ("Training rows that repeat another", survey.repeats),
         ("Validation rows that are also trained on", survey.overlap),
     ):
         if repeats is not None and repeats.places:
-            places = table(repeats.places, ("row", "repeats"))
-            first = note(f"The first of {repeats.rows:,}." if repeats.rows > 1 else "The only one.")
-            yield section(heading, places, first)
+            first = f"The first of {repeats.rows:,}." if repeats.rows > 1 else "The only one."
+            yield heading, repeats.places, first
 
 
-def _tokens(pieces: tuple[Piece, ...]) -> str:
-    spans = []
+class _Span(NamedTuple):
+    """A token, or what stands for those left out: its text, CSS classes, numbers to hover over."""
+
+    text: str
+    kind: str | None
+    ids: str | None = None
+
+
+def _spans(pieces: tuple[Piece, ...]) -> Iterator[_Span]:
     for what, is_supervised in shown([piece.is_supervised for piece in pieces], _MOST_OF_A_RUN):
         if isinstance(what, range):
-            spans.append(f'<span class="gap">{left_out(what)}</span>')
+            yield _Span(left_out(what), "gap")
             continue
         piece = pieces[what]
         kinds = [("learnt", is_supervised), ("special", piece.is_special)]
-        names = " ".join(name for name, applies in kinds if applies)
-        classes = f' class="{names}"' if names else ""
-        number = " + ".join(map(str, piece.ids))
-        spans.append(f'<span{classes} title="{number}">{escape(visible(piece.text))}</span>')
-    return f'<p class="tokens">{"".join(spans)}</p>'
+        kind = " ".join(name for name, applies in kinds if applies) or None
+        yield _Span(visible(piece.text), kind, " + ".join(map(str, piece.ids)))

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import GROUPS, TrainConfig, that_decide
+from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
     from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
-
-Rows = tuple[tuple[str, str], ...]
 
 # Told elsewhere, or a path of this machine.
 _NOT_TOLD = ("model", "data", "validation", "device", "threads", "chat_template")
@@ -62,8 +61,8 @@ class RunSummary:
 
     @property
     def base_name(self) -> str:
-        """What to call the base: a folder by its last part, which says enough."""
-        return Path(self.base).name if Path(self.base).is_absolute() else self.base
+        """What to call the base."""
+        return base_name(self.base)
 
     @classmethod
     def of(
@@ -89,6 +88,11 @@ class RunSummary:
             versions=tuple(versions.items()),
             commands=commands,
         )
+
+
+def base_name(base: str) -> str:
+    """Return what to call a base: a folder by its last part, which says enough."""
+    return Path(base).name if Path(base).is_absolute() else base
 
 
 def _settings(config: TrainConfig, names: Iterable[str]) -> Rows:

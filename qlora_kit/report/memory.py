@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from qlora_kit.report.plot import save_figure
+from qlora_kit.report.plot import new_figure, save_figure
+from qlora_kit.report.tables import Rows
 
 Breakdown = Mapping[str, int]
 _MB = 10**6
 _GB = 10**9
 
 
-def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> Rows:
     """Return one row a phase: its peak on the device, and on the host."""
     return tuple(
         (phase, f"{size_text(peak):>8}   host {size_text(host[phase]):>8}")
@@ -23,7 +25,7 @@ def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> tuple[tupl
     )
 
 
-def breakdown_rows(parts: Breakdown, order: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def breakdown_rows(parts: Breakdown, order: Sequence[str]) -> Rows:
     """Return one row a purpose, those below a thousandth of the whole left out."""
     least = sum(parts.values()) / 1000
     present = [name for name in order if parts.get(name, 0) > least]
@@ -61,13 +63,10 @@ def draw_timeline(
         title: over the picture.
         path: of the picture.
     """
-    import matplotlib
+    from matplotlib import color_sequences
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
-    colors = pyplot.get_cmap("tab20").colors
+    figure, axes = new_figure(9, 4.8)
+    colors = color_sequences["tab20"]
     largest = max((sum(moment) for moment in timeline), default=0)
     unit, label = _unit(largest)
     heights = [[moment[index] / unit for moment in timeline] for index in range(len(order))]
@@ -83,13 +82,9 @@ def draw_timeline(
         axes.axhline(level / unit, color="black", linestyle=style, linewidth=1, label=name)
     axes.set_xlabel("moments of one optimiser step")
     axes.set_ylabel(label)
-    axes.set_title(title)
     axes.set_xlim(0, max(1, len(timeline) - 1))
-    axes.margins(y=0.08)
+    _finish(axes, title)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", alpha=0.25)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
 
 
@@ -104,13 +99,10 @@ def draw_memory(
         title: over the picture.
         path: of the picture.
     """
-    import matplotlib
+    from matplotlib import color_sequences
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
-    colors = pyplot.get_cmap("tab20").colors
+    figure, axes = new_figure(9, 4.8)
+    colors = color_sequences["tab20"]
     names = list(phases)
     bottom = [0.0] * len(names)
     largest = max(sum(parts.values()) for parts in phases.values())
@@ -124,9 +116,15 @@ def draw_memory(
     for index, top in enumerate(bottom):
         axes.text(index, top, f"{top:.2f}", ha="center", va="bottom", fontsize=9)
     axes.set_ylabel(f"{label} at the peak of the phase")
+    _finish(axes, title)
+    save_figure(figure, path)
+
+
+def _finish(axes: Any, title: str) -> None:
+    """Add what both pictures have: a title, lines to read heights by, a legend beside."""
     axes.set_title(title)
     axes.margins(y=0.08)
     axes.grid(axis="y", alpha=0.25)
+    # In the order of the stack, from the top.
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save_figure(figure, path)

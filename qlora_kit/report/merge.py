@@ -6,17 +6,16 @@ only the files it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from qlora_kit.report.card import write_rendered_card
+from qlora_kit.report.facts import base_name
+from qlora_kit.report.plot import new_figure, save_figure
+from qlora_kit.report.tables import Rows
 
-from qlora_kit.redact import redacted
-from qlora_kit.report.plot import save_figure
-from qlora_kit.storage import write_text
-
-CARD, PICTURE = "README.md", "merge_report.png"
+PICTURE = "merge_report.png"
 _MOST_LAYERS = 20
 _NAMES = {
     "base": "base, no adapter",
@@ -27,7 +26,6 @@ _NAMES = {
     "written": "written",
 }
 Report = Mapping[str, Any]
-Rows = tuple[tuple[str, str], ...]
 
 
 def written_as(report: Report) -> str:
@@ -75,15 +73,8 @@ def draw_layers(report: Report, path: Path) -> None:
     Raises:
         StorageError: it could not be written.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     layers = report["layers"]
-    figure, (sizes, shares) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, layout="constrained"
-    )
+    figure, (sizes, shares) = new_figure(8, 6, plots=2)
     x = list(range(1, len(layers) + 1))
     if any(layer["quantization_error"] for layer in layers):
         errors = [layer["quantization_error"] for layer in layers]
@@ -119,67 +110,35 @@ def write_merged_card(folder: Path, report: Report) -> None:
     Raises:
         StorageError: it could not be written.
     """
-    base = str(report["base"])
-    is_path = base.startswith("/")
-    data = ModelCardData(
-        base_model=base if "/" in base and not is_path else None,
-        library_name="transformers",
-        tags=["merged", "qlora", "qlora-kit"],
-        pipeline_tag="text-generation",
-    )
     quantization = report["quantization"]
-    facts = [
-        ("base", Path(base).name if is_path else base),
-        ("adapter", str(report["adapter"])),
-        ("trained on", f"{quantization['bits']} bits"
-                       + (f", {quantization['quant_type']}" if quantization["bits"] == 4 else "")),
+    kind = f", {quantization['quant_type']}" if quantization["bits"] == 4 else ""
+    facts = (
+        ("base", base_name(report["base"])),
+        ("adapter", report["adapter"]),
+        ("trained on", f"{quantization['bits']} bits{kind}"),
         ("merged", written_as(report)),
-    ]  # fmt: skip
-    sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {Path(base).name if is_path else base}, with an adapter merged in",
-        _table([("", ""), *facts]),
-        "## Merge report",
-        "\n\n".join(report["verdict"]["text"]),
-        _measured(report),
-        f"![layers]({PICTURE})",
-        "The layers with the smallest delta for what quantising changed, the worst first:",
-        _table([("layer", ""), *layer_rows(report, _MOST_LAYERS)]),
-        "## Versions",
-        _table([("", ""), *report["versions"].items()]),
-    ]
-    card = ModelCard("\n\n".join(section for section in sections if section) + "\n").content
-    write_text(folder / CARD, redacted(card))
-
-
-def _measured(report: Report) -> str:
-    if report["rows"] is None:
-        return "The weights were compared; predictions were not."
-    head = ("", "loss", "mean KL", "max KL", "same top token", "error of the logits")
-    lines = [
-        (
-            _NAMES[each["variant"]]
-            + (f" {written_as(report)}" if each["variant"] == "written" else ""),
-            f"{each['loss']:.4f}",
-            f"{each['mean_kl']:.2g}",
-            f"{each['max_kl']:.2g}",
-            f"{each['top1_agreement']:.2%}",
-            f"{each['logit_error']:.2g}",
-        )
-        for each in report["variants"]
-    ]
-    note = (
-        f"On {report['rows']}, {report['tokens']:,} supervised tokens, everything computed in fp32 "
-        f"from weights unpacked to {report['dequantization_dtype']}; KL in nats per token, from "
-        "the adapter on its quantised base."
     )
-    return f"{note}\n\n{_table([head, *lines])}"
+    write_rendered_card(
+        folder,
+        "merged_card.md.jinja",
+        report["base"],
+        "transformers",
+        "merged",
+        report=report,
+        facts=facts,
+        variants=[_cells(each, report) for each in report["variants"]],
+        layers=layer_rows(report, _MOST_LAYERS),
+        picture=PICTURE,
+    )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _cells(variant: Mapping[str, Any], report: Report) -> tuple[str, ...]:
+    how = f" {written_as(report)}" if variant["variant"] == "written" else ""
+    return (
+        f"{_NAMES[variant['variant']]}{how}",
+        f"{variant['loss']:.4f}",
+        f"{variant['mean_kl']:.2g}",
+        f"{variant['max_kl']:.2g}",
+        f"{variant['top1_agreement']:.2%}",
+        f"{variant['logit_error']:.2g}",
+    )

@@ -22,15 +22,10 @@ _FEW_POINTS = 30
 
 def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw training and validation loss, skipped steps, and the learning rate."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     # Skipped steps have a loss too, but no learning rate: nothing was learnt.
     steps = [row for row in rows if "learning_rate" in row]
     evaluations = [row for row in rows if row.get("eval_loss") is not None]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = new_figure(8, 4.5)
     x = [row["optimizer_step"] for row in steps]
     losses = [row["loss"] for row in steps]
     axes.plot(
@@ -71,14 +66,9 @@ def memory_curve(rows: Sequence[dict[str, Any]], levels: Mapping[str, int]) -> b
         rows: of a log.
         levels: bytes that are drawn as a line, by what they are.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     steps = [row for row in rows if "memory_bytes" in row]
     x = [row["optimizer_step"] for row in steps]
-    figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    figure, axes = new_figure(8, 3)
     sizes = [row["memory_bytes"] / 1e9 for row in steps]
     axes.plot(x, sizes, color="tab:green", marker=_marker(x))
     for (name, level), style in zip(levels.items(), ("--", ":"), strict=False):
@@ -92,8 +82,27 @@ def memory_curve(rows: Sequence[dict[str, Any]], levels: Mapping[str, int]) -> b
     return _png(figure)
 
 
+# ---------------------------------------------------------------- figures
+
+
+def new_figure(width: float, height: float, plots: int = 1) -> tuple[Any, Any]:
+    """Return an empty matplotlib figure and its axes, an array of them where they are several.
+
+    Not through pyplot, which would choose a backend for the whole process and keep every figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        plots: how many, one below the other, over the same x.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(plots, sharex=True)
+
+
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as a PNG, and let go of it.
+    """Write a matplotlib figure as a PNG.
 
     Raises:
         StorageError: it could not be written.
@@ -102,11 +111,8 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
     return picture.getvalue()
 
 

@@ -9,7 +9,6 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,7 +17,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from qlora_kit.events import (
     Answered,
@@ -38,6 +36,7 @@ from qlora_kit.events import (
 )
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.mask import mask_text
+from qlora_kit.report.tables import print_table
 
 _PLAIN_LINES = 20
 _MOST_ROWS = 16
@@ -116,18 +115,7 @@ class Terminal:
 
     def _show_facts(self, event: Facts) -> None:
         self._stop_bar()
-        table = Table(
-            title=event.title, title_justify="left", show_header=False, box=None, pad_edge=False
-        )
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for row in event.rows:
-            table.add_row(*map(escape, row))
-        # Rich pads every line to the width of the table.
-        with self.console.capture() as printed:
-            self.console.print(table)
-        for line in printed.get().splitlines():
-            self.console.out(line.rstrip(), highlight=False)
+        print_table(self.console, event.title, event.rows)
 
     def _show_row(self, event: RowShown) -> None:
         self.console.print(event.title, style="bold", markup=False)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.errors import DataError, EnvironmentFault
+from qlora_kit.errors import DataError, EnvironmentFault, first_line, raised_as
 from qlora_kit.events import Announce, Evaluated, Event, Notice, StepFinished, StepSkipped
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.log import is_logged
@@ -43,7 +43,6 @@ _ONLY_METRICS = {
     "disable_git": True,
     "x_disable_meta": True,
 }
-_MOST_REASON = 200
 
 
 def check_tracker(name: Name) -> None:
@@ -92,17 +91,17 @@ class Tracking:
         name = self._config.report_to
         if name == "none":
             return self
-        try:
+        with raised_as(
+            EnvironmentFault,
+            lambda error: (
+                f"--report-to {name}: it does not start ({type(error).__name__}: "
+                f"{first_line(error)}); expected it to; {_REMEDY[name]}, or leave --report-to out"
+            ),
+        ):
             tracker = self._tensorboard() if name == "tensorboard" else self._wandb()
             tracker.start()
             if self._first_step == 1:
                 tracker.store_init_configuration(settings_of(self._config))
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or ["no message"])[0][:_MOST_REASON]
-            raise EnvironmentFault(
-                f"--report-to {name}: it does not start ({type(error).__name__}: {reason}); "
-                f"expected it to; {_REMEDY[name]}, or leave --report-to out"
-            ) from error
         self._tracker = tracker
         self._say_where(name)
         return self

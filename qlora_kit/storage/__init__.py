@@ -38,6 +38,7 @@ from qlora_kit.storage.reading import (
     read_raw_lines,
     read_text,
     read_whole,
+    strict_json,
 )
 from qlora_kit.storage.space import LOCK, check_space, check_writable, only_writer
 
@@ -46,5 +47,6 @@ __all__ = [
     "check_writable", "clean_up", "decode", "delete_folder", "file_hash", "is_sealed",
     "load_tensors", "manifest_hash", "only_writer", "parse_json", "read_json", "read_json_list",
     "read_lines", "read_raw_lines", "read_text", "read_whole", "save_tensors", "staged_folder",
-    "storage_errors", "sync_file", "verify_folder", "write_bytes", "write_json", "write_text",
+    "storage_errors", "strict_json", "sync_file", "verify_folder", "write_bytes", "write_json",
+    "write_text",
 ]  # fmt: skip

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from qlora_kit.errors import QloraKitError, StorageError
+from qlora_kit.errors import StorageError, raised_as
+from qlora_kit.errors import reason as reason
 
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 
 
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> AbstractContextManager[None]:
     """Turn an error of the system inside the block into one line about `path`.
 
     Raises:
         StorageError: in place of it.
     """
-    try:
-        yield
-    except QloraKitError:
-        raise
-    except Exception as error:
+
+    def line(error: Exception) -> str | None:
         refused = _of_the_system(error)
         if refused is None:
-            raise
+            return None
         full = refused.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free space" if full else "check the path and its rights"
-        raise StorageError(f"{path}: {reason(refused)}; {remedy}") from error
+        return f"{path}: {reason(refused)}; {remedy}"
+
+    return raised_as(StorageError, line)
 
 
 def _of_the_system(error: Exception) -> OSError | None:
@@ -41,8 +39,3 @@ def _of_the_system(error: Exception) -> OSError | None:
     # safetensors and tokenizers have errors of their own, with the system's in their text.
     match = _NUMBER_IN_TEXT.search(str(error))
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
-
-
-def reason(error: OSError) -> str:
-    """Return what the system says, in lower case: "no space left on device"."""
-    return (error.strerror or str(error)).lower()

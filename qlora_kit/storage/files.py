@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import StorageError
+from qlora_kit.errors import StorageError, raised_as
 from qlora_kit.storage.faults import storage_errors
 
 if TYPE_CHECKING:
@@ -94,11 +94,11 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    with storage_errors(path):
-        try:
-            tensors: dict[str, torch.Tensor] = load_file(path)
-        except SafetensorError as error:
-            raise StorageError(f"{path}: not a complete safetensors file ({error})") from error
+    def line(error: Exception) -> str:
+        return f"{path}: not a complete safetensors file ({error})"
+
+    with storage_errors(path), raised_as(StorageError, line, of=SafetensorError):
+        tensors: dict[str, torch.Tensor] = load_file(path)
     return tensors
 
 

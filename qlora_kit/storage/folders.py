@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_kit.errors import DataError, OutputError, StorageError
+from qlora_kit.errors import DataError, OutputError, StorageError, raised_as
 from qlora_kit.storage.faults import storage_errors
 from qlora_kit.storage.files import json_text, staging_path, sync_file, sync_folder, write_json
 from qlora_kit.storage.reading import parse_json
@@ -157,18 +157,20 @@ def verify_folder(folder: Path) -> None:
                 raise StorageError(f"{path}: changed since it was written; its hash differs")
 
 
+_NOT_A_MANIFEST = (OSError, UnicodeDecodeError, DataError, KeyError, TypeError, AttributeError)
+
+
 def _manifest(folder: Path) -> dict[str, str]:
     """Return hashes by name, all of them inside the folder."""
     path = folder / MANIFEST
-    try:
+    line = f"{folder}: no readable {MANIFEST}; the folder is not whole"
+    with raised_as(StorageError, line, of=_NOT_A_MANIFEST):
         text = path.read_text(encoding="utf-8")
         content = parse_json(text, str(path))
         hashes: dict[str, str] = content["sha256"]
         # Written by us it has one form only, so that not even its spaces can change unseen.
         known = text == json_text(content) and list(content) == ["sha256"]
         inside = all(".." not in Path(name).parts and not name.startswith("/") for name in hashes)
-    except (OSError, UnicodeDecodeError, DataError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{folder}: no readable {MANIFEST}; the folder is not whole") from error
     if not (known and inside and hashes):
         raise StorageError(f"{path}: not as it was written; the folder is not whole")
     return hashes

@@ -12,11 +12,11 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from qlora_kit.errors import DataError
-from qlora_kit.storage.faults import reason
+from qlora_kit.errors import DataError, raised_as, reason
 from qlora_kit.storage.pointers import check_no_pointer
 
 MOST_LINE_BYTES = 64 * 2**20
@@ -77,21 +77,26 @@ def read_whole(path: Path) -> bytes:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open for reading, through gzip where the name says so; what fails is one line."""
     check_no_pointer(path, DataError)
-    try:
-        with path.open("rb") as stream:
-            if _is_gzip(path, stream.peek(2)[:2]):
-                with gzip.GzipFile(fileobj=stream) as unpacked:
-                    yield unpacked  # type: ignore[misc]
-            else:
-                yield stream
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: damaged gzip data; expected a file written whole; write or fetch it again"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{path}: {reason(error)}; expected a readable file; check the path and its rights"
-        ) from error
+    with (
+        raised_as(DataError, lambda error: f"{path}: {_unreadable(error)}", of=_UNREADABLE),
+        path.open("rb") as stream,
+    ):
+        if _is_gzip(path, stream.peek(2)[:2]):
+            with gzip.GzipFile(fileobj=stream) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        else:
+            yield stream
+
+
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
+_UNREADABLE = (*_DAMAGED, OSError)
+
+
+def _unreadable(error: Exception) -> str:
+    if isinstance(error, _DAMAGED):
+        return "damaged gzip data; expected a file written whole; write or fetch it again"
+    assert isinstance(error, OSError)
+    return f"{reason(error)}; expected a readable file; check the path and its rights"
 
 
 def _is_gzip(path: Path, start: bytes) -> bool:
@@ -166,7 +171,22 @@ def parse_json(text: str, where: str) -> Any:
         DataError: naming `where` and what was found.
     """
     with _json_errors(where, text):
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return strict_json(text)
+
+
+def strict_json(text: str | bytes, *, infinity: bool = False) -> Any:
+    """Parse JSON with no key twice.
+
+    Args:
+        text: all of it.
+        infinity: accept NaN and Infinity, which JSON does not have and some programs write.
+
+    Raises:
+        ValueError: saying what was found.
+        RecursionError: nested too deeply.
+    """
+    constant = None if infinity else _refuse_constant
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant)
 
 
 def read_json_list(path: Path) -> Iterator[Line]:
@@ -216,8 +236,7 @@ def _skip_blank(text: str, index: int) -> int:
     return match.end() if match else index
 
 
-@contextlib.contextmanager
-def _json_errors(where: str, text: str, file: str = "") -> Iterator[None]:
+def _json_errors(where: str, text: str, file: str = "") -> AbstractContextManager[None]:
     """Turn what the parser raises into one line.
 
     Args:
@@ -225,22 +244,19 @@ def _json_errors(where: str, text: str, file: str = "") -> Iterator[None]:
         text: all of what is parsed; of several lines, the error names the one.
         file: what stands before that line, where it is not `where`.
     """
-    try:
-        yield
-    except RecursionError as error:
-        raise DataError(
-            f"{where}: JSON nested too deeply; expected a record of few levels; flatten it"
-        ) from error
-    except ValueError as error:
-        found = str(error)
+
+    def line(error: Exception) -> str:
+        if isinstance(error, RecursionError):
+            return f"{where}: JSON nested too deeply; expected a record of few levels; flatten it"
+        found, place = str(error), where
         if isinstance(error, json.JSONDecodeError):
             found = f"{error.msg} at column {error.colno}"
-            where = f"{file or where}:{error.lineno}" if file or "\n" in text else where
+            place = f"{file or where}:{error.lineno}" if file or "\n" in text else where
         elif "integer string conversion" in found:
             found = "a number of thousands of digits"
-        raise DataError(f"{where}: not valid JSON ({found}); expected it whole; correct it") from (
-            error
-        )
+        return f"{place}: not valid JSON ({found}); expected it whole; correct it"
+
+    return raised_as(DataError, line, of=(RecursionError, ValueError))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qlora_kit.errors import EnvironmentFault, OutputError, StorageError
+from qlora_kit.errors import EnvironmentFault, OutputError, StorageError, raised_as
 from qlora_kit.storage.faults import storage_errors
 
 LOCK = ".lock"
@@ -63,14 +63,12 @@ def only_writer(folder: Path) -> Iterator[None]:
         StorageError: the lock file cannot be written.
     """
     lock = FileLock(folder / LOCK, timeout=0)
-    with storage_errors(folder):
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise EnvironmentFault(
-                f"{folder}: another qlora-kit process writes here; expected none; wait for it, or "
-                "name another folder"
-            ) from error
+    line = (
+        f"{folder}: another qlora-kit process writes here; expected none; wait for it, or name "
+        "another folder"
+    )
+    with storage_errors(folder), raised_as(EnvironmentFault, line, of=Timeout):
+        lock.acquire()
     try:
         yield
     finally:

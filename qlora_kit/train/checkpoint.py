@@ -17,9 +17,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.errors import DataError, InputError, StorageError
-from qlora_kit.lora.adapter import BaseRecord, read_adapter, save_adapter
+from qlora_kit.errors import DataError, InputError, StorageError, raised_as
+from qlora_kit.lora.adapter import read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter
+from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.storage import (
     check_space,
@@ -310,10 +311,9 @@ def read_state(folder: Path) -> StoredState:
         StorageError: the checkpoint is not as it was written.
     """
     verify_folder(folder)
-    try:
+    line = f"{folder / _STATE}: not the state of a run; expected one"
+    with raised_as(StorageError, line, of=(DataError, ValidationError)):
         state = TypeAdapter(StoredState).validate_python(read_json(folder / _STATE))
-    except (DataError, ValidationError) as error:
-        raise StorageError(f"{folder / _STATE}: not the state of a run; expected one") from error
     if folder.name != f"checkpoint-{state.progress.optimizer_step}":
         raise StorageError(
             f"{folder}: holds step {state.progress.optimizer_step}; expected the step its name "

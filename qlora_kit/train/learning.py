@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_kit.errors import LearningError
 from qlora_kit.lora.attach import Adapter
+from qlora_kit.private_torch import largest_magnitudes
 
 # AdamW moves a weight by about the learning rate in its first step, so a few show it.
 STEPS_TO_MOVE = 10
@@ -55,7 +56,7 @@ def _all_zero(tensors: Mapping[str, Tensor | None]) -> list[str]:
     missing = [path for path, tensor in tensors.items() if tensor is None]
     there = {path: tensor for path, tensor in tensors.items() if tensor is not None}
     # One transfer from the device for all layers.
-    largest = torch._foreach_norm(list(there.values()), float("inf")) if there else []
+    largest = largest_magnitudes([*there.values()]) if there else []
     norms = torch.stack(list(largest)).tolist() if there else []
     return missing + [path for path, norm in zip(there, norms, strict=True) if norm == 0]
 

@@ -36,8 +36,8 @@ from qlora_kit.events import (
     silent,
 )
 from qlora_kit.layers.loss import ChunkLoss
-from qlora_kit.lora.adapter import BaseRecord
 from qlora_kit.lora.attach import Adapter
+from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes, restart_peak
 from qlora_kit.parallel.one import Processes, processes_of_this_run
 from qlora_kit.step.reducers import apply, resolve, without_effect

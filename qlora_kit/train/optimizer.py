@@ -67,12 +67,6 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> 
     return options.learning_rate
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the same learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 # ---------------------------------------------------------------- state in memory
 
 

@@ -20,8 +20,7 @@ from qlora_kit.config import (
 )
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Notice
-from qlora_kit.lora.adapter import library_versions
-from qlora_kit.lora.files import WEIGHTS
+from qlora_kit.lora.files import WEIGHTS, library_versions
 from qlora_kit.storage import file_hash
 from qlora_kit.train.checkpoint import StoredState, find_checkpoint, read_state
 from qlora_kit.train.folder import CONFIG

@@ -1,0 +1,36 @@
+"""Tables as a terminal and as Markdown show them; a page's is in `templates/parts.html.jinja`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Rows = tuple[tuple[str, str], ...]
+"""name and value"""
+
+
+def print_table(console: Console, title: str, rows: Rows) -> None:
+    """Print names and values under a title; long values are folded beside their name."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    # Rich pads every line to the width of the table.
+    with console.capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        console.out(line.rstrip(), highlight=False)
+
+
+def markdown_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ("", "")) -> str:
+    """Return a table in Markdown, which has a head always."""
+    return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    plain = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(plain)} |"
