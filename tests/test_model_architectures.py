@@ -114,11 +114,11 @@ def test_loss_and_gradients_are_those_of_transformers(
     total.backward()
 
     plain = plain_model(folder).train()
-    linear = projections(plain)
+    linear = {path: each.layer for path, each in projections(plain).items()}
     assert linear.keys() == adapter.layers.keys()
     with torch.no_grad():
         for path, layer in adapter.layers.items():
-            linear[path].layer.weight += 4.0 / 3 * (layer.lora_B @ layer.lora_A)
+            linear[path].weight += 4.0 / 3 * (layer.lora_B @ layer.lora_A)
     mean = plain(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=batch.labels).loss
     expected = mean * batch.weight
     expected.backward()
