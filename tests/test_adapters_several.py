@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder, relative_error
 from data_fixtures import make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_cli import run
+from support import relative_error, run
+from tiny_models import fill_lora, load_folder
 
 import qlora_kit as qk
 from qlora_kit.errors import AdapterError, ConfigError

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT
 from data_fixtures import CHATML, chat, conversation, make_tokenizer, samples_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_cli import run
+from support import PROJECT, run
 
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.chat_template import built_in_templates, spelled_out_end

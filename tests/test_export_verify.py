@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import mask_of
 from data_fixtures import make_tokenizer
+from merging import difference, plain, save, spec_of
 from safetensors.torch import load_file, save_file
-from test_cli import run
-from test_export import difference, plain, save, spec_of
+from support import run
+from tiny_models import mask_of
 
 import qlora_kit as qk
 from qlora_kit.errors import AdapterError, ConfigError, VerificationError

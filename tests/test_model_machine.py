@@ -16,8 +16,8 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import PROJECT
 from huggingface_hub import errors
+from support import PROJECT
 
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ConfigError, EnvironmentFault, HubError, ModelError

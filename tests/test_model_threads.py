@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_cli import run
+from support import run
 
 from qlora_kit.model import threads
 from qlora_kit.model.threads import choose_threads, free_cores

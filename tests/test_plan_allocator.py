@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from support import recorded_peak
 
 import qlora_kit as qk
 from qlora_kit.config import TrainConfig
@@ -105,15 +104,6 @@ class Case:
 
 
 # ---------------------------------------------------------------- the allocator's own record
-
-
-def recorded_peak(work: Callable[[], Any]) -> int:
-    """Run `work` and return the most bytes that it held at one time, as the allocator says."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    events = record.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(itertools.accumulate((change for _, change in sorted(changes)), initial=0))
 
 
 def held(tensors: list[torch.Tensor]) -> int:

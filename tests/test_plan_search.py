@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import run
+from support import run
 
 import qlora_kit as qk
 from qlora_kit.config import PlanConfig, TrainConfig

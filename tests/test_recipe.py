@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import run
+from support import RUN_FILES, run
 
 from qlora_kit.data.samples import BUILT_IN
 from qlora_kit.model.names import find_model
@@ -20,12 +20,6 @@ from qlora_kit.storage import staged_folder, write_text
 pytestmark = pytest.mark.usefixtures("simulated_once")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
-RUN_FILES = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-2",
-    "checkpoint-4", "data.html", "last", "loss.png", "memory.json", "memory.png",
-    "qlora_kit.json", "report.html", "samples.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "trainer_log.jsonl", "training_config.yaml",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECT, relative_error
 from safetensors.torch import load_file
-from test_cli import run
-from test_train import losses, make_adapter, make_rows, options, record, weights_of
+from support import PROJECT, relative_error, run
+from training import losses, make_adapter, make_rows, options, record, weights_of
 
 import qlora_kit as qk
 from qlora_kit import signals

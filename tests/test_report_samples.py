@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import run
+from support import run
 
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.events import Event, Notice

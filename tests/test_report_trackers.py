@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch.utils
-from test_cli import run
-from test_report_docs import EVALUATED, SKIPPED, STEP
+from support import EVALUATED, SKIPPED, STEP, run
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.errors import EnvironmentFault

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT
 from data_fixtures import CHATML, make_tokenizer
 from faults.hostile import Attack, attacks, run
+from support import PROJECT
 
 from qlora_kit.errors import AdapterError, InputError, ModelError
 from qlora_kit.redact import one_line, redacted, redacted_values

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill_lora, load_folder, mask_of, relative_error
-from test_model_architectures import ARCHITECTURES, folder_of  # noqa: F401
+from support import relative_error
+from tiny_models import ARCHITECTURES, fill_lora, load_folder, mask_of
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -153,7 +153,7 @@ def test_all_of_them_and_no_logits_equal_none_of_them_on_real_weights(
 @pytest.mark.parametrize("targets", ["attention", "all-linear"])
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "cohere", "granite", "qwen2-tied", "phi"])
 def test_reducers_change_nothing_on_any_architecture(
-    folder_of: Callable[[str], Path],  # noqa: F811
+    folder_of: Callable[[str], Path],
     name: str,
     targets: str,
 ) -> None:
@@ -615,7 +615,7 @@ def measured(base: Base, head: Head, batch: Batch) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", ["tinyllama", "gemma-2-9b", "cohere", "phi", "qwen2-tied"])
 @pytest.mark.parametrize("head_bits", [4, 8])
 def test_a_sliced_head_computes_as_its_unpacked_twin(
-    folder_of: Callable[[str], Path],  # noqa: F811
+    folder_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     head_bits: int,
@@ -722,7 +722,7 @@ def test_checkpoints_on_the_device_do_not_grow_with_layers() -> None:
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "qwen2-tied"])
 def test_host_and_device_are_not_mixed_up_on_any_architecture(
-    folder_of: Callable[[str], Path],  # noqa: F811
+    folder_of: Callable[[str], Path],
     name: str,
 ) -> None:
     """Two devices on a machine with one: an operation on tensors of both would fail."""
