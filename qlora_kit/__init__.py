@@ -70,7 +70,7 @@ _EXPORTS = {
     "model.hardware": ("choose_hardware",),
     "model.load": ("Base", "BaseSpec", "load_base"),
     "model.names": ("find_model", "known_models"),
-    "model.quantize": ("Quantization",),
+    "layers.quantize": ("Quantization",),
     "opening": ("configure", "load_data", "open_base"),
     "train.loop": ("TrainResult", "train_adapter"),
 }

@@ -94,10 +94,10 @@ def folder_of(
 
 @pytest.fixture(scope="module")
 def simulated_once() -> Iterator[None]:
-    """Plans of a module simulate the same step once: for tests of what is not the simulation."""
-    from qlora_kit.plan import search, subject
+    """Plans simulate the same step once a process: for tests of what is not the simulation."""
+    from qlora_kit.plan import planning, search
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "take_survey", remembering(search.take_survey))
-        patch.setattr(subject, "predict", remembering(subject.predict))
+        patch.setattr(planning, "predict", remembering(planning.predict))
         yield

@@ -109,11 +109,13 @@ NOT_SIMULATED = {
 }  # fmt: skip
 
 
+# What simulations answered in this process, to the tests of whatever module.
+_ANSWERS: dict[str, Any] = {}
+
+
 def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
     """Return `simulate`, which answers at once where it is asked what it was asked before."""
     from qlora_kit.config import TrainConfig
-
-    answers: dict[str, Any] = {}
 
     def of_key(value: Any) -> Any:
         if not isinstance(value, TrainConfig):
@@ -121,9 +123,9 @@ def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
         return value.model_dump(exclude=NOT_SIMULATED), value.model_fields_set - NOT_SIMULATED
 
     def remembered(*arguments: Any, **named: Any) -> Any:
-        key = repr(([of_key(value) for value in arguments], named))
-        if key not in answers:
-            answers[key] = simulate(*arguments, **named)
-        return answers[key]
+        key = repr((simulate.__name__, [of_key(value) for value in arguments], named))
+        if key not in _ANSWERS:
+            _ANSWERS[key] = simulate(*arguments, **named)
+        return _ANSWERS[key]
 
     return remembered
