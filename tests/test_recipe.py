@@ -17,13 +17,15 @@ from qlora_kit.data.samples import BUILT_IN
 from qlora_kit.model.names import find_model
 from qlora_kit.storage import staged_folder, write_text
 
-pytestmark = pytest.mark.usefixtures("simulated_once")
+pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
+# For runs that are neither rehearsed nor looked at.
+PLAIN = ("--no-rehearse", "--samples", "0")
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_run(few_rows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps on the demo, for tests that only read it."""
     from qlora_kit.cli import main
 
@@ -176,7 +178,7 @@ def test_runs_are_numbered_where_no_output_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
-        code, _, _ = run("train", "--max-steps", "1", capsys=capsys)
+        code, _, _ = run("train", "--max-steps", "1", *PLAIN, capsys=capsys)
         assert code == 0
         assert (tmp_path / "runs" / f"demo-{number}" / "adapter_model.safetensors").is_file()
 
@@ -185,7 +187,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    arguments = ("train", "--output", str(output), "--resume", "--max-steps", "1")
+    arguments = ("train", "--output", str(output), "--resume", "--max-steps", "1", *PLAIN)
     code, out, _ = run(*arguments, capsys=capsys)
     assert code == 0
     assert "no checkpoint yet; starting from the beginning" in out
@@ -211,7 +213,7 @@ def test_evaluate_takes_base_and_bits_from_the_adapter(
     base, output = tmp_path / "base", tmp_path / "run"
     save_changed_demo(base)
     trained = ("train", "--model", str(base), "--bits", "8", "--output", str(output),
-               "--max-steps", "1", "--samples", "0", "--device", "cpu")  # fmt: skip
+               "--max-steps", "1", *PLAIN, "--device", "cpu")  # fmt: skip
     assert run(*trained, capsys=capsys)[0] == 0
 
     def loss(*asked: str) -> float:
@@ -320,7 +322,7 @@ def test_a_configuration_of_the_user_s_is_no_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("training_config.yaml").write_text("max_steps: 1\n")
-    code, _, err = run("train", "--config", "training_config.yaml", "--no-rehearse", capsys=capsys)
+    code, _, err = run("train", "--config", "training_config.yaml", *PLAIN, capsys=capsys)
     assert code == 0, err
     assert Path("runs/demo-1/adapter_model.safetensors").is_file()
 
