@@ -39,6 +39,14 @@ def assets_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def slow(*cases: Any) -> list[Any]:
+    """Mark cases of a parametrised test as slow; a tuple is several arguments."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
+
+
 def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Run a command in this process; return its exit code, output and errors."""
     with pytest.raises(SystemExit) as stopped:

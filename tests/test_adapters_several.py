@@ -204,7 +204,9 @@ def test_what_cannot_be_is_refused(
 
 
 @pytest.fixture(scope="module")
-def runs(simulated_once: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def runs(
+    simulated_once: None, few_rows: None, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     from qlora_kit.cli import main
 
     outputs = []

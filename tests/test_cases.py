@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support import run
 
+pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
+
 Kit = Callable[..., tuple[int, str, str]]
 
 IDS = [[1, 403, 407, 261, 378, 300, 50, 60, 70, 80]]

@@ -348,11 +348,12 @@ def test_the_threshold(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(simulated_once: None, few_rows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qlora_kit.cli import main
 
     output = tmp_path_factory.mktemp("runs") / "short"
     arguments = ["train", "--output", str(output), "--max-steps", "6", "--device", "cpu"]
+    arguments += ["--samples", "0", "--no-rehearse"]
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0

@@ -755,7 +755,7 @@ SMALL = ("--device", "cpu", "--max-steps", "2", "--save-steps", "1", "--max-leng
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(simulated_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qlora_kit.cli import main
 
     folder = tmp_path_factory.mktemp("small")

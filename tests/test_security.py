@@ -322,7 +322,8 @@ def _shown(folder: Path, *texts: str) -> None:
 
 def _rows(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    shutil.copy(PROJECT / "qlora_kit" / "demo" / "test.jsonl", folder / "rows.jsonl")
+    lines = (PROJECT / "qlora_kit" / "demo" / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join(lines[:60]))
     return folder / "rows.jsonl"
 
 
