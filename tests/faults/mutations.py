@@ -62,7 +62,7 @@ _FILE_FLUSHED = "test_storage.py::test_a_file_is_flushed_before_its_rename_and_i
 MUTATIONS = (
     Mutation(
         "the fsync of a folder's files", "storage.folders",
-        (Change("_seal", "syncfile_of(...)"),), _FOLDER_FLUSHED,
+        (Change("_seal", "sync_file(...)"),), _FOLDER_FLUSHED,
     ),
     Mutation(
         "the fsync of a folder's name", "storage.folders",
@@ -74,7 +74,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the fsync of tensors", "storage.files",
-        (Change("save_tensors", "syncfile_of(...)"),), _FILE_FLUSHED,
+        (Change("save_tensors", "sync_file(...)"),), _FILE_FLUSHED,
     ),
     Mutation(
         "the rename of a file", "storage.files",
