@@ -80,7 +80,7 @@ def test_a_container_has_the_cores_it_may_use(
 
 
 def test_a_resumed_run_keeps_the_threads_it_began_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    simulated_once: None, few_rows: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "run")
     start = ("train", "--model", "demo", "--output", output, "--samples", "0", "--no-rehearse",
