@@ -273,7 +273,8 @@ def seen_by(*arguments: str) -> tuple[str, str]:
 
 def test_what_is_read_once_is_set_before_torch_is_there(tmp_path: Path) -> None:
     train = ("train", "--model", "demo", "--max-steps", "1", "--no-rehearse", "--batch-size", "2",
-             "--samples", "0", "--validation-fraction", "0", "--device", "cpu", "--output")  # fmt: skip
+             "--samples", "0", "--validation-fraction", "0", "--device", "cpu",
+             "--output")  # fmt: skip
     first, last = seen_by(*train, str(tmp_path / "run"), "--deterministic")
     assert first == "seen :4096:8 expandable_segments:True"
     assert last == "seen 0 True False False"
