@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from support import PROJECT
 
 PROMISES = (
@@ -28,15 +29,24 @@ def table(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """The rows of a table with a part of the faults, by the name of the promise."""
-    file = tmp_path_factory.mktemp("faults") / "faults.json"
+    base = tmp_path_factory.getbasetemp()
+    # The workers of xdist share one table: a test of it may run in any of them.
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    file = folder / f"faults-{request.param}.json"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            _make_table(request.param, file)
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return dict(zip(PROMISES, rows, strict=True))
+
+
+def _make_table(size: str, file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--size", request.param, "--json", str(file)],
+        [sys.executable, "-m", "tests.faults", "--size", size, "--json", str(file)],
         cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert file.is_file(), done.stderr
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return dict(zip(PROMISES, rows, strict=True))
 
 
 @pytest.mark.parametrize("promise", PROMISES)
