@@ -77,8 +77,10 @@ def test_the_learning_rate_warms_up_and_never_reaches_zero(scheduler: str) -> No
 # The state of an optimiser does not depend on the bits of the base: by default each of both once.
 @pytest.mark.parametrize(
     ("optimizer", "bits"),
-    [("adamw", 4), ("adamw", 8), ("adamw", 16), ("adamw8bit", 4)]
-    + slow(("adamw8bit", 8), ("adamw8bit", 16)),
+    [
+        *(("adamw", 4), ("adamw", 8), ("adamw", 16), ("adamw8bit", 4)),
+        *slow(("adamw8bit", 8), ("adamw8bit", 16)),
+    ],
 )
 def test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one(
     save_tiny: Callable[..., Path], tmp_path: Path, bits: int, optimizer: str
