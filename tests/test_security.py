@@ -327,8 +327,11 @@ def _rows(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
+# `--debug` adds to what fails, and this does not: see the next test for that.
 @pytest.mark.usefixtures("simulated_once")
-@pytest.mark.parametrize("extra", [(), ("--json",), ("--debug",)])
+@pytest.mark.parametrize(
+    "extra", [(), ("--json",), pytest.param(("--debug",), marks=pytest.mark.slow)]
+)
 def test_a_run_shows_and_writes_no_secret(
     tmp_path: Path, secrets: None, extra: tuple[str, ...]
 ) -> None:
