@@ -16,6 +16,24 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Qwen3's template treats reasoning: kept in answers to the last question, and only there.
+QWEN3 = (
+    "{%- set last = namespace(question=0) -%}"
+    "{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set last.question = loop.index0 -%}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'assistant' -%}"
+    "{%- set parts = m.content.split('</think>') -%}"
+    "{%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts|length > 1 else '' -%}"
+    "{%- set said = parts[-1].lstrip('\n') -%}"
+    "{{- '<|im_start|>assistant\n' -}}"
+    "{%- if loop.index0 > last.question and (loop.last or thought) -%}"
+    "{{- '<think>\n' + thought + '\n</think>\n\n' -}}{%- endif -%}"
+    "{{- said + '<|im_end|>\n' -}}"
+    "{%- else -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
 _CORPUS = [
     "Once upon a time there was a little girl named Lily. She loved to play outside.",
     "### Instruction:\nWhat is 12 + 30?\n\n### Response:\nIt is 42, of course.",

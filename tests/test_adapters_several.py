@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder, relative_error
 from data_fixtures import make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_cli import run
+from support import relative_error, run
+from tiny_models import fill_lora, load_folder
 
 import qlora_kit as qk
 from qlora_kit.errors import AdapterError, ConfigError
@@ -204,7 +204,9 @@ def test_what_cannot_be_is_refused(
 
 
 @pytest.fixture(scope="module")
-def runs(simulated_once: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def runs(
+    simulated_once: None, few_rows: None, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     from qlora_kit.cli import main
 
     outputs = []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import run
+
+pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
+
+Kit = Callable[..., tuple[int, str, str]]
 
 IDS = [[1, 403, 407, 261, 378, 300, 50, 60, 70, 80]]
 
@@ -31,14 +35,17 @@ def of(name: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [name], indirect=True)
 
 
-def kit(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Run a command inside of a case's folder; return exit code, output and errors."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_kit", *arguments], cwd=folder, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert "internal error" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def kit(case: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kit:
+    """Return a function that runs a command inside of the case's folder."""
+    monkeypatch.chdir(case)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        code, out, err = run(*arguments, capsys=capsys)
+        assert "internal error" not in err
+        return code, out, err
+
+    return command
 
 
 def errors(text: str) -> list[str]:
@@ -49,21 +56,21 @@ def errors(text: str) -> list[str]:
 
 
 @of("yaml-resume-true")
-def test_resume_true_is_the_latest(case: Path) -> None:
-    code, _, err = kit(case, "train", "--config", "c.yaml")
+def test_resume_true_is_the_latest(kit: Kit) -> None:
+    code, _, err = kit("train", "--config", "c.yaml")
     assert code == 2
     assert err == "error: --resume: which run? name its folder with --output\n"
     for steps in ("1", "2"):
         arguments = ("--output", "run", "--max-steps", steps, "--no-rehearse", "--samples", "0")
         config = ("--config", "c.yaml") if steps == "2" else ()
-        code, out, err = kit(case, "train", *config, *arguments)
+        code, out, err = kit("train", *config, *arguments)
         assert code == 0, err
     assert "resuming from run/checkpoint-1" in out
 
 
 @of("targets-regex-comma")
-def test_a_pattern_with_a_comma_is_one_target(case: Path, stories: Path) -> None:
-    code, _, err = kit(case, "train", "--config", "c.yaml", "--model", str(stories), "--data",
+def test_a_pattern_with_a_comma_is_one_target(case: Path, kit: Kit, stories: Path) -> None:
+    code, _, err = kit("train", "--config", "c.yaml", "--model", str(stories), "--data",
                          "tiny.jsonl", "--output", "out", "--max-steps", "1")  # fmt: skip
     assert code == 0, err
     assert json.loads((case / "out/adapter_config.json").read_text())["target_modules"] == [
@@ -72,8 +79,8 @@ def test_a_pattern_with_a_comma_is_one_target(case: Path, stories: Path) -> None
 
 
 @of("targets-lm_head")
-def test_the_head_is_no_target_yet(case: Path, stories: Path) -> None:
-    code, _, err = kit(case, "train", "--model", str(stories), "--data", "tiny.jsonl", "--output",
+def test_the_head_is_no_target_yet(case: Path, kit: Kit, stories: Path) -> None:
+    code, _, err = kit("train", "--model", str(stories), "--data", "tiny.jsonl", "--output",
                        "out", "--targets", "q_proj,lm_head", "--max-steps", "1")  # fmt: skip
     assert code == 2
     (fault,) = errors(err)
@@ -88,10 +95,10 @@ def test_the_head_is_no_target_yet(case: Path, stories: Path) -> None:
 @pytest.mark.parametrize("template", [None, "chatml_s.jinja", "vicuna"])
 @pytest.mark.parametrize("data", ["asstfirst.jsonl", "asstfirst_sg.jsonl", "asstfirst_sys.jsonl"])
 def test_the_assistant_may_speak_first(
-    case: Path, stories: Path, data: str, template: str | None
+    kit: Kit, stories: Path, data: str, template: str | None
 ) -> None:
     chosen = ("--chat-template", template) if template else ()
-    code, out, err = kit(case, "check", "--model", str(stories), "--data", data, *chosen)
+    code, out, err = kit("check", "--model", str(stories), "--data", data, *chosen)
     assert code == 0, err
     assert "2 of 2 tried are what generation is given, token by token" in out
     space = " " if template == "vicuna" else ""
@@ -101,14 +108,14 @@ def test_the_assistant_may_speak_first(
 
 
 @of("dolly-columns-advice")
-def test_the_advice_keeps_the_context(case: Path, stories: Path) -> None:
+def test_the_advice_keeps_the_context(case: Path, kit: Kit, stories: Path) -> None:
     arguments = ("check", "--model", str(stories), "--data", "instresp.jsonl")
-    code, _, err = kit(case, *arguments)
+    code, _, err = kit(*arguments)
     assert code == 2
     (fault,) = errors(err)
     _, _, advice = fault.partition("or pass ")
     assert advice == "--columns instruction=instruction,input=context,output=response"
-    code, out, err = kit(case, *arguments, *advice.split())
+    code, out, err = kit(*arguments, *advice.split())
     assert code == 0, err
     assert "ctx" in out
     assert "not read" not in out
@@ -118,13 +125,15 @@ def test_the_advice_keeps_the_context(case: Path, stories: Path) -> None:
 
 
 @of("pad-id-out-of-range")
-def test_a_padding_token_beyond_the_vocabulary_is_left_out(case: Path, stories: Path) -> None:
+def test_a_padding_token_beyond_the_vocabulary_is_left_out(
+    case: Path, kit: Kit, stories: Path
+) -> None:
     model = case / "model"
     model.mkdir()
     for path in stories.iterdir():
         shutil.copyfile(path, model / path.name)
     shutil.copyfile(case / "config.json", model / "config.json")
-    code, out, err = kit(case, "train", "--model", "model", "--data", "tiny.jsonl", "--output",
+    code, out, err = kit("train", "--model", "model", "--data", "tiny.jsonl", "--output",
                          "out", "--max-steps", "1")  # fmt: skip
     assert code == 0, err
     assert (
@@ -135,12 +144,12 @@ def test_a_padding_token_beyond_the_vocabulary_is_left_out(case: Path, stories: 
 
 @of("adapter-v_empty")
 def test_a_base_named_with_nothing_is_taken_from_the_command_line(
-    case: Path, stories: Path
+    case: Path, kit: Kit, stories: Path
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    code, _, err = kit(case, "export", ".", "--to", "out", "--model", str(stories), "--base",
+    code, _, err = kit("export", ".", "--to", "out", "--model", str(stories), "--base",
                        "original", "--dtype", "float32")  # fmt: skip
     assert code == 0, err
     expected = torch.load(case / "logits.pt", weights_only=True)
@@ -151,8 +160,8 @@ def test_a_base_named_with_nothing_is_taken_from_the_command_line(
 
 
 @of("adapter-v_lfs")
-def test_a_pointer_of_git_lfs_is_told(case: Path, stories: Path) -> None:
-    code, _, err = kit(case, "export", ".", "--to", "out", "--model", str(stories))
+def test_a_pointer_of_git_lfs_is_told(case: Path, kit: Kit, stories: Path) -> None:
+    code, _, err = kit("export", ".", "--to", "out", "--model", str(stories))
     assert code == 2
     assert errors(err) == [
         "error: adapter_model.safetensors: a Git LFS pointer to the file; expected the file "

@@ -14,12 +14,11 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import PROJECT
 from data_fixtures import CHATML, chat, conversation, make_tokenizer, samples_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_cli import run
+from support import PROJECT, run
 
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.batch import TokenTable
@@ -61,15 +60,19 @@ def _survey(*items: Sample, validation: Samples | None = None, **options: Any) -
 
 
 def test_the_page_of_a_run_is_that_of_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    simulated_once: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What is checked is what is trained on: the same rows and masks, to the byte."""
     monkeypatch.chdir(tmp_path)
     _write(tmp_path / "my.jsonl", *_pairs(240))
     common = ("--data", "my.jsonl", "--max-length", "48", "--seed", "5")
     code, _, err = run(
-        "train", *common, "--output", "mine", "--max-steps", "1", "--samples", "0", capsys=capsys
-    )
+        "train", *common, "--output", "mine", "--max-steps", "1", "--samples", "0",
+        "--no-rehearse", capsys=capsys,
+    )  # fmt: skip
     assert code == 0, err
     code, _, err = run("check", *common, "--rows", "20", "--html", "page.html", capsys=capsys)
     assert code == 0, err

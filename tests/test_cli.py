@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import run
 
-from qlora_kit.cli import main
 from qlora_kit.config import TrainConfig
-
-
-def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    return int(stopped.value.code or 0), out, err
-
 
 COMMANDS = ("check", "train", "evaluate", "generate", "export", "models", "doctor")
 

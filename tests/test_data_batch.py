@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import tiny_numbers
 from data_fixtures import make_tokenizer, samples_of
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny_numbers
 
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.batch import (

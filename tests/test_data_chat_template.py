@@ -144,6 +144,11 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+# A run that is neither rehearsed nor looked at.
+QUICK: dict[str, Any] = {"max_steps": 1, "rank": 2, "rehearse": False, "samples": 0}
+
+
+@pytest.mark.usefixtures("simulated_once")
 def test_an_adapter_keeps_the_template_it_was_trained_with(
     chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +156,7 @@ def test_an_adapter_keeps_the_template_it_was_trained_with(
     file = tmp_path / "mine.jinja"
     file.write_text("{{ bos_token }}" + PLAIN)
     run = tmp_path / "run"
-    train = TrainConfig(data=str(chats), output=run, max_steps=1, chat_template=str(file), rank=2)
+    train = TrainConfig(data=str(chats), output=run, chat_template=str(file), **QUICK)
     said: list[Event] = []
     recipe.train(train, said.append)
     notices = [event.text for event in said if isinstance(event, Notice)]
@@ -180,9 +185,10 @@ def test_an_adapter_keeps_the_template_it_was_trained_with(
     assert any("another chat template" in e.text for e in heard if isinstance(e, Notice))
 
 
+@pytest.mark.usefixtures("simulated_once")
 def test_resuming_with_another_template_is_refused(chats: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    base = {"data": str(chats), "output": run, "max_steps": 1, "rank": 2}
+    base = {"data": str(chats), "output": run, **QUICK}
     recipe.train(TrainConfig(**base))
     with pytest.raises(ConfigError, match="chat_template was None and is now 'zephyr'") as caught:
         recipe.train(TrainConfig(**base, chat_template="zephyr", resume="latest"))

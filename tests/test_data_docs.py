@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from support import PROJECT
 
 from qlora_kit.cli import main
 from qlora_kit.data.shapes import FIELDS, Shape

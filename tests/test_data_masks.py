@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from data_fixtures import make_tokenizer, samples_of
+from data_fixtures import QWEN3, make_tokenizer, samples_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,24 +25,6 @@ from qlora_kit.data.template import Renderer
 from qlora_kit.data.tokens import tokenize
 from qlora_kit.errors import DataError
 
-# As Qwen3's template treats reasoning: kept in answers to the last question, and only there.
-QWEN3 = (
-    "{%- set last = namespace(question=0) -%}"
-    "{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set last.question = loop.index0 -%}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- for m in messages -%}"
-    "{%- if m.role == 'assistant' -%}"
-    "{%- set parts = m.content.split('</think>') -%}"
-    "{%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts|length > 1 else '' -%}"
-    "{%- set said = parts[-1].lstrip('\n') -%}"
-    "{{- '<|im_start|>assistant\n' -}}"
-    "{%- if loop.index0 > last.question and (loop.last or thought) -%}"
-    "{{- '<think>\n' + thought + '\n</think>\n\n' -}}{%- endif -%}"
-    "{{- said + '<|im_end|>\n' -}}"
-    "{%- else -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-)
 # Marks answers as transformers' own masks expect it.
 GENERATION = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

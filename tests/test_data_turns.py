@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_fixtures import CHATML, make_tokenizer
-from test_data_masks import QWEN3
+from data_fixtures import CHATML, QWEN3, make_tokenizer
 
 import qlora_kit as qk
 from qlora_kit.config import RecordOptions, TokenOptions

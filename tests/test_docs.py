@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import PROJECT
+from support import PROJECT
 
 
 def test_the_blocks_of_the_api_page_run_in_order(tmp_path: Path) -> None:

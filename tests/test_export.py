@@ -14,18 +14,16 @@ from typing import Any
 import pytest
 import torch
 from data_fixtures import make_tokenizer
+from merging import difference, plain, save, spec_of
 from safetensors import safe_open
-from test_model_load import run_python, write_random
+from support import run_python
+from tiny_models import write_random
 
 import qlora_kit as qk
 from qlora_kit.config import parse_size
 from qlora_kit.errors import AdapterError, ModelError, OutputError
 
 ARCHITECTURES = ("tinyllama", "qwen2.5-7b", "qwen3-8b", "phi-4-mini", "gemma-2-9b", "smollm2-135m")
-
-
-def spec_of(folder: Path, bits: int = 4) -> qk.BaseSpec:
-    return qk.BaseSpec(qk.find_model(str(folder)), folder, qk.Quantization(bits))
 
 
 def train_something(spec: qk.BaseSpec, targets: tuple[str, ...] = ("all-linear",)) -> qk.Adapter:
@@ -39,31 +37,11 @@ def train_something(spec: qk.BaseSpec, targets: tuple[str, ...] = ("all-linear",
     return adapter
 
 
-def save(adapter: qk.Adapter, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    qk.save_adapter(adapter, folder, qk.BaseRecord.of(adapter.base))
-    return folder
-
-
 def export(adapter: qk.Adapter, folder: Path, **changes: Any) -> Path:
     stored = qk.read_adapter(save(adapter, folder / "adapter"))
     target = folder / "merged"
     qk.merge_to(target, stored, adapter.base.spec, make_tokenizer(), **changes)
     return target
-
-
-def plain(folder: Path) -> Any:
-    """Open a merged model in plain transformers, in fp32, so that both sides compute alike."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def difference(adapter: qk.Adapter, merged: Any) -> float:
-    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
-    expected = adapter.base.model(input_ids=ids).logits
-    return float((merged(input_ids=ids).logits - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder
 from safetensors.torch import load_file, save_file
-from test_cli import run
+from support import run
+from tiny_models import fill_lora, load_folder
 
 import qlora_kit as qk
 

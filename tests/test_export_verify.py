@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import mask_of
 from data_fixtures import make_tokenizer
+from merging import difference, plain, save, spec_of
 from safetensors.torch import load_file, save_file
-from test_cli import run
-from test_export import difference, plain, save, spec_of
+from support import run
+from tiny_models import mask_of
 
 import qlora_kit as qk
 from qlora_kit.errors import AdapterError, ConfigError, VerificationError
@@ -349,11 +349,12 @@ def test_the_threshold(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(simulated_once: None, few_rows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qlora_kit.cli import main
 
     output = tmp_path_factory.mktemp("runs") / "short"
     arguments = ["train", "--output", str(output), "--max-steps", "6", "--device", "cpu"]
+    arguments += ["--samples", "0", "--no-rehearse"]
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0

@@ -6,6 +6,7 @@ threads. One start of it makes every row.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from support import PROJECT
 
-PROJECT = Path(__file__).parent.parent
 PROMISES = (
     "kills", "resumes", "stops", "corruption", "disk-errors", "full-disks", "numerics", "memory",
     "artefacts", "mutations",
@@ -27,15 +29,24 @@ def table(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """The rows of a table with a part of the faults, by the name of the promise."""
-    file = tmp_path_factory.mktemp("faults") / "faults.json"
+    base = tmp_path_factory.getbasetemp()
+    # The workers of xdist share one table: a test of it may run in any of them.
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    file = folder / f"faults-{request.param}.json"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            _make_table(request.param, file)
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return dict(zip(PROMISES, rows, strict=True))
+
+
+def _make_table(size: str, file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--size", request.param, "--json", str(file)],
+        [sys.executable, "-m", "tests.faults", "--size", size, "--json", str(file)],
         cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert file.is_file(), done.stderr
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return dict(zip(PROMISES, rows, strict=True))
 
 
 @pytest.mark.parametrize("promise", PROMISES)
@@ -44,3 +55,26 @@ def test_a_promise_is_kept_under_faults(table: dict[str, dict[str, Any]], promis
     if not row["tried"]:
         pytest.skip(row["detail"])
     assert row["held"] == row["tried"], row["detail"]
+
+
+def test_a_safeguard_is_found_however_its_lines_are_broken(tmp_path: Path) -> None:
+    """And at all: each is where the mutations look for it."""
+    from faults.mutations import MUTATIONS, file_of, without
+
+    for mutation in MUTATIONS:
+        file = file_of(tmp_path, mutation)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        source = file_of(PROJECT, mutation).read_text()
+        # Comments are gone, and every statement is on one line.
+        file.write_text(ast.unparse(ast.parse(source)))
+        assert without(tmp_path, mutation) == without(PROJECT, mutation), mutation.safeguard
+        assert without(PROJECT, mutation) != file.read_text(), mutation.safeguard
+
+
+def test_a_safeguard_that_has_moved_is_missed() -> None:
+    from faults.mutations import Change, Mutation, without
+
+    for function, found in (("_seal", "sync_file(...) + 1"), ("_unseal", "sync_file(...)")):
+        moved = Mutation("it", "storage.folders", (Change(function, found),), "")
+        with pytest.raises(RuntimeError, match="stands 0 times"):
+            without(PROJECT, moved)

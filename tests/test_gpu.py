@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_lora
-from test_cli import run
+from support import run
+from tiny_models import fill_lora
 from torch import Tensor
 
 import qlora_kit as qk
@@ -188,7 +188,7 @@ def gpu_adapter(folder: Path, dtype: str) -> qk.Adapter:
 def test_a_deterministic_run_resumes_with_the_same_bits(
     save_tiny: Callable[..., Path], tmp_path: Path, dtype: str
 ) -> None:
-    from test_train import make_rows, options, weights_of
+    from training import make_rows, options, weights_of
 
     from qlora_kit.train.loop import Saving
 

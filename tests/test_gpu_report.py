@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PROJECT
+from support import PROJECT
 
 SCRIPT = PROJECT / "benchmarks" / "gpu_report.py"
 PART_NAMES = ("tests", "peaks", "speed", "profile", "ragged", "exact", "limits")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder
 from safetensors.torch import load_file, save_file
+from tiny_models import fill_lora, load_folder
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder, relative_error
+from support import relative_error
+from tiny_models import fill_lora, load_folder
 from torch import Tensor
 
 from qlora_kit.errors import ConfigError

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_folder, relative_error
 from data_fixtures import make_tokenizer
+from merging import plain, spec_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_export import plain, spec_of
+from support import relative_error
+from tiny_models import load_folder
 from transformers import AutoModelForCausalLM
 
 import qlora_kit as qk

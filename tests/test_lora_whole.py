@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_folder, relative_error
 from data_fixtures import make_tokenizer
 from peft import PeftModel
+from support import relative_error
+from tiny_models import load_folder
 from transformers import AutoModelForCausalLM
 
 import qlora_kit as qk

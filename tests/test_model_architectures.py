@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder, mask_of, relative_error, tiny_numbers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from support import relative_error
+from tiny_models import NAMES, SIZES, fill_lora, load_folder, mask_of, tiny_numbers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_kit.data.batch import Batch, predicting_positions
 from qlora_kit.errors import ModelError
@@ -25,52 +26,6 @@ from qlora_kit.model.architecture import (
 from qlora_kit.model.head import head_of
 from qlora_kit.model.names import known_models
 from qlora_kit.tasks.causal import loss_sum
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
-# Kinds of heads that no model in configs/ has.
-OTHERS: dict[str, dict[str, Any]] = {
-    "cohere": {"model_type": "cohere", **SIZES, "logit_scale": 0.0625},
-    "granite": {"model_type": "granite", **SIZES, "logits_scaling": 3.0},
-    "phi": {"model_type": "phi", **SIZES, "partial_rotary_factor": 0.5},
-    "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
-}
-# Two names whose tiny models are the same are one architecture.
-ARCHITECTURES = {repr(tiny_numbers(name)): name for name in known_models()}.values()
-NAMES = [*ARCHITECTURES, *OTHERS]
-
-
-@pytest.fixture(scope="module")
-def folder_of(
-    save_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Return a function that saves a tiny model of any of `NAMES`."""
-
-    def folder(name: str) -> Path:
-        if name in known_models():
-            return save_tiny(name)
-        path = tmp_path_factory.getbasetemp() / f"other-{name}"
-        if not path.exists():
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**OTHERS[name]))
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.data.add_(torch.randn_like(parameter) * 0.1)
-            model.save_pretrained(path)
-        return path
-
-    return folder
 
 
 def plain_model(folder: Path) -> Any:

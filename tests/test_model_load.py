@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, load_folder, relative_error, tiny_numbers
 from safetensors.torch import load_file, save_file
+from support import relative_error, run_python
+from tiny_models import TINY, load_folder, tiny_numbers, write_random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -364,33 +363,6 @@ def test_random_weights_load_where_layers_have_biases() -> None:
 
 # ---------------------------------------------------------------- memory
 
-MEASURE = textwrap.dedent(
-    """
-    import json, sys, threading
-    from pathlib import Path
-
-    def anonymous():
-        for line in open("/proc/self/status"):
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-
-    class Peak:
-        # The most anonymous memory while the block ran, above what there was at its start.
-        def __enter__(self):
-            self.before = self.peak = anonymous()
-            self.done = threading.Event()
-            self.thread = threading.Thread(target=self.watch)
-            self.thread.start()
-            return self
-        def watch(self):
-            while not self.done.wait(0.001):
-                self.peak = max(self.peak, anonymous())
-        def __exit__(self, *error):
-            self.done.set()
-            self.thread.join()
-            self.grown = max(self.peak, anonymous()) - self.before
-    """
-)
 LOAD = textwrap.dedent(
     """
     from qlora_kit.model.hardware import choose_hardware
@@ -411,31 +383,6 @@ LOAD = textwrap.dedent(
     print(json.dumps({"grown": peak.grown, "held": sum(held.values())}))
     """
 )
-
-
-def run_python(code: str, *arguments: object) -> str:
-    command = [sys.executable, "-c", MEASURE + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def write_random(folder: Path, suffix: str, numbers: dict[str, Any]) -> int:
-    """Write a bf16 model in four shards with an index; return the bytes of the shards."""
-    config = architecture_from(numbers)
-    shapes = {name: t.shape for name, t in build_skeleton(config).state_dict().items()}
-    config.save_pretrained(folder)
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    save = save_file if suffix == "safetensors" else torch.save
-    weight_map = {}
-    for shard in range(4):
-        file = f"{stem}-{shard}.{suffix}"
-        names = list(shapes)[shard::4]
-        save({n: torch.randn(shapes[n], dtype=torch.bfloat16) for n in names}, folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"weight_map": weight_map}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    return sum(path.stat().st_size for path in folder.glob(f"*.{suffix}"))
 
 
 def load_memory(folder: Path, suffix: str, bits: int, **sizes: int) -> tuple[int, int, int]:

@@ -16,8 +16,8 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import PROJECT
 from huggingface_hub import errors
+from support import PROJECT
 
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ConfigError, EnvironmentFault, HubError, ModelError
@@ -273,7 +273,8 @@ def seen_by(*arguments: str) -> tuple[str, str]:
 
 def test_what_is_read_once_is_set_before_torch_is_there(tmp_path: Path) -> None:
     train = ("train", "--model", "demo", "--max-steps", "1", "--no-rehearse", "--batch-size", "2",
-             "--device", "cpu", "--output")  # fmt: skip
+             "--samples", "0", "--validation-fraction", "0", "--device", "cpu",
+             "--output")  # fmt: skip
     first, last = seen_by(*train, str(tmp_path / "run"), "--deterministic")
     assert first == "seen :4096:8 expandable_segments:True"
     assert last == "seen 0 True False False"
@@ -307,7 +308,7 @@ def test_a_process_begins_again_with_a_tight_heap(own: str | None, found: str) -
 
 
 def test_sums_of_16_bits_are_forbidden_in_evaluation_too() -> None:
-    first, last = seen_by("evaluate", "--model", "demo", "--device", "cpu")
+    first, last = seen_by("evaluate", "--model", "demo", "--device", "cpu", "--max-rows", "8")
     assert first == "seen None expandable_segments:True"
     assert last == "seen 0 False False False"
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from test_cli import run
+from support import run
 
 from qlora_kit.model import threads
 from qlora_kit.model.threads import choose_threads, free_cores
@@ -21,6 +23,8 @@ from qlora_kit.model.environment import prepare_environment
 prepare_environment()
 import os
 from qlora_kit.model.threads import choose_threads
+print("ready", flush=True)
+input()
 print(choose_threads().describe(), "|", os.environ.get("GOMP_SPINCOUNT"))
 """
 
@@ -32,13 +36,23 @@ def threads_as_before() -> object:
     torch.set_num_threads(before)
 
 
-def told(**environment: str) -> str:
+@contextlib.contextmanager
+def teller(**environment: str) -> Iterator[Callable[[], str]]:
+    """A fresh process with everything imported; yields what makes it look and tell."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", TELL], env={**inherited, **environment},
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout.strip()
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield lambda: process.communicate("\n", timeout=120)[0].strip()
+        assert process.returncode == 0
+
+
+def told(**environment: str) -> str:
+    with teller(**environment) as tell:
+        return tell()
 
 
 def test_what_the_user_set_stays() -> None:
@@ -52,15 +66,16 @@ def test_what_the_user_set_stays() -> None:
 def test_busy_cores_are_left_to_those_who_have_them() -> None:
     cores = len(os.sched_getaffinity(0))
     spin = [sys.executable, "-c", "while True: pass"]
-    busy = [subprocess.Popen(spin) for _ in range(cores)]
-    try:
-        time.sleep(1)  # until all of them have started
-        assert free_cores() == (0, cores)
-        said = told()
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
+    with teller() as tell:
+        busy = [subprocess.Popen(spin) for _ in range(cores)]
+        try:
+            time.sleep(1)  # until all of them have started
+            assert free_cores() == (0, cores)
+            said = tell()
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
     assert said == f"1 thread (0 of {cores} cores are free) | 10000"
 
 
@@ -80,7 +95,7 @@ def test_a_container_has_the_cores_it_may_use(
 
 
 def test_a_resumed_run_keeps_the_threads_it_began_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    simulated_once: None, few_rows: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "run")
     start = ("train", "--model", "demo", "--output", output, "--samples", "0", "--no-rehearse",

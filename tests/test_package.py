@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from support import PROJECT
 
 import qlora_kit
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import fill_lora, load_folder, mask_of, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_twin import peft_twin, their_loss, transformers_model, twin_parameters
+from support import relative_error
+from tiny_models import fill_lora, load_folder, mask_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.lora.adapter import load_adapter, save_adapter
@@ -43,52 +43,6 @@ SPECS = {
 }
 
 
-def transformers_model(folder: Path, bits: int) -> Any:
-    """The model as transformers holds it: plain, or in bitsandbytes' own 4-bit layers."""
-    quantization = None
-    if bits == 4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantization
-    )
-
-
-def peft_twin(folder: Path, bits: int, adapter: Adapter) -> Any:
-    """PEFT's LoRA on transformers' model, with the A and B of `adapter`."""
-    spec = adapter.spec
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        use_rslora=spec.rslora,
-        target_modules=sorted(adapter.layers),
-        rank_pattern=dict(spec.rank_pattern),
-        alpha_pattern=dict(spec.alpha_pattern),
-        task_type="CAUSAL_LM",
-    )
-    twin = get_peft_model(transformers_model(folder, bits), config)
-    for path, layer in adapter.layers.items():
-        theirs = twin.get_submodule(f"base_model.model.{path}")
-        theirs.lora_A["default"].weight.data.copy_(layer.lora_A)
-        theirs.lora_B["default"].weight.data.copy_(layer.lora_B)
-    return twin
-
-
-def twin_parameters(twin: Any, adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's trained parameters by the names that ours have."""
-    return {
-        f"{path}.lora_{side}": twin.get_submodule(
-            f"base_model.model.{path}.lora_{side}.default"
-        ).weight
-        for path in adapter.layers
-        for side in "AB"
-    }
-
-
 @pytest.fixture(scope="module")
 def batches(stories: Path) -> list[Batch]:
     """Two padded micro-batches of real text; part of the prompt is not supervised."""
@@ -104,10 +58,6 @@ def batches(stories: Path) -> list[Batch]:
 def our_loss(adapter: Adapter, batch: Batch) -> Tensor:
     model = adapter.base.model
     return loss_sum(model, batch, head_of(model), chunk_tokens=7) / batch.weight
-
-
-def their_loss(twin: Any, batch: Batch) -> Tensor:
-    return twin(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=batch.labels).loss
 
 
 @pytest.mark.parametrize("bits", [16, 4])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_cli import run
+from support import run
 
 from qlora_kit.model.names import find_model, known_models
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_plan_allocator import recorded_peak
+from support import recorded_peak
 from torch import nn
 
 from qlora_kit.plan.allocator_record import AllocatorRecord

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_numbers
-from test_model_architectures import ARCHITECTURES
+from tiny_models import ARCHITECTURES, tiny_numbers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

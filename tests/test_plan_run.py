@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import run
-from test_plan_allocator import recorded_peak
+from support import recorded_peak, run
 
 import qlora_kit as qk
 from qlora_kit.data.batch import TokenRows

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_cli import run
-from test_parity_peft import peft_twin, their_loss, twin_parameters
+from peft_twin import peft_twin, their_loss, twin_parameters
+from support import run
 
 import qlora_kit as qk
 from qlora_kit import recipe

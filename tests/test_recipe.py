@@ -11,26 +11,22 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import run
+from support import RUN_FILES, run
 
 from qlora_kit.data.samples import BUILT_IN
 from qlora_kit.model.names import find_model
 from qlora_kit.storage import staged_folder, write_text
 
-pytestmark = pytest.mark.usefixtures("simulated_once")
+pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
-RUN_FILES = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-2",
-    "checkpoint-4", "data.html", "last", "loss.png", "memory.json", "memory.png",
-    "qlora_kit.json", "report.html", "samples.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "trainer_log.jsonl", "training_config.yaml",
-}  # fmt: skip
+# For runs that are neither rehearsed nor looked at.
+PLAIN = ("--no-rehearse", "--samples", "0")
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps on the demo."""
+def short_run(few_rows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on the demo, for tests that only read it."""
     from qlora_kit.cli import main
 
     output = tmp_path_factory.mktemp("runs") / "short"
@@ -38,6 +34,12 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["train", "--model", "demo", "--bits", "4", "--output", str(output), *SHORT])
     assert stopped.value.code == 0
     return output
+
+
+@pytest.fixture
+def own_run(short_run: Path, tmp_path: Path) -> Path:
+    """A copy of that run, for a test that changes it."""
+    return shutil.copytree(short_run, tmp_path / "own" / "short")
 
 
 @contextlib.contextmanager
@@ -97,36 +99,36 @@ def test_the_header_says_what_is_trained_on_what(
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(
-    short_run: Path, capsys: pytest.CaptureFixture[str]
+    own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again = ("train", "--output", str(short_run), *SHORT, "--resume")
+    again = ("train", "--output", str(own_run), *SHORT, "--resume")
     code, out, _ = run(*again, capsys=capsys)
     assert code == 0
     assert "finished" in out
     code, out, _ = run(*again, "--max-steps", "6", capsys=capsys)
     assert code == 0
-    rows = rows_of(short_run / "trainer_log.jsonl")
+    rows = rows_of(own_run / "trainer_log.jsonl")
     assert [row["optimizer_step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     # Back to what the other tests of this module expect.
-    run("train", "--output", str(short_run), *SHORT, "--overwrite", capsys=capsys)
+    run("train", "--output", str(own_run), *SHORT, "--overwrite", capsys=capsys)
 
 
 def test_a_refused_resume_changes_nothing(
-    short_run: Path, capsys: pytest.CaptureFixture[str]
+    own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {p: p.read_bytes() for p in short_run.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in own_run.rglob("*") if p.is_file()}
     code, _, err = run(
-        "train", "--output", str(short_run), *SHORT, "--resume", "--rank", "3", "--alpha", "5",
+        "train", "--output", str(own_run), *SHORT, "--resume", "--rank", "3", "--alpha", "5",
         capsys=capsys,
     )  # fmt: skip
     assert code == 2
     assert err.count("\n") == 2
     assert "rank was 16 and is now 3" in err
-    assert {p: p.read_bytes() for p in short_run.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in own_run.rglob("*") if p.is_file()} == before
 
 
-def test_a_full_folder_is_not_touched(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run("train", "--output", str(short_run), capsys=capsys)
+def test_a_full_folder_is_not_touched(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run("train", "--output", str(own_run), capsys=capsys)
     assert code == 2
     assert "not empty; continue that run with --resume, replace it with --overwrite" in err
 
@@ -151,22 +153,22 @@ def test_resume_and_overwrite_contradict_each_other(
 
 
 def test_a_run_killed_before_its_adapter_was_written_is_finished_by_resume(
-    short_run: Path, capsys: pytest.CaptureFixture[str]
+    own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (short_run / "adapter_model.safetensors").unlink()
-    code, out, _ = run("train", "--output", str(short_run), *SHORT, "--resume", capsys=capsys)
+    (own_run / "adapter_model.safetensors").unlink()
+    code, out, _ = run("train", "--output", str(own_run), *SHORT, "--resume", capsys=capsys)
     assert code == 0
     assert "resuming from" in out
-    assert (short_run / "adapter_model.safetensors").is_file()
+    assert (own_run / "adapter_model.safetensors").is_file()
 
 
 def test_a_log_cut_short_by_a_kill_is_continued(
-    short_run: Path, capsys: pytest.CaptureFixture[str]
+    own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = short_run / "trainer_log.jsonl"
+    log = own_run / "trainer_log.jsonl"
     log.write_text(log.read_text() + '{"optimizer_step": 5, "lo')
-    (short_run / "adapter_model.safetensors").unlink()
-    code, _, _ = run("train", "--output", str(short_run), *SHORT, "--resume", capsys=capsys)
+    (own_run / "adapter_model.safetensors").unlink()
+    code, _, _ = run("train", "--output", str(own_run), *SHORT, "--resume", capsys=capsys)
     assert code == 0
     assert [row["optimizer_step"] for row in rows_of(log) if "loss" in row] == [1, 2, 3, 4]
 
@@ -176,7 +178,7 @@ def test_runs_are_numbered_where_no_output_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
-        code, _, _ = run("train", "--max-steps", "1", capsys=capsys)
+        code, _, _ = run("train", "--max-steps", "1", *PLAIN, capsys=capsys)
         assert code == 0
         assert (tmp_path / "runs" / f"demo-{number}" / "adapter_model.safetensors").is_file()
 
@@ -185,7 +187,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    arguments = ("train", "--output", str(output), "--resume", "--max-steps", "1")
+    arguments = ("train", "--output", str(output), "--resume", "--max-steps", "1", *PLAIN)
     code, out, _ = run(*arguments, capsys=capsys)
     assert code == 0
     assert "no checkpoint yet; starting from the beginning" in out
@@ -211,7 +213,7 @@ def test_evaluate_takes_base_and_bits_from_the_adapter(
     base, output = tmp_path / "base", tmp_path / "run"
     save_changed_demo(base)
     trained = ("train", "--model", str(base), "--bits", "8", "--output", str(output),
-               "--max-steps", "1", "--samples", "0", "--device", "cpu")  # fmt: skip
+               "--max-steps", "1", *PLAIN, "--device", "cpu")  # fmt: skip
     assert run(*trained, capsys=capsys)[0] == 0
 
     def loss(*asked: str) -> float:
@@ -278,43 +280,41 @@ def test_export_writes_a_model_that_evaluates_like_the_adapter(
 
 
 def test_an_export_into_a_run_is_refused(
-    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_run: Path, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = shutil.copytree(short_run, tmp_path / "run")
-    for target in (copy / "merged", copy / "deep" / "merged"):
-        code, _, err = run("export", str(copy), "--to", str(target), capsys=capsys)
+    for target in (own_run / "merged", own_run / "deep" / "merged"):
+        code, _, err = run("export", str(own_run), "--to", str(target), capsys=capsys)
         assert code == 2
         assert err == (
-            f"error: {target}: is inside the run {copy}, which --overwrite deletes with all that "
-            "is in it; expected a folder outside of it; name another --to\n"
+            f"error: {target}: is inside the run {own_run}, which --overwrite deletes with all "
+            "that is in it; expected a folder outside of it; name another --to\n"
         )
-    code, _, err = run("quantize", "--model", "demo", "--to", str(copy / "small"), capsys=capsys)
+    code, _, err = run("quantize", "--model", "demo", "--to", str(own_run / "small"), capsys=capsys)
     assert (code, "name another --to" in err) == (2, True)
-    code, _, err = run("train", "--output", str(copy / "again"), *SHORT, capsys=capsys)
+    code, _, err = run("train", "--output", str(own_run / "again"), *SHORT, capsys=capsys)
     assert (code, "name another --output" in err) == (2, True)
-    code, _, err = run("export", str(copy), "--to", str(tmp_path), "--overwrite", capsys=capsys)
+    code, _, err = run("export", str(own_run), "--to", str(tmp_path), "--overwrite", capsys=capsys)
     assert (code, "which is read for it; name another --to" in err) == (2, True)
-    assert {path.name for path in copy.iterdir()} == {path.name for path in short_run.iterdir()}
+    assert {path.name for path in own_run.iterdir()} == {path.name for path in short_run.iterdir()}
 
 
 @pytest.mark.parametrize("where", ["merged", "deep/merged"])
 @pytest.mark.parametrize("what", ["model", "run"])
 def test_overwrite_deletes_no_model_and_no_other_run_with_a_run(
-    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, what: str
+    own_run: Path, short_run: Path, capsys: pytest.CaptureFixture[str], where: str, what: str
 ) -> None:
-    copy = shutil.copytree(short_run, tmp_path / "run")
     if what == "run":
-        shutil.copytree(short_run, copy / where)
+        shutil.copytree(short_run, own_run / where)
     else:
-        with staged_folder(copy / where) as staging:
+        with staged_folder(own_run / where) as staging:
             write_text(staging / "model.txt", "weights")
-    code, _, err = run("train", "--output", str(copy), *SHORT, "--overwrite", capsys=capsys)
+    code, _, err = run("train", "--output", str(own_run), *SHORT, "--overwrite", capsys=capsys)
     assert code == 2
     assert err == (
-        f"error: {copy}: --overwrite deletes a run, but this holds {copy / where}, which is none "
-        "of its checkpoints; move that elsewhere, or name another --output\n"
+        f"error: {own_run}: --overwrite deletes a run, but this holds {own_run / where}, which is "
+        "none of its checkpoints; move that elsewhere, or name another --output\n"
     )
-    assert any((copy / where).iterdir())
+    assert any((own_run / where).iterdir())
 
 
 def test_a_configuration_of_the_user_s_is_no_run(
@@ -322,7 +322,7 @@ def test_a_configuration_of_the_user_s_is_no_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("training_config.yaml").write_text("max_steps: 1\n")
-    code, _, err = run("train", "--config", "training_config.yaml", "--no-rehearse", capsys=capsys)
+    code, _, err = run("train", "--config", "training_config.yaml", *PLAIN, capsys=capsys)
     assert code == 0, err
     assert Path("runs/demo-1/adapter_model.safetensors").is_file()
 

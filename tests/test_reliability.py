@@ -20,10 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECT, relative_error
 from safetensors.torch import load_file
-from test_cli import run
-from test_train import losses, make_adapter, make_rows, options, record, weights_of
+from support import PROJECT, relative_error, run
+from training import losses, make_adapter, make_rows, options, record, weights_of
 
 import qlora_kit as qk
 from qlora_kit import signals
@@ -256,6 +255,54 @@ def test_a_replayed_step_draws_the_same_dropout(
         found.append((losses(events), weights_of(adapter)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def noisy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A loss of somebody who draws random numbers of their own."""
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (loss * torch.rand(len(targets))).sum()
+
+
+def test_a_replayed_step_draws_the_same_numbers(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, found = make_rows(4), []
+    for fails in (False, True):
+        adapter, real, calls = make_adapter(save_tiny()), causal.loss_sum, iter(range(100))
+
+        def short(*args: Any, **kwargs: Any) -> torch.Tensor:
+            summed = real(*args, **kwargs)  # noqa: B023
+            if fails and next(calls) == 2:  # noqa: B023
+                raise MemoryError
+            return summed
+
+        monkeypatch.setattr(causal, "loss_sum", short)
+        # Rows of two micro-batches: after the failure each is cut to one row, as it is anyway.
+        config = options(max_steps=2, batch_size=1, gradient_accumulation_steps=2)
+        if fails:
+            with pytest.raises(OutOfMemory):
+                qk.train_adapter(adapter, rows, config, loss=noisy)
+            after = torch.rand(())
+        else:
+            qk.train_adapter(adapter, rows, options(max_steps=1, batch_size=1,
+                             gradient_accumulation_steps=2), loss=noisy)  # fmt: skip
+            after = torch.rand(())
+        monkeypatch.setattr(causal, "loss_sum", real)
+        found.append((weights_of(adapter), after))
+    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+    assert torch.equal(found[0][1], found[1][1]), "the step that failed drew nothing that counts"
+
+
+def test_a_resumed_run_draws_what_the_unbroken_one_draws(save_tiny: Tiny, tmp_path: Path) -> None:
+    rows, found = make_rows(8), []
+    for name, resume in (("whole", None), ("part", tmp_path / "whole" / "checkpoint-2")):
+        adapter = make_adapter(save_tiny())
+        (tmp_path / name).mkdir()
+        saving = Saving(tmp_path / name, qk.BaseRecord.of(adapter.base), resume)
+        config = options(max_steps=4, save_steps=2)
+        qk.train_adapter(adapter, rows, config, loss=noisy, saving=saving)
+        found.append(weights_of(adapter))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @contextmanager
@@ -757,7 +804,7 @@ SMALL = ("--device", "cpu", "--max-steps", "2", "--save-steps", "1", "--max-leng
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(simulated_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qlora_kit.cli import main
 
     folder = tmp_path_factory.mktemp("small")

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
-from test_recipe import RUN_FILES
+from support import EVALUATED, RUN_FILES, SKIPPED, STEP
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.events import (
     CheckpointSaved,
-    Evaluated,
     Event,
     MicroBatchHalved,
     RunFinished,
     RunStarted,
-    StepFinished,
-    StepSkipped,
 )
 from qlora_kit.report.log import NAME, Log
 from qlora_kit.report.trackers import metrics_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "runs.md").read_text(encoding="utf-8")
 
-STEP = StepFinished(1, 0.5, 2.5, 1e-4, 0.3, 7, 9, 0.1, 10**9)
-EVALUATED = Evaluated(1, 0.5, 2.0, True, 0.2)
-SKIPPED = StepSkipped(2, 1.0, math.nan, math.inf, (3, 4))
 HALVED = MicroBatchHalved(2, 8, 4)
 LOGGED = {
     "Steps": STEP, "Evaluations": EVALUATED, "Skipped steps": SKIPPED,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import run
+from support import run
 
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.events import Event, Notice
@@ -18,7 +18,7 @@ from qlora_kit.infer.samples import NAME, SampleAccount, choose_prompts
 from qlora_kit.opening import open_tokenizer
 from qlora_kit.train.random_states import random_states, seed_everything
 
-pytestmark = pytest.mark.usefixtures("simulated_once")
+pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--device", "cpu", "--lora-dropout", "0.1")
 IGNORED = -100

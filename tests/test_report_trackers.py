@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch.utils
-from test_cli import run
-from test_report_docs import EVALUATED, SKIPPED, STEP
+from support import EVALUATED, SKIPPED, STEP, run
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.errors import EnvironmentFault
@@ -22,7 +21,7 @@ from qlora_kit.report import trackers
 from qlora_kit.report.log import NAME, read_log
 from qlora_kit.report.trackers import Tracking, check_tracker, metrics_of, settings_of
 
-pytestmark = pytest.mark.usefixtures("simulated_once")
+pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu",
          "--samples", "2")  # fmt: skip

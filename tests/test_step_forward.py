@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill_lora, load_folder, mask_of, relative_error
+from support import relative_error
+from tiny_models import fill_lora, load_folder, mask_of
 from torch import Tensor, nn
 
 from qlora_kit.data.batch import Batch, collate

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from support import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill_lora, load_folder, mask_of, relative_error
-from test_model_architectures import ARCHITECTURES, folder_of  # noqa: F401
+from support import relative_error, slow
+from tiny_models import ARCHITECTURES, fill_lora, load_folder, mask_of
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -110,9 +111,12 @@ def assert_equal_steps(adapter: Adapter, batch: Batch) -> None:
             assert relative_error(found_grads[n], grad) <= 3e-5, (name, n)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("bits", [4, 16])
+# By default each kind of target, each number of bits, with dropout and without.
+USUAL = ((4, "attention", 0.3), (4, "mlp", 0.0), (16, "all-linear", 0.3))
+OTHER = set(itertools.product((4, 16), TARGETS, (0.0, 0.3))) - {*USUAL}
+
+
+@pytest.mark.parametrize(("bits", "targets", "dropout"), [*USUAL, *slow(*sorted(OTHER))])
 def test_reducers_change_no_loss_and_no_gradient_on_real_weights(
     stories: Path, bits: int, targets: str, dropout: float
 ) -> None:
@@ -130,8 +134,14 @@ def own_step(adapter: Adapter, batch: Batch) -> tuple[float, Gradients]:
     return loss.item(), gradients_of(adapter)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 4096])
-@pytest.mark.parametrize(("bits", "targets"), [(4, "all-linear"), (8, "attention"), (16, "mlp")])
+# By default each size of a chunk, each number of bits and each kind of target once.
+CHUNKED = ((4, "all-linear", 1), (8, "attention", 7), (16, "mlp", 4096))
+CHUNKED_OTHERWISE = {(b, t, chunk) for b, t, _ in CHUNKED for _, _, chunk in CHUNKED} - {*CHUNKED}
+
+
+@pytest.mark.parametrize(
+    ("bits", "targets", "chunk_tokens"), [*CHUNKED, *slow(*sorted(CHUNKED_OTHERWISE))]
+)
 def test_all_of_them_and_no_logits_equal_none_of_them_on_real_weights(
     stories: Path, bits: int, targets: str, chunk_tokens: int
 ) -> None:
@@ -149,10 +159,22 @@ def test_all_of_them_and_no_logits_equal_none_of_them_on_real_weights(
         assert relative_error(grad, grads[name]) <= 3e-5, name
 
 
-@pytest.mark.parametrize("targets", ["attention", "all-linear"])
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "cohere", "granite", "qwen2-tied", "phi"])
+# With LoRA on attention alone the MLPs are recomputed and cut without it: by default one of each
+# kind of MLP.
+MLP_KINDS = ("tinyllama", "phi-4-mini", "gemma-2-9b", "phi")
+EVERY_KIND = (*ARCHITECTURES, "cohere", "granite", "qwen2-tied", "phi")
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        *((name, "all-linear") for name in EVERY_KIND),
+        *((name, "attention") for name in MLP_KINDS),
+        *slow(*((name, "attention") for name in EVERY_KIND if name not in MLP_KINDS)),
+    ],
+)
 def test_reducers_change_nothing_on_any_architecture(
-    folder_of: Callable[[str], Path],  # noqa: F811
+    folder_of: Callable[[str], Path],
     name: str,
     targets: str,
 ) -> None:
@@ -611,10 +633,16 @@ def measured(base: Base, head: Head, batch: Batch) -> tuple[Tensor, ...]:
     return found, own, *grads, logprobs
 
 
-@pytest.mark.parametrize("name", ["tinyllama", "gemma-2-9b", "cohere", "phi", "qwen2-tied"])
-@pytest.mark.parametrize("head_bits", [4, 8])
+SLICED = ("tinyllama", "gemma-2-9b", "cohere", "phi", "qwen2-tied")
+
+
+# The number of bits is the weight's business, the formula the head's: by default each once.
+@pytest.mark.parametrize(
+    ("name", "head_bits"),
+    [*((name, 4) for name in SLICED), (SLICED[0], 8), *slow(*((name, 8) for name in SLICED[1:]))],
+)
 def test_a_sliced_head_computes_as_its_unpacked_twin(
-    folder_of: Callable[[str], Path],  # noqa: F811
+    folder_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     head_bits: int,
@@ -722,7 +750,7 @@ def test_checkpoints_on_the_device_do_not_grow_with_layers() -> None:
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "qwen2-tied"])
 def test_host_and_device_are_not_mixed_up_on_any_architecture(
-    folder_of: Callable[[str], Path],  # noqa: F811
+    folder_of: Callable[[str], Path],
     name: str,
 ) -> None:
     """Two devices on a machine with one: an operation on tensors of both would fail."""

@@ -24,12 +24,10 @@ from qlora_kit.lora.files import (
     PICKLED_WEIGHTS,
     RECORD,
     WEIGHTS,
+    BaseRecord,
     check_adapter_folder,
     read_base_record,
     read_peft_config,
-)
-from qlora_kit.lora.files import (
-    BaseRecord,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
 from qlora_kit.model.checkpoint import PickledShards

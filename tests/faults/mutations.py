@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .children import spread
 from .runs import Sample
@@ -21,120 +23,130 @@ _LOG = "pytest.log"
 
 
 @dataclass(frozen=True)
+class Change:
+    """An expression of a function, and what stands in its place.
+
+    Attributes:
+        function: with the name of its class, if it has one.
+        found: the expression as Python; `f(...)` is a call of f with whatever arguments. It stands
+            once in the function, however its lines are broken.
+        replaced: what is computed instead.
+    """
+
+    function: str
+    found: str
+    replaced: str = "None"
+
+
+@dataclass(frozen=True)
 class Mutation:
     """A safeguard, how to take it out, and a test that must notice.
 
     Attributes:
         safeguard: what is taken out.
-        file: in the package.
-        changes: texts and what replaces them; each text stands once in the file.
+        module: of the package.
+        changes: what takes it out.
         test: what to run, as pytest names it.
     """
 
     safeguard: str
-    file: str
-    changes: tuple[tuple[str, str], ...]
+    module: str
+    changes: tuple[Change, ...]
     test: str
 
 
-_WHOLE = "test_train.py::test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one[adamw-16]"
+_DRAWN = "test_reliability.py::test_a_resumed_run_draws_what_the_unbroken_one_draws"
 _FOLDER_FLUSHED = "test_storage.py::test_a_folder_is_flushed_before_its_rename_and_its_name_after"
 _FILE_FLUSHED = "test_storage.py::test_a_file_is_flushed_before_its_rename_and_its_name_after"
 
 MUTATIONS = (
     Mutation(
-        "the fsync of a folder's files", "storage/folders.py",
-        (("            sync_file(path)\n", ""),), _FOLDER_FLUSHED,
+        "the fsync of a folder's files", "storage.folders",
+        (Change("_seal", "sync_file(...)"),), _FOLDER_FLUSHED,
     ),
     Mutation(
-        "the fsync of a folder's name", "storage/folders.py",
-        (("    sync_folder(target.parent)\n", ""),), _FOLDER_FLUSHED,
+        "the fsync of a folder's name", "storage.folders",
+        (Change("_swap", "sync_folder(...)"),), _FOLDER_FLUSHED,
     ),
     Mutation(
-        "the fsync of a file", "storage/files.py",
-        (("    os.fsync(stream.fileno())\n            staging", "    pass\n            staging"),),
-        _FILE_FLUSHED,
+        "the fsync of a file", "storage.files",
+        (Change("write_bytes", "os.fsync(...)"),), _FILE_FLUSHED,
     ),
     Mutation(
-        "the fsync of tensors", "storage/files.py",
-        (("            sync_file(staging)\n", ""),), _FILE_FLUSHED,
+        "the fsync of tensors", "storage.files",
+        (Change("save_tensors", "sync_file(...)"),), _FILE_FLUSHED,
     ),
     Mutation(
-        "the rename of a file", "storage/files.py",
+        "the rename of a file", "storage.files",
         (
-            ('with staging.open("wb")', 'with path.open("wb")'),
-            ("os.fsync(stream.fileno())\n            staging.replace(path)",
-             "os.fsync(stream.fileno())"),
+            Change("write_bytes", "staging_path(path)", "path"),
+            Change("write_bytes", "staging.replace(...)"),
+            Change("write_bytes", "staging.unlink(...)"),
         ),
         "test_storage.py::test_a_failed_write_leaves_the_old_file",
     ),
     Mutation(
-        "the rename of a folder", "storage/folders.py",
+        "the rename of a folder", "storage.folders",
         (
-            ("    staging = staging_path(target)\n", "    staging = target\n"),
-            ("            _swap(staging, target)\n", ""),
-            ("        finally:\n            shutil.rmtree(staging, ignore_errors=True)\n", ""),
+            Change("staged_folder", "staging_path(target)", "target"),
+            Change("staged_folder", "_swap(...)"),
+            Change("staged_folder", "shutil.rmtree(...)"),
         ),
         "test_storage.py::test_a_folder_appears_whole_or_not_at_all",
     ),
     Mutation(
-        "the manifest", "storage/folders.py",
-        (('    write_json(folder / MANIFEST, {"sha256": hashes})\n', ""),),
+        "the manifest", "storage.folders", (Change("_seal", "write_json(...)"),),
         "test_storage.py::test_a_folder_appears_whole_or_not_at_all",
     ),
     Mutation(
-        "the manifest's one form", "storage/folders.py",
-        (("    if not (known and inside and hashes):\n", "    if not inside:\n"),),
+        "the manifest's one form", "storage.folders",
+        (Change("_manifest", "known and inside and hashes", "inside"),),
         "test_storage.py::test_a_manifest_has_one_form",
     ),
     Mutation(
-        "the comparison of hashes", "storage/folders.py",
-        (("            if _hash(path) != expected:\n", "            if False:\n"),),
+        "the comparison of hashes", "storage.folders",
+        (Change("verify_folder", "_hash(path) != expected", "False"),),
         "test_storage.py::test_every_change_of_a_byte_is_found",
     ),
     Mutation(
-        "the repair of what a kill left", "storage/folders.py",
-        (("            path.rename(target)\n", "            pass\n"),),
+        "the repair of what a kill left", "storage.folders",
+        (Change("clean_up", "path.rename(...)"),),
         "test_storage.py::test_what_killed_processes_left_is_undone_and_what_living_ones_do_is_not",
     ),
     Mutation(
-        "the lock", "storage/space.py", (("            lock.acquire()\n", "            pass\n"),),
+        "the lock", "storage.space", (Change("only_writer", "lock.acquire(...)"),),
         "test_storage.py::test_a_folder_has_one_writer_until_it_dies",
     ),
     Mutation(
-        "the check of a checkpoint that is read", "train/checkpoint.py",
-        (("    verify_folder(folder)\n    try:\n", "    try:\n"),),
+        "the check of a checkpoint that is read", "train.checkpoint",
+        (Change("read_state", "verify_folder(...)"),),
         "test_train.py::test_the_newest_undamaged_checkpoint_is_taken",
     ),
     Mutation(
-        "the random states in a checkpoint", "train/checkpoint.py",
-        (("        save_tensors(staging / _RANDOM, random_states(trainee.device))\n", ""),),
-        _WHOLE,
+        "the random states in a checkpoint", "train.checkpoint",
+        (Change("save_checkpoint", "save_tensors(staging / _RANDOM, random_states(...))"),),
+        _DRAWN,
     ),
     Mutation(
-        "the random states put back", "train/checkpoint.py",
-        (("    restore_random_states(load_tensors(folder / _RANDOM), trainee.device)\n", ""),),
-        _WHOLE,
+        "the random states put back", "train.checkpoint",
+        (Change("restore_checkpoint", "restore_random_states(...)"),), _DRAWN,
     ),
     Mutation(
-        "the random states of a step taken again", "train/optimizer_step.py",
-        (("    restore_random_states(states, self.device)\n                if",
-          "    pass\n                if"),),
-        "test_reliability.py::test_a_replayed_step_draws_the_same_dropout",
+        "the random states of a step taken again", "train.optimizer_step",
+        (Change("OptimizerStep._forget", "restore_random_states(...)"),),
+        "test_reliability.py::test_a_replayed_step_draws_the_same_numbers",
     ),
     Mutation(
-        "the name of a last checkpoint", "train/loop.py",
-        (("            adopt(self.saving.output, self.saving.resume, self.progress)\n", ""),),
+        "the name of a last checkpoint", "train.loop", (Change("_Run._begin", "adopt(...)"),),
         "test_train.py::test_a_last_checkpoint_not_yet_named_is_named_by_resuming",
     ),
     Mutation(
-        "the skipping of what is not finite", "train/optimizer_step.py",
-        (("        if not suspect:\n", "        if True:\n"),),
+        "the skipping of what is not finite", "train.optimizer_step",
+        (Change("OptimizerStep.take", "not self.processes.any(bool(suspect))", "True"),),
         "test_reliability.py::test_a_gradient_that_is_not_finite_is_skipped_too",
     ),
     Mutation(
-        "the wait for a safe point", "signals.py",
-        (("    if _deferring:\n", "    if False:\n"),),
+        "the wait for a safe point", "signals", (Change("_receive", "_deferring", "False"),),
         "test_reliability.py::test_a_signal_ends_at_once_or_at_the_next_safe_point",
     ),
 )  # fmt: skip
@@ -143,7 +155,6 @@ MUTATIONS = (
 def mutations(sample: Sample, wanted: tuple[Mutation, ...] = MUTATIONS) -> Row:
     """Take each safeguard out of a copy of the package and run the test that must notice."""
     folder = sample.folder / "mutations"
-    _check_anchors()
     untouched = _copied(folder / "untouched")
     if code := _run_tests(untouched, sorted({mutation.test for mutation in wanted})):
         log = (untouched / _LOG).read_text(encoding="utf-8", errors="replace")
@@ -152,13 +163,70 @@ def mutations(sample: Sample, wanted: tuple[Mutation, ...] = MUTATIONS) -> Row:
     return row_of(_PROMISE, results, ", ".join(mutation.safeguard for mutation in wanted))
 
 
-def _check_anchors() -> None:
-    """Check that each text to replace stands once where it is looked for: code moves."""
-    for mutation in MUTATIONS:
-        text = (_PROJECT / "qlora_kit" / mutation.file).read_text(encoding="utf-8")
-        for anchor, _ in mutation.changes:
-            if text.count(anchor) != 1:
-                raise RuntimeError(f"{mutation.file}: {anchor!r} stands {text.count(anchor)} times")
+def file_of(project: Path, mutation: Mutation) -> Path:
+    """Return the file of a mutation's module."""
+    return project.joinpath("qlora_kit", *mutation.module.split(".")).with_suffix(".py")
+
+
+def without(project: Path, mutation: Mutation) -> str:
+    """Return the source of a module without a safeguard.
+
+    Raises:
+        RuntimeError: a function, or what is to be replaced in it, is not there once.
+    """
+    tree = ast.parse(file_of(project, mutation).read_text(encoding="utf-8"))
+    for change in mutation.changes:
+        function = _function(tree, mutation.module, change.function)
+        exchange = _Exchange(change)
+        exchange.visit(function)
+        if exchange.count != 1:
+            raise RuntimeError(
+                f"{mutation.module}.{change.function}: {change.found} stands {exchange.count} times"
+            )
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _function(tree: ast.AST, module: str, path: str) -> ast.AST:
+    for name in path.split("."):
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        found = [node for node in ast.iter_child_nodes(tree)
+                 if isinstance(node, kinds) and node.name == name]  # fmt: skip
+        if len(found) != 1:
+            raise RuntimeError(f"{module}: {path} stands {len(found)} times")
+        (tree,) = found
+    return tree
+
+
+class _Exchange(ast.NodeTransformer):
+    """Puts what replaces it in the place of an expression, and counts how often."""
+
+    def __init__(self, change: Change) -> None:
+        self.found = ast.parse(change.found, mode="eval").body
+        self.replaced = change.replaced
+        self.count = 0
+
+    def visit(self, node: ast.AST) -> Any:
+        if not _matches(self.found, node):
+            return self.generic_visit(node)
+        self.count += 1
+        return ast.parse(self.replaced, mode="eval").body
+
+
+def _matches(pattern: Any, node: Any) -> bool:
+    """Whether a part of a syntax tree is that of the pattern, wherever it stands."""
+    if isinstance(pattern, list):
+        return len(pattern) == len(node) and all(map(_matches, pattern, node))
+    if not isinstance(pattern, ast.AST):
+        return bool(pattern == node)
+    if type(pattern) is not type(node):
+        return False
+    if isinstance(pattern, ast.Call) and _is_any(pattern.args):
+        return _matches(pattern.func, node.func)
+    return all(_matches(getattr(pattern, f), getattr(node, f)) for f in pattern._fields)
+
+
+def _is_any(arguments: list[ast.expr]) -> bool:
+    return [ast.dump(argument) for argument in arguments] == [ast.dump(ast.Constant(...))]
 
 
 def _copied(folder: Path) -> Path:
@@ -170,11 +238,7 @@ def _copied(folder: Path) -> Path:
 
 def _noticed(folder: Path, mutation: Mutation) -> list[str]:
     copy = _copied(folder / f"without-{MUTATIONS.index(mutation)}")
-    file = copy / "qlora_kit" / mutation.file
-    text = file.read_text(encoding="utf-8")
-    for anchor, replacement in mutation.changes:
-        text = text.replace(anchor, replacement)
-    file.write_text(text, encoding="utf-8")
+    file_of(copy, mutation).write_text(without(copy, mutation), encoding="utf-8")
     code = _run_tests(copy, [mutation.test])
     shutil.rmtree(copy)
     if code != _TESTS_FAILED:

@@ -32,10 +32,12 @@ class Sample:
 
     Attributes:
         folder: where all of it is.
+        options: more options of every run.
         seconds: how long the unbroken run took.
     """
 
     folder: Path
+    options: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -66,12 +68,12 @@ class Sample:
             "--samples": 1, "--device": "cpu",
         }  # fmt: skip
         options = [str(word) for pair in given.items() for word in pair]
-        return ["train", *options, *map(str, more)]
+        return ["train", *options, *self.options, *map(str, more)]
 
 
-def make_sample(folder: Path) -> Sample:
+def make_sample(folder: Path, options: tuple[str, ...] = ()) -> Sample:
     """Make the model and its data, and do the run once without a fault."""
-    sample = Sample(folder)
+    sample = Sample(folder, options)
     folder.mkdir(parents=True, exist_ok=True)
     _save_model(sample.model)
     _write_rows(sample)

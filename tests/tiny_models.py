@@ -1,0 +1,140 @@
+"""Small models made on the spot, of every kind that the kit knows, and what is done with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.model.names import known_models
+
+# Numbers that shrink a real architecture to one that runs in milliseconds, its kind kept.
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 16,
+    "original_max_position_embeddings": 32,
+}
+
+
+def tiny_numbers(name: str) -> dict[str, Any]:
+    """Return the architecture of a model in `configs/`, shrunk but of the same kind."""
+    numbers = dict(known_models()[name].architecture or {})
+    small = {key: value for key, value in TINY.items() if key in numbers or key.endswith("_id")}
+    if "num_key_value_heads" in numbers:
+        grouped = numbers["num_key_value_heads"] != numbers["num_attention_heads"]
+        small["num_key_value_heads"] = 2 if grouped else 4
+    rope = dict(numbers.get("rope_scaling") or {})
+    if "original_max_position_embeddings" in rope:
+        rope["original_max_position_embeddings"] = TINY["original_max_position_embeddings"]
+    for factors in rope.keys() & {"short_factor", "long_factor"}:
+        half = int(TINY["head_dim"] * numbers.get("partial_rotary_factor", 1.0)) // 2
+        rope[factors] = rope[factors][:half]
+    if rope:
+        small["rope_scaling"] = rope
+    return {**numbers, **small, "torch_dtype": "float32", "initializer_range": 0.2}
+
+
+# The same for kinds that no model in configs/ has.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+# Kinds of heads that no model in configs/ has.
+OTHERS: dict[str, dict[str, Any]] = {
+    "cohere": {"model_type": "cohere", **SIZES, "logit_scale": 0.0625},
+    "granite": {"model_type": "granite", **SIZES, "logits_scaling": 3.0},
+    "phi": {"model_type": "phi", **SIZES, "partial_rotary_factor": 0.5},
+    "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
+}
+# Two names whose tiny models are the same are one architecture.
+ARCHITECTURES = {repr(tiny_numbers(name)): name for name in known_models()}.values()
+NAMES = [*ARCHITECTURES, *OTHERS]
+
+
+def save_model(folder: Path, numbers: dict[str, Any]) -> Path:
+    """Save a random model of an architecture, the same for the same numbers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**numbers)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        # Norms and biases that are not at their start show whether they are loaded.
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_folder(
+    folder: Path, bits: int = 16, *, dtype: str = "float32", **quantization: Any
+) -> Any:
+    """Load a model folder on the CPU, as the kit does: a `Base`."""
+    from qlora_kit.layers.quantize import Quantization
+    from qlora_kit.model.hardware import choose_hardware
+    from qlora_kit.model.load import BaseSpec, load_base
+    from qlora_kit.model.names import find_model
+
+    spec = BaseSpec(find_model(str(folder)), folder, Quantization(bits=bits, **quantization))
+    return load_base(spec, choose_hardware("cpu", dtype))
+
+
+def fill_lora(adapter: Any, seed: int = 7, std: float = 0.1) -> None:
+    """Give B of every LoRA layer random values, as if it had been trained."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapter.layers.values():
+        layer.lora_B.data.normal_(0, std, generator=generator)
+
+
+def mask_of(batch: Any) -> Any:
+    """Return the attention mask that transformers expects of a padded batch: (B, T), 1 a token."""
+    import torch
+
+    columns = torch.arange(batch.input_ids.shape[1])
+    return (columns < torch.tensor(batch.lengths).unsqueeze(1)).long()
+
+
+def write_random(folder: Path, suffix: str, numbers: dict[str, Any]) -> int:
+    """Write a bf16 model in four shards with an index; return the bytes of the shards."""
+    import torch
+    from safetensors.torch import save_file
+
+    from qlora_kit.model.architecture import architecture_from, build_skeleton
+
+    config = architecture_from(numbers)
+    shapes = {name: t.shape for name, t in build_skeleton(config).state_dict().items()}
+    config.save_pretrained(folder)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    save = save_file if suffix == "safetensors" else torch.save
+    weight_map = {}
+    for shard in range(4):
+        file = f"{stem}-{shard}.{suffix}"
+        names = list(shapes)[shard::4]
+        save({n: torch.randn(shapes[n], dtype=torch.bfloat16) for n in names}, folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    return sum(path.stat().st_size for path in folder.glob(f"*.{suffix}"))

@@ -1,0 +1,55 @@
+"""Runs of the training loop alone: an adapter, rows, options, and what is read off a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qlora_kit as qk
+from qlora_kit.events import Event, StepFinished
+
+Rows = list[dict[str, Any]]
+
+
+def make_adapter(folder: Path, bits: int = 4, dropout: float = 0.0, rank: int = 4) -> qk.Adapter:
+    """Load a base and attach an adapter to all of its linear layers."""
+    source = qk.find_model(str(folder))
+    spec = qk.BaseSpec(source, folder, qk.Quantization(bits))
+    base = qk.load_base(spec, qk.choose_hardware("cpu"))
+    return qk.attach(base, qk.LoraSpec(rank=rank, dropout=dropout, targets=("all-linear",)), seed=1)
+
+
+def make_rows(count: int, seed: int = 0) -> Rows:
+    """Rows of unequal length, with prompts of unequal length that are not supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in range(count):
+        length = int(torch.randint(3, 24, (), generator=generator))
+        ids = torch.randint(3, 96, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(0, length - 1, (), generator=generator))
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "row": row})
+    return rows
+
+
+def options(**changes: Any) -> qk.TrainConfig:
+    """Return the configuration of four steps of one micro-batch."""
+    defaults = {"max_steps": 4, "learning_rate": 5e-3, "gradient_accumulation_steps": 1}
+    return qk.TrainConfig(**{**defaults, **changes})
+
+
+def weights_of(adapter: qk.Adapter) -> dict[str, torch.Tensor]:
+    """Return copies of the trained weights."""
+    return {name: p.detach().clone() for name, p in adapter.parameters().items()}
+
+
+def record(events: list[Event]) -> Callable[[Event], None]:
+    """Return a listener that keeps what it hears in `events`."""
+    return events.append
+
+
+def losses(events: list[Event]) -> list[float]:
+    """Return the loss of each finished step."""
+    return [event.loss for event in events if isinstance(event, StepFinished)]
