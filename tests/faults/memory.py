@@ -79,9 +79,9 @@ def _trained(sample: Sample, fail: Callable[..., Tensor] | None) -> _Trained:
     calls = itertools.count()
     real_backward, real_loss_sum = OptimizerStep._backward, CausalObjective.loss_sum
 
-    def backward(self: OptimizerStep, window: Any) -> Any:
+    def backward(self: OptimizerStep, *window: Any) -> Any:
         rows.clear()
-        return real_backward(self, window)
+        return real_backward(self, *window)
 
     def loss_sum(self: CausalObjective, batch: Any) -> Tensor:
         rows.extend(batch.rows)
