@@ -31,7 +31,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_both_products_are_those_of_the_unpacked_weight(weight: FrozenWeight) -> None:
     x, grad_y, bias = inputs()
-    wide = weight.dequantize(torch.float64)
+    wide = weight.dequantize(torch.float32).double()
     y = x.double() @ wide.T + bias.double()
     assert relative_error(weight.product(x, bias), y) <= 1e-6
     assert relative_error(weight.product_back(grad_y), grad_y.double() @ wide) <= 1e-6
