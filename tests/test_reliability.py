@@ -37,6 +37,7 @@ from qlora_kit.events import (
     StepFinished,
     StepSkipped,
 )
+from qlora_kit.layers.draws import Draws
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.memory import is_out_of_memory
 from qlora_kit.plan.ledger import Ledger
@@ -262,6 +263,24 @@ def test_a_replayed_step_draws_the_same_numbers(
         found.append((losses(events), weights_of(adapter)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_masks_are_drawn_for_the_widest_batch_however_wide_their_own_is(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU batches are wider than their rows, and a mask depends on how much is drawn."""
+    drawn: list[int] = []
+
+    def noted(seed: int, step: int, samples: Any, tokens: int) -> Draws:
+        drawn.append(tokens)
+        return Draws(seed, step, samples, tokens)
+
+    monkeypatch.setattr("qlora_kit.model.load.batch_width", lambda tokens, *_: -(-tokens // 8) * 8)
+    monkeypatch.setattr(optimizer_step, "Draws", noted)
+    rows = [{**make_rows(1)[0], "input_ids": [5] * n, "labels": [5] * n} for n in (3, 9, 11, 5)]
+    config = options(max_steps=1, batch_size=1, gradient_accumulation_steps=4)
+    qk.train_adapter(make_adapter(save_tiny(), dropout=0.1), rows, config)
+    assert drawn == [16] * 4
 
 
 def test_a_resumed_run_draws_what_the_unbroken_one_draws(save_tiny: Tiny, tmp_path: Path) -> None:

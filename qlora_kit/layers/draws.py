@@ -7,13 +7,14 @@ a step torch's own random state decides.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qlora_kit.layers.in_force import InForce
 
 # Of splitmix64: neighbouring steps, samples and layers get seeds far apart.
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -28,7 +29,7 @@ class Draws:
         seed: of the run.
         step: the optimiser step.
         samples: which sample each row of the batch is, (B,).
-        tokens: of the longest sample of the run. As many are drawn for every sample: a GPU gives
+        tokens: T of the widest batch of the run. As many are drawn for every sample: a GPU gives
             the first of them other values where fewer are asked for.
     """
 
@@ -56,23 +57,17 @@ class Draws:
         return kept.view(-1, width)
 
 
-_now: Draws | None = None
+_now: InForce[Draws] = InForce()
 
 
 def draws_now() -> Draws | None:
     """Return what masks are drawn from now; None leaves it to torch."""
-    return _now
+    return _now.value
 
 
-@contextlib.contextmanager
-def drawn_from(draws: Draws) -> Iterator[None]:
-    """Let dropout draw from these while the block runs, in forward and in backward."""
-    global _now
-    before, _now = _now, draws
-    try:
-        yield
-    finally:
-        _now = before
+def drawn_from(draws: Draws) -> AbstractContextManager[None]:
+    """Return a block in which dropout draws from these, in forward and in backward."""
+    return _now.being(draws)
 
 
 @functools.cache

@@ -7,11 +7,12 @@ computes depends on whether anybody does.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from torch import Tensor
+
+from qlora_kit.layers.in_force import InForce
 
 UNPACKED = "dequantised weight"
 LOSS_CHUNK = "loss chunk"
@@ -21,7 +22,7 @@ LAYER_CHECKPOINTS = "layer checkpoints"
 class Listener(Protocol):
     """Hears what memory is for."""
 
-    def purpose(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def purpose(self, name: str) -> AbstractContextManager[None]:
         """Return a block in which what is made is for this."""
         ...
 
@@ -30,27 +31,21 @@ class Listener(Protocol):
         ...
 
 
-_NOBODY: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-_listener: Listener | None = None
+_NOBODY: AbstractContextManager[None] = nullcontext()
+_listener: InForce[Listener] = InForce()
 
 
-def purpose(name: str) -> contextlib.AbstractContextManager[None]:
+def purpose(name: str) -> AbstractContextManager[None]:
     """Return a block: what is made inside is for this."""
-    return _NOBODY if _listener is None else _listener.purpose(name)
+    return _NOBODY if _listener.value is None else _listener.value.purpose(name)
 
 
 def announce(tensor: Tensor, name: str) -> None:
     """Say what a tensor is for."""
-    if _listener is not None:
-        _listener.claim(tensor, name)
+    if _listener.value is not None:
+        _listener.value.claim(tensor, name)
 
 
-@contextlib.contextmanager
-def heard_by(listener: Listener) -> Iterator[None]:
-    """Let one listener hear all purposes while the block runs; then whoever did before."""
-    global _listener
-    before, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener = before
+def heard_by(listener: Listener) -> AbstractContextManager[None]:
+    """Return a block whose purposes one listener hears; after it, whoever did before."""
+    return _listener.being(listener)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.export.merge import merged_tensors
+from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.layers.projections import projected_weights, projections, vocabulary_paths
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
@@ -273,6 +274,7 @@ class SimulatedRun:
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.optimizer),
+            drawn_from(Draws(self.config.seed, 0, batch.rows, self.base.batch_width(shape.tokens))),
         ):
             with self.phase("forward"):
                 loss = objective.loss_sum(batch)

@@ -88,7 +88,8 @@ class OptimizerStep:
         self.model = self.adapter.base.model
         self.device = self.adapter.base.hardware.device
         self.parameters = list(self.adapter.parameters().values())
-        self.longest = max(self.rows.lengths())
+        # As wide as the widest batch: masks are drawn for all of it, however wide one's own is.
+        self.most_tokens = self.adapter.base.batch_width(max(self.rows.lengths()))
 
     def take(
         self,
@@ -111,8 +112,7 @@ class OptimizerStep:
             TornStep: memory ran out while the weights changed; they are good for nothing.
             Stopped: a signal came. The weights and random states are those before the step.
         """
-        losses, batches, norm = self._gradients(window, step)
-        weight = self._weight(batches)
+        losses, batches, weight, norm = self._gradients(window, step)
         overflowed = False
         suspect = _suspect_rows(losses, norm, batches, is_scaled=self.scaler.is_enabled())
         if not self.processes.any(bool(suspect)):
@@ -133,21 +133,18 @@ class OptimizerStep:
             overflowed=overflowed,
         )
 
-    def _weight(self, batches: Sequence[Batch]) -> int:
-        """Return what the step's loss is a mean over, in all processes."""
-        return self.processes.total(sum(batch.weight for batch in batches))
-
-    def _gradients(self, window: Window, step: int) -> tuple[list[float], list[Batch], float]:
+    def _gradients(self, window: Window, step: int) -> tuple[list[float], list[Batch], int, float]:
         """Sum the window's gradients and clip them.
 
         Returns:
-            The loss sum of each micro-batch, these, and the gradient's norm before clipping.
+            The loss sum of each micro-batch, these, what the loss is a mean over in all processes,
+            and the gradient's norm before clipping.
         """
         states = random_states(self.device)
         while True:
             try:
                 make_state(self.optimizer)
-                losses, batches = self._backward(window, step)
+                losses, batches, weight = self._backward(window, step)
                 norm, fits = self._clip(), True
             except BaseException as error:
                 if not is_out_of_memory(error):
@@ -156,7 +153,7 @@ class OptimizerStep:
                 fits = False
             # Here the error and the tensors its frames held are gone.
             if not self.processes.any(not fits):
-                return losses, batches, norm
+                return losses, batches, weight, norm
             self._forget(states)
             release_memory(self.device)
             self._halve(window)
@@ -166,20 +163,20 @@ class OptimizerStep:
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(states, self.device)
 
-    def _backward(self, window: Window, step: int) -> tuple[list[float], list[Batch]]:
+    def _backward(self, window: Window, step: int) -> tuple[list[float], list[Batch], int]:
         micro_batches = list(cut(window, self.micro_batch_rows))
         batches = [self._collate(indices) for indices in micro_batches]
-        weight = self._weight(batches)
+        weight = self.processes.total(sum(batch.weight for batch in batches))
         sums = []
         for indices, batch in zip(micro_batches, batches, strict=True):
             safe_point()
-            with drawn_from(Draws(self.seed, step, indices, self.longest)):
+            with drawn_from(Draws(self.seed, step, indices, self.most_tokens)):
                 summed = self.objective.loss_sum(batch)
                 _differentiate(self.scaler.scale(summed / weight))
             sums.append(summed.detach().double())
         # One transfer from the device for all micro-batches.
         losses: list[float] = torch.stack(sums).tolist()
-        return losses, batches
+        return losses, batches, weight
 
     def _clip(self) -> float:
         """Clip the gradients, freed of the loss scale; return their norm before."""
