@@ -86,8 +86,7 @@ def evaluate(
     """
     rows = TokenRows.of(rows)
     objective = CAUSAL.objective(base, pad_token_id, chunk_tokens, None)
-    sums = _Sums.zeros(len(rows), CAUSAL.metrics, batch_size)
-    _measure(objective, base, rows, sums, announce, per_row)
+    sums = _measure(objective, base, rows, batch_size, announce, per_row)
     return sums.of(range(len(rows)))
 
 
@@ -110,8 +109,7 @@ def evaluate_mixed(
     """
     rows = TokenRows.of(rows)
     objective = CAUSAL.objective(base, pad_token_id, chunk_tokens, None)
-    sums = _Sums.zeros(len(rows), CAUSAL.metrics, batch_size)
-    _measure(objective, base, rows, sums, announce, per_row)
+    sums = _measure(objective, base, rows, batch_size, announce, per_row)
     of_name: dict[str | None, list[int]] = {}
     for row, name in enumerate(per_row.names):
         of_name.setdefault(name, []).append(row)
@@ -160,11 +158,12 @@ def _measure(
     objective: Objective,
     base: Base,
     rows: TokenRows,
-    sums: _Sums,
+    batch_size: int,
     announce: Announce,
     per_row: PerRow | None,
-) -> None:
+) -> _Sums:
     """Run all rows, the model in evaluation mode meanwhile."""
+    sums = _Sums.zeros(len(rows), CAUSAL.metrics, batch_size)
     order = _by_length(rows)
     done = 0
     with _in_evaluation(base.model):
@@ -192,6 +191,7 @@ def _measure(
                 )
                 continue
             done += len(indices)
+    return sums
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ it. Targets, quantisation, plan, merge and reports ask here, and so agree.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -51,8 +51,8 @@ class Projection:
         return self.out_features, self.in_features
 
     @property
-    def weight(self) -> str:
-        """The name of its weight in a state dict."""
+    def weight_name(self) -> str:
+        """Of its weight in a state dict."""
         return f"{self.path}.weight"
 
     @property
@@ -64,7 +64,7 @@ class Projection:
 
 def projections(model: nn.Module) -> dict[str, Projection]:
     """Return the layers that can carry LoRA by path, in the order of the model."""
-    head = _output_head(model)
+    head = _part(model, "get_output_embeddings")
     found = {
         path: Projection(path, layer, group_of(path))
         for path, module in model.named_modules()
@@ -77,17 +77,14 @@ def projections(model: nn.Module) -> dict[str, Projection]:
 
 def projected_weights(model: nn.Module) -> Set[str]:
     """Return the names of the weights of all projections: those that are quantised."""
-    return {each.weight for each in projections(model).values()}
+    return {each.weight_name for each in projections(model).values()}
 
 
 def vocabulary_paths(model: nn.Module) -> set[str]:
     """Return the paths of the input embedding and the output head, which carry no LoRA here."""
-    wanted = [each for each in _vocabulary(model) if each is not None]
-    return {
-        path
-        for path, module in model.named_modules()
-        if any(module is each for each in wanted)
-    }  # fmt: skip
+    parts = (_part(model, "get_input_embeddings"), _part(model, "get_output_embeddings"))
+    wanted = {part for part in parts if part is not None}
+    return {path for path, module in model.named_modules() if module in wanted}
 
 
 def group_of(path: str) -> Group | None:
@@ -109,13 +106,6 @@ def _layer_of(module: nn.Module) -> nn.Linear | FrozenLinear | None:
     return layer if isinstance(layer, nn.Linear | FrozenLinear) else None
 
 
-def _vocabulary(model: nn.Module) -> Iterator[nn.Module | None]:
-    named: Any = model
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        if hasattr(named, name):
-            yield getattr(named, name)()
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    named: Any = model
-    return named.get_output_embeddings() if hasattr(named, "get_output_embeddings") else None
+def _part(model: nn.Module, getter: str) -> nn.Module | None:
+    """Return what a model of transformers says is its embedding or head; others have none."""
+    return getattr(model, getter)() if hasattr(model, getter) else None

@@ -26,6 +26,8 @@ from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.model.load import Base
 
 ALL_LINEAR = "all-linear"
+# PEFT's word for causal language modelling.
+TASK_TYPE = "CAUSAL_LM"
 Number = TypeVar("Number", int, float)
 
 _DEFAULTS = LoraOptions()
@@ -57,7 +59,7 @@ class LoraSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
-    task_type: str = "CAUSAL_LM"
+    task_type: str = TASK_TYPE
 
     @classmethod
     def of(cls, options: LoraOptions) -> LoraSpec:

@@ -20,9 +20,8 @@ from qlora_kit.errors import OutOfMemory, raised_as
 # so much that is free at the end of the heap stays there.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _LOADING_THRESHOLD_BYTES = 64 << 10
-# A heap keeps holes: an aligned block that was freed does not fit the next request of its size
-# (glibc before 2.38). But mappings cost page faults: with 1 MiB here SmolLM2's shape at 2 × 256
-# took 0.73 GB instead of 1.05, and 1.5 times as long a step.
+# Smaller mappings would leave no holes in the heap, but each costs page faults: with 1 MiB here
+# SmolLM2's shape at 2 × 256 took 1.5 times as long a step. See `restart_with_tight_heap` instead.
 _TRAINING_THRESHOLD_BYTES = 32 << 20
 _TRAINING_TRIM_BYTES = 512 << 20
 

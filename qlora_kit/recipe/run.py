@@ -21,6 +21,7 @@ from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.hardware import make_deterministic
+from qlora_kit.model.load import Base
 from qlora_kit.model.threads import choose_threads
 from qlora_kit.opening import Opened
 from qlora_kit.plan.planning import Plan
@@ -107,7 +108,7 @@ class Run:
         base = opened.load(config, announce, threads)
         adapter = attach(base, lora, config.seed)
         record = BaseRecord.of(base, opened.fetched.revision, rows.template_hash)
-        identity = _identity(config, rows, held_out, adapter)
+        identity = _identity(config, rows, held_out, base)
         resume = resume_point(output, config, identity, steps.total, announce)
         return cls(
             config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
@@ -245,10 +246,9 @@ class Run:
 
 
 def _identity(
-    config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, adapter: Adapter
+    config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, base: Base
 ) -> dict[str, Any]:
     """Return everything that must be equal for a resumed run to have the same bits."""
-    base = adapter.base
     return {
         **config.model_dump(mode="json", include=set(compared(TrainConfig))),
         **rows.origin,

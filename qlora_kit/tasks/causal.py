@@ -24,6 +24,8 @@ from qlora_kit.layers.loss import (
     cross_entropy_sum,
     score_tokens,
 )
+from qlora_kit.lora.attach import TASK_TYPE
+from qlora_kit.model.architecture import CAUSAL_LM
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base
 from qlora_kit.tasks.task import RowSums, Task
@@ -138,10 +140,8 @@ class CausalObjective:
 
 CAUSAL = Task(
     name="causal",
-    loads="AutoModelForCausalLM",
-    peft_type="CAUSAL_LM",
+    loads=CAUSAL_LM,
+    peft_type=TASK_TYPE,
     metrics=("token_accuracy",),
-    weighs="supervised tokens",
-    generates=True,
     objective=CausalObjective,
 )

@@ -98,8 +98,6 @@ class Task:
         loads: the class of transformers' that a base is loaded as.
         peft_type: `task_type` of PEFT's adapter_config.json.
         metrics: names of what is measured beside the loss; each is a mean over the weight.
-        weighs: what its loss is a sum over, in words.
-        generates: whether `generate` can answer with it.
         objective: binds it to a loaded base; takes the token that fills short rows, the tokens
             whose logits exist at one time, and a custom loss or None.
     """
@@ -108,6 +106,4 @@ class Task:
     loads: str
     peft_type: str
     metrics: tuple[str, ...]
-    weighs: str
-    generates: bool
     objective: Callable[[Base, int, int, Any], Objective]
