@@ -84,8 +84,9 @@ def _limit(vram: str) -> dict[str, Any]:
 
 def _files_with_gpu_tests() -> list[str]:
     """Name them: the others need not even be importable where the report runs."""
-    files = sorted((PROJECT / "tests").glob("test_*.py"))
-    return [f"tests/{file.name}" for file in files if "mark.gpu" in file.read_text("utf-8")]
+    files = sorted((PROJECT / "tests").rglob("test_*.py"))
+    gpu = [file for file in files if "mark.gpu" in file.read_text("utf-8")]
+    return [str(file.relative_to(PROJECT)) for file in gpu]
 
 
 _TINY = {"scaled": True}
@@ -101,7 +102,10 @@ PARTS = {
                     "last": ["7b", "budget"],
                 }
             },
-            {"files": ["tests/test_gpu.py", "tests/test_config.py"], "expression": "not slow"},
+            {
+                "files": ["tests/test_gpu.py", "tests/config/test_config.py"],
+                "expression": "not slow",
+            },
             _STEADY_CUBLAS,
         ),
         Part(

@@ -1,7 +1,7 @@
 """What a device takes that no tensor shows.
 
 On the CPU nothing was found: predictions agree with the allocator's record
-(`tests/test_plan_allocator.py`). On a GPU not measured yet.
+(`tests/plan/test_allocator.py`). On a GPU not measured yet.
 """
 
 from __future__ import annotations

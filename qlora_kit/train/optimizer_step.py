@@ -192,7 +192,7 @@ class OptimizerStep:
     def _change_weights(self) -> None:
         """Let the optimiser change the weights.
 
-        The fused optimisers of a GPU take no memory for it (`tests/test_reliability.py`). That of
+        The fused optimisers of a GPU take no memory for it (`tests/train/test_reliability.py`). That of
         a CPU makes temporaries of one parameter after the other.
         """
         try:

@@ -55,9 +55,13 @@ class Mutation:
     test: str
 
 
-_DRAWN = "test_reliability.py::test_a_resumed_run_draws_what_the_unbroken_one_draws"
-_FOLDER_FLUSHED = "test_storage.py::test_a_folder_is_flushed_before_its_rename_and_its_name_after"
-_FILE_FLUSHED = "test_storage.py::test_a_file_is_flushed_before_its_rename_and_its_name_after"
+_DRAWN = "train/test_reliability.py::test_a_resumed_run_draws_what_the_unbroken_one_draws"
+_FOLDER_FLUSHED = (
+    "storage/test_storage.py::test_a_folder_is_flushed_before_its_rename_and_its_name_after"
+)
+_FILE_FLUSHED = (
+    "storage/test_storage.py::test_a_file_is_flushed_before_its_rename_and_its_name_after"
+)
 
 MUTATIONS = (
     Mutation(
@@ -83,7 +87,7 @@ MUTATIONS = (
             Change("write_bytes", "staging.replace(...)"),
             Change("write_bytes", "staging.unlink(...)"),
         ),
-        "test_storage.py::test_a_failed_write_leaves_the_old_file",
+        "storage/test_storage.py::test_a_failed_write_leaves_the_old_file",
     ),
     Mutation(
         "the rename of a folder", "storage.folders",
@@ -92,35 +96,35 @@ MUTATIONS = (
             Change("staged_folder", "_swap(...)"),
             Change("staged_folder", "shutil.rmtree(...)"),
         ),
-        "test_storage.py::test_a_folder_appears_whole_or_not_at_all",
+        "storage/test_storage.py::test_a_folder_appears_whole_or_not_at_all",
     ),
     Mutation(
         "the manifest", "storage.folders", (Change("_seal", "write_json(...)"),),
-        "test_storage.py::test_a_folder_appears_whole_or_not_at_all",
+        "storage/test_storage.py::test_a_folder_appears_whole_or_not_at_all",
     ),
     Mutation(
         "the manifest's one form", "storage.folders",
         (Change("_manifest", "known and inside and hashes", "inside"),),
-        "test_storage.py::test_a_manifest_has_one_form",
+        "storage/test_storage.py::test_a_manifest_has_one_form",
     ),
     Mutation(
         "the comparison of hashes", "storage.folders",
         (Change("verify_folder", "_hash(path) != expected", "False"),),
-        "test_storage.py::test_every_change_of_a_byte_is_found",
+        "storage/test_storage.py::test_every_change_of_a_byte_is_found",
     ),
     Mutation(
         "the repair of what a kill left", "storage.folders",
         (Change("clean_up", "path.rename(...)"),),
-        "test_storage.py::test_what_killed_processes_left_is_undone_and_what_living_ones_do_is_not",
+        "storage/test_storage.py::test_what_killed_processes_left_is_undone_and_what_living_ones_do_is_not",
     ),
     Mutation(
         "the lock", "storage.space", (Change("only_writer", "lock.acquire(...)"),),
-        "test_storage.py::test_a_folder_has_one_writer_until_it_dies",
+        "storage/test_storage.py::test_a_folder_has_one_writer_until_it_dies",
     ),
     Mutation(
         "the check of a checkpoint that is read", "train.checkpoint",
         (Change("read_state", "verify_folder(...)"),),
-        "test_train.py::test_the_newest_undamaged_checkpoint_is_taken",
+        "train/test_loop.py::test_the_newest_undamaged_checkpoint_is_taken",
     ),
     Mutation(
         "the random states in a checkpoint", "train.checkpoint",
@@ -134,20 +138,20 @@ MUTATIONS = (
     Mutation(
         "the random states of a step taken again", "train.optimizer_step",
         (Change("OptimizerStep._forget", "restore_random_states(...)"),),
-        "test_reliability.py::test_a_replayed_step_draws_the_same_numbers[noisy]",
+        "train/test_reliability.py::test_a_replayed_step_draws_the_same_numbers[noisy]",
     ),
     Mutation(
         "the name of a last checkpoint", "train.loop", (Change("_Run._begin", "adopt(...)"),),
-        "test_train.py::test_a_last_checkpoint_not_yet_named_is_named_by_resuming",
+        "train/test_loop.py::test_a_last_checkpoint_not_yet_named_is_named_by_resuming",
     ),
     Mutation(
         "the skipping of what is not finite", "train.optimizer_step",
         (Change("OptimizerStep.take", "not self.processes.any(bool(suspect))", "True"),),
-        "test_reliability.py::test_a_gradient_that_is_not_finite_is_skipped_too",
+        "train/test_reliability.py::test_a_gradient_that_is_not_finite_is_skipped_too",
     ),
     Mutation(
         "the wait for a safe point", "signals", (Change("_receive", "_deferring", "False"),),
-        "test_reliability.py::test_a_signal_ends_at_once_or_at_the_next_safe_point",
+        "train/test_reliability.py::test_a_signal_ends_at_once_or_at_the_next_safe_point",
     ),
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import PROJECT
 
 from qlora_kit.data.read import Record, read_aligned, read_records
 from qlora_kit.data.samples import BUILT_IN, load_samples
@@ -288,7 +289,7 @@ def test_reading_loads_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=PROJECT,
     )  # fmt: skip
     assert done.stdout.strip() == "set()"
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import EVALUATED, RUN_FILES, SKIPPED, STEP
+from support import EVALUATED, PROJECT, RUN_FILES, SKIPPED, STEP
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.events import (
@@ -20,7 +20,7 @@ from qlora_kit.events import (
 from qlora_kit.report.log import NAME, Log
 from qlora_kit.report.trackers import metrics_of
 
-PAGE = (Path(__file__).parent.parent / "docs" / "runs.md").read_text(encoding="utf-8")
+PAGE = (PROJECT / "docs" / "runs.md").read_text(encoding="utf-8")
 
 HALVED = MicroBatchHalved(2, 8, 4)
 LOGGED = {
