@@ -3,9 +3,9 @@
     python benchmarks/same_speed.py OTHER_CHECKOUT [--rounds 5] [--smollm2 FOLDER]
 
 Each checkout trains in processes of its own, in turn, and who begins changes with every round. Both
-run `qlora-kit train` with the settings as they come. Of each run the step is taken that a quarter of
-its steps beat: other work on the machine only ever slows a step. Printed are the medians over the
-rounds, the median of the ratios round by round, and their range, which says how far to trust it.
+run `qlora-kit train` with the settings as they come. A run counts with the lower quartile of its
+steps: other work on the machine only ever slows a step. Printed are the medians over the rounds,
+the median of the ratios round by round, and their range, which says how far to trust it.
 
 Models, in 4 bits: the demo, and SmolLM2-135M-Instruct where its folder is named (`make real-models`
 fetches it), with 2 rows of 256 tokens a step.

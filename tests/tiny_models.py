@@ -59,9 +59,16 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "initializer_range": 0.2,
 }
-# Kinds of heads that no model in configs/ has.
+# Kinds of heads and layers that no model in configs/ has.
 OTHERS: dict[str, dict[str, Any]] = {
     "cohere": {"model_type": "cohere", **SIZES, "logit_scale": 0.0625},
+    # Linear layers whose weights lie transposed in its files, and positions that are learnt.
+    "gpt2": {
+        "model_type": "gpt2",
+        **SIZES,
+        "n_inner": 80,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    },
     "granite": {"model_type": "granite", **SIZES, "logits_scaling": 3.0},
     "phi": {"model_type": "phi", **SIZES, "partial_rotary_factor": 0.5},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},

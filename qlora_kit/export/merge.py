@@ -20,7 +20,7 @@ from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
-from qlora_kit.layers.projections import projected_weights, projections
+from qlora_kit.layers.projections import projected_weights, projections, transposed_weights
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
@@ -133,8 +133,7 @@ def merge_to(
     skeleton = spec.skeleton()
     _check_possible(merge, skeleton)
     check_layers(stored, projections(skeleton), "the base")
-    shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
-    check_saved(stored.saved, shapes, stored.folder)
+    check_saved(stored.saved, skeleton, stored.folder)
     if stored.changes_nothing:
         raise AdapterError(
             f"{stored.folder}: A or B of every layer is zero ({len(stored.tensors)} layers), so "
@@ -257,7 +256,9 @@ def _written_tensors(
         untied_copies(merge.stored, skeleton),
     )
     if not merge.requantize:
-        yield from merged_tensors(stream, merge.stored, merge.dtype, unpacked)
+        transposed = transposed_weights(skeleton)
+        for name, tensor in merged_tensors(stream, merge.stored, merge.dtype, unpacked):
+            yield name, tensor.T.contiguous() if name in transposed else tensor
         return
     merged = merged_tensors(stream, merge.stored, torch.float32, unpacked)
     yield from packed_tensors(merged, skeleton, merge.spec.quantization, merge.dtype, merge.device)

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 
 
+class TransposedLinear(nn.Linear):
+    """A skeleton's linear layer whose checkpoint holds Wᵀ (D, K), as GPT-2's `Conv1D`."""
+
+
 class FrozenLinear(nn.Module):
     """A linear layer whose weight never changes; the weight arrives after construction.
 
@@ -22,14 +26,18 @@ class FrozenLinear(nn.Module):
         in_features: D.
         out_features: K.
         bias: whether a bias (K,) will arrive too.
+        is_transposed: whether the checkpoint holds Wᵀ. Here it is W.
     """
 
     weight: FrozenWeight
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, is_transposed: bool = False
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.is_transposed = is_transposed
         placeholder = torch.empty(out_features, device="meta") if bias else None
         self.register_buffer("bias", placeholder)
         self.bias: Tensor | None
@@ -37,7 +45,12 @@ class FrozenLinear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear) -> FrozenLinear:
         """Return an empty frozen layer of the shape of `linear`."""
-        return cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            is_transposed=isinstance(linear, TransposedLinear),
+        )
 
     @classmethod
     def holding(cls, weight: Tensor, bias: Tensor | None) -> FrozenLinear:

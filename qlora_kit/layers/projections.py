@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.frozen import FrozenLinear, TransposedLinear
 
 Group = Literal["attention", "mlp"]
 
@@ -51,6 +51,14 @@ class Projection:
         return self.out_features, self.in_features
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether a checkpoint of the model holds the weight as (D, K)."""
+        layer = self.layer
+        if isinstance(layer, FrozenLinear):
+            return layer.is_transposed
+        return isinstance(layer, TransposedLinear)
+
+    @property
     def weight_name(self) -> str:
         """Of its weight in a state dict."""
         return f"{self.path}.weight"
@@ -78,6 +86,11 @@ def projections(model: nn.Module) -> dict[str, Projection]:
 def projected_weights(model: nn.Module) -> Set[str]:
     """Return the names of the weights of all projections: those that are quantised."""
     return {each.weight_name for each in projections(model).values()}
+
+
+def transposed_weights(model: nn.Module) -> Set[str]:
+    """Return the names of the weights that an unquantised checkpoint holds as (D, K)."""
+    return {each.weight_name for each in projections(model).values() if each.is_transposed}
 
 
 def vocabulary_paths(model: nn.Module) -> set[str]:

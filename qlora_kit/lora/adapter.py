@@ -84,7 +84,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "alpha_pattern": dict(spec.alpha_pattern),
         "target_modules": _target_modules(adapter),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
         "modules_to_save": sorted(
             {name.rpartition(".")[0] for name in (*adapter.saved, *adapter.whole_parameters())}
         )
@@ -271,8 +271,7 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
     """
     check_layers(stored, projections(base.model), base.spec.source.name)
     if stored.saved:
-        shapes = base.spec.skeleton().state_dict()
-        check_saved(stored.saved, {n: tuple(t.shape) for n, t in shapes.items()}, stored.folder)
+        check_saved(stored.saved, base.spec.skeleton(), stored.folder)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "

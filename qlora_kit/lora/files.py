@@ -39,7 +39,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
     "lora_bias": (None, False),
     "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
@@ -56,6 +55,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 _HARMLESS = {
     "task_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config",
     "layers_pattern",
+    # Whether layers hold their weights transposed is the base's to say, here and in PEFT.
+    "fan_in_fan_out",
     "megatron_core", "ensure_weight_tying", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip

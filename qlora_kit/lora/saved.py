@@ -9,28 +9,36 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.projections import transposed_weights
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.private_torch import own_buffers, own_parameters
 
 Original = FrozenWeight | Tensor | None
 
 
-def check_saved(
-    saved: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path
-) -> None:
+def check_saved(saved: Mapping[str, Tensor], skeleton: PreTrainedModel, folder: Path) -> None:
     """Check that saved parameters fit a base.
 
     Args:
         saved: by the name they have in the base.
-        shapes: of the base's parameters, tied copies included.
+        skeleton: of the base.
         folder: of the adapter, for the error.
 
     Raises:
-        AdapterError: the base has no such parameter, or one of another shape.
+        AdapterError: the base has no such parameter, or one of another shape, or holds it
+            transposed.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if turned := sorted(saved.keys() & transposed_weights(skeleton)):
+        raise AdapterError(
+            f"{folder}: {turned[0]} was trained whole, in a layer that is stored transposed; "
+            "expected LoRA on such layers; train it again with target_modules instead of "
+            "modules_to_save"
+        )
     for name, tensor in saved.items():
         if shapes.get(name) != tuple(tensor.shape):
             found = f"of shape {shapes[name]}" if name in shapes else "missing"

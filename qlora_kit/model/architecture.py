@@ -21,8 +21,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.frozen import TransposedLinear
 from qlora_kit.layers.projections import projections, vocabulary_paths
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
@@ -142,12 +144,25 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
                 kind: Any = getattr(transformers, loads)
                 skeleton: PreTrainedModel = kind.from_config(architecture, trust_remote_code=False)
             _fill_computed_buffers(skeleton)
+            _turn_transposed(skeleton)
     except TimeUp as error:
         raise ModelError(
             f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected "
             "a few seconds; check the numbers of its config.json"
         ) from error
     return skeleton
+
+
+def _turn_transposed(skeleton: PreTrainedModel) -> None:
+    """Put linear layers in the place of transposed ones: their shape is the only one there is.
+
+    A checkpoint's weights are turned as they are read (`model.convert`) and, where they are not
+    packed, turned back as they are written (`export.merge`).
+    """
+    for path, module in list(skeleton.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = TransposedLinear(module.nx, module.nf, device="meta")
+            skeleton.set_submodule(path, linear.to(module.weight.dtype))
 
 
 def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -192,9 +207,10 @@ def unquantized_share(skeleton: PreTrainedModel) -> float:
 
     Raises:
         ModelError: above 5 %, naming the largest: a mixture of experts keeps its experts in
-            3-D tensors, GPT-2 in transposed layers, and neither would be quantised.
+            3-D tensors, which would not be quantised.
     """
-    skipped = tuple(f"{path}." for path in vocabulary_paths(skeleton))
+    tables = {path for path, each in skeleton.named_modules() if isinstance(each, nn.Embedding)}
+    skipped = tuple(f"{path}." for path in tables | vocabulary_paths(skeleton))
     linear = tuple(f"{path}." for path in projections(skeleton))
     sizes = {
         name: parameter.numel()

@@ -2,7 +2,8 @@
 
 Takes the names in a checkpoint; returns `Assembly` records: a parameter, the tensors it is
 made of, and how. The renamings and merges are transformers' own; the parts of a weight that
-bitsandbytes already quantised are kept together. Reads no tensor itself.
+bitsandbytes already quantised are kept together, and a weight that is stored transposed is turned.
+Reads no tensor itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from qlora_kit.layers.projections import transposed_weights
 from qlora_kit.private_transformers import left_out_of_checkpoints
 
 # What bitsandbytes stores beside a packed weight; `weight_format` only says "row".
@@ -34,12 +36,14 @@ class Assembly:
         target: name of the parameter; for a converter, of its first product.
         sources: names in the checkpoint, by the name that transformers gives them.
         converter: transformers' operation where tensors are merged or split.
+        is_transposed: whether the target is stored as (D, K), unless it is packed.
     """
 
     target: str
     sources: dict[str, str] = field(default_factory=dict)
     converter: WeightConverter | None = None
     pattern_of: dict[str, str] = field(default_factory=dict)
+    is_transposed: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -55,7 +59,8 @@ class Assembly:
         """Read the sources and return the parameters they make, by name."""
         if self.converter is None:
             (stored,) = self.sources.values()
-            return {self.target: read(stored)}
+            tensor = read(stored)
+            return {self.target: tensor.T if self.is_transposed else tensor}
         converter = copy.copy(self.converter)
         converter.collected_tensors = {}
         for stored, pattern in self.pattern_of.items():
@@ -71,6 +76,7 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     state = skeleton.state_dict()
+    transposed = transposed_weights(skeleton)
     assemblies: dict[str, Assembly] = {}
     for stored in names:
         name, pattern = rename_source_key(
@@ -79,7 +85,8 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
         if name not in state and _is_ignored(name, skeleton):
             continue
         target = _QUANTIZED_PARTS.sub(".weight", name)
-        assembly = assemblies.setdefault(target, Assembly(target))
+        fresh = Assembly(target, is_transposed=target in transposed)
+        assembly = assemblies.setdefault(target, fresh)
         assembly.sources[name if pattern is None else stored] = stored
         if pattern is not None:
             assembly.converter = by_pattern[pattern]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from qlora_kit.errors import ModelError
 from qlora_kit.layers.frozen import FrozenLinear
@@ -47,7 +47,9 @@ def verify_head(model: PreTrainedModel, hardware: Hardware) -> None:
         hidden = torch.randn(1, _PROBE_TOKENS, head.linear.in_features, generator=generator)
         hidden = hidden.to(hardware.device, hardware.dtype)
         layers: Any = model.base_model
-        layers.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+        layers.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden
+        )
         try:
             ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=hardware.device)
             theirs = model(input_ids=ids).logits[0].float()

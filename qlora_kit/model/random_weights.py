@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.projections import transposed_weights
 from qlora_kit.private_transformers import initialize
 
 _SMALL = 1  # dimensions of biases and norm weights
@@ -37,6 +38,7 @@ class RandomWeights:
     def __init__(self, skeleton: PreTrainedModel, seed: int, device: torch.device) -> None:
         tied = skeleton.all_tied_weights_keys or {}
         self._meta = {n: t for n, t in skeleton.state_dict().items() if n not in tied}
+        self._transposed = transposed_weights(skeleton)
         self._skeleton = skeleton
         self._seed = seed
         self._device = device
@@ -55,7 +57,8 @@ class RandomWeights:
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8]) >> 1)
         tensor = torch.empty(meta.shape, dtype=meta.dtype, device=self._device)
-        return tensor.normal_(0.0, self._std, generator=generator)
+        tensor.normal_(0.0, self._std, generator=generator)
+        return tensor.T if name in self._transposed else tensor
 
     @torch.no_grad()
     def _initial_vector(self, name: str) -> Tensor:

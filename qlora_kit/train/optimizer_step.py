@@ -192,8 +192,8 @@ class OptimizerStep:
     def _change_weights(self) -> None:
         """Let the optimiser change the weights.
 
-        The fused optimisers of a GPU take no memory for it (`tests/train/test_reliability.py`). That of
-        a CPU makes temporaries of one parameter after the other.
+        The fused optimisers of a GPU take no memory for it (`tests/train/test_reliability.py`);
+        that of a CPU makes temporaries of one parameter after the other.
         """
         try:
             self.scaler.step(self.optimizer)

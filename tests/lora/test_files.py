@@ -138,7 +138,6 @@ def test_tensors_that_are_no_whole_adapter_are_refused(
     [
         ("use_dora", True),
         ("bias", "all"),
-        ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("trainable_token_indices", [3]),
         ("target_parameters", ["experts"]),

@@ -298,18 +298,9 @@ def test_a_folder_without_weights_says_what_to_do(tiny: Path, tmp_path: Path) ->
         load_folder(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
-def test_models_that_would_stay_unquantised_are_refused(tmp_path: Path, kind: str) -> None:
-    numbers = {
-        **TINY,
-        "model_type": kind,
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 9,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(numbers))
-    with pytest.raises(ModelError, match=f"{kind}: .* would stay unquantised"):
+def test_models_that_would_stay_unquantised_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "mixtral"}))
+    with pytest.raises(ModelError, match=r"mixtral: .* would stay unquantised"):
         load_folder(tmp_path)
 
 
