@@ -7,7 +7,7 @@ functions only, after everything that can be checked without it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,9 +40,11 @@ from qlora_kit.train.folder import stored_layer
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.lora.several import AdapterSet
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
     from qlora_kit.model.threads import Threads
+    from qlora_kit.tasks import Task
 
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 
@@ -95,10 +97,11 @@ class Opened:
     fetched: Fetched
     tokenizer: Any
     has_template: bool
+    task: Task
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return what decides the bits of the frozen base; see `base_spec`."""
-        return base_spec(self.source, self.fetched.folder, options)
+        return base_spec(self.source, self.fetched.folder, options, self.task)
 
     def check_positions(self, options: BaseModelOptions, rows: Tokenized) -> None:
         """Check that the model has a position and an embedding for every token of every row.
@@ -158,13 +161,36 @@ class Opened:
         return base
 
 
-def base_spec(source: ModelSource, folder: Path | None, options: BaseModelOptions) -> BaseSpec:
+def asked_task() -> Task:
+    """Return what a sample means to this command: the one place that says it."""
+    from qlora_kit.tasks import TASKS
+
+    return TASKS["causal"]
+
+
+def check_generates(task: Task, asked: str) -> None:
+    """Check that the models of a task write text.
+
+    Raises:
+        ConfigError: they do not, and `asked`, an option or a command, needs it.
+    """
+    if not task.generates:
+        raise ConfigError(
+            f"{asked}: a model of task {task.name} writes no text; expected one that does; use "
+            "`qlora-kit evaluate`, which measures what it is for"
+        )
+
+
+def base_spec(
+    source: ModelSource, folder: Path | None, options: BaseModelOptions, task: Task
+) -> BaseSpec:
     """Return what decides the bits of the frozen base; a quantised checkpoint wins.
 
     Args:
         source: which model.
         folder: where its files are, as far as they are here.
         options: how it is to be held.
+        task: what it is loaded for.
 
     Raises:
         ConfigError: other bits are asked for than a quantised checkpoint has.
@@ -173,7 +199,7 @@ def base_spec(source: ModelSource, folder: Path | None, options: BaseModelOption
     from qlora_kit.model.load import BaseSpec, stored_quantization
 
     asked = Quantization(options.bits, options.quant_type, options.double_quant)
-    spec = BaseSpec(source, folder, asked, options.weights == "random")
+    spec = BaseSpec(source, folder, asked, options.weights == "random", loads=task.loads)
     stored = stored_quantization(spec.architecture())
     if stored is None or spec.random:
         return spec
@@ -182,7 +208,7 @@ def base_spec(source: ModelSource, folder: Path | None, options: BaseModelOption
             f"--bits {options.bits}: the checkpoint is quantised to {stored.bits} bits "
             f"already; pass --bits {stored.bits} or name the unquantised model"
         )
-    return BaseSpec(source, folder, stored)
+    return replace(spec, quantization=stored)
 
 
 def open_tokenizer(
@@ -218,7 +244,7 @@ def open_tokenizer(
     choose_template(tokenizer, chat_template)
     if adapter is not None:
         _compare_templates(tokenizer, adapter, announce)
-    opened = Opened(source, fetched, tokenizer, has_template)
+    opened = Opened(source, fetched, tokenizer, has_template, asked_task())
     _tell_ids_beyond(opened, options, announce)
     return opened
 
@@ -314,6 +340,35 @@ def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord 
             )
         )
     return record
+
+
+def put_several_on(base: Base, config: AdapterOption, announce: Announce) -> AdapterSet:
+    """Put several adapters on a base; say which of them it does not hold as in their training."""
+    from qlora_kit.lora.several import load_adapters
+
+    adapters = load_adapters(base, config.adapters)
+    records = {name: read_base_record(folder) for name, folder in config.adapters.items()}
+    first = next(iter(records.values()))
+    for name, record in records.items():
+        if record is None:
+            continue
+        if record.bits != base.quantization.bits:
+            announce(
+                Notice(
+                    f"adapter {name}: trained on {record.bits} bits and used on "
+                    f"{base.quantization.bits}: expect other numbers"
+                )
+            )
+        if first is None or UNKNOWN_TEMPLATE in (record.template_hash, first.template_hash):
+            continue
+        if record.template_hash != first.template_hash:
+            announce(
+                Notice(
+                    f"adapter {name}: trained with another chat template than "
+                    f"{next(iter(records))}, whose is used for all: expect other answers"
+                )
+            )
+    return adapters
 
 
 def stored_options(adapter: Path, model: str | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Private names of torch that the kit uses (2.11 to 2.13); `layers/` and `step/` have a few more.
+"""Private names of torch that the kit uses (2.11 to 2.13), all of them in this file.
 
 What torch has under a public name is not here. The tests of what calls these functions show
 whether a new release still has them, and that they still mean the same.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def drop_kernels(config: PreTrainedConfig, kept: Collection[str | None]) -> None:
@@ -20,6 +21,11 @@ def drop_kernels(config: PreTrainedConfig, kept: Collection[str | None]) -> None
 def initialize(model: PreTrainedModel, module: nn.Module) -> None:
     """Let a model fill one of its modules in, as it does before training from nothing."""
     model._init_weights(module)
+
+
+def recompute_by(layer: GradientCheckpointingLayer, run: Callable[..., Any]) -> None:
+    """Let a decoder layer that is recomputed call `run(forward, *inputs)` in place of forward."""
+    layer._gradient_checkpointing_func = run  # type: ignore[assignment]
 
 
 def left_out_of_checkpoints(model: PreTrainedModel) -> Collection[str]:

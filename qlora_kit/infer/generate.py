@@ -6,7 +6,6 @@ new text only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,10 @@ import torch
 
 from qlora_kit.config import GenerateConfig
 from qlora_kit.data.template import end_token_ids
-from qlora_kit.errors import OutOfMemory
 from qlora_kit.lora.several import PerRow
 from qlora_kit.model.architecture import read_generation_config
+from qlora_kit.model.halving import batches_that_fit
 from qlora_kit.model.load import Base
-from qlora_kit.model.memory import is_out_of_memory, release_memory
-from qlora_kit.signals import safe_point
 
 _DEFAULTS = GenerateConfig()
 
@@ -64,43 +61,24 @@ def generate(
     Raises:
         OutOfMemory: even one prompt does not fit.
     """
-    sampling = sampling or Sampling()
-    torch.manual_seed(sampling.seed)
-    was_training = base.model.training
-    base.model.eval()
-    try:
-        done = 0
-        while done < len(prompts):
-            safe_point()
-            batch = prompts[done : done + batch_size]
-            if per_row is not None:
-                per_row.choose(range(done, done + len(batch)))
-            texts = _if_it_fits(base, tokenizer, batch, sampling)
-            if texts is None:
-                release_memory(base.hardware.device)
-                batch_size = math.ceil(len(batch) / 2)
-                continue
-            done += len(batch)
+    chosen = sampling or Sampling()
+    torch.manual_seed(chosen.seed)
+
+    def continued(indices: Sequence[int]) -> list[str]:
+        if per_row is not None:
+            per_row.choose(indices)
+        return _generate_batch(base, tokenizer, [prompts[i] for i in indices], chosen)
+
+    def line_of(index: int) -> str:
+        return (
+            f"out of memory in generation after a prompt of {len(prompts[index])} tokens; expected "
+            "it to fit; pass a smaller --max-new-tokens, or fewer --bits"
+        )
+
+    order, device = range(len(prompts)), base.hardware.device
+    with base.in_evaluation():
+        for _, texts in batches_that_fit(order, batch_size, continued, device, line_of=line_of):
             yield from texts
-    finally:
-        base.model.train(was_training)
-
-
-def _if_it_fits(
-    base: Base, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling
-) -> list[str] | None:
-    """Continue prompts together, or return None where memory runs out for several of them."""
-    try:
-        return _generate_batch(base, tokenizer, prompts, sampling)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(prompts) == 1:
-            raise OutOfMemory(
-                f"out of memory in generation after a prompt of {len(prompts[0])} tokens; "
-                "expected it to fit; pass a smaller --max-new-tokens, or fewer --bits"
-            ) from error
-        return None
 
 
 def _generate_batch(

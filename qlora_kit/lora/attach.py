@@ -62,8 +62,8 @@ class LoraSpec:
     task_type: str = TASK_TYPE
 
     @classmethod
-    def of(cls, options: LoraOptions) -> LoraSpec:
-        """Return what the options ask for."""
+    def of(cls, options: LoraOptions, task_type: str = TASK_TYPE) -> LoraSpec:
+        """Return what the options ask for, for a task that PEFT calls `task_type`."""
         return cls(
             rank=options.rank,
             alpha=options.alpha,
@@ -72,6 +72,7 @@ class LoraSpec:
             rslora=options.rslora,
             rank_pattern=options.rank_pattern,
             alpha_pattern=options.alpha_pattern,
+            task_type=task_type,
         )
 
     def rank_of(self, path: str) -> int:

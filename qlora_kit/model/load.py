@@ -6,6 +6,7 @@ reads it again to merge. Never holds the checkpoint as a whole, never upcasts in
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,6 +144,16 @@ class Base:
     def quantization(self) -> Quantization:
         """How the weights are held."""
         return self.spec.quantization
+
+    @contextlib.contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        """Hold the model in evaluation mode; leave it in the mode it was in."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
 
     def batch_width(self, tokens: int) -> int:
         """Return T of a batch whose longest row has so many tokens."""

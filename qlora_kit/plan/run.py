@@ -28,6 +28,7 @@ from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.memory import difference_text, draw_timeline, size_text
 from qlora_kit.storage import write_text
+from qlora_kit.tasks import CAUSAL, Task
 from qlora_kit.train.optimizer_step import OptimizerStep
 
 NAME = "memory.json"
@@ -42,6 +43,7 @@ def plan_run(
     held_out: TokenRows | None,
     announce: Announce,
     *,
+    task: Task = CAUSAL,
     choose: bool = True,
 ) -> Plan | None:
     """Predict the memory of a run before anything is loaded, and keep it to its budget.
@@ -53,6 +55,7 @@ def plan_run(
         rows: tokenised, of training.
         held_out: of validation.
         announce: receives the prediction and the choice.
+        task: what a row means.
         choose: False for a run that goes on: its settings were chosen before.
 
     Returns:
@@ -66,7 +69,8 @@ def plan_run(
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     evaluation_tokens = max(held_out.lengths()) if held_out is not None else None
     most = config.batch_size * config.gradient_accumulation_steps
-    subject = Subject(spec, lora, standing_in_for(hardware), Rows.of(rows, most, evaluation_tokens))
+    batches = Rows.of(rows, most, evaluation_tokens)
+    subject = Subject(spec, lora, standing_in_for(hardware), batches, task)
     try:
         plan = make_plan(config, subject, budget, choose=choose)
     except QloraKitError:

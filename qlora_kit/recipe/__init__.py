@@ -7,7 +7,8 @@ without it has been.
 
 from qlora_kit.recipe.checking import check
 from qlora_kit.recipe.exporting import export, quantize
-from qlora_kit.recipe.measuring import evaluate, generate
+from qlora_kit.recipe.generating import generate
+from qlora_kit.recipe.measuring import evaluate
 from qlora_kit.recipe.planning import plan
 from qlora_kit.recipe.training import train
 

@@ -1,39 +1,111 @@
-"""Measure a model, or let it answer; with adapters or without."""
+"""Measure a model on a data file; with adapters or without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import (
-    AdapterOption,
-    EvaluateConfig,
-    GenerateConfig,
-)
+from qlora_kit.config import EvaluateConfig
 from qlora_kit.data.fields import RowAdapters
-from qlora_kit.data.samples import Prompt, Samples, load_samples, read_prompts
-from qlora_kit.data.shapes import Message
-from qlora_kit.errors import (
-    ConfigError,
-    DataError,
-)
-from qlora_kit.events import (
-    Announce,
-    Answered,
-    Facts,
-    Notice,
-    silent,
-)
-from qlora_kit.lora.files import UNKNOWN_TEMPLATE, read_base_record
+from qlora_kit.data.samples import Samples, load_samples
+from qlora_kit.events import Announce, Facts, Notice, silent
 from qlora_kit.model.environment import prepare_environment
-from qlora_kit.opening import adapter_of, as_trained, check_base, open_tokenizer, put_on
+from qlora_kit.opening import (
+    adapter_of,
+    as_trained,
+    check_base,
+    check_generates,
+    open_tokenizer,
+    put_on,
+    put_several_on,
+)
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.infer.evaluate import Evaluation
-    from qlora_kit.lora.several import AdapterSet
+    from qlora_kit.lora.several import PerRow
     from qlora_kit.model.load import Base
+    from qlora_kit.opening import Opened
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What is measured, on which rows.
+
+    Attributes:
+        config: what was asked for.
+        opened: the model's tokenizer and its task.
+        samples: as they were read.
+        rows: tokenised.
+        base: loaded; adapters are put on it as they are measured.
+        announce: receives the events.
+    """
+
+    config: EvaluateConfig
+    opened: Opened
+    samples: Samples
+    rows: Tokenized
+    base: Base
+    announce: Announce
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How rows are run, as `infer.evaluate` takes it."""
+        return {
+            "batch_size": self.config.batch_size,
+            "pad_token_id": self.opened.tokenizer.pad_token_id,
+            "chunk_tokens": self.config.loss_chunk_tokens,
+            "task": self.opened.task,
+            "announce": self.announce,
+        }
+
+    def exactly_right(self, per_row: PerRow | None = None) -> list[bool]:
+        """Say which samples are answered exactly as expected."""
+        from qlora_kit.infer.exact_match import exact_answers
+
+        return exact_answers(
+            self.base, self.opened.tokenizer, self.samples, self.config.max_new_tokens, per_row
+        )
+
+    def figures(self, found: Evaluation) -> dict[str, Any]:
+        """Return what was measured under the names that it has outside."""
+        task = self.opened.task
+        return {
+            "loss": found.loss,
+            **found.metrics,
+            task.weighs: found.weight,
+            "rows": found.rows,
+            "batch_size": found.batch_size,
+            **{name: value for name, (value, _) in task.of_loss(found.loss).items()},
+        }
+
+    def in_words(self, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return the loss, what follows from it and the metrics as they are printed."""
+        task = self.opened.task
+        formats = {name: form for name, (_, form) in task.of_loss(figures["loss"]).items()}
+        rows = [("loss", f"{figures['loss']:.4f} {task.unit}")]
+        for name, form in {**formats, **task.metrics}.items():
+            rows.append((_words(name), format(figures[name], form)))
+        return rows
+
+    def in_short(self, figures: Mapping[str, Any]) -> str:
+        """Return the loss and the metrics in one line."""
+        parts = [f"loss {figures['loss']:.4f}"]
+        for name, form in self.opened.task.metrics.items():
+            parts.append(f"{_words(name)} {format(figures[name], form)}")
+        if "exact_match" in figures:
+            parts.append(f"exact match {figures['exact_match']:.1%}")
+        return "  ".join(parts)
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Which model it is, as it is printed."""
+        return ("model", f"{self.config.model}, {self.base.quantization.describe()}")
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, Any]:
@@ -54,249 +126,94 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     from qlora_kit.model.threads import choose_threads
 
     opened = open_tokenizer(config, announce, adapter_of(config), config.chat_template)
+    if config.exact_match:
+        check_generates(opened.task, "--exact-match")
     rows = tokenize(samples, opened.tokenizer, config)
     announce(Notice(f"data: {rows.describe()}"))
     opened.check_positions(config, rows)
     base = opened.load(config, announce, choose_threads(config.threads))
+    what = _Measurement(config, opened, samples, rows, base, announce)
     if config.adapters:
-        measure = _evaluate_mixed if by_row else _evaluate_several
-        return measure(config, base, rows, samples, opened.tokenizer, announce)
-    put_on(base, config, announce)
-    result = _measured(config, base, rows, samples, opened.tokenizer, announce)
+        return _evaluate_mixed(what) if by_row else _evaluate_several(what)
+    return _evaluate_one(what)
+
+
+def _evaluate_one(what: _Measurement) -> dict[str, Any]:
+    """Measure the base with the adapter that was asked for, if any."""
+    put_on(what.base, what.config, what.announce)
+    result = _measured(what)
+    weight = f"{result[what.opened.task.weighs]:,} {_words(what.opened.task.weighs)}"
     facts = [
-        ("model", f"{config.model}, {base.quantization.describe()}"),
-        ("adapter", str(config.adapter or "none")),
-        ("rows", f"{result['rows']:,}, {result['supervised_tokens']:,} supervised tokens"),
-        ("loss", f"{result['loss']:.4f} nats per token"),
-        ("perplexity", f"{result['perplexity']:.3f}"),
-        ("token accuracy", f"{result['token_accuracy']:.2%}"),
+        what.model,
+        ("adapter", str(what.config.adapter or "none")),
+        ("rows", f"{result['rows']:,}, {weight}"),
+        *what.in_words(result),
     ]
-    if config.exact_match:
-        count = len(samples.items)
+    if what.config.exact_match:
+        count = len(what.samples.items)
         share = result["exact_match"]
         facts.append(("exact match", f"{round(share * count)} of {count} ({share:.1%})"))
-    announce(Facts("evaluation", tuple(facts)))
+    what.announce(Facts("evaluation", tuple(facts)))
     return result
 
 
-def _measured(
-    config: EvaluateConfig,
-    base: Base,
-    rows: Tokenized,
-    samples: Samples,
-    tokenizer: Any,
-    announce: Announce,
-) -> dict[str, Any]:
+def _measured(what: _Measurement) -> dict[str, Any]:
     """Measure a base with the adapter that is on it, or chosen."""
     from qlora_kit.infer.evaluate import evaluate as measure
-    from qlora_kit.infer.exact_match import exact_answers
 
-    measured = measure(
-        base,
-        rows.rows,
-        batch_size=config.batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        chunk_tokens=config.loss_chunk_tokens,
-        announce=announce,
-    )
-    result = _figures(measured)
-    if config.exact_match:
-        right = exact_answers(base, tokenizer, samples, config.max_new_tokens)
+    result = what.figures(measure(what.base, what.rows.rows, **what.options))
+    if what.config.exact_match:
+        right = what.exactly_right()
         result["exact_match"] = sum(right) / len(right)
     return result
 
 
-def _evaluate_several(
-    config: EvaluateConfig,
-    base: Base,
-    rows: Tokenized,
-    samples: Samples,
-    tokenizer: Any,
-    announce: Announce,
-) -> dict[str, Any]:
+def _evaluate_several(what: _Measurement) -> dict[str, Any]:
     """Measure all rows with one adapter after the other, on a base that is loaded once."""
-    adapters = _load_several(config, base, announce)
+    adapters = put_several_on(what.base, what.config, what.announce)
     results = {}
     for name in adapters.names:
         adapters.set_adapter(name)
-        results[name] = _measured(config, base, rows, samples, tokenizer, announce)
+        results[name] = _measured(what)
     facts = [
-        ("model", f"{config.model}, {base.quantization.describe()}"),
-        ("rows", f"{len(rows.rows):,}"),
+        what.model,
+        ("rows", f"{len(what.rows.rows):,}"),
         ("adapters", f"{len(results)}, {adapters.bytes / 1e6:.1f} MB beside the base"),
     ]
-    facts += [(name, _in_short(result)) for name, result in results.items()]
-    announce(Facts("evaluation", tuple(facts)))
+    facts += [(name, what.in_short(result)) for name, result in results.items()]
+    what.announce(Facts("evaluation", tuple(facts)))
     return {"adapters": results}
 
 
-def _evaluate_mixed(
-    config: EvaluateConfig,
-    base: Base,
-    rows: Tokenized,
-    samples: Samples,
-    tokenizer: Any,
-    announce: Announce,
-) -> dict[str, Any]:
+def _evaluate_mixed(what: _Measurement) -> dict[str, Any]:
     """Measure rows that name their adapter, batches mixed, each row with its own."""
     from qlora_kit.infer.evaluate import evaluate_mixed
-    from qlora_kit.infer.exact_match import exact_answers
     from qlora_kit.lora.several import PerRow
 
-    adapters = _load_several(config, base, announce)
-    asked = [sample.adapter for sample in samples.items]
-    measured = evaluate_mixed(
-        base,
-        rows.rows,
-        PerRow(adapters, [asked[row] for row in rows.rows["row"]]),
-        batch_size=config.batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        chunk_tokens=config.loss_chunk_tokens,
-        announce=announce,
-    )
-    total = _figures(measured.total)
-    by_name = {name: _figures(part) for name, part in measured.by_adapter.items()}
-    if config.exact_match:
-        per_row = PerRow(adapters, asked)
-        right = exact_answers(base, tokenizer, samples, config.max_new_tokens, per_row)
+    adapters = put_several_on(what.base, what.config, what.announce)
+    asked = [sample.adapter for sample in what.samples.items]
+    rows = what.rows.rows
+    per_row = PerRow(adapters, [asked[row] for row in rows["row"]])
+    measured = evaluate_mixed(what.base, rows, per_row, **what.options)
+    total = what.figures(measured.total)
+    by_name = {name: what.figures(part) for name, part in measured.by_adapter.items()}
+    if what.config.exact_match:
+        right = what.exactly_right(PerRow(adapters, asked))
         total["exact_match"] = sum(right) / len(right)
         for name, result in by_name.items():
             own = [each for each, asks in zip(right, asked, strict=True) if asks == name]
             result["exact_match"] = sum(own) / len(own)
     facts = [
-        ("model", f"{config.model}, {base.quantization.describe()}"),
+        what.model,
         ("adapters", f"{len(adapters.names)}, {adapters.bytes / 1e6:.1f} MB beside the base"),
-        ("all rows", f"{total['rows']:,}: {_in_short(total)}"),
+        ("all rows", f"{total['rows']:,}: {what.in_short(total)}"),
     ]
     for name in (*adapters.names, None):
         if name in by_name:
-            own_rows = f"{by_name[name]['rows']:,}: {_in_short(by_name[name])}"
+            own_rows = f"{by_name[name]['rows']:,}: {what.in_short(by_name[name])}"
             facts.append((name or "the base alone", own_rows))
         elif name is not None:
             facts.append((name, "no row asks for it"))
-    announce(Facts("evaluation, each row with its adapter", tuple(facts)))
+    what.announce(Facts("evaluation, each row with its adapter", tuple(facts)))
     alone = by_name.pop(None, None)
     return {"total": total, "base": alone, "adapters": by_name}
-
-
-def _figures(measured: Evaluation) -> dict[str, Any]:
-    return {**asdict(measured), "perplexity": measured.perplexity}
-
-
-def _in_short(result: Mapping[str, Any]) -> str:
-    text = f"loss {result['loss']:.4f}  token accuracy {result['token_accuracy']:.2%}"
-    if "exact_match" in result:
-        text += f"  exact match {result['exact_match']:.1%}"
-    return text
-
-
-def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Continue prompts, or answer them where the model has a chat template."""
-    prepare_environment()
-    config = as_trained(config)
-    check_base(config.model, adapter_of(config))
-    asked = _asked_prompts(config)
-
-    from qlora_kit.data.encode import prompt_ids
-    from qlora_kit.data.template import Renderer
-    from qlora_kit.infer.generate import Sampling
-    from qlora_kit.infer.generate import generate as continue_prompts
-    from qlora_kit.lora.several import PerRow
-    from qlora_kit.model.threads import choose_threads
-
-    first = adapter_of(config)
-    opened = open_tokenizer(config, announce, first, config.chat_template)
-    record = None if first is None else read_base_record(first)
-    # An adapter without a template was trained on texts as they are.
-    on_texts = record is not None and not record.template_hash and config.chat_template is None
-    raw = config.raw or not opened.has_template or on_texts
-    renderer = Renderer(opened.tokenizer)
-    texts = [renderer.prompt_text(_as_turns(p, raw), p.place) for p in asked]
-    base = opened.load(config, announce, choose_threads(config.threads))
-    put_on(base, config, announce)
-    per_row = None
-    if config.adapters:
-        adapters = _load_several(config, base, announce)
-        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
-    answers = continue_prompts(
-        base,
-        opened.tokenizer,
-        [prompt_ids(opened.tokenizer, text) for text in texts],
-        Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
-        per_row=per_row,
-    )
-    given = []
-    for prompt, answer in zip(asked, answers, strict=True):
-        given.append((prompt, answer))
-        announce(Answered(_answer_line(config, prompt, answer)))
-    if config.prompts is not None:
-        rows = [{"place": p.place, "adapter": p.adapter, "text": text} for p, text in given]
-        return {"prompts": str(config.prompts), "answers": rows}
-    if config.adapters:
-        return {"prompt": config.prompt, "texts": {p.adapter: text for p, text in given}}
-    return {"prompt": config.prompt, "text": given[0][1]}
-
-
-def _load_several(config: AdapterOption, base: Base, announce: Announce) -> AdapterSet:
-    """Put several adapters on a base; say which of them it does not hold as in their training."""
-    from qlora_kit.lora.several import load_adapters
-
-    adapters = load_adapters(base, config.adapters)
-    records = {name: read_base_record(folder) for name, folder in config.adapters.items()}
-    first = next(iter(records.values()))
-    for name, record in records.items():
-        if record is None:
-            continue
-        if record.bits != base.quantization.bits:
-            announce(
-                Notice(
-                    f"adapter {name}: trained on {record.bits} bits and used on "
-                    f"{base.quantization.bits}: expect other numbers"
-                )
-            )
-        if first is None or UNKNOWN_TEMPLATE in (record.template_hash, first.template_hash):
-            continue
-        if record.template_hash != first.template_hash:
-            announce(
-                Notice(
-                    f"adapter {name}: trained with another chat template than "
-                    f"{next(iter(records))}, whose is used for all: expect other answers"
-                )
-            )
-    return adapters
-
-
-def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
-    """Return what is to be continued; once by each adapter where no prompt asks for one."""
-    if bool(config.prompt) is (config.prompts is not None):
-        found = "both are given" if config.prompt else "missing"
-        raise ConfigError(
-            f'--prompt: {found}; give the text to continue, as --prompt "...", or a file of them, '
-            "as --prompts FILE"
-        )
-    if config.prompts is None:
-        prompts = [Prompt(config.prompt or "", "--prompt")]
-    else:
-        named = RowAdapters(config.adapter_field, tuple(config.adapters))
-        prompts = read_prompts(config.prompts, named if config.adapters else None)
-    if not config.adapters or any(prompt.adapter for prompt in prompts):
-        return prompts
-    return [replace(prompt, adapter=name) for prompt in prompts for name in config.adapters]
-
-
-def _as_turns(prompt: Prompt, raw: bool) -> str | tuple[Message, ...]:
-    """Return what the chat template makes a text of, or the text as it is."""
-    if not isinstance(prompt.content, str):
-        if raw:
-            raise DataError(
-                f"{prompt.place}: turns, and no chat template is used; expected a text; write the "
-                "prompt as one, or pass --chat-template"
-            )
-        return prompt.content
-    return prompt.content if raw else (Message("user", prompt.content),)
-
-
-def _answer_line(config: GenerateConfig, prompt: Prompt, answer: str) -> str:
-    labels = [prompt.place] if config.prompts is not None else []
-    labels += [prompt.adapter or "the base alone"] if config.adapters else []
-    return f"{', '.join(labels)}: {answer.strip()}" if labels else answer.strip()

@@ -16,7 +16,7 @@ from qlora_kit.events import (
     silent,
 )
 from qlora_kit.model.names import find_model
-from qlora_kit.opening import base_spec
+from qlora_kit.opening import asked_task, base_spec
 
 if TYPE_CHECKING:
     from qlora_kit.plan.planning import Plan
@@ -34,11 +34,12 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
 
     hardware = planned_hardware(config)
-    spec = base_spec(source, source.folder, config)
+    task = asked_task()
+    spec = base_spec(source, source.folder, config, task)
     config = config.model_copy(update=asdict(spec.quantization))
     rows = Rows(config.max_length)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
-    made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows), budget)
+    made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows, task), budget)
     found, settled = made.as_json(), made.config
     for warning in made.warnings:
         announce(Notice(warning))

@@ -90,7 +90,7 @@ class Run:
         threads = choose_threads(config.threads)
         config = config.model_copy(update={"threads": threads.count})
         opened, rows, held_out = token_rows(samples, validation, config, announce)
-        lora = LoraSpec.of(config)
+        lora = LoraSpec.of(config, opened.task.peft_type)
         trainable = opened.trainable(config, lora)
         goes_on = config.resume is not None and bool(checkpoints(output))
         plan = plan_run(
@@ -100,6 +100,7 @@ class Run:
             rows.rows,
             held_out.rows if held_out else None,
             announce,
+            task=opened.task,
             choose=not goes_on,
         )
         config = plan.config if plan else config
@@ -164,7 +165,8 @@ class Run:
         )
         # A token in a cache of keys and values takes up to what two take in training.
         tokens_at_once = self.config.batch_size * max(self.rows.rows.lengths()) // 2
-        account.begin(self.config.samples, (self.held_out or self.rows).rows, tokens_at_once)
+        count = self.config.samples if self.opened.task.generates else 0
+        account.begin(count, (self.held_out or self.rows).rows, tokens_at_once)
         return account
 
     def _trained(self, memory: MemoryAccount) -> TrainResult:
@@ -175,6 +177,7 @@ class Run:
                 self.adapter,
                 self.rows.rows,
                 self.config,
+                task=self.opened.task,
                 pad_token_id=self.opened.tokenizer.pad_token_id,
                 evaluate=self._validation(),
                 saving=Saving(self.output, self.record, self.resume, self.identity),
@@ -196,6 +199,7 @@ class Run:
                 batch_size=batch_size,
                 pad_token_id=self.opened.tokenizer.pad_token_id,
                 chunk_tokens=self.config.loss_chunk_tokens,
+                task=self.opened.task,
                 announce=self.announce,
             )
             batch_size = measured.batch_size

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import ModelError
 from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, announce
+from qlora_kit.private_transformers import recompute_by
 from qlora_kit.step.offload import Offload
 
 
@@ -44,7 +45,7 @@ def set_recompute(
     recomputed = max(0, len(layers) - keep_layers) if enabled else 0
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < recomputed
-        layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+        recompute_by(layer, run)
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:

@@ -5,6 +5,7 @@ Takes a loaded model (with or without LoRA) and a batch; returns sums over super
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,9 @@ from qlora_kit.model.architecture import CAUSAL_LM
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base
 from qlora_kit.tasks.task import RowSums, Task
+
+# exp() of more is beyond fp64.
+_MOST_EXPONENT = 700
 
 
 class Supervised(NamedTuple):
@@ -138,10 +142,19 @@ class CausalObjective:
         return RowSums(weight, -summed(measured.logprobs), correct)
 
 
+def _perplexity(loss: float) -> dict[str, tuple[float, str]]:
+    """Return exp(loss), infinite where that overflows."""
+    return {"perplexity": (math.exp(loss) if loss < _MOST_EXPONENT else math.inf, ".3f")}
+
+
 CAUSAL = Task(
     name="causal",
     loads=CAUSAL_LM,
     peft_type=TASK_TYPE,
-    metrics=("token_accuracy",),
+    weighs="supervised_tokens",
+    unit="nats per token",
+    metrics={"token_accuracy": ".2%"},
+    of_loss=_perplexity,
+    generates=True,
     objective=CausalObjective,
 )

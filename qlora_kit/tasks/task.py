@@ -62,6 +62,11 @@ class RowSums(NamedTuple):
 class Objective(Protocol):
     """A task on a loaded base; it takes the batches that it makes, and no others."""
 
+    @property
+    def base(self) -> Base:
+        """The loaded base, with or without an adapter."""
+        ...
+
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Return token rows as one micro-batch, in host memory."""
         ...
@@ -97,7 +102,12 @@ class Task:
         name: of the task.
         loads: the class of transformers' that a base is loaded as.
         peft_type: `task_type` of PEFT's adapter_config.json.
-        metrics: names of what is measured beside the loss; each is a mean over the weight.
+        weighs: the key of what its loss is a mean over, such as "supervised_tokens".
+        unit: of the loss.
+        metrics: what is measured beside the loss, each a mean over the weight: by name, how it
+            is printed.
+        of_loss: figures that follow from the loss: by name, the value and how it is printed.
+        generates: whether its models write text.
         objective: binds it to a loaded base; takes the token that fills short rows, the tokens
             whose logits exist at one time, and a custom loss or None.
     """
@@ -105,5 +115,9 @@ class Task:
     name: str
     loads: str
     peft_type: str
-    metrics: tuple[str, ...]
+    weighs: str
+    unit: str
+    metrics: Mapping[str, str]
+    of_loss: Callable[[float], Mapping[str, tuple[float, str]]]
+    generates: bool
     objective: Callable[[Base, int, int, Any], Objective]

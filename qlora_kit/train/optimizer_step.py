@@ -13,15 +13,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora_kit.data.batch import Indices, TokenRows
-from qlora_kit.errors import OutOfMemory, TornStep
+from qlora_kit.errors import TornStep
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.lora.attach import Adapter
-from qlora_kit.model.memory import is_out_of_memory, release_memory
+from qlora_kit.model.halving import halved, if_it_fits
+from qlora_kit.model.memory import is_out_of_memory
 from qlora_kit.parallel.one import OneProcess, Processes
 from qlora_kit.signals import safe_point
 from qlora_kit.tasks.task import Batch, Objective
@@ -54,6 +56,22 @@ class Taken:
     tokens: int
     suspect_rows: Indices = ()
     overflowed: bool = False
+
+
+class _Gradients(NamedTuple):
+    """What is known when the gradients of a window are there.
+
+    Attributes:
+        losses: sum of each micro-batch.
+        batches: the micro-batches.
+        weight: what the loss is a mean over, in all processes.
+        norm: of the gradient, before clipping.
+    """
+
+    losses: list[float]
+    batches: list[Batch]
+    weight: int
+    norm: float
 
 
 @dataclass
@@ -112,7 +130,8 @@ class OptimizerStep:
             TornStep: memory ran out while the weights changed; they are good for nothing.
             Stopped: a signal came. The weights and random states are those before the step.
         """
-        losses, batches, weight, norm = self._gradients(window, step)
+        found = self._gradients(window, step)
+        losses, batches, norm = found.losses, found.batches, found.norm
         overflowed = False
         suspect = _suspect_rows(losses, norm, batches, is_scaled=self.scaler.is_enabled())
         if not self.processes.any(bool(suspect)):
@@ -125,37 +144,33 @@ class OptimizerStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return Taken(
-            loss=math.fsum(losses) / weight,
+            loss=math.fsum(losses) / found.weight,
             grad_norm=norm,
-            weight=weight,
+            weight=found.weight,
             tokens=sum(batch.tokens for batch in batches),
             suspect_rows=suspect,
             overflowed=overflowed,
         )
 
-    def _gradients(self, window: Window, step: int) -> tuple[list[float], list[Batch], int, float]:
-        """Sum the window's gradients and clip them.
-
-        Returns:
-            The loss sum of each micro-batch, these, what the loss is a mean over in all processes,
-            and the gradient's norm before clipping.
-        """
+    def _gradients(self, window: Window, step: int) -> _Gradients:
+        """Sum the window's gradients and clip them; with fewer rows at a time where memory ends."""
         states = random_states(self.device)
-        while True:
+
+        def attempt() -> _Gradients:
             try:
                 make_state(self.optimizer)
-                losses, batches, weight = self._backward(window, step)
-                norm, fits = self._clip(), True
-            except BaseException as error:
-                if not is_out_of_memory(error):
-                    self._forget(states)
-                    raise
-                fits = False
-            # Here the error and the tensors its frames held are gone.
-            if not self.processes.any(not fits):
-                return losses, batches, weight, norm
+                return self._backward(window, step)
+            except BaseException:
+                self._forget(states)
+                raise
+
+        while True:
+            found = if_it_fits(attempt, self.device)
+            # Where memory ran out in one process, all of them begin again.
+            if not self.processes.any(found is None):
+                assert found is not None
+                return found
             self._forget(states)
-            release_memory(self.device)
             self._halve(window)
 
     def _forget(self, states: dict[str, Tensor]) -> None:
@@ -163,7 +178,7 @@ class OptimizerStep:
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(states, self.device)
 
-    def _backward(self, window: Window, step: int) -> tuple[list[float], list[Batch], int]:
+    def _backward(self, window: Window, step: int) -> _Gradients:
         micro_batches = list(cut(window, self.micro_batch_rows))
         batches = [self._collate(indices) for indices in micro_batches]
         weight = self.processes.total(sum(batch.weight for batch in batches))
@@ -176,7 +191,7 @@ class OptimizerStep:
             sums.append(summed.detach().double())
         # One transfer from the device for all micro-batches.
         losses: list[float] = torch.stack(sums).tolist()
-        return losses, batches, weight
+        return _Gradients(losses, batches, weight, self._clip())
 
     def _clip(self) -> float:
         """Clip the gradients, freed of the loss scale; return their norm before."""
@@ -210,16 +225,14 @@ class OptimizerStep:
         return self.objective.batch([self.rows[index] for index in indices])
 
     def _halve(self, window: Window) -> None:
-        micro_batches = list(cut(window, self.micro_batch_rows))
+        micro_batches = cut(window, self.micro_batch_rows)
         most = max(len(indices) for indices in micro_batches)
-        if most == 1:
-            longest = max(len(self.rows[i]["input_ids"]) for (i,) in micro_batches)
-            raise OutOfMemory(
-                f"out of memory on one row at a time, the longest of {longest} tokens; expected "
-                "it to fit; pass a smaller --max-length, --rank or --loss-chunk-tokens, or fewer "
-                "--bits"
-            )
-        self.micro_batch_rows = math.ceil(most / 2)
+        longest = max(len(self.rows[i]["input_ids"]) for indices in window for i in indices)
+        self.micro_batch_rows = halved(
+            most,
+            f"out of memory on one row at a time, the longest of {longest} tokens; expected it to "
+            "fit; pass a smaller --max-length, --rank or --loss-chunk-tokens, or fewer --bits",
+        )
         self.on_halved(self.micro_batch_rows)
 
     @contextlib.contextmanager

@@ -151,7 +151,7 @@ def _in_evaluation(sample: Sample, number: int) -> list[str]:
         found = evaluate(base, make_rows(), batch_size=8)
     finally:
         module.scores = real
-    same = (found.rows, found.supervised_tokens) == (expected.rows, expected.supervised_tokens)
+    same = (found.rows, found.weight) == (expected.rows, expected.weight)
     if not same or abs(found.loss - expected.loss) > _MOST_RELATIVE_ERROR * expected.loss:
         return [f"evaluating, more than {most_rows} rows: {found}; expected {expected}"]
     return []

@@ -97,12 +97,12 @@ def test_evaluation_measures_every_row_with_its_adapter(
     for row, name in zip(rows, names, strict=True):
         adapter = qk.load_adapter(base, folders[name]) if name else None
         measured = qk.evaluate(base, [row])
-        total += measured.loss * measured.supervised_tokens
+        total += measured.loss * measured.weight
         if adapter is not None:
             qk.detach(adapter)
     adapters = qk.load_adapters(base, folders)
     mixed = qk.evaluate(base, rows, batch_size=4, per_row=qk.PerRow(adapters, names))
-    assert mixed.loss * mixed.supervised_tokens == pytest.approx(total, rel=1e-5)
+    assert mixed.loss * mixed.weight == pytest.approx(total, rel=1e-5)
 
 
 def test_rows_are_told_apart_by_their_adapter(base: Any, folders: dict[str, Path]) -> None:
@@ -122,10 +122,10 @@ def test_rows_are_told_apart_by_their_adapter(base: Any, folders: dict[str, Path
         alone = qk.evaluate(base, own)
         found = mixed.by_adapter[name]
         assert found.loss == pytest.approx(alone.loss, rel=1e-5)
-        assert found.token_accuracy == alone.token_accuracy
-        assert found.supervised_tokens == alone.supervised_tokens
+        assert found.metrics == alone.metrics
+        assert found.weight == alone.weight
         assert found.rows == len(own)
-    assert mixed.total.supervised_tokens == sum(11 - max(n - 1, 0) for n in range(6))
+    assert mixed.total.weight == sum(11 - max(n - 1, 0) for n in range(6))
 
 
 def test_generation_answers_every_prompt_with_its_adapter(

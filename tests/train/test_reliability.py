@@ -516,7 +516,7 @@ def test_evaluation_goes_on_with_fewer_rows(
     monkeypatch.setattr(causal, "scores", short)
     found = qk.evaluate(base, rows, batch_size=4, announce=record(events))
     assert found.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert (found.supervised_tokens, found.rows) == (whole.supervised_tokens, 9)
+    assert (found.weight, found.rows) == (whole.weight, 9)
     assert (whole.batch_size, found.batch_size) == (4, 1)
     assert len(events) == 2
     monkeypatch.setattr(causal, "scores", lambda *args: (_ for _ in ()).throw(MemoryError()))

@@ -1,0 +1,108 @@
+"""Let a model answer; with adapters or without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from qlora_kit.config import GenerateConfig
+from qlora_kit.data.fields import RowAdapters
+from qlora_kit.data.samples import Prompt, read_prompts
+from qlora_kit.data.shapes import Message
+from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.events import Announce, Answered, silent
+from qlora_kit.lora.files import read_base_record
+from qlora_kit.model.environment import prepare_environment
+from qlora_kit.opening import (
+    adapter_of,
+    as_trained,
+    check_base,
+    check_generates,
+    open_tokenizer,
+    put_on,
+    put_several_on,
+)
+
+
+def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
+    """Continue prompts, or answer them where the model has a chat template."""
+    prepare_environment()
+    config = as_trained(config)
+    check_base(config.model, adapter_of(config))
+    asked = _asked_prompts(config)
+
+    from qlora_kit.data.encode import prompt_ids
+    from qlora_kit.data.template import Renderer
+    from qlora_kit.infer.generate import Sampling
+    from qlora_kit.infer.generate import generate as continue_prompts
+    from qlora_kit.lora.several import PerRow
+    from qlora_kit.model.threads import choose_threads
+
+    first = adapter_of(config)
+    opened = open_tokenizer(config, announce, first, config.chat_template)
+    check_generates(opened.task, "generate")
+    record = None if first is None else read_base_record(first)
+    # An adapter without a template was trained on texts as they are.
+    on_texts = record is not None and not record.template_hash and config.chat_template is None
+    raw = config.raw or not opened.has_template or on_texts
+    renderer = Renderer(opened.tokenizer)
+    texts = [renderer.prompt_text(_as_turns(p, raw), p.place) for p in asked]
+    base = opened.load(config, announce, choose_threads(config.threads))
+    put_on(base, config, announce)
+    per_row = None
+    if config.adapters:
+        adapters = put_several_on(base, config, announce)
+        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
+    answers = continue_prompts(
+        base,
+        opened.tokenizer,
+        [prompt_ids(opened.tokenizer, text) for text in texts],
+        Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
+        per_row=per_row,
+    )
+    given = []
+    for prompt, answer in zip(asked, answers, strict=True):
+        given.append((prompt, answer))
+        announce(Answered(_answer_line(config, prompt, answer)))
+    if config.prompts is not None:
+        rows = [{"place": p.place, "adapter": p.adapter, "text": text} for p, text in given]
+        return {"prompts": str(config.prompts), "answers": rows}
+    if config.adapters:
+        return {"prompt": config.prompt, "texts": {p.adapter: text for p, text in given}}
+    return {"prompt": config.prompt, "text": given[0][1]}
+
+
+def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
+    """Return what is to be continued; once by each adapter where no prompt asks for one."""
+    if bool(config.prompt) is (config.prompts is not None):
+        found = "both are given" if config.prompt else "missing"
+        raise ConfigError(
+            f'--prompt: {found}; give the text to continue, as --prompt "...", or a file of them, '
+            "as --prompts FILE"
+        )
+    if config.prompts is None:
+        prompts = [Prompt(config.prompt or "", "--prompt")]
+    else:
+        named = RowAdapters(config.adapter_field, tuple(config.adapters))
+        prompts = read_prompts(config.prompts, named if config.adapters else None)
+    if not config.adapters or any(prompt.adapter for prompt in prompts):
+        return prompts
+    return [replace(prompt, adapter=name) for prompt in prompts for name in config.adapters]
+
+
+def _as_turns(prompt: Prompt, raw: bool) -> str | tuple[Message, ...]:
+    """Return what the chat template makes a text of, or the text as it is."""
+    if not isinstance(prompt.content, str):
+        if raw:
+            raise DataError(
+                f"{prompt.place}: turns, and no chat template is used; expected a text; write the "
+                "prompt as one, or pass --chat-template"
+            )
+        return prompt.content
+    return prompt.content if raw else (Message("user", prompt.content),)
+
+
+def _answer_line(config: GenerateConfig, prompt: Prompt, answer: str) -> str:
+    labels = [prompt.place] if config.prompts is not None else []
+    labels += [prompt.adapter or "the base alone"] if config.adapters else []
+    return f"{', '.join(labels)}: {answer.strip()}" if labels else answer.strip()
