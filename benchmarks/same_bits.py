@@ -82,7 +82,7 @@ def _finger_prints(
         output = work / str(index)
         _kit(
             checkout, "train", "--model", model, *data, *options.split(), "--max-steps",
-            str(arguments.steps), "--output", str(output), "--samples", "0", "--threads", "1",
+            str(arguments.steps), "--output", str(output), "--samples", "0",
             "--validation-fraction", "0", "--save-steps", "1000",
         )  # fmt: skip
         yield name, _sha(output / "adapter_model.safetensors")

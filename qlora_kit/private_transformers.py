@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,6 +26,12 @@ def initialize(model: PreTrainedModel, module: nn.Module) -> None:
 def recompute_by(layer: GradientCheckpointingLayer, run: Callable[..., Any]) -> None:
     """Let a decoder layer that is recomputed call `run(forward, *inputs)` in place of forward."""
     layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+
+
+def gated(experts: nn.Module, gate_up: Tensor) -> Tensor:
+    """Return what experts make of their gate and up projections (N, 2 I): (N, I)."""
+    inner: Tensor = experts._apply_gate(gate_up)  # type: ignore[operator]
+    return inner
 
 
 def left_out_of_checkpoints(model: PreTrainedModel) -> Collection[str]:

@@ -69,6 +69,18 @@ OTHERS: dict[str, dict[str, Any]] = {
         "n_inner": 80,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     },
+    # Experts whose weights are stacked, and, in the second, transposed and with biases.
+    "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4},
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        **SIZES,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "granite": {"model_type": "granite", **SIZES, "logits_scaling": 3.0},
     "phi": {"model_type": "phi", **SIZES, "partial_rotary_factor": 0.5},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},

@@ -218,7 +218,8 @@ class _Reader:
 
     @property
     def names(self) -> set[str]:
-        return {a.target for assemblies in self._by_path.values() for a in assemblies}
+        every = (each for assemblies in self._by_path.values() for each in assemblies)
+        return {name for each in every for name in each.parameters}
 
     def under(self, path: str, device: torch.device) -> Iterator[tuple[str, Stored]]:
         for owner, assemblies in self._by_path.items():

@@ -20,11 +20,12 @@ from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
-from qlora_kit.layers.projections import projected_weights, projections, transposed_weights
+from qlora_kit.layers.projections import projected_weights, projections, stacks
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.lora.saved import check_saved
+from qlora_kit.model.convert import as_stored
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, freeze, frozen_tensors, stored_quantization
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
@@ -207,6 +208,22 @@ def _check_possible(merge: Merge, skeleton: PreTrainedModel) -> None:
             "--requantize: the adapter was trained on an unquantised base; expected one in 4 or 8 "
             "bits; merge without it, then pass the merged model to `qlora-kit quantize`"
         )
+    if merge.requantize:
+        check_packable(skeleton, name)
+
+
+def check_packable(skeleton: PreTrainedModel, name: str) -> None:
+    """Check that bitsandbytes' form of a checkpoint can hold a model's layers.
+
+    Raises:
+        ModelError: it has stacked ones.
+    """
+    if found := stacks(skeleton):
+        raise ModelError(
+            f"{name}: keeps its experts stacked ({next(iter(found))}), which a checkpoint of "
+            "bitsandbytes cannot hold; expected linear layers; merge without --requantize, and let "
+            "`train` and `evaluate` quantise as they load"
+        )
 
 
 def has_original(spec: BaseSpec, skeleton: PreTrainedModel) -> bool:
@@ -256,9 +273,8 @@ def _written_tensors(
         untied_copies(merge.stored, skeleton),
     )
     if not merge.requantize:
-        transposed = transposed_weights(skeleton)
-        for name, tensor in merged_tensors(stream, merge.stored, merge.dtype, unpacked):
-            yield name, tensor.T.contiguous() if name in transposed else tensor
+        merged = merged_tensors(stream, merge.stored, merge.dtype, unpacked)
+        yield from as_stored(merged, skeleton)
         return
     merged = merged_tensors(stream, merge.stored, torch.float32, unpacked)
     yield from packed_tensors(merged, skeleton, merge.spec.quantization, merge.dtype, merge.device)

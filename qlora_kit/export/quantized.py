@@ -17,7 +17,13 @@ from torch import Tensor
 
 from qlora_kit.errors import ModelError
 from qlora_kit.events import Announce, silent
-from qlora_kit.export.merge import check_target, has_original, packed_tensors, stored_bytes
+from qlora_kit.export.merge import (
+    check_packable,
+    check_target,
+    has_original,
+    packed_tensors,
+    stored_bytes,
+)
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
 from qlora_kit.layers.quantize import Quantization
@@ -85,6 +91,7 @@ def quantize_to(
             "model it was made of"
         )
     unquantized_share(skeleton)
+    check_packable(skeleton, spec.source.name)
     device = device or torch.device("cpu")
     spec = replace(spec, quantization=Quantization(bits=16))
     original_bytes = 0

@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.frozen import FrozenLinear, TransposedLinear
 
 Group = Literal["attention", "mlp"]
@@ -29,11 +30,13 @@ class Projection:
         path: of the layer.
         layer: a skeleton's `nn.Linear` or a loaded base's `FrozenLinear`, never what is around it.
         group: what it is a part of, if that has a name.
+        is_expert: whether it is one of a stack, which carries no LoRA yet.
     """
 
     path: str
     layer: nn.Linear | FrozenLinear
     group: Group | None
+    is_expert: bool = False
 
     @property
     def in_features(self) -> int:
@@ -73,14 +76,20 @@ class Projection:
 def projections(model: nn.Module) -> dict[str, Projection]:
     """Return the layers that can carry LoRA by path, in the order of the model."""
     head = _part(model, "get_output_embeddings")
+    stacked = {each for stack in stacks(model).values() for each in stack}
     found = {
-        path: Projection(path, layer, group_of(path))
+        path: Projection(path, layer, group_of(path), is_expert=module in stacked)
         for path, module in model.named_modules()
         if module is not head and (layer := _layer_of(module)) is not None
     }
     # A layer inside of what is around it was found under the path of that one already.
     inner = {f"{path}.frozen" for path in found}
     return {path: each for path, each in found.items() if path not in inner}
+
+
+def stacks(model: nn.Module) -> dict[str, Stack]:
+    """Return the layers that a checkpoint holds as one tensor, by the path of that tensor."""
+    return {path: each for path, each in model.named_modules() if isinstance(each, Stack)}
 
 
 def projected_weights(model: nn.Module) -> Set[str]:

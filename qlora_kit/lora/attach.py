@@ -174,16 +174,21 @@ def resolve_targets(
     chosen: set[str] = set()
     faults = []
     vocabulary = list(vocabulary)
+    open_to_lora = [path for path, each in found.items() if not each.is_expert]
     for target in targets:
-        matched = [path for path, each in found.items() if _matches(target, path, each.group)]
+        named = [path for path, each in found.items() if _matches(target, path, each.group)]
+        matched = [path for path in named if not found[path].is_expert]
         if not matched:
             reason, remedy = "matches no linear layer", ""
+            if named:
+                reason = "names experts of a mixture, which carry no LoRA here yet"
+                remedy = "; leave it out"
             if any(_matches(target, path) for path in vocabulary):
                 reason = "names an embedding or the output head, which carry no LoRA here yet"
                 remedy = "; leave it out"
             faults.append(
                 f"--targets: '{target}' {reason}; expected attention, mlp, all-linear, or one of "
-                f"{', '.join(_endings(found))}{remedy}"
+                f"{', '.join(_endings(open_to_lora))}{remedy}"
             )
         chosen.update(matched)
     if not chosen and not faults:

@@ -21,9 +21,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.experts import Stack, run_experts
 from qlora_kit.layers.frozen import TransposedLinear
 from qlora_kit.layers.projections import projections, vocabulary_paths
 from qlora_kit.model.config_file import (
@@ -43,6 +45,8 @@ from qlora_kit.time_limit import TimeUp, time_limit
 CAUSAL_LM = "AutoModelForCausalLM"
 # Above this share of weights that stay unquantised the memory promised is not kept.
 _UNQUANTIZED_LIMIT = 0.05
+# How transformers calls `run_experts`.
+_ONE_BY_ONE = "qlora_kit"
 # 1,024 layers, the most there may be, take 1 s.
 _BUILD_SECONDS = 60.0
 # Rotary frequencies take 256 bytes; tables of positions are as long as config.json says.
@@ -145,6 +149,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
                 skeleton: PreTrainedModel = kind.from_config(architecture, trust_remote_code=False)
             _fill_computed_buffers(skeleton)
             _turn_transposed(skeleton)
+            _take_stacks_apart(skeleton)
     except TimeUp as error:
         raise ModelError(
             f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected "
@@ -163,6 +168,23 @@ def _turn_transposed(skeleton: PreTrainedModel) -> None:
         if isinstance(module, Conv1D):
             linear = TransposedLinear(module.nx, module.nf, device="meta")
             skeleton.set_submodule(path, linear.to(module.weight.dtype))
+
+
+def _take_stacks_apart(skeleton: PreTrainedModel) -> None:
+    """Put linear layers in the place of stacked weights, and let each expert run its own."""
+    found = [each for each in skeleton.modules() if hasattr(each, "has_gate")]
+    for experts in found:
+        names = ("gate_up_proj", "down_proj") if experts.has_gate else ("up_proj", "down_proj")
+        for name in names:
+            weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+            stack = Stack.like(weight, bias, is_transposed=bool(experts.is_transposed))
+            delattr(experts, name)
+            if bias is not None:
+                delattr(experts, f"{name}_bias")
+            experts.add_module(name, stack)
+    if found:
+        ALL_EXPERTS_FUNCTIONS.register(_ONE_BY_ONE, run_experts)
+        skeleton.set_experts_implementation(_ONE_BY_ONE)
 
 
 def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qlora_kit.layers.projections import transposed_weights
+from qlora_kit.layers.experts import Stack
+from qlora_kit.layers.projections import stacks, transposed_weights
 from qlora_kit.private_transformers import left_out_of_checkpoints
 
 # What bitsandbytes stores beside a packed weight; `weight_format` only says "row".
@@ -37,6 +38,7 @@ class Assembly:
         sources: names in the checkpoint, by the name that transformers gives them.
         converter: transformers' operation where tensors are merged or split.
         is_transposed: whether the target is stored as (D, K), unless it is packed.
+        stack: what the target is taken apart into, and its path, where it is stacked.
     """
 
     target: str
@@ -44,6 +46,16 @@ class Assembly:
     converter: WeightConverter | None = None
     pattern_of: dict[str, str] = field(default_factory=dict)
     is_transposed: bool = False
+    stack: tuple[str, Stack] | None = None
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters that it makes, as far as they are known unread."""
+        if self.stack is None:
+            return [self.target]
+        path, stack = self.stack
+        leaf = "weight" if self.target == path else "bias"
+        return [f"{path}.{number}.{leaf}" for number in range(len(stack))]
 
     @property
     def is_quantized(self) -> bool:
@@ -57,6 +69,15 @@ class Assembly:
 
     def tensors(self, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
         """Read the sources and return the parameters they make, by name."""
+        made = self._assembled(read, model)
+        if self.stack is None:
+            return made
+        path, stack = self.stack
+        return stack.apart(path, self.target, made[self.target])
+
+    def _assembled(
+        self, read: Callable[[str], Tensor], model: PreTrainedModel
+    ) -> dict[str, Tensor]:
         if self.converter is None:
             (stored,) = self.sources.values()
             tensor = read(stored)
@@ -75,7 +96,12 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
-    state = skeleton.state_dict()
+    stacked = {
+        name: (path, stack)
+        for path, stack in stacks(skeleton).items()
+        for name in (path, f"{path}_bias")
+    }
+    state = dict.fromkeys(stacked, True) | skeleton.state_dict()
     transposed = transposed_weights(skeleton)
     assemblies: dict[str, Assembly] = {}
     for stored in names:
@@ -85,13 +111,43 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
         if name not in state and _is_ignored(name, skeleton):
             continue
         target = _QUANTIZED_PARTS.sub(".weight", name)
-        fresh = Assembly(target, is_transposed=target in transposed)
+        fresh = Assembly(target, is_transposed=target in transposed, stack=stacked.get(target))
         assembly = assemblies.setdefault(target, fresh)
         assembly.sources[name if pattern is None else stored] = stored
         if pattern is not None:
             assembly.converter = by_pattern[pattern]
             assembly.pattern_of[stored] = pattern
     return list(assemblies.values())
+
+
+def as_stored(
+    tensors: Iterable[tuple[str, Tensor]], skeleton: PreTrainedModel
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield unpacked parameters as transformers' own model holds them: turned back, and stacked.
+
+    Args:
+        tensors: every parameter by the name that it has in the skeleton.
+        skeleton: the architecture.
+    """
+    transposed = transposed_weights(skeleton)
+    stack_of = {
+        f"{path}.{number}.{leaf}": (path if leaf == "weight" else f"{path}_bias", stack)
+        for path, stack in stacks(skeleton).items()
+        for number in range(len(stack))
+        for leaf in ("weight", "bias")
+    }
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        if name not in stack_of:
+            yield name, tensor.T.contiguous() if name in transposed else tensor
+            continue
+        whole, stack = stack_of[name]
+        parts = waiting.setdefault(whole, {})
+        parts[name] = tensor
+        if len(parts) == len(stack):
+            in_order = [parts[each] for each, (of, _) in stack_of.items() if of == whole]
+            yield whole, stack.together(in_order).contiguous()
+            del waiting[whole]
 
 
 def _is_ignored(name: str, skeleton: PreTrainedModel) -> bool:

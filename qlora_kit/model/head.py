@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_kit.errors import ModelError
 from qlora_kit.layers.frozen import FrozenLinear
@@ -31,6 +31,13 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(linear, scale, softcap)
 
 
+class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]
+    """What the layers of a model return: a hidden state, and nothing of what else they may."""
+
+    def __getattr__(self, name: str) -> None:
+        """Return nothing; only names that are not there come here."""
+
+
 @torch.no_grad()
 def verify_head(model: PreTrainedModel, hardware: Hardware) -> None:
     """Compare `head_of` with the model's own logits on a random hidden state.
@@ -47,9 +54,7 @@ def verify_head(model: PreTrainedModel, hardware: Hardware) -> None:
         hidden = torch.randn(1, _PROBE_TOKENS, head.linear.in_features, generator=generator)
         hidden = hidden.to(hardware.device, hardware.dtype)
         layers: Any = model.base_model
-        layers.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden
-        )
+        layers.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden)
         try:
             ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=hardware.device)
             theirs = model(input_ids=ids).logits[0].float()

@@ -285,7 +285,7 @@ def freeze(
 def _check_names(
     assemblies: list[Assembly], expected: dict[str, Tensor], tied: dict[str, str], spec: BaseSpec
 ) -> None:
-    found = {a.target for a in assemblies if a.converter is None}
+    found = {name for a in assemblies if a.converter is None for name in a.parameters}
     made = [a.target for a in assemblies if a.converter is not None]
     surplus = sorted(found - expected.keys())
     missing = sorted(expected.keys() - found - tied.keys()) if not made else []

@@ -206,7 +206,9 @@ def test_groups_cover_every_linear_layer(folder_of: Callable[[str], Path], name:
     assert all((group == "attention") == ("attn" in path) for path, group in groups.items())
     assert all(("mlp" in path) != ("attn" in path) for path in groups)
     assert not any("lm_head" in path for path in groups)
-    assert len(groups) == 2 * {"phi3": 4, "phi": 6}.get(skeleton.config.model_type, 7)
+    # Of experts each has its own.
+    layers = {"phi3": 4, "phi": 6, "gpt2": 4, "mixtral": 4 + 8, "gpt_oss": 4 + 8}
+    assert len(groups) == 2 * layers.get(skeleton.config.model_type, 7)
 
 
 def test_fused_projections_are_one_layer(folder_of: Callable[[str], Path]) -> None:
@@ -235,9 +237,9 @@ def test_building_leaves_the_known_numbers_alone() -> None:
     assert numbers == before
 
 
-def test_mixtures_of_experts_are_refused() -> None:
-    experts = {"model_type": "mixtral", **SIZES, "num_local_experts": 4}
-    with pytest.raises(ModelError, match=r"mixtral: .*stay unquantised \(largest: .*experts"):
+def test_a_model_of_layers_that_stay_unquantised_is_refused() -> None:
+    experts = {"model_type": "jetmoe", **SIZES, "num_local_experts": 4}
+    with pytest.raises(ModelError, match=r"jetmoe: .*stay unquantised \(largest: .*linear"):
         unquantized_share(build_skeleton(architecture_from(experts)))
 
 
