@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             click.echo(redacted(traceback.format_exc()), err=True)
-        _fail([_internal(error)], 3 if _is_out_of_memory(error) else 1)
+        _fail([_internal(error)], 3 if _looks_out_of_memory(error) else 1)
     except BaseException as error:
         # A panic of the tokenizers library, which is no Exception.
         if type(error).__name__ != "PanicException":
@@ -82,13 +82,13 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(0)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def _looks_out_of_memory(error: BaseException) -> bool:
     # By name and text: torch, whose errors these are, may not have been imported.
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _internal(error: BaseException) -> str:
-    if _is_out_of_memory(error):
+    if _looks_out_of_memory(error):
         return (
             "out of memory; try --batch-size 1, a smaller --max-length or --rank, or fewer --bits"
         )

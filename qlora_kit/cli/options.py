@@ -138,8 +138,8 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
 
 def _adapters(given: tuple[str, ...]) -> dict[str, Any]:
     """Tell `--adapter FOLDER` from `--adapter NAME=FOLDER`, which may be given more than once."""
-    named = [value.partition("=")[::2] for value in given if _is_named(value)]
-    plain = [value for value in given if not _is_named(value)]
+    named = [value.partition("=")[::2] for value in given if _has_name(value)]
+    plain = [value for value in given if not _has_name(value)]
     if len(plain) > 1 or (plain and named) or len(dict(named)) < len(named):
         raise ConfigError(
             "--adapter: several adapters need a name each; give --adapter NAME=FOLDER for each"
@@ -147,5 +147,5 @@ def _adapters(given: tuple[str, ...]) -> dict[str, Any]:
     return {"adapter": plain[0]} if plain else {"adapters": dict(named)}
 
 
-def _is_named(value: str) -> bool:
+def _has_name(value: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+=.+", value)) and not Path(value).exists()

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from qlora_kit.config.options import Options
 
-Group = Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"]
+ChangeGroup = Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"]
 """What `--allow-change` can name."""
 
-Decision = Literal[Group, "shape", "length", "memory"]
+Decision = Literal[ChangeGroup, "shape", "length", "memory"]
 
-GROUPS: tuple[Group, ...] = typing.get_args(Group)
+GROUPS: tuple[ChangeGroup, ...] = typing.get_args(ChangeGroup)
 
 
 def declared(config_class: type[Options], name: str) -> dict[str, Any]:

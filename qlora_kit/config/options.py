@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from qlora_kit.config.decisions import Decision, Group
+from qlora_kit.config.decisions import ChangeGroup, Decision
 from qlora_kit.config.values import (
     as_meant,
     kinds_of,
@@ -63,8 +63,8 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
 
 
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
-ChangeNames = Annotated[tuple[Group, ...], BeforeValidator(parse_list)]
-Names = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
+ChangeNames = Annotated[tuple[ChangeGroup, ...], BeforeValidator(parse_list)]
+TargetNames = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
 Columns = Annotated[dict[str, str], BeforeValidator(parse_names)]
 _Integer = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_number)]
 _Number = Annotated[float, Field(gt=0), BeforeValidator(parse_number)]
@@ -223,7 +223,7 @@ class LoraOptions(Options):
     lora_dropout: float = option(
         0.0, "dropout on the input of A, 0 to 1", ge=0, lt=1, decides="lora"
     )
-    targets: Names = option(
+    targets: TargetNames = option(
         ("attention",),
         "comma-separated: attention, mlp, all-linear, names, or regular expressions of paths",
         also=["lora_target_modules", "target_modules", "lora_target"],

@@ -132,7 +132,7 @@ def _canonical(
         origin = f"{layer.origin}: {key}" if layer.origin else _as_flag(key)
         is_on = switch(value)
         if key in SWITCHES and is_on is None:
-            faults.append(f"{origin}: found {_shown(value)}; expected true or false")
+            faults.append(f"{origin}: found {_as_yaml(value)}; expected true or false")
             continue
         if key in SWITCHES and SWITCHES[key].get(bool(is_on), ("",))[0] in names:
             name, value = SWITCHES[key][bool(is_on)]
@@ -176,7 +176,7 @@ def _value_faults(error: ValidationError, origins: Mapping[str, str]) -> list[st
         message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
         if (kind := problem["type"].partition("_")[0]) in _EXPECTED:
             message = f"expected {_EXPECTED[kind]}"
-        found = _shown(problem["input"])
+        found = _as_yaml(problem["input"])
         faults[name] = f"{origin}: found {found}; {message[0].lower()}{message[1:]}"
     return list(faults.values())
 
@@ -189,7 +189,7 @@ _EXPECTED = {
 _MOST_SHOWN = 80
 
 
-def _shown(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     """Return a value as YAML has it, shortened."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
@@ -198,7 +198,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) > 10**_MOST_SHOWN:
         return "a number of very many digits"  # more than Python would write out
     is_list = isinstance(value, list | tuple)
-    text = f"[{', '.join(map(_shown, value))}]" if is_list else str(value) or "''"
+    text = f"[{', '.join(map(_as_yaml, value))}]" if is_list else str(value) or "''"
     text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -91,13 +91,13 @@ class Forms:
     def base(self, over: BaseName = "quantized") -> Tensor:
         """Return the weight of a base, fp32."""
         if over == "original" or self.frozen is None:
-            return _plain(self.stored)
+            return _in_fp32(self.stored)
         return self.frozen.dequantize(self.merge.unpacked).float()
 
     def merged(self, over: BaseName) -> Tensor:
         """Return what the adapter makes of a base's weight, fp32."""
         if self.saved is not None:
-            return _plain(self.saved.to(self.merge.device))
+            return _in_fp32(self.saved.to(self.merge.device))
         weight, delta = self.base(over), self.delta
         return weight if delta is None else delta.add_(weight)
 
@@ -116,7 +116,7 @@ class Forms:
     def as_written(self) -> Tensor:
         """Return what the files hold, fp32."""
         assert self.written is not None
-        return _plain(self.written)
+        return _in_fp32(self.written)
 
     def of(self, variant: Variant) -> Tensor:
         """Return the weight that a variant multiplies with, fp32.
@@ -144,7 +144,7 @@ class Forms:
         return whole
 
 
-def _plain(stored: Stored) -> Tensor:
+def _in_fp32(stored: Stored) -> Tensor:
     """Return a stored parameter in fp32, in memory of its own."""
     if isinstance(stored, FrozenWeight):
         return stored.dequantize(torch.float32)

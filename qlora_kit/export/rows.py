@@ -56,7 +56,7 @@ def some_rows(
     taken: list[dict[str, Any]] = []
     count = 0
     for row in rows:
-        taken.append(_shortened(row))
+        taken.append(_cut_row(row))
         count += len(taken[-1]["input_ids"])
         if count >= tokens:
             break
@@ -70,7 +70,7 @@ def built_in_rows(tokenizer: Any) -> VerificationRows:
     return VerificationRows(collate(rows, tokenizer.pad_token_id), "built-in prompts", False)
 
 
-def _shortened(row: Mapping[str, Any]) -> dict[str, Any]:
+def _cut_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Cut a row so that supervised tokens are left: its end where its start has none."""
     labels, most = list(row["labels"]), _MOST_ROW_TOKENS
     has_some = any(label != IGNORED for label in labels[1:most])

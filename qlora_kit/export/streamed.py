@@ -54,7 +54,7 @@ class StreamedModel:
         self._forms: Mapping[str, Forms] = {}
         skeleton.eval()
         for path, projection in projections(skeleton).items():
-            self._multiply_by_borrowed(path, projection.layer, _term(path, stored, device))
+            self._multiply_by_borrowed(path, projection.layer, _low_rank_term(path, stored, device))
         embedding = skeleton.get_input_embeddings()
         for path, unit in units.items():
             self._run_all_variants(path, unit, is_embedding=unit is embedding)
@@ -89,9 +89,11 @@ class StreamedModel:
 
         def forward(*inputs: Any, **named: Any) -> Any:
             self._forms = {form.name: form for form in self._read(path)}
-            rows = _rows(inputs, named)
+            rows = _row_count(inputs, named)
             results = []
-            for variant, part in zip(self._variants, _parts(rows, self._variants), strict=True):
+            for variant, part in zip(
+                self._variants, _row_slices(rows, self._variants), strict=True
+            ):
                 self._running = variant
                 given, given_named = _part_of((inputs, named), rows, part)
                 if is_embedding:
@@ -139,7 +141,7 @@ class StreamedModel:
         linear.forward = forward  # type: ignore[method-assign,assignment]
 
 
-def _term(path: str, stored: StoredAdapter, device: torch.device) -> LowRank | None:
+def _low_rank_term(path: str, stored: StoredAdapter, device: torch.device) -> LowRank | None:
     if path not in stored.tensors:
         return None
     a, b = stored.tensors[path]
@@ -160,12 +162,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _rows(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
+def _row_count(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
     """Return how many rows a unit is given: those of its first tensor."""
     return len(next(_tensors((inputs, named))))
 
 
-def _parts(rows: int, variants: Sequence[Variant]) -> Iterator[slice]:
+def _row_slices(rows: int, variants: Sequence[Variant]) -> Iterator[slice]:
     each = rows // len(variants)
     return (slice(index * each, (index + 1) * each) for index in range(len(variants)))
 

@@ -62,13 +62,13 @@ def verify_merge(
     """
     skeleton = merge.spec.skeleton()
     parameters = Parameters(merge, skeleton, folder)
-    _check_names(parameters, skeleton, folder)
+    _check_tensor_names(parameters, skeleton, folder)
     weigher = _Weigher(merge, folder)
     variants = _variants(merge, parameters)
     for copy, source in untied_copies(merge.stored, skeleton).items():
         stored = _found(parameters.stored(source))
         weigher.weigh(Forms(copy, merge, stored, None, parameters.written(copy)))
-    head_path = _path_of(skeleton, skeleton.get_output_embeddings())
+    head_path = _path_of_module(skeleton, skeleton.get_output_embeddings())
     units = units_of(skeleton, skeleton.get_submodule(head_path))
     done = 0
 
@@ -96,7 +96,7 @@ def verify_merge(
             read(head_path)
             weigher.raise_faults()
             heads = _heads(skeleton, head_path, parameters, merge, variants)
-            measures = _measure(hidden, heads, rows)
+            measures = _measure_variants(hidden, heads, rows)
     layers = tuple(sorted(weigher.layers, key=lambda layer: -layer.ratio))
     return MergeReport(
         base=merge.spec.source.identity,
@@ -124,7 +124,7 @@ def _variants(merge: Merge, parameters: Parameters) -> list[Variant]:
     return [*variants, Variant.WRITTEN]
 
 
-def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+def _path_of_module(model: nn.Module, wanted: nn.Module | None) -> str:
     paths = (str(path) for path, module in model.named_modules() if module is wanted)
     return next(paths)
 
@@ -132,7 +132,7 @@ def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
 # ---------------------------------------------------------------- weights
 
 
-def _check_names(parameters: Parameters, skeleton: PreTrainedModel, folder: Path) -> None:
+def _check_tensor_names(parameters: Parameters, skeleton: PreTrainedModel, folder: Path) -> None:
     tied = skeleton.all_tied_weights_keys or {}
     for what, names in zip(
         ("missing", "surplus"), parameters.missing_and_surplus(tied), strict=True
@@ -228,10 +228,10 @@ def _change(form: Forms, base: Tensor, delta: Tensor, written: Tensor) -> LayerC
     """Measure what quantising, merging and writing did to the weight of a layer."""
     merge = form.merge
     is_quantized = merge.spec.quantization.bits != 16
-    kept = _kept(written.sub_(base), delta)
+    kept = _kept_share(written.sub_(base), delta)
     requantized_kept = None
     if is_quantized:
-        again = kept if merge.requantize else _kept(form.requantized().sub_(base), delta)
+        again = kept if merge.requantize else _kept_share(form.requantized().sub_(base), delta)
         requantized_kept = again
     trained = base if merge.over == "quantized" else form.base()
     error = None
@@ -241,7 +241,7 @@ def _change(form: Forms, base: Tensor, delta: Tensor, written: Tensor) -> LayerC
     return LayerChange(form.path, error, size, float(trained.norm()), kept, requantized_kept)
 
 
-def _kept(change: Tensor, delta: Tensor) -> float:
+def _kept_share(change: Tensor, delta: Tensor) -> float:
     """Return the share of a delta that is in a change: its projection. Uses the change up."""
     square = float(delta.square().sum())
     return 1.0 if square == 0 else float(change.mul_(delta).sum()) / square
@@ -301,7 +301,7 @@ def _found(weight: Stored | None) -> Stored:
     return weight
 
 
-def _measure(
+def _measure_variants(
     hidden: Mapping[Variant, Tensor], heads: Mapping[Variant, Head], rows: VerificationRows
 ) -> tuple[VariantMeasure, ...]:
     """Compare the predictions of every variant with the adapter's, at the supervised tokens."""

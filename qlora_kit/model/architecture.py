@@ -29,8 +29,8 @@ from qlora_kit.model.config_file import (
     as_list,
     check_end_tokens,
     ids_beyond,
-    read_config_file,
     read_json_object,
+    read_model_config,
 )
 from qlora_kit.model.faults import model_errors
 from qlora_kit.private_torch import own_buffers
@@ -59,7 +59,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json; expected the folder of a transformers model")
-    content = read_config_file(path)
+    content = read_model_config(path)
     if content.get("auto_map") and content.get("model_type") not in list(CONFIG_MAPPING):
         raise ModelError(
             f"{path}: the model needs code of its own, which the kit never runs; expected an "
@@ -69,7 +69,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
         architecture = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        _drop_kernels(architecture)
+        _drop_foreign_kernels(architecture)
     return _without_ids_beyond(architecture)
 
 
@@ -102,7 +102,7 @@ def _without_ids_beyond(architecture: PreTrainedConfig) -> PreTrainedConfig:
     return architecture
 
 
-def _drop_kernels(architecture: PreTrainedConfig) -> None:
+def _drop_foreign_kernels(architecture: PreTrainedConfig) -> None:
     """Forget which kernels the file asks for: transformers would download and run them."""
     parts = [getattr(architecture, name, None) for name in architecture.sub_configs]
     for config in (architecture, *parts):

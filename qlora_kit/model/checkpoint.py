@@ -116,7 +116,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
+    if not isinstance(content, dict) or not all(map(_is_plain_tensor, content, content.values())):
         raise ModelError(
             f"{path}: not a checkpoint of plain tensors; expected name: tensor; download it again"
         )
@@ -132,7 +132,7 @@ def _not_plain(path: Path, error: Exception) -> str | None:
     )
 
 
-def _is_plain(name: Any, value: Any) -> bool:
+def _is_plain_tensor(name: Any, value: Any) -> bool:
     """Whether an entry is a tensor that lies in the file, and not one of torch's other kinds."""
     is_tensor = isinstance(name, str) and isinstance(value, Tensor)
     return is_tensor and value.device.type == "cpu" and value.layout is torch.strided

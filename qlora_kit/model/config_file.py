@@ -36,7 +36,7 @@ _BOUNDS = (
 )  # fmt: skip
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_model_config(path: Path) -> dict[str, Any]:
     """Read a `config.json` and check what would be costly or dangerous to find out later.
 
     Infinity is accepted, because released models have it; transformers reads it the same way.
@@ -45,7 +45,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ModelError: not a JSON object, a key twice, or a number that no model has.
     """
     content = read_json_object(path)
-    for key, value in _entries(content):
+    for key, value in _keys_and_values(content):
         _check_number(path, key, value)
     for key in ("quantization_config", "text_config"):
         if content.get(key) is not None and not isinstance(content[key], dict):
@@ -97,19 +97,19 @@ def check_tokenizer_files(folder: Path) -> None:
 
     Raises:
         ModelError: `tokenizer_config.json` is not a JSON object, has a template that is no text,
-            or a name that is a path; or see `read_config_file`.
+            or a name that is a path; or see `read_model_config`.
     """
     if (folder / "config.json").is_file():
-        read_config_file(folder / "config.json")
+        read_model_config(folder / "config.json")
     has_json = (folder / "tokenizer.json").is_file()
     for name in ("tokenizer.json",) if has_json else _VOCABULARIES:
         check_no_pointer(folder / name, ModelError)
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        _check_names(path, read_json_object(path))
+        _check_template_names(path, read_json_object(path))
 
 
-def _check_names(path: Path, content: dict[str, Any]) -> None:
+def _check_template_names(path: Path, content: dict[str, Any]) -> None:
     given = content.get("chat_template")
     # Several templates have names, which become the names of files when they are saved again.
     named = given if isinstance(given, list) else [{"name": "default", "template": given or ""}]
@@ -146,7 +146,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+def _keys_and_values(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield every key and value, at any depth."""
     waiting = [value]
     while waiting:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.config_file import read_config_file
+from qlora_kit.model.config_file import read_model_config
 
 DEMO = "demo"
 _PACKAGE = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def find_model(name: str) -> ModelSource:
     # Those of `os.path` answer where `Path`'s raise: for a home of nobody, a name that is too long.
     folder = Path(os.path.expanduser(name))
     if os.path.isfile(folder) and folder.suffix == ".json":
-        return ModelSource(name=folder.stem, architecture=read_config_file(folder))
+        return ModelSource(name=folder.stem, architecture=read_model_config(folder))
     if os.path.isfile(folder):
         raise ModelError(f"{name}: is a file; expected the folder of a model")
     if name and os.path.isdir(folder):

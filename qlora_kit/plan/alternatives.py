@@ -13,8 +13,8 @@ from typing import Any
 from qlora_kit.config import Bits, TrainConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.plan.budget import Budget
-from qlora_kit.plan.search import Choice, search
-from qlora_kit.plan.subject import Rows, Subject
+from qlora_kit.plan.search import SettingChoice, search
+from qlora_kit.plan.subject import RowSizes, Subject
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
 
@@ -22,7 +22,7 @@ _SHORTEST = 128
 
 
 def nothing_fits(
-    config: TrainConfig, subject: Subject, budget: Budget, least: Choice
+    config: TrainConfig, subject: Subject, budget: Budget, least: SettingChoice
 ) -> ConfigError:
     """Return the error that says what is needed at the least, and what would fit instead."""
     taken = budget.taken_of_card(least.needs.peak_bytes)
@@ -55,7 +55,7 @@ def _what_would_fit(config: TrainConfig, subject: Subject, budget: Budget) -> li
     def fits(bits: Bits, head_bits: Bits, tokens: int) -> bool:
         quantization = replace(subject.spec.quantization, bits=bits)
         spec = replace(subject.spec, quantization=quantization)
-        rows = subject.rows if tokens == subject.rows.tokens else Rows(tokens)
+        rows = subject.rows if tokens == subject.rows.tokens else RowSizes(tokens)
         changed = _frugal(config).model_copy(update={"bits": bits, "head_bits": head_bits})
         tried = replace(subject, spec=spec, rows=rows)
         return bool(search(tried, changed, budget, rows=[1]).fitting)

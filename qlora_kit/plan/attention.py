@@ -33,14 +33,14 @@ class _Flash(torch.autograd.Function):
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, bias)
         ctx.ledger, ctx.flop = ledger, _flop(query, key)
-        _count(ledger, ctx.flop)
+        _count_flop(ledger, ctx.flop)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, _, bias = ctx.saved_tensors
         # Five products where forward has two.
-        _count(ctx.ledger, 5 * ctx.flop // 2)
+        _count_flop(ctx.ledger, 5 * ctx.flop // 2)
         delta = query.new_empty(query.shape[:-1], dtype=torch.float32)
         summed = torch.empty_like(query, dtype=torch.float32)
         groups = query.shape[1] // key.shape[1]
@@ -51,7 +51,7 @@ class _Flash(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _count(ledger: Ledger, flop: int) -> None:
+def _count_flop(ledger: Ledger, flop: int) -> None:
     if ledger.work is not None:
         ledger.work.flop += flop
 

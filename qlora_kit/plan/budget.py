@@ -130,7 +130,7 @@ def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
         card = psutil.virtual_memory().available
     host = psutil.virtual_memory().available if host == "auto" else host
     budget = Budget(card, host, on_gpu, beside, is_measured)
-    _check(budget)
+    _check_budget(budget)
     return budget
 
 
@@ -143,7 +143,7 @@ def _grow_context() -> None:
     torch.cuda.synchronize()
 
 
-def _check(budget: Budget) -> None:
+def _check_budget(budget: Budget) -> None:
     allocatable = budget.allocatable_bytes
     if allocatable is not None and allocatable <= 0:
         raise ConfigError(

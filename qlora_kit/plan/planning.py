@@ -14,7 +14,7 @@ from qlora_kit.model.architecture import unquantized_share
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.plan.alternatives import nothing_fits
 from qlora_kit.plan.budget import Budget
-from qlora_kit.plan.search import Found, search
+from qlora_kit.plan.search import SearchResult, search
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import Subject
 from qlora_kit.report.memory import size_text
@@ -44,7 +44,7 @@ class Plan:
     prediction: Prediction
     budget: Budget
     warnings: tuple[str, ...] = ()
-    found: Found | None = None
+    found: SearchResult | None = None
     before_bytes: int = 0
 
     @property
@@ -146,7 +146,9 @@ def _as_asked(config: TrainConfig, subject: Subject, budget: Budget) -> Plan:
     return Plan(settled, subject.hardware, prediction, budget)
 
 
-def _first_that_fits(config: TrainConfig, subject: Subject, budget: Budget, found: Found) -> Plan:
+def _first_that_fits(
+    config: TrainConfig, subject: Subject, budget: Budget, found: SearchResult
+) -> Plan:
     """Run the first choice in full; where it is larger than extrapolated, a smaller one."""
     excess = host_excess = 0
     choices = list(found.fitting)

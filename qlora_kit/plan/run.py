@@ -23,7 +23,7 @@ from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_me
 from qlora_kit.plan.budget import budget_of, free_bytes
 from qlora_kit.plan.planning import Plan, make_plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse
-from qlora_kit.plan.subject import Rows, Subject, standing_in_for
+from qlora_kit.plan.subject import RowSizes, Subject, standing_in_for
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.memory import difference_text, draw_timeline, size_text
@@ -66,7 +66,9 @@ def plan_run(
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     evaluation_tokens = max(held_out.lengths()) if held_out is not None else None
     most = config.batch_size * config.gradient_accumulation_steps
-    subject = Subject(spec, lora, standing_in_for(hardware), Rows.of(rows, most, evaluation_tokens))
+    subject = Subject(
+        spec, lora, standing_in_for(hardware), RowSizes.of(rows, most, evaluation_tokens)
+    )
     try:
         plan = make_plan(config, subject, budget, choose=choose)
     except QloraKitError:
@@ -80,15 +82,15 @@ def plan_run(
     if hardware.device.type == "cpu":
         return_free_memory()
         plan = replace(plan, before_bytes=anonymous_bytes())
-    _announce(plan, announce)
+    _announce_plan(plan, announce)
     if budget.is_bounded:
         limit_memory(hardware.device, budget.allocatable_bytes)
     else:
-        _check_free(plan, hardware, announce)
+        _check_free_memory(plan, hardware, announce)
     return plan
 
 
-def _announce(plan: Plan, announce: Announce) -> None:
+def _announce_plan(plan: Plan, announce: Announce) -> None:
     if plan.found is not None:
         announce(Facts(f"settings for {plan.budget.describe()}", plan.choice_rows()))
     peak = plan.prediction.peak.bytes
@@ -103,7 +105,7 @@ def _announce(plan: Plan, announce: Announce) -> None:
     announce(Facts("memory", tuple(rows)))
 
 
-def _check_free(plan: Plan, hardware: Hardware, announce: Announce) -> None:
+def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce) -> None:
     """Check settings that were not chosen against the memory that is free now.
 
     Raises:

@@ -13,9 +13,9 @@ from typing import Any
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.extrapolation import Extrapolation, Needs, Setting, extrapolate
 from qlora_kit.plan.ledger import Work
 from qlora_kit.plan.subject import Subject
-from qlora_kit.plan.survey import Needs, Setting, Survey, take_survey
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
 
@@ -33,7 +33,7 @@ _MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Choice:
+class SettingChoice:
     """A setting and what it would take.
 
     Attributes:
@@ -72,7 +72,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Attributes:
@@ -84,15 +84,15 @@ class Found:
     """
 
     layers: int
-    fitting: tuple[Choice, ...]
-    least: Choice
-    asked: Choice
+    fitting: tuple[SettingChoice, ...]
+    least: SettingChoice
+    asked: SettingChoice
     considered: int
 
     @property
-    def ranked(self) -> tuple[Choice, ...]:
+    def ranked(self) -> tuple[SettingChoice, ...]:
         """The best choice of each kind; they differ in more than in the number of layers kept."""
-        best: dict[Setting, Choice] = {}
+        best: dict[Setting, SettingChoice] = {}
         for choice in self.fitting:
             best.setdefault(replace(choice.setting, keep_layers=0), choice)
         return tuple(best.values())
@@ -127,7 +127,7 @@ class Found:
 
 def search(
     subject: Subject, config: TrainConfig, budget: Budget, rows: Sequence[int] | None = None
-) -> Found:
+) -> SearchResult:
     """Find the settings that fit a budget.
 
     Args:
@@ -137,42 +137,44 @@ def search(
         rows: micro-batches to choose from; every divisor of the effective batch if None.
     """
     rows, tiles = rows or _micro_batches(config), _tiles(config)
-    survey = take_survey(subject, config, rows, tiles)
+    extrapolation = extrapolate(subject, config, rows, tiles)
     kinds = list(itertools.product(rows, tiles))
     on_gpu = subject.hardware.device.type != "cpu"
 
-    def choice(setting: Setting) -> Choice:
+    def choice(setting: Setting) -> SettingChoice:
         micro_batches = _effective_batch(config) // setting.rows
-        needs = survey.needs(setting)
+        needs = extrapolation.needs(setting)
         cost = micro_batches * _cost(needs.work)
-        eval_rows = _eval_rows(survey, setting, budget)
-        peak = max(needs.peak_bytes, survey.evaluation_bytes(eval_rows, setting))
-        return Choice(setting, replace(needs, peak_bytes=peak), micro_batches, eval_rows, cost)
+        eval_rows = _eval_rows(extrapolation, setting, budget)
+        peak = max(needs.peak_bytes, extrapolation.evaluation_bytes(eval_rows, setting))
+        return SettingChoice(
+            setting, replace(needs, peak_bytes=peak), micro_batches, eval_rows, cost
+        )
 
-    def over(choice: Choice) -> int:
+    def over(choice: SettingChoice) -> int:
         return budget.over_bytes(choice.needs.peak_bytes, choice.needs.host_peak_bytes)
 
-    choices = [choice(setting) for setting in _settings(config, survey, kinds, on_gpu)]
+    choices = [choice(setting) for setting in _all_settings(config, extrapolation, kinds, on_gpu)]
     fitting = [each for each in choices if not over(each)]
-    return Found(
-        layers=survey.layers,
+    return SearchResult(
+        layers=extrapolation.layers,
         fitting=tuple(sorted(fitting, key=_rank)),
         least=min(choices, key=lambda each: (over(each), _rank(each))),
-        asked=choice(_asked(config, survey, kinds, on_gpu)),
+        asked=choice(_asked(config, extrapolation, kinds, on_gpu)),
         considered=len(choices),
     )
 
 
-def _eval_rows(survey: Survey, setting: Setting, budget: Budget) -> int:
+def _eval_rows(extrapolation: Extrapolation, setting: Setting, budget: Budget) -> int:
     fitting = [
         rows
-        for rows in survey.evaluations
-        if not budget.over_bytes(survey.evaluation_bytes(rows, setting), 0)
+        for rows in extrapolation.evaluations
+        if not budget.over_bytes(extrapolation.evaluation_bytes(rows, setting), 0)
     ]
     return max(fitting, default=1)
 
 
-def _rank(choice: Choice) -> tuple[float, int, int]:
+def _rank(choice: SettingChoice) -> tuple[float, int, int]:
     return choice.cost, choice.micro_batches, choice.needs.peak_bytes
 
 
@@ -205,14 +207,14 @@ def _tiles(config: TrainConfig) -> list[int]:
     return [0, MLP_TILE_TOKENS] if config.mlp_tile_tokens is None else [config.mlp_tile_tokens]
 
 
-def _settings(
-    config: TrainConfig, survey: Survey, kinds: list[tuple[int, int]], on_gpu: bool
+def _all_settings(
+    config: TrainConfig, extrapolation: Extrapolation, kinds: list[tuple[int, int]], on_gpu: bool
 ) -> Iterator[Setting]:
     offloads = _either(config.offload_checkpoints, on_gpu)
-    on_cpu = _either(config.embedding_on_cpu, survey.has_embedding_on_cpu)
+    on_cpu = _either(config.embedding_on_cpu, extrapolation.has_embedding_on_cpu)
     for rows, tile in kinds:
-        for keep_layers in _kept(config, survey.layers):
-            for offload in offloads if keep_layers < survey.layers else [False]:
+        for keep_layers in _keep_choices(config, extrapolation.layers):
+            for offload in offloads if keep_layers < extrapolation.layers else [False]:
                 for embedding_on_cpu in on_cpu:
                     yield Setting(rows, tile, offload, embedding_on_cpu, keep_layers)
 
@@ -223,7 +225,7 @@ def _either(asked: bool | None, possible: bool) -> list[bool]:
     return [True, False] if asked is None else [asked]
 
 
-def _kept(config: TrainConfig, layers: int) -> list[int]:
+def _keep_choices(config: TrainConfig, layers: int) -> list[int]:
     if not config.recompute:
         return [layers]
     if "keep_layers" in config.model_fields_set:
@@ -232,13 +234,17 @@ def _kept(config: TrainConfig, layers: int) -> list[int]:
 
 
 def _asked(
-    config: TrainConfig, survey: Survey, kinds: list[tuple[int, int]], on_gpu: bool
+    config: TrainConfig, extrapolation: Extrapolation, kinds: list[tuple[int, int]], on_gpu: bool
 ) -> Setting:
     """Return the setting that the options alone would give, its rows among those surveyed."""
     rows = max(rows for rows, _ in kinds if rows <= max(config.batch_size, kinds[0][0]))
     tile = config.mlp_tile_tokens
     if tile is None:
         tile = MLP_TILE_TOKENS if config.recompute else 0
-    keep_layers = min(config.keep_layers, survey.layers) if config.recompute else survey.layers
-    offload = on_gpu and keep_layers < survey.layers and config.offload_checkpoints is not False
-    return Setting(rows, tile, offload, survey.has_embedding_on_cpu, keep_layers)
+    keep_layers = (
+        min(config.keep_layers, extrapolation.layers) if config.recompute else extrapolation.layers
+    )
+    offload = (
+        on_gpu and keep_layers < extrapolation.layers and config.offload_checkpoints is not False
+    )
+    return Setting(rows, tile, offload, extrapolation.has_embedding_on_cpu, keep_layers)

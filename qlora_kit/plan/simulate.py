@@ -142,7 +142,7 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     merged = min(layers, _layers_of_a_shard(subject.spec) + 1)
     skeleton = subject.spec.skeleton(merged)
     with _simulation(subject.hardware) as ledger:
-        _merge(ledger, skeleton, subject, run, layers / merged)
+        _simulate_merge(ledger, skeleton, subject, run, layers / merged)
     device = {phase: run.device[phase] for phase in PHASES}
     return Prediction(device, {phase: run.host[phase] for phase in PHASES}, evaluation_rows)
 
@@ -236,7 +236,7 @@ class SimulatedRun:
     def _claimed(self, stream: Stream) -> Stream:
         """Say of each tensor what it is for, as soon as it is there."""
         for name, value in stream:
-            for part, tensor in _parts(value):
+            for part, tensor in _stored_parts(value):
                 self.ledger.claim(tensor, purpose_of_part(part))
             yield name, value
 
@@ -337,7 +337,7 @@ class SimulatedRun:
 
 
 @torch.no_grad()
-def _merge(
+def _simulate_merge(
     ledger: Ledger,
     skeleton: PreTrainedModel,
     subject: Subject,
@@ -389,7 +389,7 @@ def _planned(quantization: Quantization) -> _Planned:
     return _Planned(quantization.bits, quantization.quant_type, quantization.double_quant)
 
 
-def _parts(value: FrozenWeight | Tensor) -> list[tuple[str, Tensor]]:
+def _stored_parts(value: FrozenWeight | Tensor) -> list[tuple[str, Tensor]]:
     return [("", value)] if isinstance(value, Tensor) else list(value.stored())
 
 
@@ -416,11 +416,11 @@ def _empty_tensors(
         if name not in tied:
             # What is read is booked on the host, though a mapped file is none of its memory.
             made = hardware.device if are_drawn else torch.device("cpu")
-            stored = torch.empty(shaped.shape, dtype=_stored_dtype(skeleton), device=made)
+            stored = torch.empty(shaped.shape, dtype=_skeleton_dtype(skeleton), device=made)
             where = torch.device("cpu") if name in on_host else hardware.device
             yield name, freeze(name, stored, name in linear, quantization, where, is_own=are_drawn)
 
 
-def _stored_dtype(skeleton: PreTrainedModel) -> torch.dtype:
+def _skeleton_dtype(skeleton: PreTrainedModel) -> torch.dtype:
     dtype = getattr(skeleton.config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

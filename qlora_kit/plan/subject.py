@@ -22,7 +22,7 @@ from qlora_kit.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSizes:
     """What decides the memory of the rows of a run.
 
     Attributes:
@@ -43,7 +43,7 @@ class Rows:
         return self.supervised[min(rows, len(self.supervised)) - 1]
 
     @classmethod
-    def of(cls, rows: TokenRows, most: int, evaluation_tokens: int | None) -> Rows:
+    def of(cls, rows: TokenRows, most: int, evaluation_tokens: int | None) -> RowSizes:
         """Describe tokenised rows by the largest batches of them.
 
         Args:
@@ -77,7 +77,7 @@ class Subject:
     spec: BaseSpec
     lora: LoraSpec
     hardware: Hardware
-    rows: Rows
+    rows: RowSizes
     task: Task = CAUSAL
 
 

@@ -12,7 +12,7 @@ from qlora_kit.config import (
     GenerateConfig,
 )
 from qlora_kit.data.fields import RowAdapters
-from qlora_kit.data.samples import Prompt, Samples, load_samples, read_prompts
+from qlora_kit.data.samples import PromptRecord, Samples, load_samples, read_prompts
 from qlora_kit.data.shapes import Message
 from qlora_kit.errors import (
     ConfigError,
@@ -266,7 +266,7 @@ def _load_several(config: AdapterOption, base: Base, announce: Announce) -> Adap
     return adapters
 
 
-def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
+def _asked_prompts(config: GenerateConfig) -> list[PromptRecord]:
     """Return what is to be continued; once by each adapter where no prompt asks for one."""
     if bool(config.prompt) is (config.prompts is not None):
         found = "both are given" if config.prompt else "missing"
@@ -275,7 +275,7 @@ def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
             "as --prompts FILE"
         )
     if config.prompts is None:
-        prompts = [Prompt(config.prompt or "", "--prompt")]
+        prompts = [PromptRecord(config.prompt or "", "--prompt")]
     else:
         named = RowAdapters(config.adapter_field, tuple(config.adapters))
         prompts = read_prompts(config.prompts, named if config.adapters else None)
@@ -284,7 +284,7 @@ def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
     return [replace(prompt, adapter=name) for prompt in prompts for name in config.adapters]
 
 
-def _as_turns(prompt: Prompt, raw: bool) -> str | tuple[Message, ...]:
+def _as_turns(prompt: PromptRecord, raw: bool) -> str | tuple[Message, ...]:
     """Return what the chat template makes a text of, or the text as it is."""
     if not isinstance(prompt.content, str):
         if raw:
@@ -296,7 +296,7 @@ def _as_turns(prompt: Prompt, raw: bool) -> str | tuple[Message, ...]:
     return prompt.content if raw else (Message("user", prompt.content),)
 
 
-def _answer_line(config: GenerateConfig, prompt: Prompt, answer: str) -> str:
+def _answer_line(config: GenerateConfig, prompt: PromptRecord, answer: str) -> str:
     labels = [prompt.place] if config.prompts is not None else []
     labels += [prompt.adapter or "the base alone"] if config.adapters else []
     return f"{', '.join(labels)}: {answer.strip()}" if labels else answer.strip()

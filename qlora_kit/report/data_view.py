@@ -53,22 +53,22 @@ def summary_rows(survey: Survey) -> Rows:
                 "supervised tokens"),
         ("end token", f"{' or '.join(map(visible, ends.tokens)) or 'none'} at the end of what is "
                       f"learnt in {ends.rows:,} of {ends.of:,} token rows"),
-        ("prompts", _prompts(survey)),
-        ("repeated", _repeats(survey.repeats)),
+        ("prompts", _prompt_text(survey)),
+        ("repeated", _repeat_text(survey.repeats)),
     ]  # fmt: skip
     if survey.overlap is not None:
-        rows.append(("in both parts", _repeats(survey.overlap)))
+        rows.append(("in both parts", _repeat_text(survey.overlap)))
     return tuple(rows)
 
 
-def _prompts(survey: Survey) -> str:
+def _prompt_text(survey: Survey) -> str:
     tried, right = survey.prompts.tried, survey.prompts.tried - survey.prompts.differing
     if not tried:
         return "none to try"
     return f"{right:,} of {tried:,} tried are what generation is given, token by token"
 
 
-def _repeats(repeats: Repeats) -> str:
+def _repeat_text(repeats: Repeats) -> str:
     if not repeats.rows and not repeats.prompts:
         return "nothing"
     whole = f"{repeats.rows:,} of {repeats.of:,} token rows"

@@ -82,9 +82,9 @@ class RunSummary:
             base=base,
             facts=facts,
             results=results,
-            settings=_settings(config, names),
-            changed=_settings(config, changed),
-            deciding=_settings(config, deciding),
+            settings=_setting_rows(config, names),
+            changed=_setting_rows(config, changed),
+            deciding=_setting_rows(config, deciding),
             versions=tuple(versions.items()),
             commands=commands,
         )
@@ -95,7 +95,7 @@ def base_name(base: str) -> str:
     return Path(base).name if Path(base).is_absolute() else base
 
 
-def _settings(config: TrainConfig, names: Iterable[str]) -> Rows:
+def _setting_rows(config: TrainConfig, names: Iterable[str]) -> Rows:
     values = config.model_dump(mode="json")
     return tuple((name, _text(values[name])) for name in names)
 

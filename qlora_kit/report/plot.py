@@ -29,7 +29,7 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     x = [row["optimizer_step"] for row in steps]
     losses = [row["loss"] for row in steps]
     axes.plot(
-        x, losses, color="tab:blue", alpha=0.3, linewidth=1, marker=_marker(x),
+        x, losses, color="tab:blue", alpha=0.3, linewidth=1, marker=_point_marker(x),
         label="training, each step",
     )  # fmt: skip
     axes.plot(x, _smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
@@ -70,7 +70,7 @@ def memory_curve(rows: Sequence[dict[str, Any]], levels: Mapping[str, int]) -> b
     x = [row["optimizer_step"] for row in steps]
     figure, axes = new_figure(8, 3)
     sizes = [row["memory_bytes"] / 1e9 for row in steps]
-    axes.plot(x, sizes, color="tab:green", marker=_marker(x))
+    axes.plot(x, sizes, color="tab:green", marker=_point_marker(x))
     for (name, level), style in zip(levels.items(), ("--", ":"), strict=False):
         axes.axhline(level / 1e9, color="black", linestyle=style, linewidth=1, label=name)
     if levels:
@@ -123,7 +123,7 @@ def _by_step(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _marker(points: Sequence[int]) -> str | None:
+def _point_marker(points: Sequence[int]) -> str | None:
     return "." if len(points) < _FEW_POINTS else None
 
 

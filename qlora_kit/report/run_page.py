@@ -57,7 +57,7 @@ def write_run_page(
         title=f"{folder.name}: LoRA adapter for {summary.base_name}",
         summary=summary,
         samples=samples,
-        evaluations=_evaluations(log_rows),
+        evaluations=_evaluation_rows(log_rows),
         incidents=_incidents(log_rows),
         most_rows=_MOST_ROWS,
         loss_picture=loss_picture.read_bytes(),
@@ -68,7 +68,7 @@ def write_run_page(
     write_text(folder / NAME, text)
 
 
-def _evaluations(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str, str, str]]:
+def _evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str, str, str]]:
     return [
         (row["optimizer_step"], f"{row['epoch']:.2f}", f"{row['eval_loss']:.4f}",
          "best so far" if row["is_best"] else "")

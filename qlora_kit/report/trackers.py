@@ -209,10 +209,10 @@ def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, flo
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return every option as what trackers take: a text or a number, without secrets."""
     values = redacted_values(config.model_dump(mode="json"))
-    return {name: _plain(value) for name, value in values.items()}
+    return {name: _as_setting(value) for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
+def _as_setting(value: Any) -> Any:
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):

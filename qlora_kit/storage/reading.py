@@ -129,10 +129,10 @@ def decode(line: Line) -> str:
     Raises:
         DataError: it is not UTF-8.
     """
-    return _decode(line.record, line.file, line.line)
+    return _decode_bytes(line.record, line.file, line.line)
 
 
-def _decode(raw: bytes, file: str, number: int) -> str:
+def _decode_bytes(raw: bytes, file: str, number: int) -> str:
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -149,7 +149,7 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: as `read_whole`; not UTF-8.
     """
-    return _decode(read_whole(path), str(path), 1).replace("\r\n", "\n")
+    return _decode_bytes(read_whole(path), str(path), 1).replace("\r\n", "\n")
 
 
 # ---------------------------------------------------------------- JSON

@@ -23,7 +23,7 @@ def check_writable(folder: Path) -> None:
         OutputError: a part of its path is a file.
         StorageError: the nearest existing folder may not be written.
     """
-    nearest = _nearest(folder)
+    nearest = _nearest_existing(folder)
     if not nearest.is_dir():
         raise OutputError(f"{folder}: {nearest} is a file; expected a folder; name another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -37,7 +37,7 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
         StorageError: the disk has fewer bytes free.
     """
     with storage_errors(folder):
-        free_bytes = shutil.disk_usage(_nearest(folder)).free
+        free_bytes = shutil.disk_usage(_nearest_existing(folder)).free
     if free_bytes < needed_bytes:
         raise StorageError(
             f"{folder}: {free_bytes / 1e9:.2f} GB free; expected {needed_bytes / 1e9:.2f} GB for "
@@ -45,7 +45,7 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def _nearest(folder: Path) -> Path:
+def _nearest_existing(folder: Path) -> Path:
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent

@@ -1,6 +1,6 @@
 """What every kind of step needs, extrapolated from a model of a few layers.
 
-Takes the options of `train`; returns a `Survey` that answers for any setting at once. Each
+Takes the options of `train`; returns an `Extrapolation` that answers for any setting at once. Each
 decoder layer takes as much as the next, so what one adds is measured between two depths, and
 between keeping its activations and recomputing them.
 """
@@ -71,7 +71,7 @@ class Needs:
     work: Work
 
 
-class _Sample(NamedTuple):
+class _StepTaken(NamedTuple):
     """What one step of the shortened model took."""
 
     forward: int
@@ -83,17 +83,17 @@ class _Sample(NamedTuple):
 class _Kind(NamedTuple):
     """Steps of one micro-batch and tile, with the activations of none, one and two layers kept."""
 
-    none_kept: _Sample
-    one_kept: _Sample
-    two_kept: _Sample
+    none_kept: _StepTaken
+    one_kept: _StepTaken
+    two_kept: _StepTaken
 
 
-def _between(low: _Sample, high: _Sample, share: float) -> _Sample:
-    return _Sample(*(round(a + share * (b - a)) for a, b in zip(low, high, strict=True)))
+def _between(low: _StepTaken, high: _StepTaken, share: float) -> _StepTaken:
+    return _StepTaken(*(round(a + share * (b - a)) for a, b in zip(low, high, strict=True)))
 
 
 @dataclass(frozen=True)
-class Survey:
+class Extrapolation:
     """The needs of every setting.
 
     Attributes:
@@ -186,9 +186,9 @@ class Survey:
         )
 
 
-def take_survey(
+def extrapolate(
     subject: Subject, config: TrainConfig, rows: Sequence[int], tiles: Sequence[int]
-) -> Survey:
+) -> Extrapolation:
     """Measure what steps need, for training and evaluation on the longest row of both.
 
     Args:
@@ -213,13 +213,13 @@ def take_survey(
             tile: {each: _kind(run, config, BatchShape(each, tokens), tile) for each in measured}
             for tile in tiles
         }
-        evaluations = _evaluations(run, config, tokens)
+        evaluations = _evaluation_peaks(run, config, tokens)
         run.save()
     host = {phase: run.host[phase].bytes for phase in ("load", "optimizer", "save")}
     first = kinds[tiles[0]][rows[0]]
     checkpoint = run.base.batch_width(tokens) * text.hidden_size * hardware.dtype.itemsize
     layer = deeper.forward - first.one_kept.forward
-    return Survey(
+    return Extrapolation(
         layers=text.num_hidden_layers,
         layer_bytes=layer - (0 if on_gpu else checkpoint * rows[0]),
         checkpoint_bytes=checkpoint,
@@ -244,16 +244,16 @@ def _kind(run: SimulatedRun, config: TrainConfig, batch: BatchShape, tile_tokens
 
 def _sample(
     run: SimulatedRun, config: TrainConfig, batch: BatchShape, tile_tokens: int, keep_layers: int
-) -> _Sample:
+) -> _StepTaken:
     setting = Setting(batch.rows, tile_tokens, True, True, keep_layers)
     # Without recompute every layer would keep its activations, and no difference would show.
     recomputing = config.model_copy(update={"recompute": True})
     run.step(setting.applied(recomputing), batch)
     forward, backward = run.device["forward"].bytes, run.device["backward"].bytes
-    return _Sample(forward, backward, run.work.flop, run.work.unpacked_bytes)
+    return _StepTaken(forward, backward, run.work.flop, run.work.unpacked_bytes)
 
 
-def _outside(first: _Kind, deeper: _Sample, rows: int) -> Work:
+def _outside(first: _Kind, deeper: _StepTaken, rows: int) -> Work:
     """Return the work outside of the layers, for one row, from that of steps of two depths."""
     one, two = first.one_kept, first.two_kept
 
@@ -264,7 +264,7 @@ def _outside(first: _Kind, deeper: _Sample, rows: int) -> Work:
     return Work(outside(one.flop, two.flop, deeper.flop) // rows, unpacked)
 
 
-def _evaluations(run: SimulatedRun, config: TrainConfig, tokens: int) -> dict[int, int]:
+def _evaluation_peaks(run: SimulatedRun, config: TrainConfig, tokens: int) -> dict[int, int]:
     """Return the peaks of evaluations of as many rows as asked for, and of half as many, to one.
 
     They grow in proportion to the rows, so that two are enough to know all.
