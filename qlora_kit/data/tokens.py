@@ -71,7 +71,7 @@ class Counts:
     rows_split: int = 0
     """kept rows of which chunks were made, one or several"""
     rows_by_turn: int = 0
-    """split rows rendered once an answer: the template changes earlier turns or does not end them"""
+    """split rows rendered once an answer: the template changes or does not end earlier turns"""
     rows_unaligned: int = 0
     """rows where a token straddles the end of a prompt and could not be divided"""
     chunks: int = 0
@@ -190,7 +190,7 @@ def tokenize(
 
 
 def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) -> Tokenized | None:
-    """Return the rows of an earlier run; None where they are missing or not as they were written."""
+    """Return the rows of an earlier run; None where they are missing or were changed."""
     try:
         about = storage.read_json(file.with_suffix(".json"))
         if about["sha256"] != storage.file_hash(file):

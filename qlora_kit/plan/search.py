@@ -1,7 +1,7 @@
 """Choose the settings of a step that fit a budget with the least work.
 
-Takes the options of `train` and a `Budget`; returns ranked choices. What the user set stays as
-it is, but for the micro-batch: the effective batch stays what it was.
+Takes the options of `train` and a `Budget`; returns ranked choices. Every option that the user
+set stays as it is, except the micro-batch: there only the effective batch stays the same.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from qlora_kit.plan.subject import Subject
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
 
-# Rates that make one number of work, as a card of 24 GB reaches them in practice. They rank
+# Rates that turn work into one number, as a card of 24 GB reaches them in practice. They rank
 # choices; no time is predicted from them.
 _FLOP_RATE = 60e12
 _MEMORY_RATE = 0.7e12
 _LINK_RATE = 12e9
 # Copies run beside the computation; the published cost of doing so is 0 to 2 %.
 _SHARE_OF_COPIES_SEEN = 0.1
-# What is unpacked is written once and read once, and read a quarter as large before.
+# An unpacked weight is written once and read once; before, its packed form is read, a quarter as
+# large.
 _PASSES_OVER_UNPACKED = 2.25
-# More rows at a time than this gain nothing that would be worth looking for.
+# More rows at a time than this gain too little to be searched for.
 _MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
 class SettingChoice:
-    """A setting and what it would take.
+    """A setting, and the memory and work that it would take.
 
     Attributes:
-        setting: what is chosen.
-        needs: of one micro-batch and of an evaluation, extrapolated over the layers.
-        micro_batches: of an optimiser step.
-        eval_rows: rows of a batch in evaluation: as many as asked for, or as fit.
-        cost: work of an optimiser step as one number; only ratios have a meaning.
+        setting: the setting.
+        needs: needs of one micro-batch and of an evaluation, extrapolated over the layers.
+        micro_batches: micro-batches of an optimiser step.
+        eval_rows: rows of a batch in evaluation: as many as were asked for, or as fit.
+        cost: work of an optimiser step as one number; only ratios of it have a meaning.
     """
 
     setting: Setting
@@ -55,7 +56,10 @@ class SettingChoice:
         return self.setting.applied(config).model_copy(update={"eval_batch_size": self.eval_rows})
 
     def describe(self, layers: int) -> str:
-        """Such as "2 × 8 rows, 12 of 30 layers keep activations, checkpoints on the host"."""
+        """Return the setting in words.
+
+        An example: "2 × 8 rows, 12 of 30 layers keep activations, checkpoints on the host".
+        """
         setting = self.setting
         parts = [f"{setting.rows} × {self.micro_batches} rows"]
         if setting.keep_layers < layers:
@@ -73,14 +77,14 @@ class SettingChoice:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The choices that a search found.
 
     Attributes:
         layers: decoder layers of the model.
-        fitting: the choices that fit, the least work first.
-        least: the one that goes least over the budget, or the first that fits.
-        asked: the settings as they were before.
-        considered: how many choices there were.
+        fitting: the choices that fit, the choice with the least work first.
+        least: the choice that goes least over the budget, or the first that fits.
+        asked: the settings as they were asked for.
+        considered: number of all choices.
     """
 
     layers: int
@@ -91,7 +95,7 @@ class SearchResult:
 
     @property
     def ranked(self) -> tuple[SettingChoice, ...]:
-        """The best choice of each kind; they differ in more than in the number of layers kept."""
+        """The best choice of each kind; choices of one kind differ only in the layers they keep."""
         best: dict[Setting, SettingChoice] = {}
         for choice in self.fitting:
             best.setdefault(replace(choice.setting, keep_layers=0), choice)
@@ -99,7 +103,7 @@ class SearchResult:
 
     @property
     def why(self) -> str:
-        """Why the first choice is the first."""
+        """The reason for the first choice, in words."""
         chosen, asked = self.fitting[0], self.asked
         ratio = chosen.cost / asked.cost
         return (
@@ -109,7 +113,7 @@ class SearchResult:
         )
 
     def as_json(self, most: int) -> list[dict[str, Any]]:
-        """Return the first choices for programs."""
+        """Return the first choices for programs, at most `most`."""
         return [
             {
                 **asdict(choice.setting),
@@ -132,9 +136,9 @@ def search(
 
     Args:
         subject: the run.
-        config: what was asked for.
-        budget: what the run may take.
-        rows: micro-batches to choose from; every divisor of the effective batch if None.
+        config: the configuration as it was asked for.
+        budget: the memory that the run may take.
+        rows: micro-batches to choose from; if None, divisors of the effective batch.
     """
     rows, tiles = rows or _micro_batches(config), _tiles(config)
     extrapolation = extrapolate(subject, config, rows, tiles)
@@ -185,7 +189,7 @@ def _cost(work: Work) -> float:
     return max(computing, copying) + _SHARE_OF_COPIES_SEEN * copying
 
 
-# ---------------------------------------------------------------- what there is to choose
+# ---------------------------------------------------------------- the settings to choose from
 
 
 def _effective_batch(config: TrainConfig) -> int:
@@ -195,7 +199,7 @@ def _effective_batch(config: TrainConfig) -> int:
 def _micro_batches(config: TrainConfig) -> list[int]:
     effective = _effective_batch(config)
     rows = [rows for rows in range(1, min(effective, _MOST_ROWS) + 1) if effective % rows == 0]
-    # Of an effective batch with many divisors those about a factor of two apart.
+    # Where the effective batch has many divisors, only those about a factor of two apart are kept.
     kept = [rows[0]]
     for each in rows[1:]:
         if each >= 2 * kept[-1] or each == config.batch_size:
@@ -236,7 +240,7 @@ def _keep_choices(config: TrainConfig, layers: int) -> list[int]:
 def _asked(
     config: TrainConfig, extrapolation: Extrapolation, kinds: list[tuple[int, int]], on_gpu: bool
 ) -> Setting:
-    """Return the setting that the options alone would give, its rows among those surveyed."""
+    """Return the setting that the options alone would give; its rows are among those of `kinds`."""
     rows = max(rows for rows, _ in kinds if rows <= max(config.batch_size, kinds[0][0]))
     tile = config.mlp_tile_tokens
     if tile is None:
