@@ -247,7 +247,7 @@ class SimulatedRun:
         self._give_gradients()
         with self.phase("optimizer"), watched(self.ledger, self.optimizer):
             limit = self.config.max_grad_norm or 1.0
-            with self.ledger.purpose("optimiser"):
+            with self.ledger.purpose("optimizer"):
                 make_state(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
             self.optimizer.step()

@@ -23,7 +23,7 @@ _CONSTANTS = "quantisation constants"
 # The names of the purposes, in the order in which a picture stacks them.
 PURPOSES = (
     "base weights", _CONSTANTS, "norms and biases", "embeddings", "head", "LoRA",
-    "gradients", "optimiser", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
+    "gradients", "optimizer", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
     UNPACKED, "workspace", "copies to save",
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ def claim_trained(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
                 ledger.claim(parameter.grad, "gradients")
             for value in optimizer.state[parameter].values():
                 if isinstance(value, Tensor):
-                    ledger.claim(value, "optimiser")
+                    ledger.claim(value, "optimizer")
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def _optimizer_hooks(ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterat
     entered = contextlib.ExitStack()
 
     def begin(*_: Any) -> None:
-        entered.enter_context(ledger.purpose("optimiser"))
+        entered.enter_context(ledger.purpose("optimizer"))
 
     yield optimizer.register_step_pre_hook(begin)
     yield optimizer.register_step_post_hook(lambda *_: entered.close())
