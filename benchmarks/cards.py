@@ -53,14 +53,15 @@ def row(model: str, bits: str, cards: list[str]) -> dict[str, Any]:
 def predicted(model: str, bits: int, length: int) -> int:
     """Return the peak of a run on the device, load and evaluation included."""
     import qlora_kit as qk
-    from qlora_kit.plan.subject import Rows, Subject, planned_hardware
+    from qlora_kit.plan.simulate import predict
+    from qlora_kit.plan.subject import RowSizes, Subject, planned_hardware
 
     config = qk.TrainConfig(
         model=model, bits=bits, batch_size=1, gradient_accumulation_steps=2, eval_batch_size=1
     )
     spec = qk.BaseSpec(qk.find_model(model), None, qk.Quantization(bits), random=True)
-    what = Subject(spec, qk.LoraSpec.of(config), planned_hardware(config), Rows(length))
-    return what.predicted(config).peak.bytes
+    subject = Subject(spec, qk.LoraSpec.of(config), planned_hardware(config), RowSizes(length))
+    return predict(subject, config).peak.bytes
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ _REHEARSAL_LIMIT_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
-class Part:
+class ReportPart:
     """One part of the report.
 
     Attributes:
@@ -94,7 +94,7 @@ _TINY_SHAPES = [[1, 192], [2, 160]]
 PARTS = {
     part.name: part
     for part in (
-        Part(
+        ReportPart(
             "tests", 75,
             {
                 "gpu": {
@@ -108,7 +108,7 @@ PARTS = {
             },
             _STEADY_CUBLAS,
         ),
-        Part(
+        ReportPart(
             "peaks", 50,
             {
                 f"{bits} bits": {**_MODEL, "bits": bits, "lengths": [512, 2048, 4096, 8192, 32768]}
@@ -117,7 +117,7 @@ PARTS = {
             {**_TINY, "lengths": [64, 160]},
         ),
         # Ours and theirs once in this order and once the other way round.
-        Part(
+        ReportPart(
             "speed", 80,
             {
                 "ours": _speed("ours", ("default", "flash", "cudnn")), "peft": _speed("peft"),
@@ -126,11 +126,11 @@ PARTS = {
             },
             {**_TINY, "shapes": _TINY_SHAPES, "warmup": 1, "steps": 2, "matmul_size": 256},
         ),
-        Part(
+        ReportPart(
             "profile", 20, {"ours": {**_MODEL, "shapes": _SHAPES, "warmup": 2}},
             {**_TINY, "shapes": _TINY_SHAPES},
         ),
-        Part(
+        ReportPart(
             "ragged", 15,
             {
                 "ours": {
@@ -140,11 +140,11 @@ PARTS = {
             },
             {**_TINY, "lengths": [61, 131], "multiple": 16},
         ),
-        Part(
+        ReportPart(
             "exact", 20, {"ours": {**_MODEL, "shape": [1, 2048], "warmup": 1, "steps": 2}},
             {**_TINY, "shape": [1, 160]}, _STEADY_CUBLAS,
         ),
-        Part(
+        ReportPart(
             "limits", 40, {"10 GB": _limit("10GB"), "24 GB": _limit("24GB")},
             {
                 "options": "--model demo --max-length 128 --max-steps 2 --samples 0 --batch-size 2 "
@@ -202,7 +202,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _parts(text: str) -> list[Part]:
+def _parts(text: str) -> list[ReportPart]:
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in PARTS]:
         raise argparse.ArgumentTypeError(
@@ -221,7 +221,7 @@ def _limits(text: str) -> dict[str, float]:
     return limits
 
 
-def _own_limit(part: Part, rehearse: bool) -> float:
+def _own_limit(part: ReportPart, rehearse: bool) -> float:
     return _REHEARSAL_LIMIT_SECONDS if rehearse else part.limit_seconds
 
 
@@ -277,7 +277,7 @@ class PartResult:
     """
 
     def __init__(
-        self, part: Part, path: Path, limit: float, predicted: dict[str, Any] | None
+        self, part: ReportPart, path: Path, limit: float, predicted: dict[str, Any] | None
     ) -> None:
         self._part, self._path, self._limit = part, path, limit
         self._predicted = predicted or {}

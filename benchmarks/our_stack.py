@@ -201,8 +201,8 @@ def _planned(source: Any, config: Any, *, for_gpu: bool) -> Any:
 
     import qlora_kit as qk
     from qlora_kit.model.hardware import Hardware
-    from qlora_kit.plan.subject import Rows, Subject
+    from qlora_kit.plan.subject import RowSizes, Subject
 
     hardware = Hardware(torch.device("meta" if for_gpu else "cpu"), torch.bfloat16, "planned")
     spec = qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True)
-    return Subject(spec, qk.LoraSpec.of(config), hardware, Rows(config.max_length))
+    return Subject(spec, qk.LoraSpec.of(config), hardware, RowSizes(config.max_length))

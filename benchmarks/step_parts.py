@@ -28,7 +28,7 @@ _ATTENTION = ("scaled_dot_product", "flash_attention", "fmha", "_sdpa", "planned
 
 PARTS = (
     "base products", "LoRA", "dequantisation", "attention", "norms", "RoPE", "MLP beside products",
-    "head and loss", "optimiser", "copies", "everything else",
+    "head and loss", "optimizer", "copies", "everything else",
 )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def part_of(launch: Launch, rank: int, vocabulary: int) -> str:
     if kernel.startswith(("memcpy", "memset")):
         return "copies"
     if "optimizer.step" in text or _LABEL + "clipping" in text or "fused_adam" in text:
-        return "optimiser"
+        return "optimizer"
     if "dequant" in kernel or "dequant" in text.split(_NODE.lower())[0]:
         return "dequantisation"
     if any(word in kernel or word in text for word in _ATTENTION):

@@ -1,7 +1,7 @@
 """qlora-kit: fine-tune large language models on small GPUs.
 
 The base is frozen in 4 or 8 bits, small LoRA matrices are trained on it, and the result
-leaves as a PEFT adapter or as a merged fp16 model. What the commands do is importable:
+leaves as a PEFT adapter or as a merged fp16 model. Everything the commands do can be imported:
 
     import qlora_kit as qk
 
@@ -12,7 +12,7 @@ leaves as a PEFT adapter or as a merged fp16 model. What the commands do is impo
     record = qk.BaseRecord.of(opened.base, template_hash=data.template_hash)
     qk.save_adapter(adapter, folder, record)
 
-Names are loaded when they are first used: importing the package imports no torch.
+A name is loaded when it is first used, so importing the package imports no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every error the kit raises on purpose, with the exit code a shell sees; others' as one of them.
+"""Every error that the kit raises on purpose, and the exit code that a shell sees.
 
     QloraKitError              1   internal: something the kit should have handled
-    ├── InputError             2   what the user gave cannot be used
+    ├── InputError             2   the user's input cannot be used
     │   ├── ConfigError            a flag or configuration key
     │   ├── DataError              a record, a data file, a template
     │   ├── ModelError             a model name, architecture or checkpoint
@@ -10,14 +10,15 @@
     ├── EnvironmentFault       3   the machine around the kit
     │   ├── HubError               hub out of reach, access not granted
     │   ├── StorageError           disk full, permission, damaged file, folder in use
-    │   └── OutOfMemory            of the device or the host, at the smallest batch there is
-    │       └── TornStep               while weights were updated: they are not to be saved
+    │   └── OutOfMemory            of the device or the host, at the smallest possible batch
+    │       └── TornStep               while weights were updated: they must not be saved
     ├── NumericsError          4   losses or gradients that are not finite numbers
     │   └── LearningError          an adapter that does not learn
     └── VerificationError      5   a result that failed its own check
 
-A message has three parts: what was found, what was expected, what to do. It is one line a
-fault, and never contains sample text or a token: `redact` sees to the latter.
+A message has three parts: what was found, what was expected, what to do. Each fault is one line.
+It never contains sample text, nor a token: `redact` takes tokens out. `raised_as` turns errors of
+libraries into these.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 from qlora_kit.redact import one_line
 
 EXIT_INTERRUPTED = 130
-"""of a Ctrl-C that `signals` does not handle; a handled signal exits with 128 + its number"""
+"""exit code of a Ctrl-C that `signals` does not handle; a handled signal exits with 128 + number"""
 
 _MOST_CHARACTERS = 200
 
@@ -38,7 +39,7 @@ class QloraKitError(Exception):
     """Base of all errors the kit raises on purpose.
 
     Args:
-        faults: one line each; several when independent faults were collected before raising.
+        faults: one line each; several where independent faults were collected before raising.
     """
 
     exit_code = 1
@@ -49,7 +50,7 @@ class QloraKitError(Exception):
 
 
 class InputError(QloraKitError):
-    """What the user gave cannot be used."""
+    """The user's input cannot be used."""
 
     exit_code = 2
 
@@ -85,15 +86,15 @@ class HubError(EnvironmentFault):
 
 
 class StorageError(EnvironmentFault):
-    """A file could not be written or read back as it was written."""
+    """A file could not be written, or is not as it was written."""
 
 
 class OutOfMemory(EnvironmentFault):
-    """The device or the host has no memory left, and there is nothing to halve any more."""
+    """The device or the host has no memory left, and the batch cannot be halved any further."""
 
 
 class TornStep(OutOfMemory):
-    """Memory ran out while the weights were updated: some are those of the next step."""
+    """Memory ran out while the weights were updated: some are already those of the next step."""
 
 
 class NumericsError(QloraKitError):
@@ -121,15 +122,16 @@ def raised_as(
     line: str | Callable[[Any], str | None],
     of: type[BaseException] | tuple[type[BaseException], ...] = Exception,
 ) -> Iterator[None]:
-    """Raise what is raised inside the block as one line of the kit.
+    """Turn an error that is raised inside the block into an error of the kit.
 
     Args:
-        kind: of the error that takes its place.
-        line: its line, or what makes it of the error; None lets the error pass.
-        of: the errors that it is about. The kit's own pass, unless they are named here.
+        kind: the class of the new error.
+        line: the line of the new error, or a function that makes it from the old one; if the
+            function returns None, the old error passes.
+        of: the classes of errors to turn. The kit's own errors pass, unless they are named here.
 
     Raises:
-        QloraKitError: of that kind, in place of the error.
+        QloraKitError: an error of `kind`, in place of the old one.
     """
     try:
         yield
@@ -143,21 +145,21 @@ def raised_as(
 
 
 def reason(error: OSError) -> str:
-    """Return what the system says, in lower case: "no space left on device"."""
+    """Return the system's words for an error, in lower case: "no space left on device"."""
     return (error.strerror or str(error)).lower()
 
 
 def first_line(error: BaseException, most: int = _MOST_CHARACTERS) -> str:
-    """Return the first line of what an error says, cut to so many characters; else its kind."""
+    """Return the first line of an error's message, at most `most` characters; else its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
 def said(error: BaseException) -> str:
-    """Return all that an error says, in one line, at least its kind."""
+    """Return the whole message of an error in one line; its class where the message is too bare."""
     # A KeyError quotes its message.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     text = " ".join(str(message).split()).rstrip(".")
     if len(text) > _MOST_CHARACTERS:
         text = f"{text[:_MOST_CHARACTERS]} …"
-    # A message that is a bare name, as of a KeyError, says nothing without the kind.
+    # A message of a single word, such as a KeyError's, says nothing without the class.
     return text if " " in text else f"{type(error).__name__}: {text}".rstrip(": ")

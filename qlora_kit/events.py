@@ -1,6 +1,6 @@
-"""What the stages announce while they run.
+"""The events that stages announce while they run.
 
-A stage receives an `Announce` callable and passes it events; `report/` turns them into a
+A stage takes an `Announce` callable and passes events to it; `report/` turns the events into a
 progress bar, a log and a plot. Stages never print.
 """
 
@@ -17,7 +17,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """Something the user should read once: a choice made for them, a number of rows lost."""
+    """A line that the user should read once: a choice made for them, a number of lost rows."""
 
     text: str
 
@@ -32,18 +32,18 @@ class Facts(Event):
 
 @dataclass(frozen=True)
 class Answered(Event):
-    """A model continued a prompt; `text` is what it added."""
+    """A model continued a prompt; `text` is the continuation."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class RowShown(Event):
-    """A row of the data, to be looked at token by token."""
+    """A row of the data is shown token by token."""
 
     title: str
     tokens: tuple[tuple[str, bool], ...]
-    """text of each, and whether it is supervised"""
+    """the text of each token, and whether it is supervised"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RunStarted(Event):
     total_steps: int
     epochs: float
     evaluated_step: int = 0
-    """the last step whose evaluation counts; a resumed run may have one to repeat"""
+    """the last step whose evaluation counts; a resumed run may repeat a later one"""
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,24 @@ class StepFinished(Event):
     """tokens run through the model, padding not counted"""
     step_seconds: float
     memory_bytes: int
-    """peak allocated on the device since the run began; on a CPU anonymous, of the process"""
+    """on a GPU the peak of allocated bytes since the run began; on a CPU the anonymous memory"""
 
 
 @dataclass(frozen=True)
 class StepSkipped(Event):
-    """An optimiser step changed no weight, because its numbers are not finite."""
+    """An optimiser step changed no weight, because its loss or gradient is not finite."""
 
     optimizer_step: int
     epoch: float
     loss: float
     grad_norm: float
     rows: tuple[int, ...]
-    """index of the source samples that the numbers came from"""
+    """indices of the source samples that these numbers came from"""
 
 
 @dataclass(frozen=True)
 class MicroBatchHalved(Event):
-    """Memory ran out: fewer rows go through the model at a time, in more passes a step."""
+    """Memory ran out; from now on fewer rows go through the model at a time, in more passes."""
 
     optimizer_step: int
     rows_asked: int
@@ -135,7 +135,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """Training ended; `reason` says why."""
+    """Training has ended; `reason` says why."""
 
     optimizer_step: int
     reason: str
@@ -146,7 +146,7 @@ Announce = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Drop the event: the listener of callers who want none."""
+    """Drop the event; for callers who want no events."""
 
 
 def announce_to(listeners: Iterable[Announce]) -> Announce:

@@ -33,7 +33,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
-from qlora_kit.model.config_file import ids_beyond, read_config_file
+from qlora_kit.model.config_file import ids_beyond, read_model_config
 from qlora_kit.model.names import ModelSource, find_model, known_models
 from qlora_kit.train.folder import stored_layer
 
@@ -255,7 +255,7 @@ def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announ
     tokens = getattr(opened.spec(options).architecture().get_text_config(), "vocab_size", None)
     if not tokens:
         return
-    content = read_config_file(folder / "config.json") if folder is not None else {}
+    content = read_model_config(folder / "config.json") if folder is not None else {}
     for part in (content, content.get("text_config") or {}):
         for name, beyond in ids_beyond(part, tokens).items():
             found = f"{folder}/config.json: {name} is {', '.join(map(str, beyond))}"

@@ -1,7 +1,7 @@
 """Private names of torch that the kit uses (2.11 to 2.13), all of them in this file.
 
-What torch has under a public name is not here. The tests of what calls these functions show
-whether a new release still has them, and that they still mean the same.
+Nothing that torch offers under a public name is here. The tests of the callers of these functions
+show whether a new release still has the names, and whether they still mean the same.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _ACTIVITIES = {_profiler.ProfilerActivity.CPU}
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return a module's own buffers; one that is put there has no other checks to pass."""
+    """Return a module's own buffers; a buffer added to them skips torch's checks."""
     return module._buffers
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return a module's own parameters; one that is put there has no other checks to pass."""
+    """Return a module's own parameters; a parameter added to them skips torch's checks."""
     return module._parameters
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Return what two objects of the same storage have in common."""
+    """Return a number that is the same for every Python object of one storage."""
     return int(storage._cdata)
 
 
 def largest_magnitudes(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the largest magnitude in each tensor, from one kernel for all of a device."""
+    """Return the largest magnitude in each tensor; one kernel computes all those of a device."""
     return torch._foreach_norm(list(tensors), float("inf"))
 
 
@@ -52,10 +52,10 @@ def is_in_backward() -> bool:
 
 
 def begin_memory_record() -> None:
-    """Begin to record what the CPU's allocator hands out and takes back, and nothing else.
+    """Begin to record the bytes that the CPU's allocator hands out and takes back.
 
-    `torch.profiler` has no way to leave operators out. What is begun in a backward ends with it:
-    autograd puts the thread's state back as it found it.
+    `torch.profiler` would also record operators, and has no way to leave them out. A record that
+    is begun in a backward ends with it, because autograd restores the state of the thread.
     """
     inner: Any = torch._C._profiler
     # Shapes, memory, stacks, FLOP, modules.
@@ -63,12 +63,12 @@ def begin_memory_record() -> None:
     state = _profiler.ProfilerState.KINETO
     config = _profiler.ProfilerConfig(state, *wanted, inner._ExperimentalConfig())
     _profiler._prepare_profiler(config, _ACTIVITIES)
-    # Nothing that runs here is of this scope. What is, and begins in one record and ends after it,
-    # writes its end into freed memory: torch.optim's step, for one, is of USER_SCOPE.
+    # No code that runs here has this scope. Code of the recorded scope that begins during a record
+    # and ends after it writes into freed memory: the step of torch.optim, for one, has USER_SCOPE.
     _profiler._enable_profiler(config, _ACTIVITIES, {inner.RecordScope.STATIC_RUNTIME_MODEL})
 
 
 def end_memory_record() -> Iterator[tuple[int, int]]:
-    """Stop recording; yield when it was (ns) and how many bytes, negative where taken back."""
+    """Stop recording; yield the time (ns) and bytes of each change, negative where given back."""
     events = _profiler._disable_profiler().events()
     return ((each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]")

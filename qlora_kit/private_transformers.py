@@ -12,14 +12,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def drop_kernels(config: PreTrainedConfig, kept: Collection[str | None]) -> None:
-    """Forget which kernels a configuration asks for, but for those that are kept."""
+    """Forget the kernels that a configuration asks for, except those in `kept`."""
     for name in ("_attn_implementation", "_experts_implementation"):
         if getattr(config, name, None) not in kept:
             setattr(config, name, None)
 
 
 def initialize(model: PreTrainedModel, module: nn.Module) -> None:
-    """Let a model fill one of its modules in, as it does before training from nothing."""
+    """Let a model initialise one of its modules, as it does before training from scratch."""
     model._init_weights(module)
 
 
@@ -35,15 +35,15 @@ def gated(experts: nn.Module, gate_up: Tensor) -> Tensor:
 
 
 def left_out_of_checkpoints(model: PreTrainedModel) -> Collection[str]:
-    """Return patterns of tensors that a checkpoint may have and the model does not want."""
+    """Return the patterns of tensors that a checkpoint may have and the model ignores."""
     return model._keys_to_ignore_on_load_unexpected or ()
 
 
 @contextlib.contextmanager
 def masks_as_in_a_run() -> Iterator[None]:
-    """Let models leave out in a simulation the attention masks that they leave out in a run.
+    """Let models build no more attention masks in a simulation than they build in a run.
 
-    transformers builds them all for tracers, which fake tensors look like.
+    transformers builds every mask while code is traced, and takes fake tensors for a tracer.
     """
     module: Any = masking_utils
     is_tracing = module.is_tracing

@@ -1,9 +1,9 @@
 """Takes secrets out of text before it is shown or written.
 
-`redacted` for text, `redacted_values` for what becomes JSON or YAML, `one_line` for errors.
-Knows the forms of common tokens, and the values of this machine's own secrets: environment
-variables named like one, and the token that `hf auth login` stored. Ordinary text, hashes,
-commits, paths and hub ids stay as they are. Never raises, never uses the network.
+`redacted` takes a text, `redacted_values` takes values for JSON or YAML, `one_line` takes the text
+of an error. They know the forms of common tokens, and the values of this machine's own secrets:
+environment variables named like a secret, and the token that `hf auth login` stored. Ordinary
+text, hashes, commits, paths and hub ids stay as they are. Never raises, never uses the network.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from urllib.parse import quote
 
 MARK = "[redacted]"
 
-# Forms that nothing but a secret has. Prefixes stand at the start of a word, and what follows
-# is longer than any word, so that names such as `hf_model` and `sk-learn` are left alone.
+# Forms that nothing but a secret has. A prefix stands at the start of a word, and the text after it
+# is longer than any word, so names such as `hf_model` and `sk-learn` are left alone.
 _TOKENS = re.compile(
     r"""(?<![A-Za-z0-9])(?:
         hf_(?:oauth_|jwt_)[A-Za-z0-9._-]{20,} | hf_[A-Za-z0-9]{20,} | api_org_[A-Za-z0-9]{20,}
@@ -31,8 +31,8 @@ _TOKENS = re.compile(
     )""",
     re.VERBOSE,
 )
-# What stands before the secret is kept: it says where the secret was. `Path` makes one slash
-# of the two in a URL.
+# The text before the secret is kept, because it says where the secret was. `Path` turns the two
+# slashes of a URL into one.
 _AFTER = (
     re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s/@:]*:[^\s/@]+(?=@)"),
     re.compile(r"\b([Bb]earer\s+)(?=\S*[0-9]|\S{20})[A-Za-z0-9._~+/=-]{8,}"),
@@ -65,7 +65,7 @@ def one_line(text: str) -> str:
 
 
 def redacted_values(value: Any) -> Any:
-    """Return `value` with its texts redacted: in paths, lists, tuples, dictionaries, records."""
+    """Return `value` with every text in it redacted: in paths, lists, tuples, mappings, records."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Path):
@@ -82,7 +82,7 @@ def redacted_values(value: Any) -> Any:
 
 
 def _known_secrets() -> list[str]:
-    """Return this machine's secrets as they may stand in a text, longest first."""
+    """Return this machine's secrets, in every form that a text may have them in; longest first."""
     forms = {form for secret in _secrets() for form in _forms(secret)}
     # One secret may be a part of another.
     return sorted(forms, key=len, reverse=True)
@@ -104,7 +104,7 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _token_path() -> str:
-    """Return where huggingface_hub keeps the token of a login."""
+    """Return the file in which huggingface_hub keeps the token of a login."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
     path = os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")

@@ -1,12 +1,12 @@
-"""SIGTERM, SIGINT and SIGHUP: an end at the next safe point, with what was trained saved.
+"""SIGTERM, SIGINT and SIGHUP end the program at the next safe point, so training can be saved.
 
-The first signal raises `Stopped` where the program stands, or, inside `deferred()`, at the
-next `safe_point()`. It also gives every signal its default action back, so that a second one
-ends the process at once, even inside a long call into C. Whatever is on disk then is whole:
-all writing goes through `storage`.
+The first signal raises `Stopped` where the program stands, or, inside `deferred()`, at the next
+`safe_point()`. It also gives every signal its default action back, so a second signal ends the
+process at once, even inside a long call into C. Everything on the disk is whole even then,
+because all writing goes through `storage`.
 
-Signals belong to the process, so this module has state of its own. Without `stop_on_signals`
-(a program that uses the API) nothing is changed and `safe_point` does nothing.
+Signals belong to the process, so this module has state of its own. A program that uses the API
+does not call `stop_on_signals`: its signals stay as they are, and `safe_point` does nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Stopped(BaseException):
     """A signal asked the program to end. Not an `Exception`: no library may swallow it.
 
     Args:
-        signum: which signal.
+        signum: the number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -45,7 +45,7 @@ def stop_on_signals() -> Iterator[None]:
     """Handle the signals while the block runs. Only the main thread may call this."""
     global _received
     _received = None
-    # What the parent chose to ignore (nohup, a job in the background) stays ignored.
+    # A signal that the parent chose to ignore (nohup, a job in the background) stays ignored.
     handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _receive) for number in handled}
     try:
@@ -53,7 +53,7 @@ def stop_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        # A program that goes on with the API has been told, and stops no more.
+        # A program that continues after this block has been told of the signal already.
         _received = None
 
 
@@ -82,7 +82,7 @@ def deferred() -> Iterator[None]:
 
 
 def safe_point() -> None:
-    """End here if a signal has come: nothing is half done.
+    """End the program here if a signal has come. Call it where no work is half done.
 
     Raises:
         Stopped: a signal has come.

@@ -1,7 +1,7 @@
 """A time limit on a stranger's code that runs in this process: templates, patterns, shapes.
 
-`time_limit` raises `TimeUp` inside its block. It works in the main thread of a POSIX system;
-elsewhere the block runs without a limit, because only there can running code be interrupted.
+`time_limit` raises `TimeUp` inside its block. It works only in the main thread of a POSIX system,
+the only place where running code can be interrupted; elsewhere the block runs without a limit.
 
 Signals belong to the process, so this module has state of its own.
 """
@@ -20,15 +20,15 @@ _is_listening = False
 class TimeUp(BaseException):
     """The block of a `time_limit` took too long.
 
-    Not an `Exception`: jinja2 swallows those while it folds constants.
+    It is no `Exception`, because jinja2 swallows exceptions while it folds constants.
     """
 
 
 class time_limit:  # noqa: N801 - used like a function
     """Raise `TimeUp` in a block that takes longer than `seconds` of wall-clock time.
 
-    A class rather than a generator, because it stands around every rendered sample: 2 µs
-    inside of `many_limits`, 8 µs alone. A timer that ran before is put back.
+    It is a class and not a generator, because every rendered sample enters it: that takes 2 µs
+    inside `many_limits`, and 8 µs alone. A timer that ran before is put back.
 
     Args:
         seconds: more than 0.

@@ -98,7 +98,7 @@ def simulated_once() -> Iterator[None]:
     from qlora_kit.plan import planning, search
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "take_survey", remembering(search.take_survey))
+        patch.setattr(search, "extrapolate", remembering(search.extrapolate))
         patch.setattr(planning, "predict", remembering(planning.predict))
         yield
 

@@ -201,17 +201,17 @@ def test_the_block_size_of_a_record_is_that_of_the_kit() -> None:
 
 
 def test_numbers_of_every_known_model_are_within_the_bounds(tmp_path: Path) -> None:
-    from qlora_kit.model.config_file import read_config_file
+    from qlora_kit.model.config_file import read_model_config
     from qlora_kit.model.names import known_models
 
     for source in known_models().values():
         numbers = dict(source.architecture or {})
         (tmp_path / "config.json").write_text(json.dumps(numbers))
-        assert read_config_file(tmp_path / "config.json") == numbers
+        assert read_model_config(tmp_path / "config.json") == numbers
 
 
 def test_numbers_that_released_models_have_are_accepted(tmp_path: Path) -> None:
-    from qlora_kit.model.config_file import read_config_file
+    from qlora_kit.model.config_file import read_model_config
 
     path = tmp_path / "config.json"
     path.write_text(
@@ -219,10 +219,10 @@ def test_numbers_that_released_models_have_are_accepted(tmp_path: Path) -> None:
         '1e11, "num_key_value_heads": [8, 4], "max_position_embeddings": 10485760, '
         '"text_config": {"hidden_size": 53248}, "rope_scaling": null, "layers": {"a": 1}}'
     )
-    assert read_config_file(path)["num_experts"] == 0
+    assert read_model_config(path)["num_experts"] == 0
     path.write_text('{"text_config": {"hidden_size": -1}}')
     with pytest.raises(ModelError, match=r"config\.json: hidden_size is -1; expected a whole"):
-        read_config_file(path)
+        read_model_config(path)
 
 
 # ---------------------------------------------------------------- secrets

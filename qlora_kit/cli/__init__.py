@@ -1,4 +1,8 @@
-"""Flags to a configuration, errors to one line and an exit code. No logic."""
+"""The command line: flags become a configuration, errors become one line and an exit code.
+
+`main` takes the arguments of a command and exits with its code. The commands themselves are in
+`recipe/`: nothing here decides anything about a run.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,10 @@ from qlora_kit.signals import Stopped, stop_on_signals
 
 
 class _Group(click.Group):
-    """The commands, each with its whole summary."""
+    """The group of all commands; its help shows the whole summary of each."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one entry a command; click would cut long summaries off."""
+        """Write one entry a command; click itself would cut off long summaries."""
         with formatter.section("Commands"):
             formatter.write_dl(
                 [(name, each.get_short_help_str(1000)) for name, each in self.commands.items()]
@@ -49,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code; every error is one line unless `--debug`."""
     if arguments is None:
         arguments = sys.argv[1:]
-        # What trains fills the heap most, and is long enough to begin twice.
+        # Training fills the heap most, and takes long enough that starting twice does not matter.
         if arguments[:1] == ["train"]:
             restart_with_tight_heap()
     debug = "--debug" in arguments
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             click.echo(redacted(traceback.format_exc()), err=True)
-        _fail([_internal(error)], 3 if _is_out_of_memory(error) else 1)
+        _fail([_internal(error)], 3 if _looks_out_of_memory(error) else 1)
     except BaseException as error:
         # A panic of the tokenizers library, which is no Exception.
         if type(error).__name__ != "PanicException":
@@ -82,13 +86,13 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(0)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name and text: torch, whose errors these are, may not have been imported.
+def _looks_out_of_memory(error: BaseException) -> bool:
+    # Told by name and text: these are errors of torch, which may not have been imported.
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _internal(error: BaseException) -> str:
-    if _is_out_of_memory(error):
+    if _looks_out_of_memory(error):
         return (
             "out of memory; try --batch-size 1, a smaller --max-length or --rank, or fewer --bits"
         )

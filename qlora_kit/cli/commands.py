@@ -1,4 +1,4 @@
-"""The commands that run a recipe, one declaration each; all else follows from their options."""
+"""The commands that run a recipe. Each is one declaration; its flags are made from its options."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class _Command(click.Command):
     """A command whose help shows the options that matter first, and the rest by group.
 
     Args:
-        name: of the command, and of its recipe.
-        config_class: the configuration that its flags fill.
-        text: what it does; the first sentence is its summary.
-        example: a command line.
-        positional: the field that is given as an argument.
+        name: the name of the command and of its recipe.
+        config_class: the configuration that the flags fill.
+        text: the description of the command; its first sentence is the summary.
+        example: an example of a command line.
+        positional: the field that is given as an argument instead of a flag.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class _Command(click.Command):
 def _headings(
     config_class: type[Options], shown: Collection[str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield each heading of a help page with the options under it; each option once."""
+    """Yield each heading of a help page with its options; every option stands under one heading."""
     fields = config_class.model_fields
     leading = [name for name in shown if name in fields and declared(config_class, name)["leads"]]
     if leading:

@@ -1,4 +1,4 @@
-"""`qlora-kit models` and `qlora-kit doctor`: what there is, and whether it works here."""
+"""`qlora-kit models` and `qlora-kit doctor`: the models with a name; a check of this machine."""
 
 from __future__ import annotations
 

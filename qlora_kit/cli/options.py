@@ -1,7 +1,7 @@
-"""Build a command's flags from the fields of its configuration, and the configuration back.
+"""Builds a command's flags from the fields of its configuration, and the configuration from flags.
 
-So a flag, its default and its help stand with the option (`config/options.py`) only. Every synonym
-of a field is accepted as a flag too, but only the field's own name is shown by `--help`.
+So a flag, its default and its help are declared once, with the option (`config/options.py`). Every
+synonym of a field is accepted as a flag too, but `--help` shows only the field's own name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COMMON = ("config_file", "dry_run", "json", "debug")
 
 
 class _Option(click.Option):
-    """An option whose synonyms parse but are not listed."""
+    """An option whose synonyms are accepted, but not shown in the help."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         shown, hidden = self.opts, self.opts[1:]
@@ -36,7 +36,7 @@ class _Option(click.Option):
 
 
 def parameters_of(config_class: type[Options], positional: str | None) -> list[click.Parameter]:
-    """Return a flag for every field of a configuration, and those that every command takes.
+    """Return a flag for every field of a configuration, and the flags that every command takes.
 
     Args:
         config_class: the configuration of the command.
@@ -52,7 +52,7 @@ def parameters_of(config_class: type[Options], positional: str | None) -> list[c
 
 
 def _switches(config_class: type[Options]) -> list[click.Parameter]:
-    """Return the peers' switches that set an option of this configuration; they are not shown."""
+    """Return peers' switches that set an option of this configuration; the help hides them."""
     fields = config_class.model_fields.keys()
     return [
         click.Option([_flag(switch)], is_flag=True, default=None, hidden=True)
@@ -123,6 +123,10 @@ def _kinds(annotation: Any) -> set[Any]:
 def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyConfig:
     """Resolve defaults, the model's file, `--config` and flags into a configuration.
 
+    Args:
+        config_class: the configuration of the command.
+        given: the values of its flags, by name.
+
     Raises:
         ConfigError: every fault at once.
         ModelError: `--model` names nothing.
@@ -137,9 +141,9 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
 
 
 def _adapters(given: tuple[str, ...]) -> dict[str, Any]:
-    """Tell `--adapter FOLDER` from `--adapter NAME=FOLDER`, which may be given more than once."""
-    named = [value.partition("=")[::2] for value in given if _is_named(value)]
-    plain = [value for value in given if not _is_named(value)]
+    """Return the option that `--adapter FOLDER` or several `--adapter NAME=FOLDER` set."""
+    named = [value.partition("=")[::2] for value in given if _has_name(value)]
+    plain = [value for value in given if not _has_name(value)]
     if len(plain) > 1 or (plain and named) or len(dict(named)) < len(named):
         raise ConfigError(
             "--adapter: several adapters need a name each; give --adapter NAME=FOLDER for each"
@@ -147,5 +151,5 @@ def _adapters(given: tuple[str, ...]) -> dict[str, Any]:
     return {"adapter": plain[0]} if plain else {"adapters": dict(named)}
 
 
-def _is_named(value: str) -> bool:
+def _has_name(value: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+=.+", value)) and not Path(value).exists()

@@ -1,4 +1,4 @@
-"""What the commands share: show the configuration, or run a stage with the terminal on."""
+"""The two things a command can do: print its configuration, or run its recipe on the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def print_config(config: Options, *, as_json: bool) -> None:
 def run_recipe(
     recipe: Callable[[AnyConfig, Announce], dict[str, Any]], config: AnyConfig, *, as_json: bool
 ) -> None:
-    """Run a recipe; with `as_json` print only its result, as JSON."""
+    """Run a recipe and show its events; with `as_json`, print only its result, as JSON."""
     if as_json:
         click.echo(
             json.dumps(redacted_values(_finite(recipe(config, _notices_to_stderr))), indent=2)
@@ -42,6 +42,6 @@ def _notices_to_stderr(event: Event) -> None:
 
 
 def _finite(result: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity; null says that there is no number."""
+    """Return a result with null for each number that JSON does not have: infinity and NaN."""
     numbers = {k: v for k, v in result.items() if isinstance(v, float) and not math.isfinite(v)}
     return {**result, **dict.fromkeys(numbers)}

@@ -1,8 +1,8 @@
-"""Every option there is, and how values of many places become one configuration.
+"""Every option of the kit, and how values from many places become one configuration.
 
-`options.py` declares them, `decisions.py` says what follows from each, `values.py` reads what
-people write for them, `resolve.py` lays files and flags over each other. Imports neither torch
-nor anything that does.
+`options.py` declares the options, `decisions.py` says what each option decides, `values.py` reads
+the values that people write, `resolve.py` lays files and flags over each other. Never imports
+torch, nor anything that imports it.
 """
 
 from qlora_kit.config.decisions import GROUPS, by_heading, compared, declared, that_decide

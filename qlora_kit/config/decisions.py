@@ -1,11 +1,11 @@
-"""What an option can decide of a run; the lists of options that follow from it.
+"""The things that an option can decide of a run, and the lists of options that follow from them.
 
-| decision | of it follow |
-|---|---|
-| a group of `--allow-change` | the bits of a run; a resumed one may change it on purpose |
-| shape | the shapes of what is stored; a run cannot change it |
-| length | how long a run is; a resumed one may be longer |
-| memory | what a step takes; it is a setting of the plan |
+| decision | the option decides | a resumed run |
+|---|---|---|
+| a group of `--allow-change` | the results of a run, bit for bit | may change it on purpose |
+| shape | the shapes of stored tensors | cannot change it |
+| length | how long a run is | may be longer |
+| memory | the memory of a step: it is a setting of the plan | may change it |
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from qlora_kit.config.options import Options
 
-Group = Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"]
+ChangeGroup = Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"]
 """What `--allow-change` can name."""
 
-Decision = Literal[Group, "shape", "length", "memory"]
+Decision = Literal[ChangeGroup, "shape", "length", "memory"]
 
-GROUPS: tuple[Group, ...] = typing.get_args(Group)
+GROUPS: tuple[ChangeGroup, ...] = typing.get_args(ChangeGroup)
 
 
 def declared(config_class: type[Options], name: str) -> dict[str, Any]:
-    """Return what an option says of itself besides its type, see `option`."""
+    """Return everything an option declares besides its type, default and help, see `option`."""
     extra = config_class.model_fields[name].json_schema_extra
     return extra if isinstance(extra, dict) else {}
 
 
 def that_decide(config_class: type[Options], *decisions: Decision) -> tuple[str, ...]:
-    """Return the options that decide one of these, in the order of their declaration."""
+    """Return the options that decide any of these things, in the order of declaration."""
     return tuple(
         name
         for name in config_class.model_fields
@@ -42,13 +42,13 @@ def that_decide(config_class: type[Options], *decisions: Decision) -> tuple[str,
 
 
 def compared(config_class: type[Options]) -> tuple[str, ...]:
-    """Return the options whose values tell one run from another, as they are."""
+    """Return the options whose own values tell one run from another, see `known_by_result`."""
     names = that_decide(config_class, "shape", *GROUPS)
     return tuple(name for name in names if not declared(config_class, name)["known_by_result"])
 
 
 def by_heading(config_class: type[Options]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the options of each group of a command, under what its class says of it."""
+    """Yield each group of a command's options, under the first sentence of the group's class."""
     left = dict.fromkeys(config_class.model_fields)
     for group in reversed(config_class.__mro__):
         own = inspect.get_annotations(group)

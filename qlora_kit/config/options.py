@@ -1,8 +1,8 @@
-"""What can be asked for: every option, its default, its unit, its other names, and what it decides.
+"""Every option: its default, its unit, its other names, and the things it decides.
 
-One frozen class a command, composed of groups. The command line, what `--resume` compares, the
-settings of a plan and the tables of the docs are made from these fields, so none of them can
-disagree with another.
+Each command has one frozen class, composed of groups of options. The command line, the comparison
+of `--resume`, the settings of a plan and the tables of the docs are all made from these fields, so
+they cannot disagree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from qlora_kit.config.decisions import Decision, Group
+from qlora_kit.config.decisions import ChangeGroup, Decision
 from qlora_kit.config.values import (
     as_meant,
     kinds_of,
@@ -38,7 +38,7 @@ from qlora_kit.config.values import (
 
 # ---------------------------------------------------------------- field types
 
-# Above this a rank or a batch is a slip of the finger, not a wish.
+# A rank or a batch above this is a typing error.
 _MOST = 65_536
 
 _OPTIMIZER_NAMES = {
@@ -63,8 +63,8 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
 
 
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
-ChangeNames = Annotated[tuple[Group, ...], BeforeValidator(parse_list)]
-Names = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
+ChangeNames = Annotated[tuple[ChangeGroup, ...], BeforeValidator(parse_list)]
+TargetNames = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
 Columns = Annotated[dict[str, str], BeforeValidator(parse_names)]
 _Integer = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_number)]
 _Number = Annotated[float, Field(gt=0), BeforeValidator(parse_number)]
@@ -98,14 +98,14 @@ def option(
     """Declare one option.
 
     Args:
-        default: its value where none is given.
-        text: help, with the unit.
-        also: names that peers give it.
-        decides: what of a run follows from it, see `config.decisions`.
-        known_by_result: a run is not told apart by this value but by what came of it, such as a
-            hash of the rows.
-        leads: one of the dozen that `--help` shows first.
-        bounds: of its value, as pydantic has them.
+        default: the value where none is given.
+        text: the help, with the unit.
+        also: names that peers give the option.
+        decides: the things that the option decides of a run, see `config.decisions`.
+        known_by_result: two runs are compared not by this value but by its result, such as a hash
+            of the rows.
+        leads: whether the option is one of the dozen that `--help` shows first.
+        bounds: bounds of the value, in pydantic's names.
     """
     decided = [decides] if isinstance(decides, str) else list(decides)
     extra: dict[str, Any] = {
@@ -223,7 +223,7 @@ class LoraOptions(Options):
     lora_dropout: float = option(
         0.0, "dropout on the input of A, 0 to 1", ge=0, lt=1, decides="lora"
     )
-    targets: Names = option(
+    targets: TargetNames = option(
         ("attention",),
         "comma-separated: attention, mlp, all-linear, names, or regular expressions of paths",
         also=["lora_target_modules", "target_modules", "lora_target"],

@@ -1,6 +1,11 @@
-"""From layers of values to a configuration, the later winning; every fault at once.
+"""From layers of values to a configuration.
 
-defaults  <  configs/NAME.yaml  <  --config FILE  <  flags
+A later layer wins over an earlier one:
+
+    defaults  <  configs/NAME.yaml  <  --config FILE  <  flags
+
+Takes layers, or reads one from a YAML file; returns a frozen configuration, or raises every fault
+at once.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from qlora_kit.errors import ConfigError, raised_as, reason
 
 AnyConfig = TypeVar("AnyConfig", bound=Options)
 
-# Peers' switches whose value becomes another key's value.
+# Switches of peers: each value of a switch stands for a value of another key.
 SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
     "load_in_4bit": {True: ("bits", 4)},
     "load_in_8bit": {True: ("bits", 8)},
@@ -29,27 +34,27 @@ SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
     "fp16": {True: ("dtype", "float16")},
     "completion_only_loss": {True: ("train_on", "completion"), False: ("train_on", "all")},
 }
-# Off, these leave open what is meant: the default here is 4 bits, with peers it is 16.
+# Switched off, these do not say how many bits are meant: the default is 4 here and 16 with peers.
 _NOT_SAID_WHAT = ("load_in_4bit", "load_in_8bit")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Values from one place, and what to call that place in an error."""
+    """Values from one place, and the name of that place in an error."""
 
     origin: str
     values: Mapping[str, Any]
 
 
 class _AsWritten(yaml.SafeLoader):
-    """YAML's safe loader, for options: a value is the text that stands there, as in a flag.
+    """YAML's safe loader, for options: a value stays the text that was written, as in a flag.
 
-    What it means is said by the option's type. YAML would make a date of the folder 2024-01-01,
-    1.1 of the revision 1.10, false of the name no, 90 of 1:30, and text of 1e-4.
+    The option's type says what the text means. YAML itself would make a date of the folder
+    2024-01-01, 1.1 of the revision 1.10, false of the name no, 90 of 1:30, and text of 1e-4.
 
-    It refuses two equal keys, of which YAML takes the last without a word, and aliases: options
-    have no use for them, and a few lines of aliases of aliases become gigabytes where they are
-    printed.
+    It refuses two equal keys, of which YAML would take the last without a word. It also refuses
+    aliases: options have no use for them, and a few lines of aliases of aliases become gigabytes
+    when they are printed.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
@@ -76,7 +81,7 @@ def read_config_file(path: Path) -> Layer:
     """Read a YAML configuration file; its values are texts, lists, mappings and None.
 
     Raises:
-        ConfigError: missing, not YAML, or not a mapping.
+        ConfigError: the file is missing, not YAML, or not a mapping.
     """
     with raised_as(ConfigError, lambda error: _not_yaml(path, error), of=(OSError, *_OF_YAML)):
         content = yaml.load(path.read_text(encoding="utf-8"), _AsWritten)
@@ -87,7 +92,7 @@ def read_config_file(path: Path) -> Layer:
     return Layer(str(path), {str(key).replace("-", "_"): value for key, value in content.items()})
 
 
-# Bytes that are no text, values that are not what their tag says, nesting without end.
+# Errors of bytes that are no text, of values that do not fit their tag, of endless nesting.
 _OF_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
@@ -101,11 +106,11 @@ def _not_yaml(path: Path, error: Exception) -> str:
 
 
 def resolve(config_class: type[AnyConfig], layers: Sequence[Layer]) -> AnyConfig:
-    """Fill `config_class` from `layers`, the later winning, and report every fault at once.
+    """Fill `config_class` from `layers`; a later layer wins over an earlier one.
 
     Raises:
-        ConfigError: with one fault a line: unknown keys (with the nearest known one), one
-            option given twice in a layer, and values that are not usable.
+        ConfigError: every fault at once, one a line: unknown keys (each with the nearest known
+            key), an option given twice in a layer, and values that are not usable.
     """
     faults: list[str] = []
     values: dict[str, Any] = {}
@@ -132,7 +137,7 @@ def _canonical(
         origin = f"{layer.origin}: {key}" if layer.origin else _as_flag(key)
         is_on = switch(value)
         if key in SWITCHES and is_on is None:
-            faults.append(f"{origin}: found {_shown(value)}; expected true or false")
+            faults.append(f"{origin}: found {_as_yaml(value)}; expected true or false")
             continue
         if key in SWITCHES and SWITCHES[key].get(bool(is_on), ("",))[0] in names:
             name, value = SWITCHES[key][bool(is_on)]
@@ -153,7 +158,7 @@ def _canonical(
 
 
 def field_names(config_class: type[Options]) -> dict[str, str]:
-    """Return every accepted key of a configuration, synonyms included, with its field."""
+    """Return the field of every accepted key of a configuration, synonyms included."""
     names = {}
     for name in config_class.model_fields:
         names.update(dict.fromkeys([name, *declared(config_class, name).get("also", ())], name))
@@ -176,12 +181,12 @@ def _value_faults(error: ValidationError, origins: Mapping[str, str]) -> list[st
         message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
         if (kind := problem["type"].partition("_")[0]) in _EXPECTED:
             message = f"expected {_EXPECTED[kind]}"
-        found = _shown(problem["input"])
+        found = _as_yaml(problem["input"])
         faults[name] = f"{origin}: found {found}; {message[0].lower()}{message[1:]}"
     return list(faults.values())
 
 
-# pydantic's kinds of faults of type; its own words for them speak of Python.
+# The kinds of pydantic's type errors; its own words for them are those of Python.
 _EXPECTED = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text",
     "path": "a path", "tuple": "a list", "dict": "name=value pairs",
@@ -189,16 +194,16 @@ _EXPECTED = {
 _MOST_SHOWN = 80
 
 
-def _shown(value: Any) -> str:
-    """Return a value as YAML has it, shortened."""
+def _as_yaml(value: Any) -> str:
+    """Return a value as YAML writes it, shortened."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, dict):
         return "keys with values"
     if isinstance(value, int) and abs(value) > 10**_MOST_SHOWN:
-        return "a number of very many digits"  # more than Python would write out
+        return "a number of very many digits"  # Python refuses to write so long a number
     is_list = isinstance(value, list | tuple)
-    text = f"[{', '.join(map(_shown, value))}]" if is_list else str(value) or "''"
+    text = f"[{', '.join(map(_as_yaml, value))}]" if is_list else str(value) or "''"
     text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -1,7 +1,7 @@
-"""What people write for the value of an option, as what they mean by it.
+"""Turns the values that people write for an option into the values they mean.
 
-Takes the text of a flag or of a YAML file, or a value of Python; returns what the type of the
-option takes, or raises a `ValueError` that says what was expected. Knows no option.
+Takes the text of a flag or of a YAML file, or a value of Python; returns a value that the type of
+the option accepts, or raises a `ValueError` that says what was expected. Knows no option.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _NO = ("false", "no", "off")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 # Fewer bytes than these are a number whose unit was forgotten.
 _LEAST_BYTES = 1_000_000
-# No file system in use allows more; less than the limit of 4,096 is left to what is inside.
+# No file system in use allows longer names. Paths may have 4,096 bytes; the difference is left for
+# the names of files inside a folder.
 _MOST_NAME_BYTES, _MOST_PATH_BYTES = 255, 3072
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -40,15 +41,16 @@ def kinds_of(annotation: Any) -> frozenset[Any]:
 def as_meant(value: Any, kinds: frozenset[Any]) -> Any:
     """Return a value in the form that its option takes.
 
-    A list of one is its item where one value is asked for, and a number or a date that stands
-    where a name is asked for is that name.
+    Where one value is expected, a list of one item stands for the item. Where a name is expected,
+    a number or a date stands for the name that is written so.
 
     Args:
-        value: what was given.
+        value: the value that was given.
         kinds: the types of the option, see `kinds_of`.
 
     Raises:
-        ValueError: several values for one, a boolean for a number, or a text that is none.
+        ValueError: several values are given for one, a boolean for a number, or a text that is
+            not valid text.
     """
     if isinstance(value, list | tuple) and tuple not in kinds:
         if len(value) > 1:
@@ -91,7 +93,7 @@ def _check_path(text: str) -> None:
 
 
 def switch(value: Any) -> bool | None:
-    """Return what a value says of something that is on or off; None where it says neither."""
+    """Return whether a value says on or off; None where it says neither."""
     if isinstance(value, bool):
         return value
     word = value.strip().lower() if isinstance(value, str) else ""
@@ -102,10 +104,10 @@ def switch(value: Any) -> bool | None:
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    r"""Return what stands between the commas of a text, without the empty.
+    r"""Return the parts of a text between its commas; empty parts are left out.
 
-    A comma inside of brackets or braces, or after a backslash, does not divide: it belongs to
-    a regular expression, such as `layers\.\d{1,2}\.q_proj`.
+    A comma inside brackets or braces, or after a backslash, does not divide: it belongs to a
+    regular expression, such as `layers\.\d{1,2}\.q_proj`.
     """
     parts = (part.strip() for part in _between_commas(text))
     return tuple(part for part in parts if part)
@@ -126,25 +128,25 @@ def _between_commas(text: str) -> Iterator[str]:
 
 
 def parse_list(value: Any) -> Any:
-    """Return the parts of a text, see `split_list`; what is no text as it is."""
+    """Return the parts of a text, see `split_list`; any other value is returned as it is."""
     return split_list(value) if isinstance(value, str) else value
 
 
 def parse_numbers(value: Any) -> Any:
-    """Return the pairs of `name=number,…` as a mapping; what is no text as it is.
+    """Return the pairs of `name=number,…` as a mapping; any other value as it is.
 
     Raises:
-        ValueError: a part is no such pair.
+        ValueError: a part of the text is no such pair.
     """
     # A pattern may have an equals sign of its own: the number stands after the last.
     return _parse_pairs(value, r"(.+)=([^=]+)", "expected name=number")
 
 
 def parse_names(value: Any) -> Any:
-    """Return the pairs of `name=value,…` as a mapping; what is no text as it is.
+    """Return the pairs of `name=value,…` as a mapping; any other value as it is.
 
     Raises:
-        ValueError: a part is no such pair.
+        ValueError: a part of the text is no such pair.
     """
     return _parse_pairs(value, r"([^=]+)=([^=]+)", "expected field=column")
 
@@ -165,7 +167,7 @@ def parse_number(value: Any) -> Any:
     """Return a value unless it is true or false, which Python takes for 1 and 0.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the value is true or false.
     """
     if isinstance(value, bool):
         raise ValueError("expected a number")
@@ -173,15 +175,15 @@ def parse_number(value: Any) -> Any:
 
 
 def parse_digits(value: Any) -> Any:
-    """Return the whole number that a text of digits is; all else as it is."""
+    """Return a text of digits as a whole number; any other value as it is."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value) else value
 
 
 def parse_size(value: Any) -> Any:
-    """Return bytes from "4GB" (10⁹), "4GiB" (2³⁰), or a number of them.
+    """Return bytes from "4GB" (10⁹), "4GiB" (2³⁰), or a plain number of bytes.
 
     Raises:
-        ValueError: not a number with a unit.
+        ValueError: the value is no number with a unit, nor a large number of bytes.
     """
     if isinstance(value, str) and re.fullmatch(r"\d{1,18}", value.strip()):
         value = int(value)
@@ -195,7 +197,7 @@ def parse_size(value: Any) -> Any:
 
 
 def parse_size_or_auto(value: Any) -> Any:
-    """Return "auto" and None as they are, and bytes from all that `parse_size` takes."""
+    """Return "auto" and None as they are, and bytes from any value that `parse_size` takes."""
     return value if value in ("auto", None) else parse_size(value)
 
 
@@ -206,7 +208,7 @@ def parse_resume(value: Any) -> Any:
     """Return "latest" for true and None for false, as Hugging Face's trainer means them.
 
     Raises:
-        ValueError: a path that no file system has.
+        ValueError: the value is a path that no file system allows.
     """
     is_on = switch(value)
     if is_on is not None:
@@ -219,7 +221,7 @@ def parse_resume(value: Any) -> Any:
 
 
 def parse_steps(value: Any) -> Any:
-    """Return None for -1, as Hugging Face's trainer means it; all else as it is."""
+    """Return None for -1, as Hugging Face's trainer means it; any other value as it is."""
     return None if value in (-1, "-1") else value
 
 

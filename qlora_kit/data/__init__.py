@@ -4,14 +4,15 @@
       read.py         file           -> Record (place, content)
       recognise.py    Records        -> shape and samples
       convert.py      record         -> sample, by its texts and turns
-    template.py       sample         -> Rendered (text, supervised spans), by way of
-                                        chat_template.py (which) and chat_text.py (turns -> text)
-    encode.py         Rendered       -> ids and labels, and these -> text to be read
-    tokens.py         Samples        -> Tokenized (TokenRows, counts), by way of the two above
+    template.py       sample         -> Rendered (text, supervised spans)
+      chat_template.py  tokenizer    -> the chat template it is used with
+      chat_text.py      turns        -> text, through that template
+    encode.py         Rendered       -> ids and labels; ids and labels -> text for a reader
+    tokens.py         Samples        -> Tokenized (TokenRows, counts), through the two above
     batch.py          TokenRows      -> Batch
-    survey.py         Samples, rows  -> Survey: what would be learnt
+    survey.py         Samples, rows  -> Survey of everything a model would learn
 
-What makes `Samples` imports neither torch nor transformers, so that wrong data is reported
-before either is loaded; shapes.py says what records and samples are, fields.py what a record's
-fields may hold.
+samples.py and the modules under it import neither torch nor transformers, so wrong data is
+reported before either is loaded. shapes.py defines records and samples, fields.py checks the
+fields of a record.
 """

@@ -1,7 +1,7 @@
 """Token rows, and how they are grouped into padded micro-batches and optimiser steps.
 
-Takes `TokenRows`; returns index lists and `Batch`es. The order is a function of seed and epoch
-alone; never drops or repeats a row.
+Takes `TokenRows`; returns index lists and `Batch`es. The order depends on seed and epoch alone.
+Never drops or repeats a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-# Rows are sorted by length within so many batches: padding shrinks, order stays random.
+# Rows are sorted by length within windows of this many batches: padding shrinks, and the order
+# stays random.
 _SORTED_BATCHES = 50
 
 Indices = tuple[int, ...]
@@ -28,10 +29,10 @@ Row = Mapping[str, Any]
 
 
 class TokenRows:
-    """Token rows by their index, of whatever sequence.
+    """Token rows by their index, kept in any sequence.
 
     Args:
-        rows: each with `input_ids`, `labels` (the id at the same position, or -100) and `row`,
+        rows: each has `input_ids`, `labels` (the id at the same position, or -100) and `row`,
             the index of its source sample.
     """
 
@@ -40,7 +41,7 @@ class TokenRows:
 
     @staticmethod
     def of(rows: TokenRows | Sequence[Row]) -> TokenRows:
-        """Return rows as users of the API have them: these, a list of rows, or a `Dataset`."""
+        """Return as `TokenRows` whatever a user of the API has: those, a list, or a `Dataset`."""
         if isinstance(rows, TokenRows):
             return rows
         if isinstance(rows, Sequence):
@@ -69,11 +70,11 @@ class TokenRows:
 
 
 class TokenTable(TokenRows):
-    """Token rows in a table of `datasets`, whose columns are read without making a row.
+    """Token rows in a table of `datasets`; its columns are read without building any row.
 
     Args:
-        table: has the column `uncut_tokens` besides: how many there were before `max_length` was
-            applied.
+        table: has one more column, `uncut_tokens`: the tokens of the row before `max_length` cut
+            it.
     """
 
     def __init__(self, table: datasets.Dataset) -> None:
@@ -104,13 +105,16 @@ class TokenTable(TokenRows):
         return largest
 
     def column(self, name: str) -> pyarrow.ChunkedArray:
-        """Return a column by its name, in as many pieces as the table has."""
+        """Return a column by its name, in the pieces that the table stores it in."""
         return self.table.select_columns(name).with_format("arrow")[:][name]
 
     def is_supervised(self) -> Any:
-        """Return whether a loss is computed for each token of all rows, (tokens,) of numpy.
+        """Return for each token of all rows whether a loss is computed for it.
 
         A row's first token is never predicted, so it is not supervised, whatever its label.
+
+        Returns:
+            A numpy array of booleans, (tokens,): row after row.
         """
         labels = self.column("labels").combine_chunks()
         found = labels.flatten().to_numpy() != IGNORED
@@ -118,7 +122,7 @@ class TokenTable(TokenRows):
         return found
 
     def content_hash(self) -> str:
-        """Return a hash of all ids and labels, wherever they come from."""
+        """Return a hash of all ids and labels; the source of the rows is not part of it."""
         import pyarrow.compute
 
         digest = xxhash.xxh3_128()
@@ -130,7 +134,14 @@ class TokenTable(TokenRows):
 
 
 def first_tokens(column: pyarrow.ListArray) -> Any:
-    """Return where each row begins in what `flatten` returns, and where the last ends."""
+    """Return where each row begins in the flattened column, and where the last row ends.
+
+    Args:
+        column: lists of tokens, one list a row.
+
+    Returns:
+        A numpy array of offsets, (rows + 1,).
+    """
     # The offsets of a slice do not begin at 0.
     return column.offsets.to_numpy() - column.offsets[0].as_py()
 
@@ -139,12 +150,12 @@ def first_tokens(column: pyarrow.ListArray) -> Any:
 class Batch:
     """One micro-batch, padded on the right.
 
-    It needs no attention mask: a token of a causal model sees what is before it, never the padding
-    behind, and no padding is supervised.
+    It needs no attention mask: a token of a causal model sees the tokens before it, never the
+    padding behind it, and no padding is supervised.
     """
 
     input_ids: torch.Tensor
-    """(B, T) int64, in host memory: the embedding fetches them to where it is"""
+    """(B, T) int64, in host memory: the embedding copies them to its own device"""
     labels: torch.Tensor
     """(B, T) int64; the id at the same position, or -100; the loss shifts them by one"""
     lengths: tuple[int, ...]
@@ -152,7 +163,7 @@ class Batch:
     rows: Indices
     """index of the source sample of each row"""
     positions: torch.Tensor
-    """(N,) int64; where in the flattened batch a token is followed by a supervised one"""
+    """(N,) int64; positions in the flattened batch whose next token is supervised"""
 
     @property
     def tokens(self) -> int:
@@ -170,9 +181,9 @@ class Batch:
         return len(self.positions)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on another device, but for its ids.
+        """Return the batch on another device; its ids stay in host memory.
 
-        Of an embedding in host memory the device would have to be waited for to give them back.
+        An embedding in host memory would otherwise wait for the device to copy the ids back.
         """
         return replace(
             self,
@@ -189,10 +200,10 @@ def collate(
     """Pad rows on the right to the longest of them, or further.
 
     Args:
-        rows: with `input_ids`, `labels` and `row`, as `Tokenized.rows` has them.
-        pad_token_id: what fills `input_ids`; no token sees it, so it may be the EOS.
-        width: returns T for the tokens of the longest row, as `Base.batch_width` does; these
-            tokens themselves if None.
+        rows: each has `input_ids`, `labels` and `row`, as the rows of `Tokenized.rows` do.
+        pad_token_id: fills `input_ids`; no token sees it, so it may be the EOS.
+        width: returns T, given the tokens of the longest row, as `Base.batch_width` does; if
+            None, T is the number of tokens of the longest row.
     """
     lengths = tuple(len(row["input_ids"]) for row in rows)
     longest = max(lengths)
@@ -207,9 +218,15 @@ def collate(
 
 
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Return where in the flattened labels (B, T) a token is followed by a supervised one.
+    """Return the positions whose next token is supervised.
 
-    Found on the CPU: a device would have to be waited for to know how many there are.
+    They are found on the CPU: on a device, the CPU would have to wait to learn their number.
+
+    Args:
+        labels: (B, T) int64, in host memory.
+
+    Returns:
+        (N,) int64, positions in the flattened labels.
     """
     predicts = torch.zeros(labels.shape, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORED
@@ -217,7 +234,12 @@ def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def largest_batch(lengths: Sequence[int], count: int) -> Indices:
-    """Return the indices of so many rows, given the tokens of all, that take the most memory."""
+    """Return the indices of the rows that together take the most memory: the longest ones.
+
+    Args:
+        lengths: tokens of every row.
+        count: number of rows to return; all of them if there are fewer.
+    """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return tuple(order[:count])
 
@@ -229,9 +251,9 @@ def epoch_batches(rows: TokenRows, batch_size: int, seed: int, epoch: int) -> li
     batches are shuffled again.
 
     Args:
-        rows: of which an epoch is.
+        rows: the rows of the epoch.
         batch_size: rows a micro-batch; one batch of the epoch may have fewer.
-        seed: of the run.
+        seed: the run's seed.
         epoch: counted from 0.
     """
     source = random.Random(f"order {seed} {epoch}")
@@ -250,7 +272,7 @@ def epoch_batches(rows: TokenRows, batch_size: int, seed: int, epoch: int) -> li
 
 
 def plan_windows(batches: Sequence[Indices], accumulation: int) -> list[tuple[Indices, ...]]:
-    """Group micro-batches into optimiser steps; the last may have fewer.
+    """Group micro-batches into optimiser steps; the last step may have fewer.
 
     Args:
         batches: the micro-batches of an epoch, in order.

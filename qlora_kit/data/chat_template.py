@@ -1,9 +1,9 @@
-"""Which chat template a tokenizer is used with: its own, a built-in one, or a file's.
+"""The chat template that a tokenizer is used with: its own, a built-in one, or one from a file.
 
-Takes a tokenizer and what `--chat-template` was given; sets the tokenizer's `chat_template`,
-so that it is saved with the adapter and generation uses the same. A template is a stranger's
-program: before it is used, a forked child renders a few short conversations with it under a limit
-of time and memory, where it can do no harm. Never renders a sample.
+Takes a tokenizer and the value of `--chat-template`; sets the tokenizer's `chat_template`, so
+the template is saved with the adapter and generation uses the same one. A template is a
+stranger's program: before it is used, a forked child renders a few short conversations with it,
+under a limit of time and memory, where it can do no harm. Never renders a sample.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ FOR_BASE_MODELS = "alpaca"
 """the built-in template of a tokenizer that has none"""
 
 _FOLDER = Path(__file__).parent / "chat_templates"
-# Put before a built-in template where rows begin with a BOS token.
+# Stands before a built-in template where rows begin with a BOS token.
 _BOS = "{{- bos_token -}}"
-# A token that is no token of the tokenizer would be spelled in several, and no answer would end.
+# The tokens that each built-in template writes. A tokenizer that lacks one of them would spell it
+# in several tokens, and no answer would end.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
 _MOST_OF_AN_END = 40
-# The longest templates of released models have 20 KB.
+# The longest templates of released models are 20 KB long.
 _MOST_BYTES = 1 << 20
 _SECONDS_TO_COMPILE = 5.0
 
@@ -78,22 +79,22 @@ def built_in_templates() -> dict[str, str]:
 
 
 def choose_template(tokenizer: Any, asked: str | None = None) -> None:
-    """Set the chat template a tokenizer is used with.
+    """Set the chat template that a tokenizer is used with.
 
     Args:
         tokenizer: transformers' tokenizer.
-        asked: a built-in name or a Jinja file; if None the tokenizer keeps its own, and one
-            that has none is given `FOR_BASE_MODELS`.
+        asked: a built-in name or a Jinja file; if None, a tokenizer keeps its own template, and
+            a tokenizer without one is given `FOR_BASE_MODELS`.
 
     Raises:
-        ConfigError: no such name or file, not a template, or a built-in one whose special
-            tokens the tokenizer lacks.
+        ConfigError: there is no such name or file, the file is no template, or the tokenizer
+            lacks a special token of the built-in template.
         ModelError: the template takes too long or too much memory, see `probe_template`.
     """
     if asked is None and not tokenizer.chat_template:
         asked = FOR_BASE_MODELS
     if asked in built_in_templates():
-        tokenizer.chat_template = _built_in(asked, tokenizer)
+        tokenizer.chat_template = _built_in_template(asked, tokenizer)
     elif asked is not None:
         tokenizer.chat_template = _read(asked)
     if not _is_built_in(tokenizer.chat_template):
@@ -103,10 +104,13 @@ def choose_template(tokenizer: Any, asked: str | None = None) -> None:
 
 
 def spelled_out_end(tokenizer: Any) -> str | None:
-    """Return what the chat template writes after an answer where it is none of the tokens.
+    """Return the text that the chat template ends an answer with, where it holds no special token.
 
-    Such an end is learnt as so many letters. None where the template ends an answer with a
-    special token, or with nothing.
+    A model learns such an end letter by letter.
+
+    Returns:
+        At most `_MOST_OF_AN_END` characters of it; None where the template ends an answer with a
+        special token, or with nothing.
     """
     answer = "a1b2"
     turns = (Message("user", "a"), Message("assistant", answer))
@@ -120,7 +124,7 @@ def spelled_out_end(tokenizer: Any) -> str | None:
     return end[:_MOST_OF_AN_END]
 
 
-def _built_in(name: str, tokenizer: Any) -> str:
+def _built_in_template(name: str, tokenizer: Any) -> str:
     known = tokenizer.get_vocab()
     missing = [token for token in _NEEDS.get(name, ()) if token not in known]
     if missing:
@@ -164,7 +168,7 @@ def _read(asked: str) -> str:
 
 
 def _check_syntax(tokenizer: Any, asked: str) -> None:
-    """Compile the template once, so that a slip in it is told with its line."""
+    """Compile the template once, so that the error for a slip in it names the line."""
     import jinja2
 
     try:
@@ -177,7 +181,7 @@ def _check_syntax(tokenizer: Any, asked: str) -> None:
             "template; correct it"
         ) from error
     except (TimeUp, Exception):
-        # What it makes of turns is judged with the user's own.
+        # The template may still suit the user's own turns, which are judged when they are rendered.
         return
 
 
@@ -185,12 +189,12 @@ def _check_syntax(tokenizer: Any, asked: str) -> None:
 
 
 def probe_template(tokenizer: Any) -> None:
-    """Check that the chat template of a tokenizer ends, and how much memory it takes.
+    """Check that a tokenizer's chat template finishes, and within a limit of memory.
 
     A template that passed is not probed again in this process.
 
     Raises:
-        ModelError: it took too long or too much memory, or ended the process.
+        ModelError: the template took too long or too much memory, or ended its process.
     """
     template = str(tokenizer.chat_template)
     if template in _passed or not hasattr(os, "fork"):
@@ -222,7 +226,7 @@ def _render_all(tokenizer: Any) -> None:
         except MemoryError:
             raise
         except Exception:
-            # A template that refuses one conversation must still show what it does with others.
+            # A template that refuses one conversation is still tried with the others.
             continue
         if len(text) > _MOST_CHARACTERS:
             raise MemoryError
@@ -232,9 +236,9 @@ def _render_all(tokenizer: Any) -> None:
 
 
 def _status_of(work: Callable[[], None]) -> int | None:
-    """Run `work` in a child; return its exit status, or None if it had to be ended."""
+    """Run `work` in a child; return its exit status, or None if the time limit ended it."""
     # Python warns of forking a process with threads. The child renders text and ends: it takes
-    # no lock of another thread, and if it did, the clock would end it.
+    # no lock of another thread, and if it did, the time limit would end it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
@@ -261,12 +265,12 @@ def _be_the_child(work: Callable[[], None]) -> None:
     except MemoryError:
         status = _TOO_LARGE
     finally:
-        # Nothing of the parent's is flushed, closed or run at exit.
+        # The child must not flush or close the parent's files, nor run its exit handlers.
         os._exit(status)
 
 
 def _limit_child() -> None:
-    # What the parent left to the collector must not be finalised twice.
+    # Objects that the parent left to the collector must not be finalised twice.
     gc.disable()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
@@ -276,7 +280,7 @@ def _limit_child() -> None:
     taken_bytes = psutil.Process().memory_info().vms
     for kind, most in (
         (resource.RLIMIT_AS, taken_bytes + PROBE_BYTES),
-        # Ends the child too where the parent is killed and its clock stands still.
+        # Ends the child even where the parent, which watches the time, has been killed.
         (resource.RLIMIT_CPU, math.ceil(PROBE_SECONDS) + 1),
         (resource.RLIMIT_CORE, 0),
     ):

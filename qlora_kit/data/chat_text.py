@@ -1,9 +1,10 @@
 """Writes turns as text, through the tokenizer's chat template.
 
 Takes messages and tools; returns the text. A template is a stranger's program: transformers
-renders it in a sandbox that cannot change anything, and here it has a limit of time. It may
-refuse turns, and some leave turns, tools or calls out without a word: that is refused here.
-Never says what is supervised, and never tokenises a sample.
+renders it in a sandbox where it cannot change anything, and this module limits its time. A
+template may refuse turns, which is an error; some templates leave turns, tools or calls out
+without a word, and this module refuses such a text. Never says which characters are supervised,
+and never tokenises a sample.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ Tools = Sequence[Mapping[str, Any]]
 def wants_bos(tokenizer: Any) -> bool:
     """Return whether every sample of this tokenizer begins with its BOS token, exactly once.
 
-    True where a BOS token exists and one of these holds: it is not the end token at the same
-    time; the tokenizer's own encoding puts it first; the chat template starts with it.
-    So Llama, Mistral, Gemma and DeepSeek have it; Qwen (no BOS) and GPT-2 (BOS = EOS) do not.
+    True where a BOS token exists and one of these holds: the BOS is not also the end token; the
+    tokenizer's own encoding puts it first; the chat template starts with it. So rows of Llama,
+    Mistral, Gemma and DeepSeek begin with a BOS; rows of Qwen (no BOS) and GPT-2 (BOS = EOS) do
+    not.
     """
     if not tokenizer.bos_token or tokenizer.bos_token_id is None:
         return False
@@ -45,7 +47,7 @@ def wants_bos(tokenizer: Any) -> bool:
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
-    """Return the tokens that may end something: the special ones without the BOS token."""
+    """Return the tokens that may end a turn or a text: all special tokens but the BOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
     return special - {"", tokenizer.bos_token} | {str(tokenizer.eos_token)}
@@ -53,20 +55,24 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Spelling:
-    """How an assistant turn that calls tools is handed to a template; they differ in this."""
+    """The form in which a template is given an assistant turn that calls tools.
+
+    Templates differ in the form they take.
+    """
 
     empty_content: bool
-    """whether a turn that only calls has an empty content, or no such key"""
+    """whether a turn that only calls tools has an empty content; otherwise it has no content"""
     arguments_as_text: bool
+    """whether the arguments of a call are JSON text; otherwise they are an object"""
 
 
-# As the documentation of transformers has it first.
+# The form that transformers documents comes first.
 _SPELLINGS = (
     _Spelling(True, False), _Spelling(False, False), _Spelling(True, True), _Spelling(False, True),
 )  # fmt: skip
 
-# What is the same for conversations that a template treats alike: whether there are tools, and
-# of each turn its role, whether it has content, and how many tools it calls.
+# A template treats conversations of the same pattern alike. A pattern is: whether there are tools,
+# and for each turn its role, whether it has content, and how many tools it calls.
 _Pattern = tuple[bool, tuple[tuple[str, bool, int], ...]]
 
 
@@ -93,13 +99,13 @@ class ChatWriter:
 
         Args:
             messages: the turns, in order; none where the assistant is to speak first.
-            place: where they stand, for errors.
-            tools: what may be called, as `Conversation.tools`.
-            generation: end with what opens the assistant's next turn.
+            place: the place of the turns, for errors.
+            tools: the tools that may be called, as in `Conversation.tools`.
+            generation: end the text with the opening of the assistant's next turn.
 
         Raises:
             DataError: the template refuses the turns, or leaves some of them out.
-            ModelError: it takes longer than `SECONDS_A_RENDERING`.
+            ModelError: the template takes longer than `SECONDS_A_RENDERING`.
         """
         if not messages:
             return self._opening(place, tools)
@@ -111,10 +117,10 @@ class ChatWriter:
         return self._render(messages, place, tools, spelling, generation)
 
     def _opening(self, place: str, tools: Tools) -> str:
-        """Return the prompt of an answer that no turn stands before.
+        """Return the prompt of an answer that comes before any other turn.
 
-        It is what a template writes before such an answer, up to and with what its generation
-        prompt adds to turns: most templates fail on no turns at all.
+        Most templates fail on an empty list of turns. So the template renders the answer alone,
+        and the prompt is the text before the answer, up to the end of the generation prompt.
         """
         answer, question = Message("assistant", _marker(1)), Message("user", _marker(2))
         plain = _SPELLINGS[0]
@@ -122,14 +128,14 @@ class ChatWriter:
         asked = self._render([question], place, tools, plain)
         prompt = self._render([question], place, tools, plain, generation=True)
         if not prompt.startswith(asked):
-            # Some templates end the last message, and only that, with an EOS of its own.
+            # Some templates put an EOS after the last message, and after no other.
             asked = asked.removesuffix(str(self._tokenizer.eos_token))
         opening = prompt[len(asked) :] if prompt.startswith(asked) else ""
         if not opening:
             return before.rstrip()
         if opening in before:
             return before[: before.rindex(opening)] + opening
-        # It opens the reasoning as well, which the text of an answer has none of.
+        # The generation prompt opens the reasoning as well; the text of an answer has no reasoning.
         shared = (i for i in range(len(before) + 1) if opening.startswith(before[i:]))
         return before[: next(shared)] + opening
 
@@ -145,9 +151,10 @@ class ChatWriter:
         return _apply(self._tokenizer, turns, place, tools, generation)
 
     def _in_known_role(self, message: Message) -> Message:
-        """Return the developer's turn as the system's, unless the template knows that role.
+        """Return a developer's turn as the system's, unless the template knows the developer.
 
-        Templates that do not know it write a name that no model has seen, or leave the turn out.
+        Templates that do not know the role write a name that no model has seen, or leave the turn
+        out.
         """
         if message.role != "developer" or "developer" in str(self._tokenizer.chat_template):
             return message
@@ -156,18 +163,18 @@ class ChatWriter:
     def _spelling_for(
         self, messages: Sequence[Message], place: str, tools: Tools, pattern: _Pattern
     ) -> _Spelling:
-        """Find how the template takes such turns, with markers in place of their content.
+        """Find the spelling in which the template takes turns of this pattern.
 
-        A marker that does not come out tells what the template leaves out, whatever the turns
-        say. Conversations of one pattern are looked at once.
+        Markers stand in for the content of the turns. A marker that is missing in the text shows
+        which part the template leaves out, whatever the turns say. Each pattern is tried once.
 
         Raises:
-            DataError: it takes them in no spelling, or something is left out in each.
+            DataError: the template refuses every spelling, or leaves a part out in each.
         """
         calls = any(message.tool_calls for message in messages)
         spellings = _SPELLINGS if calls else _SPELLINGS[:1]
         faults: list[DataError] = []
-        # Templates that look into contents may refuse markers; then the turns themselves decide.
+        # Templates that look into contents may refuse markers; then the turns themselves are tried.
         for marked in (True, False):
             for spelling in spellings:
                 try:
@@ -194,7 +201,7 @@ class ChatWriter:
         if marked:
             messages, tools = _with_markers(messages), _marked_tools(tools)
         text = self._render(messages, place, tools, spelling)
-        found = _left_out(messages, tools, text)
+        found = _missing_part(messages, tools, text)
         if found:
             raise _LeftOut(
                 f"{place}: the chat template leaves out {found}; expected all of the "
@@ -207,7 +214,7 @@ class _LeftOut(DataError):  # noqa: N818 - caught by name here, a DataError to o
 
 
 def _as_turn(message: Message, spelling: _Spelling) -> dict[str, Any]:
-    """Return a message as templates expect it; without calls there is no such key."""
+    """Return a message as templates expect it; a turn without calls has no "tool_calls"."""
     if not message.tool_calls:
         tool = {"tool_call_id": message.tool_call_id, "name": message.name}
         known = {key: value for key, value in tool.items() if value}
@@ -229,7 +236,7 @@ def _as_call(call: Mapping[str, Any], spelling: _Spelling) -> dict[str, Any]:
 
 
 def _marker(number: int) -> str:
-    # Letters and digits only: no template escapes them, and no white space is trimmed.
+    # Letters and digits only: no template escapes them, and there is no white space to trim.
     return f"q{number}marker{number}q"
 
 
@@ -257,8 +264,8 @@ def _marked_tools(tools: Tools) -> list[dict[str, Any]]:
     ]
 
 
-def _left_out(messages: Sequence[Message], tools: Tools, text: str) -> str | None:
-    """Return in words the first part of a conversation that is not in its text."""
+def _missing_part(messages: Sequence[Message], tools: Tools, text: str) -> str | None:
+    """Return in words the first part of a conversation that its text lacks, or None."""
     holds = _search_in(text)
     for tool in tools:
         if not holds(str(tool["function"].get("name", ""))):
@@ -309,13 +316,13 @@ def _apply(
             )
     except (TimeUp, MemoryError) as error:
         found = "takes too long" if isinstance(error, TimeUp) else "needs too much memory"
-        # Not a fault of one row, to be collected with others: each would take as long again.
+        # Not collected as the fault of one row: each further row would take as long again.
         raise ModelError(
             f"{place}: the chat template {found} for these turns; expected at most "
             f"{SECONDS_A_RENDERING:.0f} s; shorten the row or use another template"
         ) from error
     except Exception as error:
-        # A template may raise anything, and so may what it calls.
+        # A template may raise anything, and so may the filters it calls.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise DataError(
             f"{place}: the chat template refuses these turns ({reason}); expected turns it "

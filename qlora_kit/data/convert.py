@@ -1,8 +1,8 @@
-"""Makes one record of a known shape a sample: its texts, and its turns in whatever form.
+"""Turns one record of a known shape into a sample.
 
-Takes the fields of a record and where it stands; returns a frozen sample with the texts as they
-are written, its turns and tools in the one form that chat templates read; or raises one line that
-says what is wrong. Never drops or joins a turn.
+Takes the fields of a record and its place; returns a frozen sample. Its texts are as the record
+has them; its turns and tools, whatever form they had, are in the one form that chat templates
+read. A fault is raised as one line that names it. Never drops or joins a turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qlora_kit.data.shapes import ROLES, Conversation, Message, Pair, Sample, Sh
 from qlora_kit.errors import DataError
 from qlora_kit.storage import parse_json
 
-Fields = Mapping[str, Any]
+RecordFields = Mapping[str, Any]
 
 _FROM = {
     "human": "user",
@@ -30,10 +30,10 @@ _FROM = {
     "tool": "tool",
     "developer": "developer",
 }
-"""Who speaks in a ShareGPT turn; `function_call` is an assistant's turn with only a call in it."""
+"""The role of each speaker in ShareGPT; `function_call` is an assistant's turn of one call only."""
 
 _PARTS = ("text", "reasoning", "tool_call")
-"""Parts of a content that are read; the last two are LLaMA-Factory's, of an assistant."""
+"""The parts of a content that are read; the last two are LLaMA-Factory's, in assistant turns."""
 
 _DEEPEST = 64
 
@@ -42,37 +42,37 @@ _LEARNT_KEYS = ("weight", "train", "loss_weight")
 _TURN_KEYS = frozenset({"role", "content", "tool_calls", "from", "value", *_LEARNT_KEYS})
 
 
-def to_sample(shape: Shape, record: Fields, where: str) -> Sample:
-    """Return the sample that a record is.
+def to_sample(shape: Shape, record: RecordFields, where: str) -> Sample:
+    """Return the sample that a record holds.
 
     Args:
-        shape: what the record is; its required fields are there.
-        record: its fields.
-        where: its place, for the sample and for errors.
+        shape: the shape of the record; the record has the required fields of it.
+        record: the fields of the record.
+        where: the place of the record, for the sample and for errors.
 
     Raises:
-        DataError: a field is not what the shape has there.
+        DataError: the content of a field does not fit the shape.
     """
     return _CONVERT[shape](record, where)
 
 
-def _from_turns(field: str, record: Fields, where: str) -> Sample:
+def _from_turns(field: str, record: RecordFields, where: str) -> Sample:
     return _conversation(record, read_turns(record[field], field, where), where)
 
 
-def _from_chat_pair(record: Fields, where: str) -> Sample:
+def _from_chat_pair(record: RecordFields, where: str) -> Sample:
     asked = _side(record, "prompt", "user", where)
     answered = _side(record, "completion", "assistant", where)
     return _conversation(record, (*asked, *answered), where)
 
 
-def _side(record: Fields, key: str, role: str, where: str) -> tuple[Message, ...]:
+def _side(record: RecordFields, key: str, role: str, where: str) -> tuple[Message, ...]:
     if isinstance(record[key], list):
         return read_turns(record[key], key, where)
     return (Message(role, filled(record, key, where)),)
 
 
-def _from_alpaca(record: Fields, where: str) -> Sample:
+def _from_alpaca(record: RecordFields, where: str) -> Sample:
     instruction, extra = string(record, "instruction", where), optional(record, "input", where)
     if not instruction.strip() and not extra.strip():
         not_empty(instruction, "instruction", where)
@@ -103,7 +103,7 @@ def _history(rounds: Any, where: str) -> list[Message]:
     return messages
 
 
-def _from_qa(record: Fields, where: str) -> Sample:
+def _from_qa(record: RecordFields, where: str) -> Sample:
     turns = (
         Message("user", filled(record, "question", where)),
         Message("assistant", filled(record, "answer", where)),
@@ -111,8 +111,8 @@ def _from_qa(record: Fields, where: str) -> Sample:
     return _conversation(record, turns, where)
 
 
-def _conversation(record: Fields, turns: tuple[Message, ...], where: str) -> Conversation:
-    """Put the system message first, and look at how the turns begin and end."""
+def _conversation(record: RecordFields, turns: tuple[Message, ...], where: str) -> Conversation:
+    """Put the system message first, and check how the turns begin and end."""
     system = optional(record, "system", where)
     if system:
         if turns[0].role == "system":
@@ -130,15 +130,15 @@ def _conversation(record: Fields, turns: tuple[Message, ...], where: str) -> Con
     return Conversation(turns, where, read_tools(record.get("tools"), where))
 
 
-def _from_pair(record: Fields, where: str) -> Sample:
+def _from_pair(record: RecordFields, where: str) -> Sample:
     return Pair(string(record, "prompt", where), filled(record, "completion", where), where)
 
 
-def _from_text(record: Fields, where: str) -> Sample:
+def _from_text(record: RecordFields, where: str) -> Sample:
     return Text(filled(record, "text", where), where)
 
 
-_CONVERT: dict[Shape, Callable[[Fields, str], Sample]] = {
+_CONVERT: dict[Shape, Callable[[RecordFields, str], Sample]] = {
     Shape.CHAT: partial(_from_turns, "messages"),
     Shape.SHAREGPT: partial(_from_turns, "conversations"),
     Shape.ALPACA: _from_alpaca,
@@ -153,10 +153,15 @@ _CONVERT: dict[Shape, Callable[[Fields, str], Sample]] = {
 
 
 def read_turns(turns: Any, field: str, where: str) -> tuple[Message, ...]:
-    """Return the messages of a list of turns, each `role` + `content` or `from` + `value`.
+    """Return the messages of a list of turns.
+
+    Args:
+        turns: a list of objects, each with `role` and `content`, or with `from` and `value`.
+        field: the name of the field that holds the list, for errors.
+        where: the place of the record, for errors.
 
     Raises:
-        DataError: it is no such list, a role is unknown, or a turn is empty.
+        DataError: `turns` is no such list, a role is unknown, or a turn is empty.
     """
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else kind_of(turns)
@@ -168,7 +173,7 @@ def read_turns(turns: Any, field: str, where: str) -> tuple[Message, ...]:
 
 
 def unread_keys(turn: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a turn holds that is of no use here."""
+    """Yield the keys of a turn that are not read."""
     is_tool = "tool" in (turn.get("role"), _FROM.get(str(turn.get("from"))))
     for name in turn.keys() - _TURN_KEYS:
         if turn[name] is not None and not (is_tool and name in _TOOL_KEYS):
@@ -178,7 +183,7 @@ def unread_keys(turn: Mapping[str, Any]) -> Iterator[str]:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         turn = {}
-    # Tables give every turn every column, so a field that is null is not there.
+    # A table gives every turn every column, so a null stands for a missing field.
     if turn.get("from") is not None and "value" in turn:
         message = _from_value(turn, where)
     elif turn.get("role") is not None and ("content" in turn or turn.get("tool_calls")):
@@ -195,7 +200,7 @@ def _message(turn: Any, where: str) -> Message:
 
 
 def _asked_for(message: Message, turn: Mapping[str, Any], where: str) -> Message:
-    """Return the message with what the data says of learning it: its `weight`, its `train`."""
+    """Return the message with the data's mark of whether to learn it: its `weight`, its `train`."""
     said = {key: _is_on(turn[key], key, where) for key in _LEARNT_KEYS if turn.get(key) is not None}
     if True in said.values() and message.role != "assistant":
         key = next(key for key, is_on in said.items() if is_on)
@@ -213,7 +218,7 @@ def _asked_for(message: Message, turn: Mapping[str, Any], where: str) -> Message
 
 
 def _is_on(value: Any, key: str, where: str) -> bool:
-    # 1.0 and true are 1 to Python as well.
+    # To Python 1.0 and true equal 1.
     if value in (0, 1):
         return bool(value)
     found = value if isinstance(value, int | float) else kind_of(value)
@@ -236,7 +241,9 @@ def _from_content(turn: Mapping[str, Any], where: str) -> Message:
         return _spoken(role, turn, "content", where)
     if role != "assistant":
         raise _not_the_assistants(where, "calls a tool", role, "the call")
-    said = _Said("") if turn.get("content") is None else _said(role, turn, "content", where)
+    said = (
+        _Content("") if turn.get("content") is None else _read_content(role, turn, "content", where)
+    )
     return Message(role, said.text, (*said.calls, *_each(calls, _call, where)))
 
 
@@ -255,7 +262,7 @@ def _role(role: Any, known: Sequence[str] | Mapping[str, str], where: str) -> st
 
 def _spoken(role: str, turn: Mapping[str, Any], key: str, where: str) -> Message:
     """Return a turn whose content stands under `key`."""
-    said = _said(role, turn, key, where)
+    said = _read_content(role, turn, key, where)
     if role in ("user", "assistant") and not said.calls:
         not_empty(said.text, key, where)
     return Message(role, said.text, said.calls)
@@ -264,25 +271,25 @@ def _spoken(role: str, turn: Mapping[str, Any], key: str, where: str) -> Message
 # ---------------------------------------------------------------- parts
 
 
-class _Said(NamedTuple):
-    """What a content says, and the tools it calls."""
+class _Content(NamedTuple):
+    """The text of a content, and the tools that the content calls."""
 
     text: str
     calls: tuple[Mapping[str, Any], ...] = ()
 
 
-def _said(role: str, turn: Mapping[str, Any], key: str, where: str) -> _Said:
-    """Return a content that is a string, or a list of parts."""
+def _read_content(role: str, turn: Mapping[str, Any], key: str, where: str) -> _Content:
+    """Return the content under `key`, which is a string or a list of parts."""
     content = turn[key]
     if not isinstance(content, list):
-        return _Said(string(turn, key, where))
+        return _Content(string(turn, key, where))
     said = [_part(part, role, where) for part in content]
-    return _Said("".join(each.text for each in said), sum((each.calls for each in said), ()))
+    return _Content("".join(each.text for each in said), sum((each.calls for each in said), ()))
 
 
-def _part(part: Any, role: str, where: str) -> _Said:
+def _part(part: Any, role: str, where: str) -> _Content:
     if isinstance(part, str):
-        return _Said(clean(part, f"{where}: a part"))
+        return _Content(clean(part, f"{where}: a part"))
     kind = part.get("type", "text") if isinstance(part, dict) else None
     key = "text" if kind is not None and part.get("text") is not None else "value"
     if kind not in _PARTS or key not in part:
@@ -292,26 +299,30 @@ def _part(part: Any, role: str, where: str) -> _Said:
             "remove the record: only text is trained"
         )
     if kind == "text":
-        return _Said(string(part, key, where))
+        return _Content(string(part, key, where))
     if role != "assistant":
         does, what = (
             ("calls a tool", "the call") if kind == "tool_call" else ("reasons", "that part")
         )
         raise _not_the_assistants(where, does, role, what)
     if kind == "tool_call":
-        return _Said("", _calls_in(part[key], where))
-    # As reasoning models write it, and as their templates look for it in an answer.
-    return _Said(f"<think>\n{string(part, key, where)}\n</think>\n\n")
+        return _Content("", _calls_in(part[key], where))
+    # Reasoning models write it in this form, and their templates look for it in an answer.
+    return _Content(f"<think>\n{string(part, key, where)}\n</think>\n\n")
 
 
 # ---------------------------------------------------------------- tools
 
 
 def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    """Return the tools a conversation may call; a list, or one written as JSON, or nothing.
+    """Return the tools that a conversation may call.
+
+    Args:
+        value: a list of tools, the same as JSON text, or nothing.
+        where: the place of the record, for errors.
 
     Raises:
-        DataError: it is neither, or a tool has no name.
+        DataError: `value` is none of these, or a tool has no name.
     """
     if value is None or value == "" or value == []:
         return ()
@@ -323,7 +334,7 @@ def _calls_in(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _many(value: Any, what: str) -> list[Any]:
-    """Return the objects a value is or, as JSON, writes."""
+    """Return a value as a list of objects; a text is parsed as JSON first."""
     if isinstance(value, str):
         value = _parsed(value, what)
     return value if isinstance(value, list) else [value]
@@ -331,13 +342,13 @@ def _many(value: Any, what: str) -> list[Any]:
 
 def _parsed(text: str, what: str) -> Any:
     value = parse_json(clean(text, what), what)
-    # Half a character written as an escape passes the check of the text around it.
+    # Half a character can be written as an escape; the check of the JSON text does not see it.
     _check_texts(value, what)
     return value
 
 
 def _check_texts(value: Any, what: str) -> None:
-    """Check every text of a JSON value, and that whoever walks it later finds an end."""
+    """Check every text of a JSON value, and the depth of the value."""
     level = [value]
     for _ in range(_DEEPEST):
         for each in level:
@@ -398,5 +409,5 @@ def _call(call: Any, where: str) -> Mapping[str, Any]:
 
 
 def _function_of(value: Any) -> Any:
-    """Return what stands under "function", or the value itself where it has no such level."""
+    """Return the value under "function", or the value itself where it has no such key."""
     return value.get("function", value) if isinstance(value, dict) else value

@@ -1,8 +1,8 @@
-"""Turns rendered text into token ids and labels, and these into pieces that can be read.
+"""Turns rendered text into token ids and labels, and ids and labels into text for a reader.
 
-Takes `Rendered` texts; returns ids with labels of the same length, so made that the ids of a
-generation prompt are a prefix of the ids that are trained on. Never shortens a row. Takes ids and
-labels; returns the text of each token, as a tokenizer decodes it, but for secrets.
+`Encoder` takes `Rendered` texts and returns ids with labels of the same length; the ids of a
+generation prompt are a prefix of the ids that are trained on. `pieces_of` takes ids and labels and
+returns the text of each token, with secrets withheld. Never shortens a row.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from qlora_kit.redact import redacted
 IGNORED = -100
 """label of a token that is not supervised"""
 
-# Text put before a piece and taken away again, for tokenizers that add a space to the start
-# of every text they are given.
+# An anchor is put before a piece and taken away again: some tokenizers add a space to the start
+# of every text.
 _ANCHORS = ("", "\n")
 
-# What a decoder writes for bytes that are not a whole character yet; none has more than four.
+# A decoder writes this for bytes that do not make up a character yet. A character has at most four.
 _INCOMPLETE = "\ufffd"
 _MOST_BYTES = 4
 WITHHELD = "[not shown: this row holds what looks like a secret]"
@@ -68,7 +68,7 @@ class Encoder:
     """Encodes rendered texts in batches.
 
     Args:
-        tokenizer: transformers' tokenizer; with a Rust backend it is fast, others are encoded
+        tokenizer: transformers' tokenizer; one with a Rust backend is fast, any other encodes
             piece by piece.
     """
 
@@ -80,11 +80,11 @@ class Encoder:
 
     @property
     def puts_bos(self) -> bool:
-        """Whether rows begin with a BOS token; see `wants_bos`."""
+        """Whether rows begin with a BOS token, see `wants_bos`."""
         return self._bos is not None
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of everything that decides which ids a text becomes."""
+        """Return the SHA-256 of everything that decides the ids of a text."""
         if self._backend is not None:
             content = self._backend.to_str()
         else:
@@ -95,10 +95,10 @@ class Encoder:
     def encode(self, rendered: Sequence[Rendered]) -> list[Labelled]:
         """Encode texts, supervise the tokens of their spans, and add BOS and EOS.
 
-        Each text is encoded whole. Where a token would straddle the end of a prompt, prompt
-        and answer are encoded apart and joined, if the joined ids decode to the same text. So
-        the ids of the first prompt are always a prefix; those of a later prompt are, unless an
-        earlier answer had to be encoded apart.
+        Each text is encoded whole. Where a token would straddle the end of a prompt, prompt and
+        answer are encoded apart and joined, provided that the joined ids decode to the same text.
+        So the ids of the first prompt are always a prefix of the row's ids. The ids of a later
+        prompt are one as well, unless an earlier answer had to be encoded apart.
         """
         if self._backend is None:
             return [self._label_without_offsets(item) for item in rendered]
@@ -119,7 +119,10 @@ class Encoder:
     def _differing_prompts(
         self, rendered: Sequence[Rendered], whole: Sequence[_Encoded]
     ) -> set[int]:
-        """Encode the first prompts whose own encoding could depend on what follows them."""
+        """Return the indices of the texts whose first prompt has other ids when it stands alone.
+
+        Only prompts whose encoding could depend on the text after them are encoded.
+        """
         indices = [
             index
             for index, item in enumerate(rendered)
@@ -152,23 +155,23 @@ class Encoder:
     # ------------------------------------------------------------ pieces
 
     def _join(self, text: str, cuts: Sequence[int], whole: _Encoded) -> _Encoded | None:
-        """Encode `text` cut at `cuts`; None where the ids would decode to another text."""
-        expected = _decode(self._tokenizer, whole.ids)
+        """Encode `text` cut at `cuts`; return None where the ids would decode to another text."""
+        expected = _text_of_ids(self._tokenizer, whole.ids)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for start, end in pairwise((0, *cuts, len(text))):
             for anchor in _ANCHORS if start else ("",):
                 piece = self._piece(text[start:end], anchor)
-                if expected.startswith(_decode(self._tokenizer, ids + piece.ids)):
+                if expected.startswith(_text_of_ids(self._tokenizer, ids + piece.ids)):
                     break
             else:
                 return None
             ids += piece.ids
             offsets += [(start + first, start + last) for first, last in piece.offsets]
-        return _Encoded(ids, offsets) if _decode(self._tokenizer, ids) == expected else None
+        return _Encoded(ids, offsets) if _text_of_ids(self._tokenizer, ids) == expected else None
 
     def _label_without_offsets(self, item: Rendered) -> Labelled:
-        """Encode with a tokenizer that tells no offsets: apart at every edge of a span."""
+        """Encode with a tokenizer that gives no offsets: every edge of a span is a cut."""
         edges = sorted({edge for span in item.spans for edge in span} - {0, len(item.text)})
         whole = self._piece(item.text, "")
         joined = self._join(item.text, edges, whole)
@@ -176,7 +179,11 @@ class Encoder:
         return self._label(item, encoded, aligned=joined is not None)
 
     def _by_prefixes(self, text: str, edges: Sequence[int], whole: _Encoded) -> _Encoded:
-        """Give each token the piece it lies in, found by how far the encoded prefixes agree."""
+        """Give each token the range of the piece it lies in.
+
+        Each prefix of the text up to an edge is encoded; the ids it shares with the whole text lie
+        before that edge.
+        """
         found = [0]
         for edge in edges:
             prefix = self._piece(text[:edge], "").ids
@@ -213,7 +220,7 @@ class Encoder:
         return encoded
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def _text_of_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
@@ -221,7 +228,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many of the first ids are the same."""
+    """Return the number of ids that both sequences begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -230,7 +237,7 @@ def _bare_copy(backend: Any) -> Any:
     """Copy a Rust tokenizer without its post-processor, truncation and padding.
 
     Post-processors of byte-level tokenizers trim white space off the offsets, which hides a
-    token that straddles the end of a prompt; BOS and EOS are put by `Encoder`.
+    token that straddles the end of a prompt. `Encoder` adds BOS and EOS itself.
     """
     if backend is None:
         return None
@@ -252,8 +259,8 @@ def _is_cut(encoded: _Encoded, position: int) -> bool:
 def _context_matters(text: str, position: int) -> bool:
     r"""Whether the text before `position` may be split differently when nothing follows it.
 
-    Split rules of byte-level tokenizers look ahead in a run of white space (`\s+(?!\S)`) and
-    in a run of digits grouped from the right; elsewhere a token border is enough.
+    The split rules of byte-level tokenizers look ahead in a run of white space (`\s+(?!\S)`) and
+    in a run of digits, which they group from the right. Elsewhere a token border is enough.
     """
     before = text[max(position - 2, 0) : position]
     return before[-1:].isdigit() or (len(before) == 2 and before.isspace())
@@ -264,7 +271,7 @@ def _context_matters(text: str, position: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text of a token, or of a few that are only together a character."""
+    """The text of a token, or of the few tokens that make up one character together."""
 
     text: str
     ids: tuple[int, ...]
@@ -277,13 +284,13 @@ class Piece:
 def pieces_of(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> tuple[Piece, ...]:
     """Return the pieces of a token row, in order.
 
-    A row that holds what looks like a secret becomes one piece that says so: cut into tokens, it
-    would pass the redaction of whatever is printed.
+    A row that seems to hold a secret becomes a single piece that says so: cut into tokens, the
+    secret would pass the redaction of printed text.
 
     Args:
         tokenizer: transformers' tokenizer.
-        ids: of the row.
-        labels: of the same length; see `IGNORED`.
+        ids: token ids of the row.
+        labels: labels of the row, of the same length, see `IGNORED`.
     """
     pieces = tuple(_pieces(tokenizer, ids, labels))
     text = "".join(piece.text for piece in pieces)
@@ -294,7 +301,7 @@ def pieces_of(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> tupl
 
 def _pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Iterator[Piece]:
     special = _special_ids(tokenizer)
-    # The first token of a row has none before it that would predict it.
+    # No token comes before the first token of a row, so nothing predicts it.
     supervised = [at > 0 and label != IGNORED for at, label in enumerate(labels)]
     before = start = 0
     for end in range(1, len(ids) + 1):
@@ -308,13 +315,14 @@ def _pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Iterat
 
 
 def _added_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
-    """Return what tokens add to the text of those before them.
+    """Return the text that tokens add to the text of the tokens before them.
 
-    Alone, a token would lose the space it begins with: decoders take it off a text's start.
+    Decoded alone, a token would lose the space it begins with: decoders strip it from the start
+    of a text.
     """
-    context = _decode(tokenizer, before)
-    text = _decode(tokenizer, [*before, *ids])
-    return text[len(context) :] if text.startswith(context) else _decode(tokenizer, ids)
+    context = _text_of_ids(tokenizer, before)
+    text = _text_of_ids(tokenizer, [*before, *ids])
+    return text[len(context) :] if text.startswith(context) else _text_of_ids(tokenizer, ids)
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -1,7 +1,7 @@
-"""The fields of a record: the words for what stands in one, its text, the adapter it names.
+"""The fields of a record: words for their values, checks of their texts, the adapter they name.
 
-Takes a field of a record; returns what it holds unchanged, or raises one line that names it.
-`Faults` collects such lines, so that one run tells them all. Never knows what a record is.
+Takes a field of a record; returns its value unchanged, or raises one line that names the field.
+`Faults` collects these lines, so that one run reports them all. Knows nothing of shapes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Faults:
         self.count += len(lines)
 
     def raise_if_any(self) -> None:
-        """End here if anything was found.
+        """Raise the faults, if there are any.
 
         Raises:
-            DataError: with the faults, and "... and N more" where there were too many to show.
+            DataError: the faults; "... and N more" stands last where there were too many to show.
         """
         if not self.count:
             return
@@ -47,7 +47,7 @@ class Faults:
 
 
 def kind_of(value: Any) -> str:
-    """Return the kind of a JSON value in plain words, such as "a list"."""
+    """Return the kind of a JSON value in words, such as "a list"."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     if value is None:
         return "null"
@@ -55,14 +55,17 @@ def kind_of(value: Any) -> str:
 
 
 def is_plain(name: Any) -> bool:
-    """Return whether a name, dotted or not, may be repeated; a freer one may be sample text."""
+    """Return whether an error may repeat a name: a short identifier, which may have dots.
+
+    Any other name may be sample text.
+    """
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:
         return False
     return all(part.isidentifier() for part in name.split("."))
 
 
 def list_names(names: Iterable[Any]) -> str:
-    """Return names as `a, b and 2 more`; those that are not plain are only counted."""
+    """Return names as `a, b and 2 more`; names that are not plain are only counted."""
     names = list(names)
     plain = [str(name) for name in names if is_plain(name)][:_MOST_NAMES]
     others = len(names) - len(plain)
@@ -77,12 +80,12 @@ def string(record: Mapping[str, Any], key: str, where: str) -> str:
     """Return a field that must be a string.
 
     Args:
-        record: has the field.
-        key: its name.
-        where: place of the record, or of a part of it, such as `a.jsonl:4: turn 3`.
+        record: the record, which has the field.
+        key: the name of the field.
+        where: the place of the record, or of a part of it, such as `a.jsonl:4: turn 3`.
 
     Raises:
-        DataError: it is not, or not of whole characters.
+        DataError: the field is no string, or has half of a character in it.
     """
     value = record[key]
     if not isinstance(value, str):
@@ -93,19 +96,19 @@ def string(record: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def filled(record: Mapping[str, Any], key: str, where: str) -> str:
-    """Return a field that must have more than white space in it.
+    """Return a field that must hold more than white space.
 
     Raises:
-        DataError: it is not a string, or it is empty.
+        DataError: the field is no string, or it is empty.
     """
     return not_empty(string(record, key, where), key, where)
 
 
 def not_empty(text: str, key: str, where: str) -> str:
-    """Return the text of a field after a look for more than white space.
+    """Return the text of a field; check that it holds more than white space.
 
     Raises:
-        DataError: there is nothing else.
+        DataError: the text is empty, or all white space.
     """
     if not text.strip():
         raise DataError(
@@ -115,19 +118,19 @@ def not_empty(text: str, key: str, where: str) -> str:
 
 
 def optional(record: Mapping[str, Any], key: str, where: str) -> str:
-    """Return a field that may be missing or null: both are as good as empty.
+    """Return a field that may be missing or null; both are returned as the empty text.
 
     Raises:
-        DataError: it is there and not a string.
+        DataError: the field is there and no string.
     """
     return "" if record.get(key) is None else string(record, key, where)
 
 
 def clean(text: str, what: str) -> str:
-    """Return a text after a look at its characters.
+    """Return a text; check that its characters are whole.
 
     Raises:
-        DataError: half of a surrogate pair, which no tokenizer takes.
+        DataError: the text has half of a surrogate pair, which no tokenizer takes.
     """
     if not text.isascii() and _SURROGATE.search(text):
         raise DataError(
@@ -142,11 +145,11 @@ def clean(text: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class RowAdapters:
-    """Where a record names its adapter, and which there are.
+    """The field by which a record names its adapter, and the adapters there are.
 
     Attributes:
-        field: of the record.
-        names: of the adapters.
+        field: name of the field.
+        names: names of the adapters.
     """
 
     field: str
@@ -156,8 +159,8 @@ class RowAdapters:
         """Return the adapter of a record; None where the field is missing, null or empty.
 
         Args:
-            record: its fields.
-            where: its place, for errors.
+            record: the fields of the record.
+            where: the place of the record, for errors.
 
         Raises:
             DataError: the field is no string, or names no adapter.

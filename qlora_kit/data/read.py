@@ -1,7 +1,7 @@
-"""Reads data files into records, whatever their format.
+"""Reads data files of every format into records.
 
-Takes paths; yields `Record(place, content)` in file order. Never looks at what a record
-means, and imports neither torch nor datasets.
+Takes paths; yields `Record(place, content)` in file order. Never looks at the meaning of a record,
+and imports neither torch nor datasets.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Record:
     """One record of a file, or the fault that stands in its place."""
 
     place: str
-    """how errors name it: `file:412`, or `file record 412` where there are no lines"""
+    """the name that errors give it: `file:412`, or `file record 412` where there are no lines"""
     content: Any
-    """a `DataError` where this record, and only this, cannot be read"""
+    """the parsed record; a `DataError` where only this record of the file cannot be read"""
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a data file, whose suffix tells the format; `.gz` may follow it.
+    """Yield the records of a data file. Its suffix tells the format; `.gz` may follow the suffix.
 
     Raises:
         DataError: the file is missing, a folder, of unknown format, damaged, or empty.
@@ -66,10 +66,15 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
-    """Yield the lines of two files as pairs, named as their `ALIGNED_FIELDS`.
+    """Yield one record for each line of two aligned files, with the fields `ALIGNED_FIELDS`.
+
+    Args:
+        asked: file of the first field.
+        answered: file of the second field.
 
     Raises:
-        DataError: one is missing, damaged or empty, or they have different numbers of lines.
+        DataError: a file is missing, damaged or empty, or the files have different numbers of
+            lines.
     """
     for path in (asked, answered):
         _check_regular(path)
@@ -77,9 +82,9 @@ def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
     for one, other in zip_longest(read_lines(asked), read_lines(answered)):
         counts = [counts[0] + (one is not None), counts[1] + (other is not None)]
         if counts[0] != counts[1]:
-            continue  # counts on, for the error to say how many there are
+            continue  # counts on, because the error gives the number of lines of both
         for line in (one, other):
-            _check_text(line.record, f"{line.file}:{line.line}")
+            _check_no_nul(line.record, f"{line.file}:{line.line}")
         fields = zip(ALIGNED_FIELDS, (one.record, other.record), strict=True)
         yield Record(f"{asked}:{one.line}", dict(fields))
     if counts[0] != counts[1]:
@@ -92,7 +97,7 @@ def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
 
 
 def is_data_file_name(path: Path) -> bool:
-    """Return whether `read_records` reads files of this name."""
+    """Return whether `read_records` reads a file of this name."""
     return _suffix(path) in _READERS
 
 
@@ -106,12 +111,12 @@ def _suffix(path: Path) -> str:
 
 
 def _check_regular(path: Path) -> None:
-    # Those of `os.path` answer no where `Path`'s raise, as for a name that is too long.
+    # `os.path` answers no where `Path` raises, for example for a name that is too long.
     if os.path.isdir(path):
         raise DataError(f"{path}: a folder; expected one data file ({_known()}); name a file in it")
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file; expected a data file ({_known()}); check the path")
-    # A pipe nobody writes into would be waited for without end.
+    # Reading from a pipe that nobody writes into would never end.
     if not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file; expected a data file; save the data in one")
 
@@ -127,7 +132,7 @@ def _nothing_in(path: Path) -> DataError:
 # ---------------------------------------------------------------- JSON
 
 
-def _read_json_lines(path: Path) -> Iterator[Record]:
+def _records_in_json_lines(path: Path) -> Iterator[Record]:
     for line in read_raw_lines(path):
         where = f"{path}:{line.line}"
         try:
@@ -138,10 +143,10 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
             yield Record(where, error)
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _records_in_json(path: Path) -> Iterator[Record]:
     try:
         for number, line in enumerate(read_json_list(path), 1):
-            # A list may stand on one line, so its records are counted as well.
+            # A list may stand on one line, so the place gives the number of the record as well.
             yield Record(f"{path}:{line.line} (record {number})", line.record)
     except DataError as error:
         if "Extra data" not in str(error):
@@ -155,16 +160,16 @@ def _read_json(path: Path) -> Iterator[Record]:
 # ---------------------------------------------------------------- plain text
 
 
-def _read_text(path: Path) -> Iterator[Record]:
+def _records_in_text(path: Path) -> Iterator[Record]:
     text = read_text(path)
-    _check_text(text, str(path))
+    _check_no_nul(text, str(path))
     if text.strip():
         yield Record(f"{path}:1", {"text": text.removesuffix("\n")})
 
 
-def _check_text(text: str, where: str) -> None:
+def _check_no_nul(text: str, where: str) -> None:
     if "\0" in text:
-        # UTF-16 without its mark is valid UTF-8, with a NUL beside every letter.
+        # UTF-16 without its byte order mark is valid UTF-8 with a NUL beside every letter.
         raise DataError(
             f"{where}: has a NUL; expected UTF-8 text, and this is UTF-16 or no text at all; save "
             "it as UTF-8"
@@ -174,22 +179,22 @@ def _check_text(text: str, where: str) -> None:
 # ---------------------------------------------------------------- tables
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
-    # Where the comma is the decimal mark, spreadsheets write semicolons.
+def _records_in_csv(path: Path) -> Iterator[Record]:
+    # Where the comma is the decimal mark, spreadsheets separate fields by semicolons.
     header = next((line for line in _text_lines(path) if line.strip()), "")
-    return _read_table(path, ";" if ";" in header and "," not in header else ",")
+    return _records_in_table(path, ";" if ";" in header and "," not in header else ",")
 
 
-def _read_tsv(path: Path) -> Iterator[Record]:
-    return _read_table(path, "\t")
+def _records_in_tsv(path: Path) -> Iterator[Record]:
+    return _records_in_table(path, "\t")
 
 
-def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
+def _records_in_table(path: Path, delimiter: str) -> Iterator[Record]:
     header: list[str] | None = None
     for file, number, fields in _read_fields(path, delimiter):
         if header is None:
             header = [name.strip() for name in fields]
-            _check_columns(header, f"{file}:{number}")
+            _check_header(header, f"{file}:{number}")
         elif len(fields) != len(header):
             fault = DataError(
                 f"{file}:{number}: {len(fields)} fields; expected {len(header)} as in the "
@@ -200,7 +205,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
             yield Record(f"{file}:{number}", dict(zip(header, fields, strict=True)))
 
 
-def _check_columns(names: list[str], where: str) -> None:
+def _check_header(names: list[str], where: str) -> None:
     if "" in names or len(set(names)) < len(names):
         twice = next((name for name in names if names.count(name) > 1 and is_plain(name)), None)
         found = f'"{twice}" twice' if twice else "a column without a name or a name twice"
@@ -210,7 +215,7 @@ def _check_columns(names: list[str], where: str) -> None:
 
 
 def _read_fields(path: Path, delimiter: str) -> Iterator[Line]:
-    # The module's default refuses fields over 128 KiB, which a long document passes.
+    # By default the csv module refuses fields over 128 KiB; a long document is longer.
     csv.field_size_limit(MOST_LINE_BYTES)
     reader = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
     while True:
@@ -230,14 +235,14 @@ def _read_fields(path: Path, delimiter: str) -> Iterator[Line]:
 
 def _text_lines(path: Path) -> Iterator[str]:
     for line in read_lines(path):
-        _check_text(line.record, f"{path}:{line.line}")
+        _check_no_nul(line.record, f"{path}:{line.line}")
         yield line.record + "\n"
 
 
 # ---------------------------------------------------------------- parquet
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _records_in_parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
@@ -246,7 +251,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     source = path if is_plain_file else io.BytesIO(read_whole(path))
     try:
         with parquet.ParquetFile(source, page_checksum_verification=True) as file:
-            _check_columns(file.schema_arrow.names, str(path))
+            _check_header(file.schema_arrow.names, str(path))
             number = 0
             for batch in file.iter_batches(_ROWS_AT_A_TIME):
                 for record in batch.to_pylist():
@@ -259,28 +264,30 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of a typed table without the nulls inside of its fields.
+    """Return a record of a typed table without the nulls inside its fields.
 
-    Such a table gives every object every key that one of them has: a call of one tool gets the
-    arguments of all others, as nulls. What is null is not there.
+    A typed table gives every object every key that any object has: a call of one tool gets the
+    arguments of all other tools, as nulls. A null stands for a missing key.
     """
     return {
-        name: _filled(value) if isinstance(value, dict | list) else value
+        name: _without_inner_nulls(value) if isinstance(value, dict | list) else value
         for name, value in record.items()
     }
 
 
-def _filled(value: Any) -> Any:
+def _without_inner_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
-    return [_filled(inner) for inner in value] if isinstance(value, list) else value
+        return {
+            key: _without_inner_nulls(inner) for key, inner in value.items() if inner is not None
+        }
+    return [_without_inner_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
+    ".jsonl": _records_in_json_lines,
+    ".json": _records_in_json,
+    ".csv": _records_in_csv,
+    ".tsv": _records_in_tsv,
+    ".parquet": _records_in_parquet,
+    ".txt": _records_in_text,
 }

@@ -1,7 +1,8 @@
-"""Recognises what records are by their fields, under whatever names, and makes them samples.
+"""Recognises the shape of records by their fields, and turns the records into samples.
 
-Takes `Record`s; returns `Recognised`: samples of one shape, and what to tell about them.
-Collects faults instead of ending at the first, or leaves them out and counts them.
+Takes `Record`s; returns `Recognised`: samples of one shape, with the notices about them. A field
+may have another name, which the options give. Collects faults instead of ending at the first, or
+leaves faulty records out and counts them.
 """
 
 from __future__ import annotations
@@ -21,41 +22,43 @@ from qlora_kit.errors import ConfigError, DataError
 _WITH_TURNS = ("messages", "conversations", "prompt", "completion")
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
-# What others call the two sides of a record, and a text without sides; the likeliest first.
+# Names that data sets give to the two sides of a record, the likeliest first.
 _ASKS = ("prompt", "question", "query", "instruction", "problem", "input", "source", "sentence")
 _ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "label", "summary")
-# What an answer draws upon besides, as in the records of Dolly.
+# Names of a text that the question refers to, as in the records of Dolly.
 _CONTEXTS = ("context", "input", "passage", "document")
+# Names of a text without sides.
 _TEXTS = ("text", "content", "document", "body", "sentence", "story", "code")
 _DEEPEST = 3
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """The samples of one source, in order, and what was seen on the way."""
+    """The samples of one source, in order, and counts of what was noticed in its records."""
 
     shape: Shape
     samples: Sequence[Sample]
     fields: tuple[str, ...]
-    """those that were read, in the order of the shape"""
+    """the fields that were read, in the order of the shape"""
     unread: tuple[str, ...]
-    """those that stand in records and are not used; a turn's as `messages.weight`"""
+    """fields of the records that are not used; a turn's field is written `messages.weight`"""
     skipped: int
-    """records left out because of a fault"""
+    """number of records left out because of a fault"""
     first_skipped: str
-    """the fault of the first of them"""
+    """the fault of the first record that was left out"""
     unlearnt: int
-    """answers that are marked not to be learnt"""
+    """number of answers that are marked not to be learnt"""
     with_placeholder: int
-    """samples with something like `{{name}}` in them"""
+    """number of samples that hold a placeholder such as `{{name}}`"""
     placeholders: tuple[str, ...]
+    """the plain names in those placeholders"""
 
     def notices(self, name: str, columns: Mapping[str, str]) -> Iterator[str]:
-        """Yield what the user should read once, one line each.
+        """Yield the notices that the user should read once, one line each.
 
         Args:
-            name: of the source.
-            columns: fields that stand under another name.
+            name: name of the source.
+            columns: fields that have another name in the data, with that name.
         """
         count = len(self.samples)
         fields = ", ".join(
@@ -89,8 +92,8 @@ class Recognised:
 def recognise(record: Mapping[str, Any], options: RecordOptions | None = None) -> Shape | None:
     """Return the shape whose required fields a record has, or None.
 
-    A field that is null counts where no shape is found without it. With `options.columns` only
-    shapes that have all of the named fields are looked for.
+    A null field counts as missing; it counts as present only where no shape is found otherwise.
+    With `options.columns`, only shapes that have all of the named fields are considered.
     """
     options = options or RecordOptions()
     if options.format != "auto":
@@ -123,25 +126,25 @@ def to_samples(
     """Turn the records of one source into samples.
 
     Args:
-        records: see `read_records`.
-        options: a shape or columns that are given rather than recognised, and whether records
-            with a fault are left out.
-        adapters: those a record may ask for; if None, no record is looked at for one.
+        records: the records, see `read_records`.
+        options: a shape or columns that the user gives, so that they need not be recognised; and
+            whether records with a fault are left out.
+        adapters: the adapters that a record may name; if None, no record is asked for one.
 
     Raises:
-        DataError: all faults found, one a line, see `Faults`; or nothing is left.
+        DataError: all faults found, one a line, see `Faults`; or no sample is left.
     """
-    work = _Work(options or RecordOptions(), adapters)
+    work = _Recognition(options or RecordOptions(), adapters)
     try:
         for record in records:
             work.take(record)
     except DataError as error:
-        # The source cannot be read on from here; what was found before is told as well.
+        # The source cannot be read any further; the faults found so far are reported with this one.
         work.faults.add(*error.faults)
     return work.result()
 
 
-class _Work:
+class _Recognition:
     """One pass over the records of a source."""
 
     def __init__(self, options: RecordOptions, adapters: RowAdapters | None) -> None:
@@ -159,7 +162,7 @@ class _Work:
         self.with_placeholder = 0
 
     def take(self, record: Record) -> None:
-        """Add one record's sample, or its fault."""
+        """Add the sample of a record, or its fault."""
         try:
             self.samples.append(self._sample(record))
         except DataError as error:
@@ -168,7 +171,7 @@ class _Work:
                 self.first_skipped = self.first_skipped or error.faults[0]
                 return
             if self.shape is None and not isinstance(record.content, DataError):
-                # Whatever comes after has no shape to be measured by.
+                # Without a shape the records after this one cannot be judged.
                 raise
             self.faults.add(*error.faults)
         else:
@@ -233,10 +236,10 @@ class _Work:
             self.placeholders.update(dict.fromkeys(name for name in found if is_plain(name)))
 
     def result(self) -> Recognised:
-        """Return what was recognised.
+        """Return the samples and counts.
 
         Raises:
-            DataError: the faults, or there is nothing left.
+            DataError: the faults; or no sample is left.
         """
         self.faults.raise_if_any()
         if self.shape is None or not self.samples:
@@ -259,7 +262,7 @@ def _unread_in_turns(fields: Mapping[str, Any]) -> Iterator[str]:
     for field in _WITH_TURNS:
         turns = fields.get(field)
         for turn in turns if isinstance(turns, list) else ():
-            # A field that the shape has no use for may hold anything.
+            # A field that the shape does not use may hold anything.
             if isinstance(turn, dict):
                 yield from (f"{field}.{name}" for name in unread_keys(turn))
 
@@ -279,7 +282,7 @@ def _texts(sample: Sample) -> Iterator[str]:
 
 
 def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions) -> str:
-    """Say what a record has that is of no known shape, and what would make it one."""
+    """Return the error for a record of no known shape, with columns that would give it one."""
     found = f"keys {list_names(fields)}" if fields else "no keys"
     if options.format != "auto":
         needs = " + ".join(FIELDS[Shape(options.format)].required)
@@ -299,10 +302,10 @@ def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions) 
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Check that a shape has all of the fields that `--columns` names.
+    """Check that there is a shape with all of the fields that `--columns` names.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: there is none.
     """
     unknown = [name for name in columns if name not in FIELD_NAMES]
     if unknown:
@@ -318,7 +321,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def _look_up(record: Mapping[str, Any], path: str, where: str) -> Any:
-    """Return the column that a field is taken from; dots lead into objects: `extra_info.answer`."""
+    """Return the value of a column; dots lead into objects, as in `extra_info.answer`."""
     if path in record:
         return record[path]
     value: Any = record
@@ -334,22 +337,22 @@ def _look_up(record: Mapping[str, Any], path: str, where: str) -> Any:
 
 
 def suggest_columns(record: Any) -> str:
-    """Return what to give `--columns` for a record, as far as names tell; "" where they do not."""
+    """Return a value for `--columns` that fits the names in a record; "" where none does."""
     paths = dict(_leaves(record)) if isinstance(record, dict) else {}
-    asks, answers = _nearest(paths, _ASKS), _nearest(paths, _ANSWERS)
+    asks, answers = _likeliest(paths, _ASKS), _likeliest(paths, _ANSWERS)
     others = {path: kind for path, kind in paths.items() if kind is str and path != asks}
-    context = _nearest(others, _CONTEXTS)
+    context = _likeliest(others, _CONTEXTS)
     if asks in paths and paths[asks] is str and answers and context:
         return f"instruction={asks},input={context},output={answers}"
     if asks and answers:
         sides = ("prompt", "completion") if paths[asks] is list else ("question", "answer")
         return f"{sides[0]}={asks},{sides[1]}={answers}"
-    text = _nearest(paths, _TEXTS)
+    text = _likeliest(paths, _TEXTS)
     return f"text={text}" if text else ""
 
 
-def _nearest(paths: Mapping[str, type], names: tuple[str, ...]) -> str:
-    """Return the path that ends in one of the names: the least deep, then the likeliest."""
+def _likeliest(paths: Mapping[str, type], names: tuple[str, ...]) -> str:
+    """Return the path that ends in one of the names: the least deep, of these the likeliest."""
     found = [path for path in paths if path.rpartition(".")[2] in names]
     return min(
         found,

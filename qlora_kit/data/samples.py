@@ -1,8 +1,8 @@
-"""The door to the data: from what `--data` names to samples, and from a file to prompts.
+"""The entrance to the data: from the value of `--data` to samples, and from a file to prompts.
 
-Takes a file, two line-aligned ones, a folder or a data set of the hub; returns `Samples`, all of
-one shape, with what there is to tell about them. Never tokenises; imports neither torch nor
-transformers, and `datasets` for the hub only.
+Takes a file, two line-aligned files, a folder or a data set of the hub; returns `Samples`, all of
+one shape, with the notices about them. Never tokenises. Imports neither torch nor transformers,
+and imports `datasets` only for a data set of the hub.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ Split = Literal["train", "validation", "test"]
 _DEMO = Path(__file__).parent.parent / "demo"
 BUILT_IN: dict[Split, Path] = {"train": _DEMO / "train.jsonl", "test": _DEMO / "test.jsonl"}
 
-# What people and hubs call the parts of a data set; of several, the first that is there.
+# Names that people and hubs give to the splits of a data set; the first that is found is taken.
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test",),
 }
-# Rows to measure are the test rows, else those meant for choosing; never those learnt from.
+# The splits that may be taken for a wanted one, in order. Measuring takes the test rows, or else
+# the validation rows; never rows that are trained on.
 _INSTEAD: dict[Split, tuple[Split, ...]] = {
     "train": ("train",),
     "validation": ("validation",),
@@ -61,18 +62,18 @@ class Samples:
     items: Sequence[Sample]
     shape: Shape
     source: str
-    """the file or hub id they came from, in words for the built-in ones"""
+    """the file or hub id that they came from; a phrase for the built-in samples"""
     notices: tuple[str, ...] = ()
-    """what the user should read once: what was recognised, skipped, or looks wrong"""
+    """lines the user should read once: what was recognised, what was skipped, what looks wrong"""
     skipped: int = 0
-    """records with a fault that were left out"""
+    """number of records left out because of a fault"""
 
     def first(self, count: int | None) -> Samples:
-        """Return only the first `count` samples; all where it is None."""
+        """Return the first `count` samples; all of them if it is None."""
         return replace(self, items=self.items[:count])
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of what is learnt: no part of it are a row's place and adapter."""
+        """Return the SHA-256 of shape and contents; the place and adapter of a row do not count."""
         digest = hashlib.sha256(self.shape.encode())
         for sample in self.items:
             # repr quotes strings, so no two contents run into one another.
@@ -88,24 +89,24 @@ def load_samples(
     options: RecordOptions | None = None,
     adapters: RowAdapters | None = None,
 ) -> Samples:
-    """Load what `--data` names.
+    """Load the samples that `--data` names.
 
     Args:
-        data: a file; two line-aligned ones, `FILE+FILE`; a folder with one file a split; a hub
+        data: a file; two line-aligned files, `FILE+FILE`; a folder with one file a split; a hub
             id, `owner/name` or `owner/name:configuration`; None: the built-in samples.
-        split: which part of what has parts. A file is all of one part.
-        options: a shape or columns that are given rather than recognised, and whether records
-            with a fault are left out.
-        adapters: those a record may ask for; if None, no record is looked at for one.
+        split: the split to load. A file has no splits: all of it is loaded.
+        options: a shape or columns that the user gives, so that they need not be recognised; and
+            whether records with a fault are left out.
+        adapters: the adapters that a record may name; if None, no record is asked for one.
 
     Raises:
         ConfigError: `options.columns` names a field that no shape has.
-        DataError: nothing of that name, no such split, or records that are not usable; see
-            `read_records`, `to_samples`.
+        DataError: there is nothing of that name, there is no such split, or records are not
+            usable, see `read_records` and `to_samples`.
         HubError: the hub has no such data set, or is out of reach.
     """
     if data is None:
-        found = to_samples(_built_in(BUILT_IN[split]), adapters=adapters)
+        found = to_samples(_built_in_records(BUILT_IN[split]), adapters=adapters)
         return Samples(found.samples, found.shape, "built-in sample data")
     options = options or RecordOptions()
     check_columns(options.columns)
@@ -125,10 +126,10 @@ def load_samples(
 
 
 def load_held_out(data: str | Path | None, options: RecordOptions | None = None) -> Samples | None:
-    """Load the validation samples that a folder or the hub's data set brings along, if any.
+    """Load the validation samples of a folder or of a data set of the hub; None without any.
 
     Raises:
-        DataError: they are not usable.
+        DataError: the samples are not usable.
         HubError: the hub is out of reach.
     """
     if data is None:
@@ -139,20 +140,20 @@ def load_held_out(data: str | Path | None, options: RecordOptions | None = None)
     elif os.path.exists(path) or not is_hub_id(str(data)):
         has_some = False
     else:
-        has_some = _named("validation", _hub_splits(str(data))) is not None
+        has_some = _name_of_split("validation", _hub_splits(str(data))) is not None
     return load_samples(data, "validation", options) if has_some else None
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Records, and what to call where they come from."""
+    """Records, and the name of the file, folder or data set that they come from."""
 
     name: str
     records: Iterator[Record]
 
 
-def _built_in(path: Path) -> Iterator[Record]:
-    # Where the package is installed is nobody's business in a model card or a page.
+def _built_in_records(path: Path) -> Iterator[Record]:
+    # A model card or a page must not say in which folder the package is installed.
     for record in read_records(path):
         yield replace(record, place=record.place.removeprefix(f"{path.parent}{os.sep}"))
 
@@ -190,14 +191,14 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _shard_of(path: Path) -> tuple[str, int | None]:
-    """Return the name of a file without suffixes and shard number, and how many shards it has."""
+    """Return the name of a file without suffixes and shard number, and its number of shards."""
     stem = without_gzip(path).stem
     match = _SHARD.fullmatch(stem)
     return (match[1], int(match[3])) if match else (stem, None)
 
 
 def _check_one_set(folder: Path, split: Split, files: list[Path]) -> None:
-    """Several files of a split must be its shards, all of them."""
+    """Check that several files of a split are its shards, and that none is missing."""
     counts = {_shard_of(path)[1] for path in files}
     if counts == {None} and len(files) == 1:
         return
@@ -226,7 +227,7 @@ def _no_split(folder: Path, split: Split) -> str:
 
 
 def _aligned_files(folder: Path, split: Split) -> list[Path]:
-    """Return two files of a split whose suffixes are no format: `train.de`, `train.en`."""
+    """Return the two files of a split whose suffixes are no format: `train.de`, `train.en`."""
     files = [
         path
         for path in _files_of(folder)
@@ -241,14 +242,14 @@ def _aligned_files(folder: Path, split: Split) -> list[Path]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form of a hub id, and not that of a data file."""
+    """Return whether a name has the form of a hub id and is not the name of a data file."""
     return bool(_HUB_ID.fullmatch(name)) and not is_data_file_name(Path(name))
 
 
 def _on_hub(name: str, split: Split) -> _Source:
     splits = _hub_splits(name)
     for part in _INSTEAD[split]:
-        found = _named(part, splits)
+        found = _name_of_split(part, splits)
         if found is not None:
             return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", splits[found]))
     raise DataError(
@@ -257,8 +258,8 @@ def _on_hub(name: str, split: Split) -> _Source:
     )
 
 
-def _named(split: Split, splits: Collection[str]) -> str | None:
-    """Return what the hub's data set calls a split, if it has it."""
+def _name_of_split(split: Split, splits: Collection[str]) -> str | None:
+    """Return the name that a data set of the hub gives to a split; None if it has no such split."""
     return next((name for name in _SPLIT_NAMES[split] if name in splits), None)
 
 
@@ -272,7 +273,7 @@ def _hub_splits(name: str) -> Mapping[str, Any]:
     try:
         splits: Mapping[str, Any] = datasets.load_dataset(match[1], match[2])
     except Exception as error:
-        # The hub client raises from many trees; whatever it is, the remedy is the same.
+        # The hub client raises errors of many classes; the remedy is the same for all.
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubError(
             f"{name}: no such file, and not loadable from the hub ({why}); expected a data "
@@ -300,13 +301,13 @@ def _hub_records(name: str, rows: Any) -> Iterator[Record]:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What is to be continued: a text, or the turns before an answer.
+class PromptRecord:
+    """A prompt to continue: a text, or the turns before an answer.
 
     Attributes:
-        content: a text stands for the user's turn where there is a chat template.
-        place: where it stands, for errors and answers.
-        adapter: which of several it asks for; None for the base alone.
+        content: the text or the turns; with a chat template, a text is the user's turn.
+        place: the place of the prompt, for errors and answers.
+        adapter: the adapter that the record names, of several; None for the base alone.
     """
 
     content: str | tuple[Message, ...]
@@ -314,15 +315,15 @@ class Prompt:
     adapter: str | None = None
 
 
-def read_prompts(path: Path, adapters: RowAdapters | None = None) -> list[Prompt]:
-    """Read a data file of prompts; other fields than `prompt` and the adapter are not read.
+def read_prompts(path: Path, adapters: RowAdapters | None = None) -> list[PromptRecord]:
+    """Read a data file of prompts; no field but `prompt` and the adapter's is read.
 
     Args:
-        path: of any format that `read_records` knows, but plain text.
-        adapters: those a record may ask for; if None, no record is looked at for one.
+        path: a file of any format that `read_records` knows, but plain text.
+        adapters: the adapters that a record may name; if None, no record is asked for one.
 
     Raises:
-        DataError: the file is not readable, or records are no prompts: all of them, one a line.
+        DataError: the file is not readable; or some records are no prompts, one line for each.
     """
     prompts, faults = [], Faults()
     for record in read_records(path):
@@ -334,7 +335,7 @@ def read_prompts(path: Path, adapters: RowAdapters | None = None) -> list[Prompt
     return prompts
 
 
-def _prompt(record: Record, adapters: RowAdapters | None) -> Prompt:
+def _prompt(record: Record, adapters: RowAdapters | None) -> PromptRecord:
     if isinstance(record.content, DataError):
         raise record.content
     if not isinstance(record.content, dict):
@@ -342,12 +343,12 @@ def _prompt(record: Record, adapters: RowAdapters | None) -> Prompt:
             f"{record.place}: {kind_of(record.content)}; expected an object with a prompt; write "
             'the record as {"prompt": ...}'
         )
-    content = _content(record.content, record.place)
+    content = _prompt_content(record.content, record.place)
     adapter = adapters.of(record.content, record.place) if adapters else None
-    return Prompt(content, record.place, adapter)
+    return PromptRecord(content, record.place, adapter)
 
 
-def _content(fields: Mapping[str, Any], where: str) -> str | tuple[Message, ...]:
+def _prompt_content(fields: Mapping[str, Any], where: str) -> str | tuple[Message, ...]:
     if "prompt" not in fields:
         found = f"keys {list_names(fields)}" if fields else "no keys"
         raise DataError(f'{where}: {found}; expected "prompt": a text or a list of turns; add it')

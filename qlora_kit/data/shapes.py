@@ -1,7 +1,7 @@
-"""What records look like, and the samples they become.
+"""The shapes of records, and the samples that records become.
 
-Frozen `Conversation`, `Pair` and `Text` know where they stand and cross processes. Never reads
-or converts anything, and imports neither torch nor transformers.
+`Conversation`, `Pair` and `Text` are frozen, know their place in the data, and can be sent to
+another process. Never reads or converts anything, and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 class Message:
     """One turn; `role` is one of `ROLES`, and only an assistant calls tools.
 
-    A call is `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with its
-    `id` where it has one: what chat templates expect.
+    A call has the form that chat templates expect: `{"type": "function", "function": {"name":
+    ..., "arguments": {...}}}`, with an `id` where the data has one.
     """
 
     role: str
     content: str
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     tool_call_id: str = ""
-    """of a tool's turn: the call it answers"""
+    """in a tool's turn: the call that it answers"""
     name: str = ""
-    """of a tool's turn: the tool that speaks"""
+    """in a tool's turn: the tool that speaks"""
     is_learnt: bool = True
-    """whether the data asks for the turn to be learnt, if it is the assistant's"""
+    """in an assistant's turn: whether the data wants it to be learnt"""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Turns for a chat template; the last is the assistant's.
 
-    `tools` are those it may call, each `{"type": "function", "function": {...}}`.
+    `tools` are the tools it may call, each `{"type": "function", "function": {...}}`.
     """
 
     messages: tuple[Message, ...]
     place: str
     tools: tuple[Mapping[str, Any], ...] = ()
     adapter: str | None = None
-    """which of several adapters the row asks for; None for the base alone"""
+    """the adapter that the row names, of several; None for the base alone"""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt and its continuation, used as they are, without a template."""
+    """A prompt and its completion, used as they are, without a template."""
 
     prompt: str
     completion: str
@@ -70,7 +70,7 @@ Sample = Conversation | Pair | Text
 
 
 class Shape(StrEnum):
-    """What a record is. The order is that of recognition: the first whose fields are there."""
+    """The shape of a record. Recognition takes the first in this order whose fields are there."""
 
     CHAT = "chat"
     SHAREGPT = "sharegpt"
@@ -83,7 +83,7 @@ class Shape(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The fields of a shape, in the order in which they are shown."""
+    """The fields of a shape, in the order in which users see them."""
 
     all: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -105,6 +105,6 @@ FIELDS: Mapping[Shape, Fields] = {
     Shape.QA: Fields(("system", "question", "answer"), ("system",)),
     Shape.TEXT: Fields(("text",)),
 }
-"""`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is to be one."""
+"""`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is read as a turn."""
 
 FIELD_NAMES = frozenset(name for fields in FIELDS.values() for name in fields.all)

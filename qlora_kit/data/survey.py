@@ -1,7 +1,7 @@
-"""Surveys what a model would learn from: lengths, repeats, ends, prompts, and rows to look at.
+"""Surveys the data of a run: lengths, repeats, ends, prompts, and a few rows to look at.
 
 Takes the samples and token rows that training takes; returns a frozen `Survey`. Never changes a
-row, and tokenises nothing but the prompts it tries.
+row, and tokenises nothing but the prompts that it compares with the rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SAMPLES_TRIED = 100
 
 @dataclass(frozen=True)
 class Part:
-    """Samples, and the token rows made of them or of some of them."""
+    """Samples, and the token rows made of all of them or of some."""
 
     samples: Samples
     tokenized: Tokenized
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Bin:
-    """How many samples have between `first` and `last` tokens, both included."""
+    """The number of samples with `first` to `last` tokens, both included."""
 
     first: int
     last: int
@@ -49,13 +49,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens samples have before any is cut."""
+    """The tokens of the samples, before any sample is cut."""
 
     median: int
     p95: int
     longest: int
     histogram: tuple[Bin, ...]
-    """its borders are powers of two, halves of them, and `max_length`"""
+    """its borders are powers of two, the midpoints between them, and `max_length`"""
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,16 @@ class LongRow:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Token rows that stand twice."""
+    """Token rows that repeat an earlier row."""
 
     rows: int
-    """those that repeat another"""
+    """number of rows that repeat a whole row"""
     of: int
+    """number of rows that were compared"""
     prompts: int
-    """those that repeat the (first) prompt of another, but not its answer"""
+    """number of rows that repeat the first prompt of another row, with another answer"""
     places: tuple[tuple[str, str], ...]
-    """the first of the former, each with the place of what it repeats"""
+    """places of the first repeated rows, each with the place of the row that it repeats"""
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ class Ends:
     """The tokens by which a model learns to stop."""
 
     rows: int
-    """token rows whose last supervised token is an end token"""
+    """number of token rows whose last supervised token is an end token"""
     of: int
+    """number of all token rows"""
     tokens: Mapping[str, int]
-    """in how many rows each is the last"""
+    """for each end token, the number of rows whose last supervised token it is"""
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ class PromptTest:
     """Whether rows begin with the very ids that generation would be given."""
 
     tried: int
-    """prompts, of a sample of the data"""
+    """number of prompts that were compared, drawn from the data"""
     differing: int
+    """number of prompts that no row begins with"""
     places: tuple[str, ...]
-    """where the first of those that differ stand"""
+    """places of the first prompts that differ"""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model would learn from, and be measured on."""
+    """A survey of the rows that a model would learn from and be measured on."""
 
     source: str
     max_length: int
@@ -134,7 +137,7 @@ class Survey:
 
     @property
     def supervised_share(self) -> float:
-        """Return how many of the training tokens are supervised, 0 to 1."""
+        """Return the share of the training tokens that are supervised, 0 to 1."""
         return self.training.supervised_tokens / self.training.tokens
 
     def as_json(self) -> dict[str, Any]:
@@ -144,7 +147,7 @@ class Survey:
         return {**figures, **share, "warnings": list(self.warnings())}
 
     def warnings(self) -> Iterator[str]:
-        """Yield what looks wrong with data that can be trained on, one line each."""
+        """Yield a line for each thing that looks wrong, though the data can be trained on."""
         counts, lengths = self.training, self.lengths
         if counts.rows_truncated:
             yield (
@@ -193,14 +196,14 @@ def survey(
     """Survey the data of a run.
 
     Args:
-        training: what is learnt from.
-        validation: what is measured on; its samples may be those of `training`.
+        training: the rows to learn from.
+        validation: the rows to measure on; its samples may be those of `training`.
         tokenizer: transformers' tokenizer, whose chat template the rows were made with.
-        options: what the rows were made with.
-        seed: of which rows are shown and tried; the same are for the same rows.
-        shown_rows: how many rows are cut into pieces, to be looked at.
+        options: the options that the rows were made with.
+        seed: draws the rows that are shown and the prompts that are tried.
+        shown_rows: number of rows that are cut into pieces for a reader.
     """
-    rows, counts = _Rows(training), training.tokenized.counts
+    rows, counts = _RowArrays(training), training.tokenized.counts
     known = _Known({}, set())
     lengths = [tokens for _, tokens in rows.sample_lengths()]
     return Survey(
@@ -212,17 +215,19 @@ def survey(
         longest=tuple(_longest(rows, counts, options.max_length)),
         ends=_ends(rows, tokenizer),
         prompts=_try_prompts(rows, tokenizer, options, seed),
-        repeats=_repeats(rows, known, remember=True),
-        overlap=None if validation is None else _repeats(_Rows(validation), known, remember=False),
-        shown=tuple(_shown(rows, tokenizer, seed, shown_rows)),
+        repeats=_count_repeats(rows, known, remember=True),
+        overlap=None
+        if validation is None
+        else _count_repeats(_RowArrays(validation), known, remember=False),
+        shown=tuple(_rows_to_show(rows, tokenizer, seed, shown_rows)),
     )
 
 
 # ---------------------------------------------------------------- the rows, as arrays
 
 
-class _Rows:
-    """Token rows one after the other: those of row i are `ids[starts[i] : starts[i + 1]]`."""
+class _RowArrays:
+    """Token rows in flat arrays: the tokens of row i are `ids[starts[i] : starts[i + 1]]`."""
 
     def __init__(self, part: Part) -> None:
         rows = part.tokenized.rows
@@ -235,28 +240,28 @@ class _Rows:
         self.samples = part.samples.items
         self.dropped = part.tokenized.dropped
         self.supervised = numpy.flatnonzero(rows.is_supervised())
-        """where there is a supervised token, in order; every row has one"""
+        """positions of all supervised tokens, in order; every row has at least one"""
 
     def __len__(self) -> int:
         return len(self.sample_of_row)
 
     def span(self, row: int) -> slice:
-        """Return where the tokens of a row are."""
+        """Return the positions of a row's tokens."""
         return slice(int(self.starts[row]), int(self.starts[row + 1]))
 
     def of_sample(self, index: int) -> range:
-        """Return the rows that a sample has become."""
+        """Return the rows made of a sample."""
         first, last = numpy.searchsorted(self.sample_of_row, [index, index + 1])
         return range(int(first), int(last))
 
     def place(self, row: int) -> str:
-        """Return where the sample of a row stands, and which of several rows it is."""
+        """Return the place of a row's sample, with the row's number if the sample has several."""
         index = int(self.sample_of_row[row])
         several = len(self.of_sample(index)) > 1
         return self.samples[index].place + (f" (token row {row + 1:,})" if several else "")
 
     def sample_lengths(self) -> list[tuple[int, int]]:
-        """Return each sample's index and how many tokens it has before any are cut."""
+        """Return each sample's index and its number of tokens before it was cut."""
         names, which = numpy.unique(self.sample_of_row, return_inverse=True)
         longest = numpy.zeros(len(names), dtype=numpy.int64)
         numpy.maximum.at(longest, which, self.uncut_tokens)
@@ -285,7 +290,7 @@ def _histogram(tokens: Sequence[int], max_length: int) -> Iterator[Bin]:
     return iter(bins[shortest:])
 
 
-def _longest(rows: _Rows, counts: Counts, max_length: int) -> Iterator[LongRow]:
+def _longest(rows: _RowArrays, counts: Counts, max_length: int) -> Iterator[LongRow]:
     lengths = sorted(rows.sample_lengths(), key=lambda each: (-each[1], each[0]))
     for index, tokens in lengths[:_MOST_LISTED]:
         if index in rows.dropped:
@@ -300,7 +305,7 @@ def _longest(rows: _Rows, counts: Counts, max_length: int) -> Iterator[LongRow]:
 # ---------------------------------------------------------------- ends and prompts
 
 
-def _ends(rows: _Rows, tokenizer: Any) -> Ends:
+def _ends(rows: _RowArrays, tokenizer: Any) -> Ends:
     last = numpy.searchsorted(rows.supervised, rows.starts[1:]) - 1
     found = Counter(rows.ids[rows.supervised[last]].tolist())
     texts = end_tokens(tokenizer)
@@ -309,8 +314,8 @@ def _ends(rows: _Rows, tokenizer: Any) -> Ends:
     return Ends(sum(tokens.values()), len(rows), tokens)
 
 
-def _try_prompts(rows: _Rows, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
-    """Encode prompts as generation does, and look for rows that begin with them."""
+def _try_prompts(rows: _RowArrays, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
+    """Encode prompts as generation does, and look for the rows that begin with them."""
     renderer = Renderer(tokenizer, options.train_on)
     names = numpy.unique(rows.sample_of_row).tolist()
     picked = random.Random(f"prompts {seed}").sample(names, min(_SAMPLES_TRIED, len(names)))
@@ -318,23 +323,23 @@ def _try_prompts(rows: _Rows, tokenizer: Any, options: TokenOptions, seed: int) 
     with many_limits():
         for index in sorted(picked):
             made = [rows.ids[rows.span(row)].tolist() for row in rows.of_sample(index)]
-            for text in _prompts(rows.samples[index], renderer):
+            for text in _prompts_of(rows.samples[index], renderer):
                 ids = prompt_ids(tokenizer, text)
                 if not any(len(row) > len(ids) for row in made):
-                    continue  # cut off before the answer
+                    continue  # the row was cut before the answer
                 tried += 1
                 if not any(row[: len(ids)] == ids for row in made):
                     places.append(rows.samples[index].place)
     return PromptTest(tried, len(places), tuple(places[:_MOST_LISTED]))
 
 
-def _prompts(sample: Sample, renderer: Renderer) -> Iterator[str]:
+def _prompts_of(sample: Sample, renderer: Renderer) -> Iterator[str]:
     """Yield the text before each answer that is learnt, as generation would be given it."""
     if isinstance(sample, Pair):
         yield renderer.prompt_text(sample.prompt)
     elif isinstance(sample, Conversation):
         for index in renderer.learnt_turns(sample):
-            # With everything supervised no prompt was rendered yet, and a template may refuse it.
+            # With `train_on` "all" no prompt has been rendered yet, and the template may refuse it.
             with contextlib.suppress(DataError):
                 yield renderer.prompt_text(sample.messages[:index], sample.place, sample.tools)
 
@@ -343,22 +348,25 @@ def _prompts(sample: Sample, renderer: Renderer) -> Iterator[str]:
 
 
 class _Known(NamedTuple):
-    """What was seen, by its hash; of rows, the place of the first."""
+    """The rows and prompts seen so far, by the hash of their ids."""
 
     rows: dict[bytes, str]
+    """place of the first row with this hash"""
     prompts: set[bytes]
 
 
-def _repeats(rows: _Rows, known: _Known, *, remember: bool) -> Repeats:
-    """Compare rows with those known: what counts is what the model sees, after any cut."""
+def _count_repeats(rows: _RowArrays, known: _Known, *, remember: bool) -> Repeats:
+    """Compare rows with the known ones, by the ids that the model sees: after any cut."""
     places: list[tuple[str, str]] = []
     repeated = prompts = 0
     first = rows.supervised[numpy.searchsorted(rows.supervised, rows.starts[:-1])]
     for row in range(len(rows)):
         span = rows.span(row)
-        whole = _hash(rows.ids[span])
-        # One token before the answer is a BOS token at most.
-        asked = _hash(rows.ids[span.start : first[row]]) if first[row] - span.start > 1 else None
+        whole = _hash_of_ids(rows.ids[span])
+        # A single token before the answer is no prompt: it can only be a BOS token.
+        asked = (
+            _hash_of_ids(rows.ids[span.start : first[row]]) if first[row] - span.start > 1 else None
+        )
         if whole in known.rows:
             repeated += 1
             if len(places) < _MOST_LISTED:
@@ -371,14 +379,14 @@ def _repeats(rows: _Rows, known: _Known, *, remember: bool) -> Repeats:
     return Repeats(repeated, len(rows), prompts, tuple(places))
 
 
-def _hash(ids: Any) -> bytes:
+def _hash_of_ids(ids: Any) -> bytes:
     return xxhash.xxh3_128_digest(ids.tobytes())
 
 
 # ---------------------------------------------------------------- rows to look at
 
 
-def _shown(rows: _Rows, tokenizer: Any, seed: int, count: int) -> Iterator[ShownRow]:
+def _rows_to_show(rows: _RowArrays, tokenizer: Any, seed: int, count: int) -> Iterator[ShownRow]:
     picked = random.Random(f"shown {seed}").sample(range(len(rows)), min(count, len(rows)))
     for row in sorted(picked):
         span = rows.span(row)

@@ -1,8 +1,8 @@
-"""Turns samples into text, and says which characters of it are supervised.
+"""Turns samples into text, and says which characters of the text are supervised.
 
-Takes a tokenizer and samples; returns `Rendered`. Training and generation render their
-prompts here and nowhere else: what is supervised begins where the generation prompt ends.
-Never tokenises a sample.
+Takes a tokenizer and samples; returns `Rendered`. Training and generation render their prompts
+here and nowhere else, so the supervised text begins where the generation prompt ends. Never
+tokenises a sample.
 """
 
 from __future__ import annotations
@@ -19,34 +19,36 @@ from qlora_kit.errors import DataError
 
 Span = tuple[int, int]
 
-# What a generation prompt may end with to open the answer's reasoning, and what closes it.
+# A generation prompt may end with one of these tags, which opens the reasoning of the answer.
 _OPENED_REASONING = re.compile(r"<(think|thinking|reasoning)>\s*$")
 
-# Tokens that end a turn in released models, for templates that write a turn's end only when the
-# next one opens: there the text alone does not tell an end from an opening.
+# Tokens that end a turn in released models. Some templates write the end of a turn only when the
+# next turn opens; there the text alone does not tell an end from an opening.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One text to learn from, of a sample; most samples have one."""
+    """One text to learn from. Most samples are rendered as one text, some as several."""
 
     text: str
     spans: tuple[Span, ...]
     """half-open character ranges that are supervised, in order, not overlapping"""
     answers: tuple[int, ...]
-    """characters where an answer begins; the text before each is a generation prompt"""
+    """characters at which answers begin; the text before each is a generation prompt"""
     append_eos: bool
-    """whether the end token follows the text, as a token and supervised"""
+    """whether a supervised end token is added after the text"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """A conversation up to one answer: the text, and where its answer begins and ends."""
+    """A conversation up to one answer: its text, and the characters of the answer."""
 
     text: str
     start: int
+    """the first character of the answer"""
     end: int
+    """the character after the answer"""
     ended: bool
     """whether the answer ends with an end token"""
 
@@ -56,8 +58,8 @@ class Renderer:
 
     Args:
         tokenizer: transformers' tokenizer; its `chat_template` is set by `choose_template`.
-        train_on: what is supervised: every answer, only the last of a conversation, or
-            everything but the BOS token.
+        train_on: the text that is supervised: every answer, only the last answer of a
+            conversation, or everything but the BOS token.
         chat_template: a built-in name or a file; None for the tokenizer's own.
 
     Raises:
@@ -80,15 +82,15 @@ class Renderer:
     def render(self, sample: Sample) -> tuple[Rendered, ...]:
         """Render one sample.
 
-        A conversation goes through the template; pairs and texts are used as they are. It
-        becomes several texts where the template rewrites earlier turns, as those do that leave
-        their reasoning out: each answer is then learnt after the prompt it would be generated
-        from.
+        A conversation goes through the template; pairs and texts are used as they are. Some
+        templates rewrite earlier turns, for example to leave their reasoning out. A conversation
+        then becomes several texts, so each answer is learnt after the prompt that it would be
+        generated from.
 
         Raises:
             DataError: the template refuses the turns, leaves some out, changes an answer, or
-                does not open one with its generation prompt.
-            ModelError: it takes longer than `chat_text.SECONDS_A_RENDERING`.
+                does not open an answer with its generation prompt.
+            ModelError: the template takes longer than `chat_text.SECONDS_A_RENDERING`.
         """
         if isinstance(sample, Conversation):
             return self._render_all(sample) if self.train_on == "all" else self._answers(sample)
@@ -107,8 +109,8 @@ class Renderer:
 
         Args:
             prompt: raw text, returned as it is, or turns for the template.
-            place: where the prompt stands, for errors.
-            tools: what may be called, as `Conversation.tools`.
+            place: the place of the prompt, for errors.
+            tools: the tools that may be called, as in `Conversation.tools`.
 
         Raises:
             DataError: the template refuses the turns or leaves some out.
@@ -118,7 +120,7 @@ class Renderer:
         return self._writer.write(prompt, place, tools, generation=True)
 
     def learnt_turns(self, sample: Conversation) -> list[int]:
-        """Return which turns are answers to be learnt: every one, or only the last.
+        """Return the indices of the answers that are learnt: of all answers, or of the last.
 
         Raises:
             DataError: no turn is the assistant's.
@@ -154,13 +156,13 @@ class Renderer:
     # ------------------------------------------------------------ answers
 
     def _answers(self, sample: Conversation) -> tuple[Rendered, ...]:
-        """Render the conversation up to each answer; join what extends the text before it.
+        """Render the conversation up to each answer; join texts that extend the one before.
 
-        An answer that is not to be learnt is a part of the prompts of those after it.
+        An answer that is not learnt is a part of the prompts of the answers after it.
         """
         numbers = self.learnt_turns(sample)
         if not numbers:
-            # Counted as dropped, as is every row in which nothing is supervised.
+            # The row is counted as dropped, as every row without a supervised token is.
             text = self._writer.write(sample.messages, sample.place, sample.tools)
             return (Rendered(text, (), (), append_eos=False),)
         texts: list[list[_Turn]] = []
@@ -177,7 +179,7 @@ class Renderer:
         text, ended = turns[-1].text, turns[-1].ended
         spans = [(turn.start, turn.end) for turn in turns]
         if not ended:
-            # The EOS is learnt as what follows the text, so the white space before it is too.
+            # The EOS is learnt right after the text, so the white space before it is learnt too.
             spans[-1] = (spans[-1][0], len(text))
         return Rendered(text, tuple(spans), tuple(start for start, _ in spans), not ended)
 
@@ -212,10 +214,10 @@ class Renderer:
         return _Turn(text, len(prompt), end, text[:end].endswith(self._end_tokens))
 
     def _extended(self, turn: _Turn, later: _Turn) -> _Turn | None:
-        """Return an earlier answer as it stands in a later text; None where it does not."""
+        """Return an earlier answer as a later text has it; None where the text does not have it."""
         text = turn.text
         if not later.text.startswith(text):
-            # Some templates end the last message, and only that, with an EOS of its own.
+            # Some templates put an EOS after the last message, and after no other.
             text = text.removesuffix(self._eos)
             if not later.text.startswith(text):
                 return None
@@ -224,7 +226,7 @@ class Renderer:
         end = min(turn.end, len(text.rstrip()))
         if text[:end].endswith(self._end_tokens):
             return _Turn(text, turn.start, end, ended=True)
-        # Templates that close a turn only when the next one opens.
+        # Some templates close a turn only when the next one opens.
         for token in (self._eos, *_TURN_ENDS):
             if token in self._end_tokens and later.text.startswith(token, len(text)):
                 return _Turn(text, turn.start, len(text) + len(token), ended=True)
@@ -234,17 +236,19 @@ class Renderer:
 def _after_opened_reasoning(prompt: str, text: str, content: str) -> str | None:
     """Return the prompt and the answer after it, where the prompt opens the reasoning.
 
-    Templates of reasoning models end their generation prompt with `<think>`, and write turns
-    without it and without their reasoning. Generation continues the prompt, so that is what is
-    learnt: the reasoning as the answer has it, or, where it has none, its end at once.
+    Templates of reasoning models end their generation prompt with `<think>`, but write earlier
+    turns without the tag and without the reasoning. Generation continues the prompt, so the
+    text to learn continues it too: with the reasoning of the answer, or with the closing tag at
+    once where the answer has no reasoning.
 
     Args:
         prompt: the generation prompt.
-        text: the turns with the answer, which does not begin with `prompt`.
-        content: the answer as it stands in the data.
+        text: the turns with the answer; the text does not begin with `prompt`.
+        content: the answer as the data has it.
 
     Returns:
-        None where the prompt opens no reasoning, or the text does not go on with the answer.
+        The text; None where the prompt opens no reasoning, or `text` does not continue with the
+        answer.
     """
     opened = _OPENED_REASONING.search(prompt)
     if opened is None or not text.startswith(prompt[: opened.start()]):
@@ -260,7 +264,7 @@ def _after_opened_reasoning(prompt: str, text: str, content: str) -> str | None:
     if closing in content:
         reasoning = content[: len(content) - len(shown)].lstrip().removeprefix(opening)
         before = reasoning.lstrip("\n") if opened[0].endswith("\n") else reasoning
-        # The white space that the template takes off the answer belongs to the reasoning here.
+        # The template strips white space from the answer; here that space belongs to the reasoning.
         before += shown[: len(shown) - len(shown.lstrip())] if visible != shown else ""
     else:
         before = f"\n{closing}\n\n"
@@ -268,7 +272,7 @@ def _after_opened_reasoning(prompt: str, text: str, content: str) -> str | None:
 
 
 def _holds(text: str, content: str) -> bool:
-    """Whether a text has all of an answer, white space aside: templates trim it."""
+    """Whether a text has all of an answer; white space is ignored, because templates trim it."""
     return content.strip() in text or "".join(content.split()) in "".join(text.split())
 
 
@@ -276,13 +280,17 @@ def _holds(text: str, content: str) -> bool:
 
 
 def end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the tokens that may end an answer: the EOS, the template's own, well-known ones."""
+    """Return the texts of the tokens that may end an answer.
+
+    They are the EOS, the token that the chat template ends an answer with, and the well-known end
+    tokens that the tokenizer has.
+    """
     known = {token for token in _TURN_ENDS if token in special_tokens(tokenizer)}
     return tuple(sorted(known | {str(tokenizer.eos_token), *_last_token_of_an_answer(tokenizer)}))
 
 
 def _last_token_of_an_answer(tokenizer: Any) -> tuple[str, ...]:
-    """Return the special token that the chat template ends a plain answer with, if it does."""
+    """Return the special token that the chat template ends a plain answer with; () without one."""
     if not tokenizer.chat_template:
         return ()
     turns = [Message("user", "a"), Message("assistant", "a")]
@@ -294,14 +302,14 @@ def _last_token_of_an_answer(tokenizer: Any) -> tuple[str, ...]:
 
 
 def end_token_ids(tokenizer: Any, configured: int | Sequence[int] | None = None) -> list[int]:
-    """Return the tokens that end an answer.
+    """Return the ids of the tokens that end an answer, in order.
 
-    They are the tokenizer's EOS, what the model's configuration names, and the special token
-    that the chat template ends an answer with: the one that training supervises.
+    They are the tokenizer's EOS, the ids that the model's configuration names, and the special
+    token that the chat template ends an answer with, which is the token that training supervises.
 
     Args:
         tokenizer: transformers' tokenizer.
-        configured: `eos_token_id` of a configuration: one, several or none.
+        configured: the `eos_token_id` of a configuration: one id, several or none.
     """
     named = [configured] if isinstance(configured, int) else (configured or [])
     last = tokenizer.convert_tokens_to_ids(list(_last_token_of_an_answer(tokenizer)))

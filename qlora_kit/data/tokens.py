@@ -1,7 +1,7 @@
-"""Turns samples into token rows, and counts what became of each of them.
+"""Turns samples into token rows, and counts what became of each sample.
 
 Takes `Samples` and a tokenizer; returns `Tokenized`, kept in the cache of `datasets` under a
-fingerprint of samples, tokenizer, template and settings. Never loses a row without counting.
+fingerprint of samples, tokenizer, template and settings. Never loses a row without counting it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qlora_kit.time_limit import many_limits
 
 MIN_ROWS_FOR_VALIDATION = 200
 
-# Part of the fingerprint: raise it when the same samples become other rows.
+# A part of the fingerprint: raise it when the code begins to make other rows of the same samples.
 _ROWS_VERSION = 3
 _BATCH_ROWS = 1000
 _SCHEMA = pyarrow.schema(
@@ -55,9 +55,9 @@ _SCHEMA = pyarrow.schema(
 class Counts:
     """What became of the rows of a data file.
 
-    rows_read = rows_kept + rows_dropped, and the token rows are
-    rows_kept - rows_split + chunks. Supervised tokens are those a loss is computed for: the
-    first token of a row has none before it, so it never counts.
+    rows_read = rows_kept + rows_dropped, and the number of token rows is
+    rows_kept - rows_split + chunks. A token is supervised if a loss is computed for it: no token
+    comes before the first token of a row, so the first never counts.
     """
 
     shape: Shape
@@ -67,18 +67,19 @@ class Counts:
     rows_truncated: int = 0
     """kept rows that lost a part to `max_length`, mostly their end"""
     rows_dropped: int = 0
-    """too long, or without a supervised token"""
+    """rows that were too long, or without a supervised token"""
     rows_split: int = 0
     """kept rows of which chunks were made, one or several"""
     rows_by_turn: int = 0
-    """those rendered once an answer: the template changes earlier ones, or does not end them"""
+    """split rows rendered once an answer: the template changes or does not end earlier turns"""
     rows_unaligned: int = 0
     """rows where a token straddles the end of a prompt and could not be divided"""
     chunks: int = 0
-    """token rows made of the split ones"""
+    """token rows made of the split rows"""
     tokens: int = 0
     supervised_tokens: int = 0
     supervised_tokens_lost: int = 0
+    """supervised tokens that are in no token row"""
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -99,7 +100,7 @@ class Counts:
         return "; ".join(parts)
 
     def _lost(self) -> str:
-        """Return what nobody will learn, in words; said even where it is nothing."""
+        """Return in words how much of the data is lost to training; "nothing" where all is kept."""
         lost = [
             f"{count:,} {word}{'' if count == 1 else 's'}"
             for count, word in (
@@ -115,8 +116,9 @@ class Counts:
 class Tokenized:
     """Token rows ready to be batched.
 
-    `fingerprint` is of all that decides the rows, `origin` the hashes of its parts: data,
-    tokenizer, template. `seconds` is what making them took; None where they came from the cache.
+    `fingerprint` is a hash of everything that decides the rows, and `origin` has the hashes of its
+    parts: data, tokenizer, template. `seconds` is the time it took to make the rows; None where
+    they came from the cache.
     """
 
     rows: TokenTable
@@ -125,11 +127,11 @@ class Tokenized:
     origin: Mapping[str, str | None]
     seconds: float | None = None
     dropped: Mapping[int, int] = field(default_factory=dict)
-    """tokens of each source sample of which no row is left, by its index"""
+    """number of tokens of each sample of which no row is left, by the index of the sample"""
 
     @property
     def template_hash(self) -> str | None:
-        """Hash of the chat template the rows went through; None for pairs and texts."""
+        """Hash of the chat template that rendered the rows; None for pairs and texts."""
         return None if self.counts.shape in (Shape.PAIR, Shape.TEXT) else self.origin["template"]
 
     def describe(self) -> str:
@@ -149,17 +151,17 @@ def tokenize(
     """Turn samples into token rows.
 
     Args:
-        samples: what `load_samples` returned.
+        samples: the samples that `load_samples` returned.
         tokenizer: transformers' tokenizer; its chat template is set, see `choose_template`.
-        options: longest row, what happens to longer ones, what is supervised.
-        cache: reuse and keep the rows in the cache folder of `datasets`.
+        options: the longest row allowed, the treatment of longer ones, the tokens to supervise.
+        cache: take the rows from the cache folder of `datasets`, and keep them there.
 
     Raises:
-        DataError: the template does not fit a row, a row is too long where that is an error,
-            or no supervised token is left.
+        DataError: the template does not fit a row; a row is too long, with
+            `long_samples="error"`; or no supervised token is left.
         ConfigError, ModelError: the chat template is not usable.
     """
-    work = _Work(samples, tokenizer, options)
+    work = _Tokenizing(samples, tokenizer, options)
     fingerprint = work.fingerprint()
     if not cache:
         return work.run(fingerprint, None)
@@ -174,7 +176,7 @@ def tokenize(
         except DataError:
             file.unlink(missing_ok=True)
             raise
-        # Written last: rows without their counts and hash are not taken from the cache.
+        # The counts are written last: without them and the hash, rows are not read from the cache.
         about = {
             "counts": asdict(made.counts),
             "dropped": list(made.dropped.items()),
@@ -183,12 +185,12 @@ def tokenize(
         storage.write_json(file.with_suffix(".json"), about)
     except (OSError, StorageError):
         # A cache that cannot be written costs time, not the run.
-        return _Work(samples, tokenizer, options).run(fingerprint, None)
+        return _Tokenizing(samples, tokenizer, options).run(fingerprint, None)
     return made
 
 
 def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) -> Tokenized | None:
-    """Return the rows of an earlier run, or None where they are missing or not as written."""
+    """Return the rows of an earlier run; None where they are missing or were changed."""
     try:
         about = storage.read_json(file.with_suffix(".json"))
         if about["sha256"] != storage.file_hash(file):
@@ -203,8 +205,8 @@ def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) 
     return Tokenized(rows, counts, fingerprint, origin, dropped=dropped)
 
 
-class _Row(NamedTuple):
-    """A row of the table: as `_SCHEMA` has it."""
+class _TableRow(NamedTuple):
+    """A row of the table, with the columns of `_SCHEMA`."""
 
     ids: list[int]
     labels: list[int]
@@ -212,7 +214,7 @@ class _Row(NamedTuple):
     uncut_tokens: int
 
 
-class _Work:
+class _Tokenizing:
     """One pass over the samples: renders, encodes, fits to length and counts."""
 
     def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
@@ -223,7 +225,7 @@ class _Work:
         self.long_samples: str = options.long_samples
         if self.long_samples == "auto":
             self.long_samples = "split" if samples.shape is Shape.TEXT else "truncate"
-        # Chunks of a split row repeat the BOS that every row of this tokenizer starts with.
+        # Every row of this tokenizer starts with a BOS, and so does each chunk of a split row.
         self.opening = [tokenizer.bos_token_id] if self.encoder.puts_bos else []
         self.origin = {
             "data": samples.content_hash(),
@@ -235,7 +237,7 @@ class _Work:
         self.faults = Faults()
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all that decides the rows."""
+        """Return the SHA-256 of everything that decides the rows."""
         parts = {
             "version": _ROWS_VERSION,
             "libraries": [tokenizers.__version__, transformers.__version__],
@@ -271,14 +273,14 @@ class _Work:
     def _table(self, indices: Sequence[int]) -> pyarrow.Table:
         rendered, sources = self._render(indices)
         encoded = zip(sources, self.encoder.encode(rendered), strict=True)
-        rows: list[_Row] = []
+        rows: list[_TableRow] = []
         for index, of_one in itertools.groupby(encoded, key=lambda pair: pair[0]):
             rows += self._fit(index, [row for _, row in of_one])
         columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
         return pyarrow.table(list(map(list, columns)), schema=_SCHEMA)
 
     def _render(self, indices: Sequence[int]) -> tuple[list[Rendered], list[int]]:
-        """Return the texts of samples, and of each text the index of its sample."""
+        """Return the texts of samples, and for each text the index of its sample."""
         rendered: list[Rendered] = []
         sources: list[int] = []
         with many_limits():
@@ -292,10 +294,10 @@ class _Work:
                 sources += [index] * len(texts)
         return rendered, sources
 
-    def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_Row]:
-        """Bring the rows of one sample to length and count what that costs."""
+    def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
+        """Shorten the rows of one sample to the allowed length, and count what is lost."""
         left = [
-            _Row(part.ids, part.labels, index, len(row.ids))
+            _TableRow(part.ids, part.labels, index, len(row.ids))
             for row in rows
             for part in self._shorten(index, row)
             if supervised_count(part.labels)
@@ -348,7 +350,7 @@ class _Work:
         return chunks
 
     def _nothing_to_learn(self) -> str:
-        """Say which of length and mask has taken every supervised token."""
+        """Return the error that says whether the length or the mask took every supervised token."""
         source, lost = self.samples.source, self.tally["supervised_tokens_lost"]
         found = f"{source}: no supervised token is left in {len(self.samples.items)} rows"
         if not lost:
@@ -368,7 +370,7 @@ class _Work:
 
 
 def supervised_count(labels: list[int]) -> int:
-    """Return the number of positions a loss is computed for: the first has none before it."""
+    """Return the number of tokens that a loss is computed for; the first token never counts."""
     return len(labels) - labels.count(IGNORED) - (bool(labels) and labels[0] != IGNORED)
 
 
@@ -389,14 +391,19 @@ def _no_progress_bars() -> Iterator[None]:
 def split_validation(
     tokenized: Tokenized, fraction: float, seed: int
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Hold out a share of the rows, the same for the same rows, fraction and seed.
+    """Hold out a share of the rows; the same rows for the same data, fraction and seed.
 
-    Chunks of one source row stay together, unless there are fewer than
-    `MIN_ROWS_FOR_VALIDATION` source rows but enough token rows: a few long texts.
+    Chunks of one source row stay together. They may be parted where a few long texts make up the
+    data: fewer than `MIN_ROWS_FOR_VALIDATION` source rows, but at least as many token rows.
+
+    Args:
+        tokenized: all rows.
+        fraction: share of the rows to hold out, 0 to 1.
+        seed: draws the rows.
 
     Returns:
-        The rest and the held-out part; all and None where the rows are too few. Kept rows and
-        tokens of `counts` are the part's own; what was read, cut and lost stays with the rest.
+        The rest and the held-out rows; all rows and None where there are too few. Each part
+        counts its own kept rows and tokens; rows read, cut and lost are counted with the rest.
     """
     groups = tokenized.rows.column("row").to_numpy()
     names = numpy.unique(groups)
@@ -407,8 +414,8 @@ def split_validation(
         return tokenized, None
     held = random.Random(f"validation {seed}").sample(range(len(names)), count)
     is_held = numpy.isin(groups, names[sorted(held)])
-    rest = _part(tokenized, ~is_held, f"{fraction} {seed} rest")
-    part = _part(tokenized, is_held, f"{fraction} {seed} held out")
+    rest = _selected(tokenized, ~is_held, f"{fraction} {seed} rest")
+    part = _selected(tokenized, is_held, f"{fraction} {seed} held out")
     own = Counts(
         part.counts.shape,
         rows_read=part.counts.rows_kept,
@@ -419,7 +426,7 @@ def split_validation(
     return rest, replace(part, counts=own, dropped={})
 
 
-def _part(tokenized: Tokenized, mask: Any, name: str) -> Tokenized:
+def _selected(tokenized: Tokenized, mask: Any, name: str) -> Tokenized:
     rows = tokenized.rows.select(numpy.flatnonzero(mask))
     is_supervised = rows.is_supervised()
     counts = replace(

@@ -1,9 +1,9 @@
-"""One parameter in all the forms a merge is judged by.
+"""A parameter in all the forms that a merge is judged by.
 
-Takes what is merged into what and the folder it was written to; returns, module by module,
-`Forms` that answer with the weight as it was trained on, as it is merged, and as it was
-written. Reads the base a second time and the written files for the first: nothing that the
-merge held in memory is trusted.
+Takes a `Merge` and the folder of the merged model; returns `Forms`, module by module. They give a
+weight as training had it, as the merge makes it, and as it was written. The base is read a second
+time, and the written files are read for the first time: nothing that the merge held in memory is
+trusted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from qlora_kit.model.load import freeze, open_tensors
 
 
 class Variant(StrEnum):
-    """A model that is compared with the others; all of them compute in fp32."""
+    """A variant of the model, compared with the others; all of them compute in fp32."""
 
     BASE = "base"
     """the quantised base without the adapter"""
     ADAPTER = "adapter"
-    """the adapter on the quantised base: what was trained, and what all else is held against"""
+    """the adapter on the quantised base: the trained model, which all others are compared with"""
     QUANTIZED = "merged_over_quantized"
     """the delta added to the dequantised base, in fp32"""
     ORIGINAL = "merged_over_original"
@@ -42,7 +42,7 @@ class Variant(StrEnum):
     REQUANTIZED = "requantized"
     """the merged weights, quantised again as the base was"""
     WRITTEN = "written"
-    """what the files of the export hold"""
+    """the weights in the files of the export"""
 
 
 Stored = FrozenWeight | Tensor
@@ -50,14 +50,14 @@ Stored = FrozenWeight | Tensor
 
 @dataclass(frozen=True)
 class Forms:
-    """A parameter of the base and what became of it.
+    """A parameter of the base, and what became of it.
 
     Attributes:
-        name: of the parameter.
-        merge: what is merged into what.
-        stored: as the checkpoint has it.
-        frozen: as training held it; None for what is not the weight of a linear layer.
-        written: as the export has it; None where it does not: a tied copy.
+        name: the name of the parameter.
+        merge: the merge.
+        stored: the parameter as the checkpoint has it.
+        frozen: the weight as training held it; None unless it is the weight of a linear layer.
+        written: the parameter as the export has it; None for a tied copy, which is not written.
     """
 
     name: str
@@ -68,36 +68,36 @@ class Forms:
 
     @property
     def saved(self) -> Tensor | None:
-        """What the adapter puts in its place as a whole, or None."""
+        """The tensor that the adapter replaces the whole parameter by, or None."""
         return self.merge.stored.saved.get(self.name)
 
     @property
     def path(self) -> str:
-        """The module it belongs to."""
+        """The path of the module that the parameter belongs to."""
         return self.name.rpartition(".")[0]
 
     @property
     def is_adapted(self) -> bool:
-        """Whether the adapter has a delta for it."""
+        """Whether the adapter has a delta for the parameter."""
         return self.name == f"{self.path}.weight" and self.path in self.merge.stored.tensors
 
     @property
     def delta(self) -> Tensor | None:
-        """The delta of the adapter, fp32, or None."""
+        """The adapter's delta for the parameter, fp32, or None."""
         if not self.is_adapted:
             return None
         return self.merge.stored.delta(self.path).to(self.merge.device)
 
     def base(self, over: BaseName = "quantized") -> Tensor:
-        """Return the weight of a base, fp32."""
+        """Return the weight of the quantised or the original base, fp32."""
         if over == "original" or self.frozen is None:
-            return _plain(self.stored)
+            return _in_fp32(self.stored)
         return self.frozen.dequantize(self.merge.unpacked).float()
 
     def merged(self, over: BaseName) -> Tensor:
-        """Return what the adapter makes of a base's weight, fp32."""
+        """Return the weight of a base with the adapter merged into it, fp32."""
         if self.saved is not None:
-            return _plain(self.saved.to(self.merge.device))
+            return _in_fp32(self.saved.to(self.merge.device))
         weight, delta = self.base(over), self.delta
         return weight if delta is None else delta.add_(weight)
 
@@ -114,14 +114,14 @@ class Forms:
         return self.packed_again.dequantize(torch.float32)
 
     def as_written(self) -> Tensor:
-        """Return what the files hold, fp32."""
+        """Return the weight in the files of the export, fp32."""
         assert self.written is not None
-        return _plain(self.written)
+        return _in_fp32(self.written)
 
     def of(self, variant: Variant) -> Tensor:
         """Return the weight that a variant multiplies with, fp32.
 
-        The adapter's own term is no part of it: it is computed beside the weight.
+        The low-rank term of the adapter is not in it: it is computed beside the weight.
         """
         if variant is Variant.BASE or (variant is Variant.ADAPTER and self.saved is None):
             return self.base()
@@ -134,7 +134,7 @@ class Forms:
         return self.merged("quantized")
 
     def plain(self, variant: Variant) -> Tensor:
-        """Return what is no linear layer's, such as an embedding, as it lies in its file."""
+        """Return a parameter of no linear layer, such as an embedding, as its file has it."""
         whole = self.stored
         if variant is Variant.WRITTEN and self.written is not None:
             whole = self.written
@@ -144,7 +144,7 @@ class Forms:
         return whole
 
 
-def _plain(stored: Stored) -> Tensor:
+def _in_fp32(stored: Stored) -> Tensor:
     """Return a stored parameter in fp32, in memory of its own."""
     if isinstance(stored, FrozenWeight):
         return stored.dequantize(torch.float32)
@@ -152,15 +152,15 @@ def _plain(stored: Stored) -> Tensor:
 
 
 class Parameters:
-    """The parameters of a base and of the model it was merged into, by module.
+    """The parameters of a base and of its merged model, by module.
 
     Args:
-        merge: what is merged into what.
-        skeleton: the architecture of both.
-        folder: where the merged model was written.
+        merge: the merge.
+        skeleton: the architecture of both models.
+        folder: the folder of the merged model.
 
     Raises:
-        ModelError: the files of one of them are not readable.
+        ModelError: the files of the base or of the merged model are not readable.
     """
 
     def __init__(self, merge: Merge, skeleton: PreTrainedModel, folder: Path) -> None:
@@ -171,24 +171,24 @@ class Parameters:
         self.has_original = has_original(merge.spec, skeleton)
 
     def missing_and_surplus(self, tied: Mapping[str, str]) -> tuple[list[str], list[str]]:
-        """Return the parameters that were not written, and those that the base does not have.
+        """Return the parameters that were not written, and the written ones the base lacks.
 
         Args:
-            tied: copies that need not be written, but may.
+            tied: copies that may be written but need not be.
         """
         expected, found = self._base.names - tied.keys(), self._written.names
         return sorted(expected - found), sorted(found - expected - tied.keys())
 
     def stored(self, name: str) -> Stored | None:
-        """Return a parameter of the base as it lies in its file."""
+        """Return a parameter of the base as its file has it."""
         return dict(self._base.under(name.rpartition(".")[0], self._merge.device)).get(name)
 
     def written(self, name: str) -> Stored | None:
-        """Return a parameter of the merged model as it lies in its file."""
+        """Return a parameter of the merged model as its file has it."""
         return dict(self._written.under(name.rpartition(".")[0], self._merge.device)).get(name)
 
     def under(self, path: str) -> Iterator[Forms]:
-        """Yield the parameters of a module and of all modules in it."""
+        """Yield the parameters of a module and of all modules inside it."""
         written = dict(self._written.under(path, self._merge.device))
         for name, stored in self._base.under(path, self._merge.device):
             yield Forms(name, self._merge, stored, self._frozen(name, stored), written.get(name))
@@ -199,7 +199,7 @@ class Parameters:
         if name not in self._linear:
             return None
         if not self.has_original:
-            # What bitsandbytes left unquantised in a checkpoint of its own stays so.
+            # In a checkpoint of bitsandbytes, weights that it left unquantised stay so.
             return PlainWeight(stored)
         frozen = freeze(name, stored, True, self._merge.spec.quantization, self._merge.device)
         assert isinstance(frozen, FrozenWeight)
@@ -207,7 +207,7 @@ class Parameters:
 
 
 class _Reader:
-    """The tensors of a checkpoint, read by the module they belong to."""
+    """The tensors of a checkpoint, read module by module."""
 
     def __init__(self, source: TensorSource, skeleton: PreTrainedModel) -> None:
         self._source, self._skeleton = source, skeleton
@@ -239,9 +239,9 @@ class _Reader:
 
 
 def units_of(skeleton: nn.Module, head: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that a model is run in, by path: decoder layers, and what is beside them.
+    """Return the units that a model is run in, by path: decoder layers and the modules beside them.
 
-    Together they hold every parameter but those of the head.
+    Together they hold every parameter except those of the head.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,8 +1,9 @@
-"""Dequantise and merge: a model with the adapter folded in, unquantised or quantised again.
+"""Merges an adapter into its base, and writes the model: unquantised, or quantised again.
 
-Streams the base tensor by tensor, quantises and dequantises each linear weight just as
-training did, adds the adapter's delta in fp32 and rounds once. So what is written is what
-was trained, and the model never stands in memory as a whole.
+Takes an adapter and the spec of its base; writes a folder. The base is streamed tensor by tensor.
+Each linear weight is quantised and dequantised just as training did, the adapter's delta is added
+in fp32, and the sum is rounded once. So the written model is the trained one. The whole model is
+never in memory.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged into what, and how it is written.
+    """A merge: the adapter, the base, and how the result is written.
 
     Attributes:
         stored: the adapter.
         spec: the base, quantised as in training.
-        dtype: of the merged weights; with `requantize`, of all that is not a linear layer.
-        over: "quantized": the base as training had it, dequantised. "original": the weights
-            of the checkpoint.
-        requantize: pack the merged linear weights as the base was packed.
-        device: where each tensor is quantised and merged.
+        dtype: dtype of the merged weights; with `requantize`, of all weights but linear ones.
+        over: the weights that the delta is added to. "quantized": the base as training had it,
+            dequantised. "original": the weights of the checkpoint.
+        requantize: whether the merged linear weights are packed as the base was packed.
+        device: the device on which each tensor is quantised and merged.
     """
 
     stored: StoredAdapter
@@ -58,20 +59,20 @@ class Merge:
 
     @property
     def unpacked(self) -> torch.dtype:
-        """What training unpacked the weights to."""
+        """The dtype that training unpacked the weights to."""
         record = self.stored.record
         return dtype_named(record.dequantization_dtype) if record else torch.float32
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What an export wrote.
+    """The merged model that an export wrote.
 
     Attributes:
-        folder: the merged model.
+        folder: its folder.
         tensors: number of tensors.
-        layers: number of layers the adapter changed.
-        bytes: of the weights.
+        layers: number of layers that the adapter changed.
+        bytes: bytes of the weights.
         shards: number of weight files.
     """
 
@@ -83,7 +84,7 @@ class Merged:
 
 
 Check = Callable[[Merge, Path], None]
-"""Sees a merge and the folder it was written to before anyone else can, and raises to undo it."""
+"""Takes a merge and its folder before the folder is visible; raises an error to undo the merge."""
 
 
 def merge_to(
@@ -104,30 +105,30 @@ def merge_to(
     """Write the merged model as sharded safetensors that plain transformers opens.
 
     Args:
-        folder: new folder; visible only when it is whole.
+        folder: a new folder; it is visible only when it is whole.
         stored: the adapter.
         spec: the base, quantised as in training.
-        tokenizer: saved beside the weights.
-        dtype: of the merged weights.
-        over: which base the delta is added to, see `Merge`.
-        requantize: pack the linear weights again, as a bitsandbytes checkpoint.
-        device: where each tensor is quantised and merged; the CPU if None.
-        shard_bytes: largest file, unless a single tensor is larger.
+        tokenizer: the tokenizer, saved beside the weights.
+        dtype: dtype of the merged weights.
+        over: the weights that the delta is added to, see `Merge`.
+        requantize: pack the linear weights again, as a bitsandbytes checkpoint has them.
+        device: the device on which each tensor is quantised and merged; the CPU if None.
+        shard_bytes: bytes of the largest file, unless a single tensor is larger.
         overwrite: replace an existing folder.
-        check: sees the whole model before it becomes visible, see `export.verify`.
+        check: checks the whole model before it becomes visible, see `export.verify`.
         announce: receives the progress.
 
     Host memory stays under one shard plus three times the largest tensor.
 
     Raises:
-        AdapterError: a layer of the adapter is not in the base, or the base's weights are not
-            those it was trained on.
-        ConfigError: `over` or `requantize` ask for what this base cannot give.
+        AdapterError: a layer of the adapter is not in the base, the adapter was trained on other
+            weights than the base has, or the adapter changes nothing.
+        ConfigError: this base cannot give what `over` or `requantize` ask for.
         ModelError: a merged value does not fit the dtype.
         OutOfMemory: a tensor does not fit on the device, or a shard in host memory.
-        StorageError: the disk has no room for it, or refuses it.
-        OutputError: the folder exists, or replacing it would delete what is not a merged
-            model or what the merge reads.
+        StorageError: the disk has no room for the model, or refuses to write it.
+        OutputError: the folder exists; or replacing it would delete a folder that is no merged
+            model, or files that the merge reads.
     """
     merge = Merge(stored, spec, dtype, over, requantize, device or _CPU)
     check_target(folder, [stored.folder, spec.folder], overwrite)
@@ -173,11 +174,16 @@ def merge_to(
 
 
 def check_target(folder: Path, sources: Sequence[Path | None], overwrite: bool) -> None:
-    """Check that writing a model to `folder` deletes nothing that is not one.
+    """Check that writing a model to `folder` deletes nothing but an earlier model.
+
+    Args:
+        folder: the folder to write.
+        sources: folders that are read while it is written.
+        overwrite: whether an existing folder is replaced.
 
     Raises:
-        OutputError: it holds one of `sources`, stands inside a checkpoint or a model, or would
-            be replaced and is no model of the kit.
+        OutputError: the folder holds one of `sources`; it stands inside a checkpoint or a model;
+            or it would be replaced, and is no model of the kit.
     """
     target = folder.resolve()
     for source in (source.resolve() for source in sources if source is not None):
@@ -240,12 +246,12 @@ def _merged_bytes(skeleton: PreTrainedModel, merge: Merge) -> int:
 def stored_bytes(
     skeleton: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> int:
-    """Return about what a model takes on the disk.
+    """Return the approximate bytes of a model on the disk.
 
     Args:
         skeleton: the architecture.
-        dtype: of what is not packed.
-        quantization: how linear layers are packed, or None.
+        dtype: dtype of the tensors that are not packed.
+        quantization: how the weights of linear layers are packed; None if they are not.
     """
     tied: dict[str, str] = skeleton.all_tied_weights_keys or {}
     parameters: dict[str, Tensor] = skeleton.state_dict()
@@ -264,7 +270,7 @@ def stored_bytes(
 def _written_tensors(
     merge: Merge, skeleton: PreTrainedModel, digest: Digest, announce: Announce
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor of the new model as it lies in its files."""
+    """Yield each tensor of the merged model, in the form in which it is written."""
     spec, unpacked = merge.spec, merge.unpacked
     if merge.over == "original":
         spec, unpacked = replace(spec, quantization=Quantization(bits=16)), torch.float32
@@ -281,7 +287,7 @@ def _written_tensors(
 
 
 def untied_copies(stored: StoredAdapter, skeleton: PreTrainedModel) -> dict[str, str]:
-    """Return the tied parameters that an adapter makes differ, by name, with what they copied."""
+    """Return the tied parameters that differ once the adapter is merged, each with its original."""
     tied = skeleton.all_tied_weights_keys or {}
     return {
         copy: source
@@ -293,7 +299,7 @@ def untied_copies(stored: StoredAdapter, skeleton: PreTrainedModel) -> dict[str,
 def _with_copies(
     stream: Iterator[tuple[str, FrozenWeight | Tensor]], copies: Mapping[str, str]
 ) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
-    """Yield each parameter, and after it the copies of it that are stored for themselves."""
+    """Yield each parameter, and after it the copies of it that have to be written as well."""
     for name, value in stream:
         yield name, value
         for copy, source in copies.items():
@@ -313,8 +319,8 @@ def merged_tensors(
     Args:
         stream: every parameter of the base, frozen as in training.
         stored: the adapter.
-        dtype: of the merged weights.
-        unpacked: what the frozen weights are unpacked to before the delta is added in fp32.
+        dtype: dtype of the merged weights.
+        unpacked: dtype that frozen weights are unpacked to, before the delta is added in fp32.
 
     Raises:
         ModelError: a merged value does not fit the dtype.
@@ -325,14 +331,15 @@ def merged_tensors(
         if name in stored.saved:
             tensor = stored.saved[name]
         elif path in stored.tensors:
-            # Into the delta: only that one is sure to be nobody else's memory.
+            # Added into the delta, because only the delta's memory is sure to be unshared.
             tensor = stored.delta(path).to(tensor.device).add_(tensor)
         yield name, _cast(name, tensor, dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype).cpu().contiguous()
-    # The extremes of a tensor with NaN are NaN; twenty times as fast as asking every value.
+    # The extremes of a tensor with a NaN are NaN. Checking them is twenty times as fast as checking
+    # every value.
     if cast.numel() and not all(map(torch.isfinite, cast.aminmax())):
         raise ModelError(
             f"{name}: its largest value {float(tensor.abs().max()):.3g} does not fit "
@@ -353,10 +360,10 @@ def packed_tensors(
 
     Args:
         tensors: every parameter, unquantised.
-        skeleton: says which of them are weights of linear layers.
-        quantization: how those are packed.
-        dtype: of the others.
-        device: where each tensor is quantised.
+        skeleton: says which parameters are weights of linear layers.
+        quantization: how the weights of linear layers are packed.
+        dtype: dtype of all other parameters.
+        device: the device on which each tensor is quantised.
 
     Raises:
         ModelError: a value does not fit the dtype or the quantisation.
@@ -370,5 +377,5 @@ def packed_tensors(
         assert isinstance(weight, FrozenWeight)
         owner = name.removesuffix("weight")
         for part, value in bitsandbytes_parts(weight, dtype).items():
-            # Copied: all layers share one code book, and a file holds no tensor twice.
+            # Copied, because all layers share one code book, and a file cannot hold a tensor twice.
             yield owner + part, value.to("cpu", copy=True).contiguous()

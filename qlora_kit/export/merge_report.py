@@ -1,6 +1,6 @@
-"""What verifying a merge found: the content of `merge_report.json`.
+"""The records that verifying a merge makes: the content of `merge_report.json`.
 
-Records only; `verify` makes them, `verdict` judges them, `report/` shows them.
+`verify` makes them, `verdict` judges them, `report/` shows them. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class VariantMeasure:
-    """One variant of the model against the adapter on its quantised base, all in fp32.
+    """A variant of the model, compared with the adapter on its quantised base, both in fp32.
 
     Attributes:
-        variant: see `forms.Variant`.
-        loss: nats per supervised token.
-        loss_change: its difference from the adapter's loss.
-        loss_change_error: standard error of that, over the tokens.
-        mean_kl: KL divergence of the adapter's predictions from its own, nats per token.
-        max_kl: of the worst token.
-        top1_agreement: share of tokens at which both choose the same.
-        logit_error: norm of the difference of the logits, relative to the adapter's.
+        variant: the variant, see `forms.Variant`.
+        loss: loss of the variant, nats per supervised token.
+        loss_change: difference of the loss from the adapter's, nats per token.
+        loss_change_error: standard error of `loss_change`, over the tokens.
+        mean_kl: KL divergence of the adapter's predictions from the variant's, nats per token.
+        max_kl: KL divergence at the worst token, nats.
+        top1_agreement: share of tokens at which both models prefer the same token.
+        logit_error: norm of the difference of the logits, relative to the norm of the adapter's.
     """
 
     variant: str
@@ -47,13 +47,13 @@ class LayerChange:
     """What became of the weight W of an adapted layer; norms are Frobenius norms.
 
     Attributes:
-        path: of the layer.
-        quantization_error: norm of W minus what training used in its place; None where the
-            base is not quantised, or has no other weights.
+        path: the path of the layer.
+        quantization_error: norm of the difference between W and the weight that training used;
+            None where the base is not quantised, or has no unquantised weights.
         delta: norm of the adapter's delta.
         weight: norm of the weight that training used.
-        kept: share of the delta that is in the written weight: its projection.
-        requantized_kept: the same after quantising the merged weight again, or None.
+        kept: share of the delta that is in the written weight, by projection onto the delta.
+        requantized_kept: the same share after quantising the merged weight again, or None.
     """
 
     path: str
@@ -65,7 +65,7 @@ class LayerChange:
 
     @property
     def ratio(self) -> float:
-        """How much larger the quantisation error is than the delta."""
+        """The ratio of the quantisation error to the delta."""
         if self.quantization_error is None:
             return 0.0
         return self.quantization_error / self.delta if self.delta else math.inf
@@ -73,13 +73,13 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from the measurements.
+    """The verdict on a merge, from its measurements.
 
     Attributes:
-        merge_into: which base to merge this adapter into.
+        merge_into: the base that this adapter should be merged into.
         requantizing: whether quantising the merged weights again keeps the delta; None where
             the base is not quantised.
-        text: the same in words, a sentence each, with the numbers that decided.
+        text: the same in words: sentences with the numbers that decided.
     """
 
     merge_into: Literal["quantized", "original"]
@@ -89,22 +89,22 @@ class Verdict:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """All that verifying a merge found.
+    """The report of a verified merge.
 
     Attributes:
-        base: its name.
-        adapter: name of its folder.
-        quantization: of the base in training.
-        dequantization_dtype: what training unpacked weights to.
-        dtype: of the written weights.
+        base: name of the base.
+        adapter: name of the adapter's folder.
+        quantization: quantisation of the base in training.
+        dequantization_dtype: dtype that training unpacked weights to.
+        dtype: dtype of the written weights.
         merged_over: "quantized" or "original".
         is_requantized: whether the merged weights were quantised again.
-        rows: what the variants ran on, in words; None if they did not.
-        tokens: number of supervised tokens among them.
-        variants: the measurements.
-        layers: the adapted layers, that with the largest ratio first.
-        verdict: what follows.
-        versions: of what computed it.
+        rows: the rows that the variants ran on, in words; None if they did not run.
+        tokens: number of supervised tokens in these rows.
+        variants: the measurements of the variants.
+        layers: the adapted layers, the layer with the largest ratio first.
+        verdict: the verdict on the merge.
+        versions: versions of the libraries that computed it.
     """
 
     base: str
@@ -122,11 +122,11 @@ class MergeReport:
     versions: Mapping[str, str]
 
     def variant(self, name: str) -> VariantMeasure | None:
-        """Return a measurement, or None where there is no such variant."""
+        """Return the measurement of a variant, or None where there is none."""
         return next((each for each in self.variants if each.variant == name), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `merge_report.json` holds; a ratio to a delta of nothing is null."""
+        """Return the content of `merge_report.json`; the ratio to a delta of zero is null."""
         ratios = [layer.ratio if math.isfinite(layer.ratio) else None for layer in self.layers]
         layers = [
             {**asdict(layer), "ratio": ratio if layer.quantization_error is not None else None}
@@ -145,14 +145,14 @@ def _without_infinity(value: Any) -> Any:
 
 
 def check_threshold(report: MergeReport, threshold: float | None) -> None:
-    """Refuse a merge whose predictions are further from the adapter's than is allowed.
+    """Refuse a merge whose predictions differ more from the adapter's than is allowed.
 
     Args:
-        report: of the merge.
-        threshold: largest mean KL divergence, nats per token; none if None.
+        report: the report of the merge.
+        threshold: largest mean KL divergence, nats per token; None allows any.
 
     Raises:
-        VerificationError: it is further, or was not measured.
+        VerificationError: the divergence is larger, or was not measured.
     """
     if threshold is None:
         return

@@ -1,7 +1,7 @@
-"""What stands beside the weights of a model: config.json, generation_config.json, tokenizer.
+"""The files beside the weights of a model: config.json, generation_config.json, tokenizer.
 
-Takes an architecture and a tokenizer; writes the files that plain transformers opens a folder
-with. Never writes weights.
+Takes an architecture and a tokenizer; writes the files that plain transformers needs to open a
+folder. Never writes weights.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def write_model_files(
     quantization: Quantization | None = None,
     untied: bool = False,
 ) -> None:
-    """Write all of a model but its weights.
+    """Write all files of a model except its weights.
 
     Args:
-        folder: where.
-        skeleton: the architecture; its `config` is left as it is.
-        tokenizer: saved, and asked which tokens end an answer.
-        dtype: of the weights that are not quantised.
-        base_folder: has the generation settings of the base, if there are any.
+        folder: the folder of the model.
+        skeleton: the architecture; its `config` is not changed.
+        tokenizer: the tokenizer to save; it also says which tokens end an answer.
+        dtype: dtype of the weights that are not quantised.
+        base_folder: the folder of the base, for its generation settings; None without one.
         quantization: how the weights of the linear layers are packed; None if they are not.
-        untied: whether a head that shared its weights with the embedding has its own now.
+        untied: whether a head that shared its weights with the embedding now has its own.
     """
     architecture: PreTrainedConfig = skeleton.config
     numbers = json.loads(architecture.to_json_string(use_diff=True))

@@ -1,7 +1,8 @@
-"""Write a model in 4 or 8 bits: a bitsandbytes checkpoint that loads in seconds.
+"""Writes a model in 4 or 8 bits: a bitsandbytes checkpoint that loads in seconds.
 
-Streams the checkpoint tensor by tensor, quantises the weights of the linear layers as training
-does, and stores the parts under bitsandbytes' names, so that plain transformers opens it too.
+Takes the spec of a model; writes a folder. The checkpoint is streamed tensor by tensor. The weights
+of the linear layers are quantised as training does it, and their parts are stored under
+bitsandbytes' names, so plain transformers opens the model too.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from qlora_kit.storage import check_space, staged_folder
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written.
+    """The quantised model that was written.
 
     Attributes:
-        folder: the quantised model.
-        bytes: of its tensors.
-        original_bytes: of the same before.
+        folder: its folder.
+        bytes: bytes of its tensors.
+        original_bytes: bytes of the same tensors before.
         shards: number of weight files.
     """
 
@@ -66,22 +67,22 @@ def quantize_to(
     """Write a model with its linear layers in 4 or 8 bits.
 
     Args:
-        folder: new folder; visible only when it is whole.
+        folder: a new folder; it is visible only when it is whole.
         spec: the unquantised model.
-        quantization: 4 or 8 bits.
-        tokenizer: saved beside the weights.
-        dtype: of embeddings, head and norms; as stored if None.
-        device: where each tensor is quantised; the CPU if None.
-        shard_bytes: largest file, unless a single tensor is larger.
+        quantization: the quantisation, in 4 or 8 bits.
+        tokenizer: the tokenizer, saved beside the weights.
+        dtype: dtype of embeddings, head and norms; the stored dtype if None.
+        device: the device on which each tensor is quantised; the CPU if None.
+        shard_bytes: bytes of the largest file, unless a single tensor is larger.
         overwrite: replace an existing folder.
         announce: receives the progress.
 
     Raises:
-        ModelError: it is quantised already, most of it is no linear layer, or a value does not
-            fit.
-        OutOfMemory: a tensor does not fit.
-        StorageError: the disk has no room for it, or refuses it.
-        OutputError: see `merge.check_target`; or the folder exists.
+        ModelError: the model is quantised already, too many of its weights are not of linear
+            layers, or a value does not fit the dtype.
+        OutOfMemory: a tensor does not fit in memory.
+        StorageError: the disk has no room for the model, or refuses to write it.
+        OutputError: the folder exists; or see `merge.check_target`.
     """
     check_target(folder, [spec.folder], overwrite)
     skeleton = spec.skeleton()

@@ -1,6 +1,6 @@
-"""What a merge is verified on: a few rows of the run's own data, or built-in prompts.
+"""The rows that a merge is verified on: a few rows of the run's own data, or built-in prompts.
 
-Takes token rows; returns one padded batch of a bounded number of tokens.
+Takes token rows or a tokenizer; returns one padded batch of a bounded number of tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class VerificationRows:
-    """Rows a merge is verified on.
+    """Rows that a merge is verified on.
 
     Attributes:
         batch: the rows, padded.
-        source: where they come from, in words.
-        of_task: whether they are of what the adapter was trained for, so that a lower loss on
-            them is better.
+        source: the source of the rows, in words.
+        of_task: whether the rows are of the task that the adapter was trained for, so that a
+            lower loss on them is better.
     """
 
     batch: Batch
@@ -45,18 +45,18 @@ class VerificationRows:
 def some_rows(
     rows: Iterable[Mapping[str, Any]], tokens: int, pad_token_id: int, source: str
 ) -> VerificationRows:
-    """Return the first rows of the task, as many as have `tokens` tokens.
+    """Return the first rows of the task that together have `tokens` tokens.
 
     Args:
-        rows: with `input_ids`, `labels` and `row`; at least one.
-        tokens: after so many no further row is taken.
-        pad_token_id: fills up shorter rows.
-        source: where the rows come from, in words.
+        rows: rows with `input_ids`, `labels` and `row`; at least one.
+        tokens: the number of tokens after which no further row is taken.
+        pad_token_id: pads shorter rows.
+        source: the source of the rows, in words.
     """
     taken: list[dict[str, Any]] = []
     count = 0
     for row in rows:
-        taken.append(_shortened(row))
+        taken.append(_cut_row(row))
         count += len(taken[-1]["input_ids"])
         if count >= tokens:
             break
@@ -64,14 +64,14 @@ def some_rows(
 
 
 def built_in_rows(tokenizer: Any) -> VerificationRows:
-    """Return prompts that are no task of anyone's; they say how far models are apart, no more."""
+    """Return built-in prompts. They belong to no task: they only show how far apart models are."""
     encoded = [prompt_ids(tokenizer, prompt) for prompt in _PROMPTS]
     rows = [{"input_ids": ids, "labels": ids, "row": row} for row, ids in enumerate(encoded)]
     return VerificationRows(collate(rows, tokenizer.pad_token_id), "built-in prompts", False)
 
 
-def _shortened(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut a row so that supervised tokens are left: its end where its start has none."""
+def _cut_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut a row so that supervised tokens are left; where its start has none, keep its end."""
     labels, most = list(row["labels"]), _MOST_ROW_TOKENS
     has_some = any(label != IGNORED for label in labels[1:most])
     part = slice(0, most) if has_some else slice(max(0, len(labels) - most), None)

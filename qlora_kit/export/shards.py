@@ -1,7 +1,7 @@
-"""Sharded safetensors: tensors come one by one, files of a bounded size come out.
+"""Sharded safetensors: takes tensors one by one, and writes files of a bounded size.
 
 Takes an empty folder and named tensors; leaves `model.safetensors`, or numbered shards with the
-index that transformers reads. Holds one shard in memory, never more.
+index that transformers reads. Never holds more than one shard in memory.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ _INDEX = "model.safetensors.index.json"
 
 
 class ShardWriter:
-    """Collects tensors and writes a file whenever the next would not fit.
+    """Collects tensors, and writes a file whenever the next tensor would not fit.
 
     Args:
-        folder: where the files go.
-        shard_bytes: largest file, unless a single tensor is larger.
+        folder: the folder of the files.
+        shard_bytes: bytes of the largest file, unless a single tensor is larger.
+
+    Attributes:
+        total_bytes: bytes of all tensors so far.
+        tensors: number of all tensors so far.
     """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
@@ -33,7 +37,7 @@ class ShardWriter:
         self.tensors = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor that lies on the CPU in memory of its own.
+        """Take a tensor on the CPU that shares its memory with no other.
 
         Raises:
             StorageError: a file could not be written.

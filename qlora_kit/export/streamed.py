@@ -1,8 +1,8 @@
-"""Run several variants of a model together, one layer in memory at a time.
+"""Runs several variants of a model together, with one layer in memory at a time.
 
-Takes a skeleton and what gives each of its layers weights; returns the last hidden states of
-all variants. Every layer is read once, runs all variants on the same rows, and is let go; of its
-weights one is unpacked at a time. So a model larger than memory is run as well.
+Takes a skeleton and a reader of weights; returns the last hidden states of all variants. Every
+layer is read once, runs all variants on the same rows, and is let go. Only one of its weights is
+unpacked at a time. So a model larger than memory can be run.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.private_torch import own_buffers
 
 UnitReader = Callable[[str], Sequence[Forms]]
-"""Returns the parameters of a module, all of its parts included."""
+"""Returns the parameters of a module and of all modules inside it, given its path."""
 
 
 class StreamedModel:
     """A model on the meta device that borrows the weights of each layer as it reaches it.
 
     Args:
-        skeleton: changed in place; good for nothing else afterwards.
-        units: its modules that are run as a whole, see `forms.units_of`.
-        read: gives a unit its parameters.
-        variants: which are run; each has the same rows.
+        skeleton: the model; it is changed in place, and of no other use afterwards.
+        units: the modules that are run as a whole, see `forms.units_of`.
+        read: reads the parameters of a unit.
+        variants: the variants to run, all on the same rows.
         stored: the adapter; its term is computed beside the weights of `Variant.ADAPTER`.
-        device: where layers run.
+        device: the device on which layers run.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StreamedModel:
         self._forms: Mapping[str, Forms] = {}
         skeleton.eval()
         for path, projection in projections(skeleton).items():
-            self._multiply_by_borrowed(path, projection.layer, _term(path, stored, device))
+            self._multiply_by_borrowed(path, projection.layer, _low_rank_term(path, stored, device))
         embedding = skeleton.get_input_embeddings()
         for path, unit in units.items():
             self._run_all_variants(path, unit, is_embedding=unit is embedding)
@@ -81,17 +81,19 @@ class StreamedModel:
     # ------------------------------------------------------------ one unit
 
     def _run_all_variants(self, path: str, unit: nn.Module, *, is_embedding: bool) -> None:
-        """Let a unit read its parameters once and run the rows of every variant with its own."""
+        """Let a unit read its parameters once, and run each variant with that variant's weights."""
         own = unit.forward
         if is_embedding:
-            # Only for its gradient; it must be in range where few rows are borrowed.
+            # The index matters only for a gradient, and would be out of range of few borrowed rows.
             unit.padding_idx = None  # type: ignore[assignment]
 
         def forward(*inputs: Any, **named: Any) -> Any:
             self._forms = {form.name: form for form in self._read(path)}
-            rows = _rows(inputs, named)
+            rows = _row_count(inputs, named)
             results = []
-            for variant, part in zip(self._variants, _parts(rows, self._variants), strict=True):
+            for variant, part in zip(
+                self._variants, _row_slices(rows, self._variants), strict=True
+            ):
                 self._running = variant
                 given, given_named = _part_of((inputs, named), rows, part)
                 if is_embedding:
@@ -110,7 +112,7 @@ class StreamedModel:
         unit.forward = forward  # type: ignore[method-assign]
 
     def _small_parameters(self, path: str) -> dict[str, Tensor]:
-        """Return all parameters of a unit but the weights that its linear layers borrow."""
+        """Return the parameters of a unit, without the weights that its linear layers borrow."""
         return {
             name.removeprefix(f"{path}."): form.of(self._running)
             for name, form in self._forms.items()
@@ -118,7 +120,7 @@ class StreamedModel:
         }
 
     def _looked_up(self, path: str, ids: Tensor) -> dict[str, Tensor]:
-        """Return the rows of an embedding that are looked up; it is never upcast as a whole."""
+        """Return only the looked-up rows of an embedding, which is never upcast as a whole."""
         (form,) = self._forms.values()
         rows = form.plain(self._running)[torch.unique(ids).cpu()]
         return {form.name.removeprefix(f"{path}."): rows.to(self._device).float()}
@@ -126,7 +128,7 @@ class StreamedModel:
     def _multiply_by_borrowed(
         self, path: str, linear: nn.Linear | FrozenLinear, term: LowRank | None
     ) -> None:
-        """Let a linear layer have its weight in fp32 while it multiplies, and no longer."""
+        """Let a linear layer borrow its weight in fp32 only while it multiplies."""
 
         def forward(x: Tensor) -> Tensor:
             weight = self._forms[f"{path}.weight"].of(self._running)
@@ -139,7 +141,7 @@ class StreamedModel:
         linear.forward = forward  # type: ignore[method-assign,assignment]
 
 
-def _term(path: str, stored: StoredAdapter, device: torch.device) -> LowRank | None:
+def _low_rank_term(path: str, stored: StoredAdapter, device: torch.device) -> LowRank | None:
     if path not in stored.tensors:
         return None
     a, b = stored.tensors[path]
@@ -160,20 +162,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _rows(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Return how many rows a unit is given: those of its first tensor."""
+def _row_count(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Return the number of rows that a unit is given: the rows of its first tensor."""
     return len(next(_tensors((inputs, named))))
 
 
-def _parts(rows: int, variants: Sequence[Variant]) -> Iterator[slice]:
+def _row_slices(rows: int, variants: Sequence[Variant]) -> Iterator[slice]:
     each = rows // len(variants)
     return (slice(index * each, (index + 1) * each) for index in range(len(variants)))
 
 
 def _part_of(value: Any, rows: int, part: slice) -> Any:
-    """Return a nest of values with only some of the rows of what has a row for each."""
+    """Return nested values with only some of the rows, in each tensor that has all the rows."""
     if isinstance(value, Tensor):
-        # One of a single dimension counts positions, not rows.
+        # A tensor of one dimension has positions, not rows.
         return value[part] if value.dim() > 1 and len(value) == rows else value
     if isinstance(value, dict):
         return {key: _part_of(each, rows, part) for key, each in value.items()}

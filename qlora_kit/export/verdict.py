@@ -1,6 +1,6 @@
-"""Judge a merge in words: which base to merge into, and whether to quantise again.
+"""Judges a merge in words: the base to merge into, and whether to quantise again.
 
-Takes measurements only; every sentence gives the numbers that decided.
+Takes measurements; returns a verdict whose sentences give the numbers that decided. Never measures.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from qlora_kit.export.merge import Merge
 from qlora_kit.export.merge_report import LayerChange, VariantMeasure, Verdict
 from qlora_kit.export.rows import VerificationRows
 
-# A difference of less than two standard errors is not told from chance.
+# A difference of less than two standard errors cannot be told from chance.
 _ERRORS = 2.0
-# Quantising again "keeps" a delta of which at least half is left in the weights, and which
-# leaves at most half of what the adapter does to the predictions undone.
+# Quantising again "keeps" a delta if at least half of the delta is left in the weights, and if at
+# most half of the adapter's effect on the predictions is undone.
 _HALF = 0.5
 
 
@@ -26,13 +26,13 @@ def judge(
     measures: Sequence[VariantMeasure],
     layers: Sequence[LayerChange],
 ) -> Verdict:
-    """Return which base this adapter belongs in, and whether it survives quantising again.
+    """Return the base this adapter should be merged into, and whether it survives quantising again.
 
     Args:
-        merge: what was merged into what.
-        rows: what was measured on, or None.
-        measures: of the variants; empty if none were run.
-        layers: what became of the adapted layers.
+        merge: the merge.
+        rows: the rows that were measured on, or None.
+        measures: measurements of the variants; empty if none were run.
+        layers: the changes of the adapted layers.
     """
     by_name = {measure.variant: measure for measure in measures}
     merge_into, why = _base(merge, rows, by_name)
@@ -101,7 +101,7 @@ def _requantizing(
 
 
 def _share(layers: Sequence[LayerChange]) -> float | None:
-    """Return the share of the whole delta that stays after quantising again."""
+    """Return the share of the delta, over all layers, that is left after quantising again."""
     measured = [layer for layer in layers if layer.requantized_kept is not None]
     total = sum(layer.delta**2 for layer in measured)
     if not total:

@@ -1,9 +1,9 @@
-"""Verify a merge: hold what was written against the adapter on its quantised base.
+"""Verifies a merge: compares the written model with the adapter on its quantised base.
 
-Takes a merge and the folder it was written to; returns a `MergeReport`, or refuses the folder.
-Every written tensor is compared with what it must be, up to the rounding of its dtype; the
-variants of the model run on the same rows side by side, in fp32, layer by layer, so a model
-larger than memory is verified as well.
+Takes a merge and its folder; returns a `MergeReport`, or refuses the folder. Every written tensor
+is compared with its expected values, up to the rounding of its dtype. The variants of the model
+run on the same rows side by side, in fp32 and layer by layer, so a model larger than memory can be
+verified.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ def verify_merge(
     rows: VerificationRows | None = None,
     announce: Announce = silent,
 ) -> MergeReport:
-    """Compare a merged model with what was trained, tensor by tensor and on rows.
+    """Compare a merged model with the trained one, tensor by tensor and on rows.
 
     Args:
-        merge: what was merged into what.
-        folder: where it was written.
-        rows: what the variants are run on; only weights are compared if None.
+        merge: the merge.
+        folder: the folder of the merged model.
+        rows: the rows that the variants are run on; if None, only weights are compared.
         announce: receives the progress.
 
     Raises:
-        VerificationError: a tensor is not what it must be, is missing or surplus; or rounding
-            to the dtype takes most of the delta away. Layers are named.
-        OutOfMemory: a layer does not fit.
+        VerificationError: a tensor has other values than expected, is missing or surplus; or
+            rounding to the dtype takes away most of the delta. The error names the layers.
+        OutOfMemory: a layer does not fit in memory.
     """
     skeleton = merge.spec.skeleton()
     parameters = Parameters(merge, skeleton, folder)
-    _check_names(parameters, skeleton, folder)
+    _check_tensor_names(parameters, skeleton, folder)
     weigher = _Weigher(merge, folder)
     variants = _variants(merge, parameters)
     for copy, source in untied_copies(merge.stored, skeleton).items():
         stored = _found(parameters.stored(source))
         weigher.weigh(Forms(copy, merge, stored, None, parameters.written(copy)))
-    head_path = _path_of(skeleton, skeleton.get_output_embeddings())
+    head_path = _path_of_module(skeleton, skeleton.get_output_embeddings())
     units = units_of(skeleton, skeleton.get_submodule(head_path))
     done = 0
 
@@ -96,7 +96,7 @@ def verify_merge(
             read(head_path)
             weigher.raise_faults()
             heads = _heads(skeleton, head_path, parameters, merge, variants)
-            measures = _measure(hidden, heads, rows)
+            measures = _measure_variants(hidden, heads, rows)
     layers = tuple(sorted(weigher.layers, key=lambda layer: -layer.ratio))
     return MergeReport(
         base=merge.spec.source.identity,
@@ -124,7 +124,7 @@ def _variants(merge: Merge, parameters: Parameters) -> list[Variant]:
     return [*variants, Variant.WRITTEN]
 
 
-def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+def _path_of_module(model: nn.Module, wanted: nn.Module | None) -> str:
     paths = (str(path) for path, module in model.named_modules() if module is wanted)
     return next(paths)
 
@@ -132,7 +132,7 @@ def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
 # ---------------------------------------------------------------- weights
 
 
-def _check_names(parameters: Parameters, skeleton: PreTrainedModel, folder: Path) -> None:
+def _check_tensor_names(parameters: Parameters, skeleton: PreTrainedModel, folder: Path) -> None:
     tied = skeleton.all_tied_weights_keys or {}
     for what, names in zip(
         ("missing", "surplus"), parameters.missing_and_surplus(tied), strict=True
@@ -147,7 +147,7 @@ def _check_names(parameters: Parameters, skeleton: PreTrainedModel, folder: Path
 
 @dataclass
 class _Weigher:
-    """Compares each written tensor with what it must be, once, and keeps what layers changed."""
+    """Compares each written tensor with its expected values, once; keeps the changes of layers."""
 
     merge: Merge
     folder: Path
@@ -166,7 +166,7 @@ class _Weigher:
             )
 
     def _weigh_plain(self, form: Forms) -> float:
-        """Compare in slices: an embedding is never upcast as a whole."""
+        """Compare slice by slice, so that an embedding is never upcast as a whole."""
         expected, written = form.plain(Variant.ADAPTER), form.plain(Variant.WRITTEN)
         if expected.shape != written.shape:
             return math.inf
@@ -179,7 +179,7 @@ class _Weigher:
 
     def _weigh_layer(self, form: Forms) -> float:
         if form.is_adapted and self.merge.spec.quantization.bits != 16:
-            # Before anything else is unpacked: quantising takes the most memory of all.
+            # Quantising takes the most memory, so it comes before any weight is unpacked.
             _ = form.packed_again
         base, delta, written = form.base(self.merge.over), form.delta, form.as_written()
         if self.merge.requantize:
@@ -193,10 +193,10 @@ class _Weigher:
         return excess
 
     def raise_faults(self) -> None:
-        """Refuse the folder if a tensor is not what it must be, or the delta is gone.
+        """Refuse the folder if a tensor has other values than expected, or the delta is gone.
 
         Raises:
-            VerificationError: a line for each of the first.
+            VerificationError: one line for each of the first faults.
         """
         if self.faults:
             raise VerificationError(*self.faults[:_MOST_FAULTS])
@@ -211,12 +211,12 @@ class _Weigher:
 
 
 def _excess(expected: Tensor, written: Tensor, dtype: torch.dtype) -> float:
-    """Return the largest difference in units of what rounding to `dtype` may do."""
+    """Return the largest difference, in units of the largest rounding error of `dtype`."""
     if expected.shape != written.shape:
         return math.inf
     if not expected.numel():
         return 0.0
-    # Half a unit in the last place is allowed for the rounding, as much for fp32 arithmetic.
+    # Half a unit in the last place is allowed for the rounding, and half for fp32 arithmetic.
     limits = torch.finfo(dtype)
     slack = limits.smallest_normal * limits.eps
     slack += float(expected.abs().max()) * torch.finfo(torch.float32).eps
@@ -225,13 +225,13 @@ def _excess(expected: Tensor, written: Tensor, dtype: torch.dtype) -> float:
 
 
 def _change(form: Forms, base: Tensor, delta: Tensor, written: Tensor) -> LayerChange:
-    """Measure what quantising, merging and writing did to the weight of a layer."""
+    """Measure how quantising, merging and writing changed the weight of a layer."""
     merge = form.merge
     is_quantized = merge.spec.quantization.bits != 16
-    kept = _kept(written.sub_(base), delta)
+    kept = _kept_share(written.sub_(base), delta)
     requantized_kept = None
     if is_quantized:
-        again = kept if merge.requantize else _kept(form.requantized().sub_(base), delta)
+        again = kept if merge.requantize else _kept_share(form.requantized().sub_(base), delta)
         requantized_kept = again
     trained = base if merge.over == "quantized" else form.base()
     error = None
@@ -241,14 +241,14 @@ def _change(form: Forms, base: Tensor, delta: Tensor, written: Tensor) -> LayerC
     return LayerChange(form.path, error, size, float(trained.norm()), kept, requantized_kept)
 
 
-def _kept(change: Tensor, delta: Tensor) -> float:
-    """Return the share of a delta that is in a change: its projection. Uses the change up."""
+def _kept_share(change: Tensor, delta: Tensor) -> float:
+    """Return the share of a delta that a change contains, by projection; overwrites the change."""
     square = float(delta.square().sum())
     return 1.0 if square == 0 else float(change.mul_(delta).sum()) / square
 
 
 def mean_kept(layers: Sequence[LayerChange]) -> float | None:
-    """Return the share of the whole delta that was written, or None without one."""
+    """Return the share of the delta, over all layers, that was written; None without a delta."""
     total = sum(layer.delta**2 for layer in layers)
     if not total:
         return None
@@ -265,7 +265,7 @@ def _heads(
     merge: Merge,
     variants: Sequence[Variant],
 ) -> dict[Variant, Head]:
-    """Return the head of every variant; a tied one is the embedding of its own model."""
+    """Return the head of every variant; a tied head is the embedding of the same model."""
     module = skeleton.get_submodule(path)
     assert isinstance(module, nn.Linear)
     skeleton.set_submodule(path, FrozenLinear.of(module))
@@ -301,7 +301,7 @@ def _found(weight: Stored | None) -> Stored:
     return weight
 
 
-def _measure(
+def _measure_variants(
     hidden: Mapping[Variant, Tensor], heads: Mapping[Variant, Head], rows: VerificationRows
 ) -> tuple[VariantMeasure, ...]:
     """Compare the predictions of every variant with the adapter's, at the supervised tokens."""
@@ -323,7 +323,7 @@ def _measure(
 
 @dataclass
 class _Tally:
-    """Sums of one variant over the tokens."""
+    """Sums over the tokens, for one variant."""
 
     losses: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""The architecture of a model without its weights.
+"""The architecture of a model, without its weights.
 
-Takes a `config.json`; returns transformers' own model on the meta device (a 7B takes
-16 MiB). Never downloads and never runs code that comes with a model.
+Takes a `config.json`; returns transformers' own model on the meta device (a 7B takes 16 MiB).
+Never downloads anything, and never runs code that comes with a model.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ from qlora_kit.model.config_file import (
     as_list,
     check_end_tokens,
     ids_beyond,
-    read_config_file,
     read_json_object,
+    read_model_config,
 )
 from qlora_kit.model.faults import model_errors
 from qlora_kit.private_torch import own_buffers
 from qlora_kit.private_transformers import drop_kernels, initialize
 from qlora_kit.time_limit import TimeUp, time_limit
 
-# What a base is loaded as unless its task says otherwise.
+# The class that a base is loaded as, unless its task names another.
 CAUSAL_LM = "AutoModelForCausalLM"
-# Above this share of weights that stay unquantised the memory promised is not kept.
+# Where a larger share of the weights stays unquantised, the promised memory cannot be kept.
 _UNQUANTIZED_LIMIT = 0.05
 # How transformers calls `run_experts`.
 _ONE_BY_ONE = "qlora_kit"
-# 1,024 layers, the most there may be, take 1 s.
+# To build 1,024 layers, the most that are allowed, takes 1 s.
 _BUILD_SECONDS = 60.0
-# Rotary frequencies take 256 bytes; tables of positions are as long as config.json says.
+# Rotary frequencies take 256 bytes; a table of positions is as long as config.json says.
 _MOST_BUFFER_BYTES = 1 << 30
-# Any other is a package, or a repository of the hub that is downloaded and run.
+# Any other kernel is a package, or a repository of the hub that would be downloaded and run.
 _OWN_KERNELS = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 
 def read_architecture(folder: Path) -> PreTrainedConfig:
-    """Read `config.json` of a folder.
+    """Read the `config.json` of a folder.
 
     Raises:
-        ModelError: none there, not an architecture transformers has, or one that needs its
-            own code.
+        ModelError: there is none, transformers does not have the architecture, or it needs code
+            of its own.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json; expected the folder of a transformers model")
-    content = read_config_file(path)
+    content = read_model_config(path)
     if content.get("auto_map") and content.get("model_type") not in list(CONFIG_MAPPING):
         raise ModelError(
             f"{path}: the model needs code of its own, which the kit never runs; expected an "
@@ -75,15 +75,15 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
         architecture = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        _drop_kernels(architecture)
+        _drop_foreign_kernels(architecture)
     return _without_ids_beyond(architecture)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """Read `generation_config.json` of a folder, or return None where there is none.
+    """Read the `generation_config.json` of a folder; return None where there is none.
 
     Raises:
-        ModelError: not the settings of a transformers model.
+        ModelError: the file does not hold the settings of a transformers model.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -94,10 +94,10 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def _without_ids_beyond(architecture: PreTrainedConfig) -> PreTrainedConfig:
-    """Forget special tokens that the vocabulary has not: an embedding cannot be built with them.
+    """Forget special tokens that the vocabulary lacks: an embedding cannot be built with them.
 
-    Nothing of what is computed depends on them: padding is masked by position, and the
-    tokenizer says which tokens begin and end a row.
+    No result depends on them: padding is masked by position, and the tokenizer says which tokens
+    begin and end a row.
     """
     text = architecture.get_text_config()
     tokens = getattr(text, "vocab_size", None) or 0
@@ -108,8 +108,8 @@ def _without_ids_beyond(architecture: PreTrainedConfig) -> PreTrainedConfig:
     return architecture
 
 
-def _drop_kernels(architecture: PreTrainedConfig) -> None:
-    """Forget which kernels the file asks for: transformers would download and run them."""
+def _drop_foreign_kernels(architecture: PreTrainedConfig) -> None:
+    """Forget the kernels that the file asks for: transformers would download and run them."""
     parts = [getattr(architecture, name, None) for name in architecture.sub_configs]
     for config in (architecture, *parts):
         if config is not None:
@@ -120,7 +120,7 @@ def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
     """Build the architecture from the numbers of a config.json.
 
     Raises:
-        ModelError: its `model_type` is not one transformers has.
+        ModelError: transformers does not have its `model_type`.
     """
     with model_errors("architecture", "the numbers of a transformers model"):
         # transformers adds entries to the nested tables it is given.
@@ -128,15 +128,15 @@ def architecture_from(numbers: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> PreTrainedModel:
-    """Build a model on the meta device, its computed buffers filled in.
+    """Build a model on the meta device, with its computed buffers filled in.
 
     Args:
-        architecture: of the model.
-        loads: the class of transformers' that it is built as.
+        architecture: the architecture of the model.
+        loads: the class of transformers that the model is built as.
 
     Raises:
-        ModelError: the architecture is not a causal language model of transformers, or would
-            take longer than `_BUILD_SECONDS`.
+        ModelError: the architecture is no causal language model of transformers, or takes longer
+            than `_BUILD_SECONDS` to build.
     """
     name = architecture.model_type
     try:
@@ -188,7 +188,7 @@ def _take_stacks_apart(skeleton: PreTrainedModel) -> None:
 
 
 def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """Return the same architecture with so many decoder layers."""
+    """Return the same architecture with `layers` decoder layers."""
     short = copy.deepcopy(architecture)
     text = short.get_text_config()
     text.num_hidden_layers = layers
@@ -198,7 +198,7 @@ def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def _fill_computed_buffers(skeleton: PreTrainedModel) -> None:
-    """Compute what no checkpoint stores, such as the rotary frequencies."""
+    """Compute the buffers that no checkpoint stores, such as the rotary frequencies."""
     stored = set(skeleton.state_dict())
     for path, module in skeleton.named_modules():
         computed = {
@@ -212,7 +212,7 @@ def _fill_computed_buffers(skeleton: PreTrainedModel) -> None:
                     f"{path}.{name}: would take {buffer.nbytes / 1e9:.1f} GB that no checkpoint "
                     "stores; expected a small table; check the numbers of config.json"
                 )
-            # Rotary frequencies must stay fp32 even where the default dtype is another one.
+            # Rotary frequencies must stay fp32, even where the default dtype is another.
             own_buffers(module)[name] = torch.empty_like(buffer, device="cpu")
         if computed:
             _initialize_buffers(skeleton, module)
@@ -225,11 +225,11 @@ def _initialize_buffers(skeleton: PreTrainedModel, module: nn.Module) -> None:
 
 
 def unquantized_share(skeleton: PreTrainedModel) -> float:
-    """Return the share of weights outside embeddings and head that are not linear layers.
+    """Return the share of weights, outside embeddings and head, that are not in linear layers.
 
     Raises:
-        ModelError: above 5 %, naming the largest: a mixture of experts keeps its experts in
-            3-D tensors, which would not be quantised.
+        ModelError: the share is above 5 %; the error names the largest such weight. Some mixtures
+            of experts keep their experts in 3-D tensors that would not be quantised.
     """
     tables = {path for path, each in skeleton.named_modules() if isinstance(each, nn.Embedding)}
     skipped = tuple(f"{path}." for path in tables | vocabulary_paths(skeleton))

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint on disk, one at a time.
 
-Takes a folder; returns a `TensorSource` that reads each tensor when asked, mapped from the
-file, so that a checkpoint never stands in memory as a whole.
+Takes a folder; returns a `TensorSource` that reads each tensor when it is asked for, mapped from
+the file. So the whole checkpoint is never in memory. Never runs code that a file contains.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class TensorSource(Protocol):
     """Named tensors that are read one at a time.
 
     Attributes:
-        gives_own: whether what is read lies in memory of its own. That of a file lies in the file's
-            until it is copied.
+        gives_own: whether a tensor that is read has memory of its own. A tensor of a file lies in
+            the mapped file until it is copied.
     """
 
     gives_own: bool
 
     @property
     def names(self) -> Sequence[str]:
-        """The names, in the order that reads fastest."""
+        """The names, in the order in which they are read fastest."""
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
@@ -65,7 +65,7 @@ class SafetensorsShards:
 
 
 def _open_shard(path: Path) -> dict[str, Any]:
-    """Return the open file by the name of each tensor in it."""
+    """Return the name of each tensor in a file, each with the open file."""
 
     def line(error: Exception) -> str:
         return f"{path}: not a complete safetensors file ({error}); download it again"
@@ -77,9 +77,9 @@ def _open_shard(path: Path) -> dict[str, Any]:
 
 
 class PickledShards:
-    """A checkpoint in `.bin` files, read without running what they contain.
+    """A checkpoint in `.bin` files, read without running the code they may contain.
 
-    A shard is mapped when its first tensor is read and let go when another's is.
+    A shard is mapped when its first tensor is read, and let go when a tensor of another shard is.
     """
 
     gives_own = False
@@ -107,7 +107,7 @@ class PickledShards:
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     check_no_pointer(path, ModelError)
-    # A pickle that is not what it should be ends the unpickler anywhere.
+    # A damaged or hostile pickle can raise any error in the unpickler.
     with raised_as(ModelError, lambda error: _not_plain(path, error)):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -116,7 +116,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
+    if not isinstance(content, dict) or not all(map(_is_plain_tensor, content, content.values())):
         raise ModelError(
             f"{path}: not a checkpoint of plain tensors; expected name: tensor; download it again"
         )
@@ -132,17 +132,17 @@ def _not_plain(path: Path, error: Exception) -> str | None:
     )
 
 
-def _is_plain(name: Any, value: Any) -> bool:
-    """Whether an entry is a tensor that lies in the file, and not one of torch's other kinds."""
+def _is_plain_tensor(name: Any, value: Any) -> bool:
+    """Whether an entry is an ordinary tensor in the file, and no other kind of torch's tensors."""
     is_tensor = isinstance(name, str) and isinstance(value, Tensor)
     return is_tensor and value.device.type == "cpu" and value.layout is torch.strided
 
 
 def open_checkpoint(folder: Path) -> TensorSource:
-    """Find and open the weights in a folder; safetensors first, then `.bin`.
+    """Find and open the weights in a folder; safetensors are preferred to `.bin`.
 
     Raises:
-        ModelError: no weights there, a shard of the index missing, or a damaged file.
+        ModelError: there are no weights, a shard of the index is missing, or a file is damaged.
     """
     files = _weight_files(folder)
     if files[0].suffix == ".safetensors":

@@ -1,8 +1,8 @@
 """The JSON files of a model, checked before transformers builds anything from them.
 
-A `config.json` is a stranger's: its numbers decide how many layers are built and how much is
-allocated, and some of its keys name code. Takes a file; returns its content. Never imports
-torch.
+A `config.json` comes from a stranger: its numbers decide how many layers are built and how much
+memory is allocated, and some of its keys name code. Takes a file; returns its content. Never
+imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qlora_kit.storage import check_no_pointer, strict_json
 
 _MOST_FILE_BYTES = 1 << 26
 
-# Read where there is no tokenizer.json.
+# Files of a vocabulary, read where there is no tokenizer.json.
 _VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -36,16 +36,16 @@ _BOUNDS = (
 )  # fmt: skip
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a `config.json` and check what would be costly or dangerous to find out later.
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read a `config.json`, and check the numbers that would be costly or dangerous later.
 
     Infinity is accepted, because released models have it; transformers reads it the same way.
 
     Raises:
-        ModelError: not a JSON object, a key twice, or a number that no model has.
+        ModelError: the file is no JSON object, has a key twice, or has a number that no model has.
     """
     content = read_json_object(path)
-    for key, value in _entries(content):
+    for key, value in _keys_and_values(content):
         _check_number(path, key, value)
     for key in ("quantization_config", "text_config"):
         if content.get(key) is not None and not isinstance(content[key], dict):
@@ -55,10 +55,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def check_end_tokens(path: Path, content: dict[str, Any]) -> None:
-    """Check the tokens that end an answer.
+    """Check the ids of the tokens that end an answer.
 
     Raises:
-        ModelError: not whole numbers.
+        ModelError: they are not whole numbers.
     """
     named = content.get("eos_token_id")
     for token in named if isinstance(named, list) else [named]:
@@ -72,11 +72,11 @@ def ids_beyond(content: Mapping[str, Any], tokens: int) -> dict[str, list[int]]:
     """Return the special tokens that a configuration names and its vocabulary does not have.
 
     Args:
-        content: of a `config.json`, or its `text_config`.
-        tokens: how many the vocabulary has, counted from 0.
+        content: the content of a `config.json`, or of its `text_config`.
+        tokens: number of tokens in the vocabulary; ids are counted from 0.
 
     Returns:
-        The numbers by their field.
+        The ids beyond the vocabulary, by field.
     """
     found = {}
     for name in SPECIAL_IDS:
@@ -87,31 +87,31 @@ def ids_beyond(content: Mapping[str, Any], tokens: int) -> dict[str, list[int]]:
 
 
 def as_list(ids: Any) -> list[int]:
-    """Return the numbers of a field that may hold one, several or none."""
+    """Return the whole numbers of a field that may hold one, several or none."""
     each = ids if isinstance(ids, list) else [ids]
     return [number for number in each if isinstance(number, int)]
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Check what transformers reads to load the tokenizer of a folder, where it is there.
+    """Check the files that transformers reads to load the tokenizer of a folder, if they exist.
 
     Raises:
-        ModelError: `tokenizer_config.json` is not a JSON object, has a template that is no text,
-            or a name that is a path; or see `read_config_file`.
+        ModelError: `tokenizer_config.json` is no JSON object, has a template that is no text, or
+            has a name that is a path; or see `read_model_config`.
     """
     if (folder / "config.json").is_file():
-        read_config_file(folder / "config.json")
+        read_model_config(folder / "config.json")
     has_json = (folder / "tokenizer.json").is_file()
     for name in ("tokenizer.json",) if has_json else _VOCABULARIES:
         check_no_pointer(folder / name, ModelError)
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        _check_names(path, read_json_object(path))
+        _check_template_names(path, read_json_object(path))
 
 
-def _check_names(path: Path, content: dict[str, Any]) -> None:
+def _check_template_names(path: Path, content: dict[str, Any]) -> None:
     given = content.get("chat_template")
-    # Several templates have names, which become the names of files when they are saved again.
+    # Where there are several templates they have names, which become names of files when saved.
     named = given if isinstance(given, list) else [{"name": "default", "template": given or ""}]
     for template in named:
         is_named = isinstance(template, dict) and template.keys() == {"name", "template"}
@@ -129,7 +129,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that transformers will read as well.
 
     Raises:
-        ModelError: not a JSON object, too large, nested too deeply, or a key twice.
+        ModelError: the file is no JSON object, is too large, is nested too deeply, or has a key
+            twice.
     """
     check_no_pointer(path, ModelError)
 
@@ -146,7 +147,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+def _keys_and_values(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield every key and value, at any depth."""
     waiting = [value]
     while waiting:

@@ -1,9 +1,9 @@
-"""Which tensors of a checkpoint make up which parameter of the model.
+"""Assigns the tensors of a checkpoint to the parameters of the model.
 
-Takes the names in a checkpoint; returns `Assembly` records: a parameter, the tensors it is
-made of, and how. The renamings and merges are transformers' own; the parts of a weight that
-bitsandbytes already quantised are kept together, and a weight that is stored transposed is turned.
-Reads no tensor itself.
+Takes the names in a checkpoint; returns `Assembly` records: a parameter, the tensors it is made
+of, and the operation that makes it. The renamings and merges are transformers' own. The parts of a
+weight that bitsandbytes already quantised are kept together. A weight that is stored transposed is
+turned, one that is stored stacked is taken apart; `as_stored` undoes both. Opens no file itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.projections import stacks, transposed_weights
 from qlora_kit.private_transformers import left_out_of_checkpoints
 
-# What bitsandbytes stores beside a packed weight; `weight_format` only says "row".
+# The parts that bitsandbytes stores beside a packed weight. Its `weight_format` only says "row",
+# and is ignored.
 _QUANTIZED_PARTS = re.compile(
     r"\.(SCB|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))$"
 )
@@ -31,14 +32,15 @@ _IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|weight_format)$")
 
 @dataclass
 class Assembly:
-    """One target and the stored tensors it is made of.
+    """A parameter, and the stored tensors that it is made of.
 
     Attributes:
-        target: name of the parameter; for a converter, of its first product.
+        target: name of the parameter; with a converter, name of the first parameter it makes.
         sources: names in the checkpoint, by the name that transformers gives them.
-        converter: transformers' operation where tensors are merged or split.
+        converter: transformers' operation, where tensors are merged or split.
+        pattern_of: the pattern of the converter that each name in the checkpoint matched.
         is_transposed: whether the target is stored as (D, K), unless it is packed.
-        stack: what the target is taken apart into, and its path, where it is stacked.
+        stack: the path and the layers that the target is taken apart into, where it is stacked.
     """
 
     target: str
@@ -59,16 +61,16 @@ class Assembly:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the parts are a weight that bitsandbytes packed."""
+        """Whether the sources are the parts of a weight that bitsandbytes packed."""
         return any(_QUANTIZED_PARTS.search(name) for name in self.sources)
 
     def parts(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Read the parts of a packed weight, by the rest of their name ("weight", "SCB")."""
+        """Read the parts of a packed weight, by the end of their name ("weight", "SCB")."""
         owner = self.target.removesuffix("weight")
         return {name.removeprefix(owner): read(stored) for name, stored in self.sources.items()}
 
     def tensors(self, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-        """Read the sources and return the parameters they make, by name."""
+        """Read the sources, and return the parameters made of them by name."""
         made = self._assembled(read, model)
         if self.stack is None:
             return made
@@ -91,7 +93,7 @@ class Assembly:
 
 
 def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
-    """Group the names of a checkpoint by the parameter they make, in the order of the names."""
+    """Group the names of a checkpoint by the parameter they make up, in the order of the names."""
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]

@@ -1,4 +1,7 @@
-"""Examine this machine: versions, devices, and whether 4 and 8 bits compute rightly here."""
+"""Examines this machine: versions, devices, and whether 4 and 8 bits compute correctly on it.
+
+Returns findings, each with a remedy where one is needed. Changes nothing on the machine.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 from qlora_kit.errors import first_line
 
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "safetensors")
-# Before this transformers loses the spaces of some tokenizers, DeepSeek-LLM's among them.
+# Earlier versions of transformers lose the spaces of some tokenizers, DeepSeek-LLM's among them.
 _MINIMUM = {"transformers": (5, 22)}
 # NF4 keeps about 90 % of a normal weight's norm, int8 above 99 %.
 _TOLERANCE = {4: 0.12, 8: 0.02}
@@ -21,10 +24,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
-        found: what was found.
+        name: the thing that was examined.
+        found: its state, in words.
         ok: whether training can work with it.
-        remedy: what to do where it cannot, or what to know.
+        remedy: advice where training cannot work with it, or where the user should know more.
     """
 
     name: str
@@ -34,7 +37,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Return all findings; imports torch and bitsandbytes, and survives their absence."""
+    """Return all findings. Imports torch and bitsandbytes; works without them too."""
     return [*_versions(), *_devices(), *_bits()]
 
 
@@ -51,14 +54,14 @@ def _versions() -> Iterator[Finding]:
 
 
 def _upgrade(package: str, version: str) -> str:
-    """Return the command that replaces a version that is too old, or "" where it is not."""
+    """Return the command that upgrades a version that is too old; "" where it is not too old."""
     least = _MINIMUM.get(package, (0,))
     numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
     return "" if numbers >= least else f"pip install '{package}>={'.'.join(map(str, least))}'"
 
 
 def too_old() -> Iterator[str]:
-    """Say of each package that is older than what the kit is tested with; asks no import."""
+    """Yield a line for each package older than the kit is tested with; imports no package."""
     for package in _MINIMUM:
         try:
             version = importlib.metadata.version(package)

@@ -1,4 +1,4 @@
-"""What libraries raise on a model's files, as one line."""
+"""Turns the errors that libraries raise about a model's files into one line."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from qlora_kit.model.memory import is_out_of_memory
 
 
 def model_errors(where: object, expected: str) -> AbstractContextManager[None]:
-    """Turn whatever is raised inside the block into one line about a model's file.
+    """Turn any error inside the block into one line about a model's file.
 
-    transformers and tokenizers raise from many trees, and a damaged or hostile file reaches
-    any line of theirs: for the user it is the file that is at fault, in each case. Running out
-    of memory is not, and passes.
+    transformers and tokenizers raise errors of many classes, and a damaged or hostile file can
+    reach any line of their code. To the user, the fault is the file's in each case. An error of
+    memory that ran out is not the file's fault, and passes.
 
     Args:
-        where: what stands before the reason: a file, or the name of an architecture.
-        expected: what a good file would hold.
+        where: the beginning of the line: a file, or the name of an architecture.
+        expected: the content of a good file, in words.
 
     Raises:
         ModelError: in place of the error.
@@ -30,7 +30,7 @@ def model_errors(where: object, expected: str) -> AbstractContextManager[None]:
 
 
 def _is_of_the_file(error: BaseException) -> bool:
-    # Where its Rust code fails, tokenizers raises what is no Exception, so by name.
+    # Where its Rust code fails, tokenizers raises a class that is no Exception; it is told by name.
     if type(error).__name__ == "PanicException":
         return True
     return isinstance(error, Exception) and not is_out_of_memory(error)

@@ -1,8 +1,7 @@
-"""Bring a model's files onto this machine.
+"""Brings a model's files onto this machine.
 
-Takes a `ModelSource`; returns the folder its files are in, downloading through
-huggingface_hub where they are not here yet. Only tensors, configuration and tokenizer files
-are fetched, never code.
+Takes a `ModelSource`; returns the folder of its files, and downloads them through huggingface_hub
+where they are not here yet. Fetches only tensors, configuration and tokenizer files, never code.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Fetched:
     """A model's files on this machine.
 
     Attributes:
-        folder: with config.json and the weights; None where random weights need none.
-        tokenizer_folder: with the tokenizer.
-        revision: commit of the hub repository, or None.
+        folder: the folder of config.json and the weights; None where random weights need none.
+        tokenizer_folder: the folder of the tokenizer.
+        revision: the commit of the hub repository, or None.
     """
 
     folder: Path | None
@@ -36,18 +35,18 @@ class Fetched:
 
 
 def fetch(source: ModelSource, *, random: bool = False, revision: str | None = None) -> Fetched:
-    """Return where the files of `source` are, downloading them if need be.
+    """Return the folders of a model's files; download the files if they are not here.
 
     Random weights of a known architecture need no network: the demo's tokenizer, whose 1,024
     or fewer entries fit every vocabulary, stands in for the model's own.
 
     Args:
-        source: which model.
+        source: the model.
         random: fetch no weights.
         revision: commit, branch or tag; the newest if None.
 
     Raises:
-        HubError: the hub is out of reach and nothing is cached, or it does not grant access.
+        HubError: the hub is out of reach and no copy is cached, or it does not grant access.
         ModelError: the hub has no such model, or a link in its folder leads out of it.
     """
     if source.folder is not None:
@@ -72,7 +71,7 @@ def _download(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    # The cache keeps what a revision stands for in a file of its name.
+    # The cache has a file named after the revision, so the name must be safe.
     if revision is not None and not _REVISION.fullmatch(revision):
         raise ModelError(
             f"{hub_id}: revision {revision!r}; expected a commit, branch or tag; check --revision"
@@ -101,7 +100,10 @@ def _download(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
 
 
 def _weight_patterns(hub_id: str, revision: str | None) -> list[str]:
-    """Prefer safetensors; some repositories, DeepSeek-7B among them, have `.bin` only."""
+    """Return the patterns of the weight files.
+
+    safetensors are preferred; some repositories, DeepSeek-7B's among them, have only `.bin`.
+    """
     import huggingface_hub
 
     info = huggingface_hub.HfApi().model_info(hub_id, revision=revision)
@@ -124,7 +126,11 @@ def _network() -> tuple[type[Exception], ...]:
 
 
 def _cached(hub_id: str, revision: str | None, error: Exception) -> Path:
-    """Return a copy downloaded earlier."""
+    """Return a copy that was downloaded earlier.
+
+    Raises:
+        HubError: there is none.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -1,4 +1,4 @@
-"""Where the model runs, in which dtype, and how torch computes there."""
+"""The device a model runs on, the dtype it computes in, and the settings of torch there."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qlora_kit.model.environment import (
 )
 from qlora_kit.model.threads import Threads
 
-# Whether torch may take cuDNN's attention, which it prefers on Hopper, or takes the flash kernel:
-# its own choice, until both have been measured.
+# Whether torch may use cuDNN's attention, which it prefers to the flash kernel on Hopper. Torch
+# keeps the choice until both have been measured.
 _CUDNN_ATTENTION = True
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,13 +24,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device and compute dtype of a run, and why that dtype.
+    """The device and compute dtype of a run, and the reason for the dtype.
 
     Attributes:
-        device: where the model runs.
-        dtype: what it computes in.
-        reason: why that dtype.
-        threads: chosen for a run on a CPU; None: as many as torch has.
+        device: the device that the model runs on.
+        dtype: the dtype that it computes in.
+        reason: the reason for the dtype, in words.
+        threads: the threads that were chosen for a CPU; None: as many as torch has.
     """
 
     device: torch.device
@@ -48,7 +48,7 @@ class Hardware:
 
     @property
     def dtype_name(self) -> str:
-        """Such as "bfloat16"."""
+        """The name of the compute dtype, such as "bfloat16"."""
         return dtype_name(self.dtype)
 
 
@@ -70,7 +70,7 @@ def choose_hardware(
     Args:
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
-        threads: that were chosen for a CPU, to be told with it.
+        threads: the threads that were chosen for a CPU, for its description.
 
     Raises:
         ConfigError: a GPU is asked for and there is none, or float16 on a CPU.
@@ -100,9 +100,9 @@ def choose_hardware(
 
 
 def _settle_kernels() -> None:
-    """Choose the kernels of a GPU that are torch's to choose; without one this has no effect."""
-    # cuBLAS may cut a product along its inner dimension, and add the parts in 16 bits unless that
-    # is forbidden. In the head's backward this dimension is the whole vocabulary.
+    """Choose kernels of a GPU where torch offers a choice; without a GPU this has no effect."""
+    # cuBLAS may cut a product along its inner dimension, and add the parts in 16 bits, unless this
+    # is forbidden. In the head's backward the inner dimension is the whole vocabulary.
     matmul = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = False
     matmul.allow_fp16_reduced_precision_reduction = False
@@ -112,7 +112,7 @@ def _settle_kernels() -> None:
 def make_deterministic() -> None:
     """Choose the same kernels, and so the same bits, in each run on a GPU.
 
-    Call it before anything is computed there.
+    Call it before anything is computed on the GPU.
 
     Raises:
         EnvironmentFault: cuBLAS has read its setting already, or has been given another one.

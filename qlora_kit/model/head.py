@@ -1,4 +1,7 @@
-"""The formula of a model's logits: read from its configuration, held against the model itself."""
+"""The formula of a model's logits, read from its configuration and checked against the model.
+
+Takes a loaded model; returns its `Head`, or refuses the model.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,14 @@ class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]
 
 @torch.no_grad()
 def verify_head(model: PreTrainedModel, hardware: Hardware) -> None:
-    """Compare `head_of` with the model's own logits on a random hidden state.
+    """Compare the logits of `head_of` with the model's own, on a random hidden state.
 
-    Only the model's last lines run: its layers are stood in for by the hidden state.
+    Only the last lines of the model run: the hidden state takes the place of its layers.
 
     Raises:
-        ModelError: they differ; training on another formula would be silently wrong.
+        ModelError: the logits differ; training with another formula would be silently wrong.
     """
-    # The numbers of a config.json that fit its tensors may still be none to compute with.
+    # A config.json may have numbers that fit the tensors and still cannot be computed with.
     with model_errors(model.config.model_type, "a model that computes; check its config.json"):
         head = head_of(model)
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The memory of the device and of the host: what is in use, given back, and used up."""
+"""The memory of the device and of the host: measured, limited, given back, and used up."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ import torch
 
 from qlora_kit.errors import OutOfMemory, raised_as
 
-# mallopt's parameters, from glibc's malloc.h: blocks from this size on are mappings of their own;
-# so much that is free at the end of the heap stays there.
+# mallopt's parameters, from glibc's malloc.h. Blocks from the first size on get a mapping of their
+# own; free memory at the end of the heap stays there up to the second size.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _LOADING_THRESHOLD_BYTES = 64 << 10
-# Smaller mappings would leave no holes in the heap, but each costs page faults: with 1 MiB here
-# SmolLM2's shape at 2 × 256 took 1.5 times as long a step. See `restart_with_tight_heap` instead.
+# With a smaller threshold there would be no holes in the heap, but each mapping costs page faults:
+# with 1 MiB, a step of SmolLM2's shape at 2 × 256 took 1.5 times as long. `restart_with_tight_heap`
+# avoids the holes instead.
 _TRAINING_THRESHOLD_BYTES = 32 << 20
 _TRAINING_TRIM_BYTES = 512 << 20
 
-# Linux tells of a process here, and is told here to forget its peak (man 5 proc).
+# Linux shows the memory of a process in the first file; writing to the second resets its peak
+# (man 5 proc).
 _STATUS, _RESET, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
-# How libraries say it that have no error class of their own for it.
+# Messages of libraries that have no error class of their own for memory that ran out.
 _OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
     "out of memory",
@@ -38,14 +40,14 @@ _OUT_OF_MEMORY_TEXTS = (
 
 
 def memory_in_use_bytes(device: torch.device) -> int:
-    """Return peak allocated bytes of a GPU, or the process's own memory now on a CPU."""
+    """Return the peak of allocated bytes on a GPU; on a CPU the anonymous memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return anonymous_bytes()
 
 
 def anonymous_bytes() -> int:
-    """Return the memory that this process took for itself: no file is behind it.
+    """Return the bytes that this process has for itself, without mapped files.
 
     Libraries and checkpoints that are mapped from files are resident too, but the system takes
     their pages back whenever it needs them.
@@ -58,15 +60,15 @@ def _mapped_bytes() -> int:
 
 
 def restart_peak() -> None:
-    """Let `peak_memory_bytes` of a CPU begin now; where that cannot be, it has begun before."""
+    """Reset the peak that `peak_memory_bytes` reads on a CPU; where Linux cannot, it stays."""
     with contextlib.suppress(OSError):
         _RESET.write_text(_RESET_PEAK, encoding="ascii")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak of this process: allocated on the GPU, or on a CPU its own memory.
+    """Return the peak of this process in bytes: allocated on the GPU, or anonymous on a CPU.
 
-    On a CPU it is the highest resident size less what is mapped from files now.
+    On a CPU it is the highest resident size, less the bytes that are mapped from files now.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -74,7 +76,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _peak_resident_bytes() -> int:
-    # Not `ru_maxrss`, which cannot be restarted.
+    # Not `ru_maxrss`, which cannot be reset.
     with contextlib.suppress(OSError, StopIteration):
         lines = _STATUS.read_text(encoding="ascii").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
@@ -82,7 +84,7 @@ def _peak_resident_bytes() -> int:
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
-    """Let torch take no more than this of a GPU; beyond, an allocation fails as on a full card."""
+    """Let torch take at most `limit_bytes` of a GPU; more fails as an allocation on a full card."""
     if device.type != "cuda" or limit_bytes is None:
         return
     total = torch.cuda.get_device_properties(device).total_memory
@@ -97,7 +99,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_while(doing: str, remedy: str) -> AbstractContextManager[None]:
-    """Turn a shortage inside the block into one line.
+    """Turn an error of memory that ran out inside the block into one line.
+
+    Args:
+        doing: the work of the block, in words.
+        remedy: advice to the user.
 
     Raises:
         OutOfMemory: in place of the library's error.
@@ -107,9 +113,9 @@ def out_of_memory_while(doing: str, remedy: str) -> AbstractContextManager[None]
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what is no longer referenced; call it outside the `except` block.
+    """Give back memory that is no longer referenced; call it outside of the `except` block.
 
-    The traceback of an error holds the frames, and so the tensors, of where it was raised.
+    The traceback of an error holds the frames of the code that raised it, and so their tensors.
     """
     gc.collect()
     if device.type == "cuda":
@@ -120,32 +126,33 @@ def release_memory(device: torch.device) -> None:
 def memory_returned() -> Iterator[None]:
     """Give freed host memory back to the system while the block runs.
 
-    glibc otherwise keeps what a load frees: up to 900 MiB for a 310 MiB model. With a low
-    threshold each tensor is its own mapping and leaves with it. Elsewhere this does nothing.
+    glibc otherwise keeps the memory that loading frees: up to 900 MiB for a 310 MiB model. With a
+    low threshold each tensor has its own mapping, which is given back with it. Without glibc this
+    does nothing.
     """
     _set_threshold(_M_MMAP_THRESHOLD, _LOADING_THRESHOLD_BYTES)
     try:
         yield
     finally:
         return_free_memory()
-        # Training allocates the same sizes again and again: a mapping for each, or a heap that
-        # shrinks at every free, would cost page faults.
+        # Training allocates the same sizes again and again. A mapping for each allocation, or a
+        # heap that shrinks at every free, would cost page faults.
         _set_threshold(_M_MMAP_THRESHOLD, _TRAINING_THRESHOLD_BYTES)
         _set_threshold(_M_TRIM_THRESHOLD, _TRAINING_TRIM_BYTES)
 
 
 def return_free_memory() -> None:
-    """Give back to the system what was freed and lies between what is in use.
+    """Give freed memory that lies between used memory back to the system.
 
-    Call it after work that made many small objects, not in a step: what is needed again costs
-    page faults. Without glibc this does nothing.
+    Call it after work that made many small objects, not in a step: memory that is needed again
+    costs page faults. Without glibc this does nothing.
     """
     gc.collect()
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Give back the pages of the heap that nothing lies on; without glibc this does nothing."""
+    """Give the empty pages of the heap back to the system; without glibc this does nothing."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -1,7 +1,8 @@
-"""Find a model by name, folder or hub id: where its weights are, what it is built of.
+"""Finds a model by name, folder or hub id.
 
-Takes the value of `--model`; returns a `ModelSource`. Reads the small YAML files in
-`configs/`; never imports torch and never uses the network.
+Takes the value of `--model`; returns a `ModelSource`: the place of its weights, and the numbers of
+its architecture. Reads the small YAML files in `configs/`. Never imports torch, and never uses the
+network.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.config_file import read_config_file
+from qlora_kit.model.config_file import read_model_config
 
 DEMO = "demo"
 _PACKAGE = Path(__file__).parent.parent
@@ -28,15 +29,15 @@ _MOST_SHOWN = 200
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model before anything of it is read.
+    """A base model, before any of its files is read.
 
     Attributes:
-        name: what the user called it, and what a run folder is named after.
+        name: the user's name for the model; a run's folder is named after it.
         hub_id: repository on the hub, or None for a local folder.
-        folder: local folder with its files, or None for a hub id.
-        architecture: the numbers of its config.json where `configs/` knows them.
-        parameters: number of parameters where `configs/` knows it.
-        settings: what its file in `configs/` changes of the defaults.
+        folder: local folder of its files, or None for a hub id.
+        architecture: the numbers of its config.json, where `configs/` has them.
+        parameters: number of parameters, where `configs/` has it.
+        settings: options whose defaults its file in `configs/` changes, with their values.
     """
 
     name: str
@@ -48,14 +49,14 @@ class ModelSource:
 
     @property
     def identity(self) -> str:
-        """What an adapter records as its base: the hub id, the name `demo`, or the folder."""
+        """The name that an adapter records for its base: the hub id, `demo`, or the folder."""
         if self.name == DEMO:
             return DEMO
         return self.hub_id or str(self.folder)
 
 
 def configs_folder() -> Path:
-    """Return the folder of model files: inside an installed package, beside it in a checkout."""
+    """Return the folder `configs/`: inside an installed package, or beside it in a checkout."""
     packaged = _PACKAGE / "configs"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "configs"
 
@@ -81,16 +82,16 @@ def find_model(name: str) -> ModelSource:
     """Resolve the value of `--model`: a known name, a bare config.json, a folder, a hub id.
 
     Raises:
-        ModelError: none of the three, with the nearest known name; a file; or a folder that
-            holds no model.
+        ModelError: the value is none of these, and the error gives the nearest known name; or it
+            is another file; or a folder without a model.
     """
     known = known_models()
     if name in known:
         return known[name]
-    # Those of `os.path` answer where `Path`'s raise: for a home of nobody, a name that is too long.
+    # `os.path` answers where `Path` raises: for the home of an unknown user, or an overlong name.
     folder = Path(os.path.expanduser(name))
     if os.path.isfile(folder) and folder.suffix == ".json":
-        return ModelSource(name=folder.stem, architecture=read_config_file(folder))
+        return ModelSource(name=folder.stem, architecture=read_model_config(folder))
     if os.path.isfile(folder):
         raise ModelError(f"{name}: is a file; expected the folder of a model")
     if name and os.path.isdir(folder):

@@ -1,7 +1,7 @@
-"""Random weights of a real architecture, as if they were read from a checkpoint.
+"""Random weights of a real architecture, given out as if they were read from a checkpoint.
 
-They give a model its true memory and speed without a download. Each tensor exists only
-while it is quantised, so a 7B needs no 14 GB anywhere.
+Takes a skeleton; returns a `TensorSource`. Random weights give a model its true memory and speed
+without a download. Each tensor exists only while it is quantised, so a 7B never needs 14 GB.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SMALL = 1  # dimensions of biases and norm weights
 class RandomWeights:
     """A `TensorSource` that draws every tensor when it is read.
 
-    A tensor depends on the seed and its own name only, so it can be read again, in any
-    order, with the same values: a merge sees the base that training saw.
+    A tensor depends only on the seed and its own name, so it can be read again, in any order,
+    with the same values: a merge sees the base that training saw.
 
     Args:
         skeleton: the model on the meta device.
-        seed: of all tensors.
-        device: where they are drawn; values differ between devices.
+        seed: the seed of all tensors.
+        device: the device that draws them; values differ between devices.
     """
 
     gives_own = True
@@ -65,7 +65,7 @@ class RandomWeights:
         """Let the architecture say whether a norm starts at one or at zero."""
         path, _, leaf = name.rpartition(".")
         module: Any = self._skeleton.get_submodule(path)
-        # By the time a bias is read, its layer may have become a frozen one.
+        # By the time a bias is read, its layer may have become a frozen layer.
         if isinstance(module, nn.Linear | FrozenLinear):
             return torch.zeros_like(self._meta[name], device=self._device)
         probe: nn.Module = object.__new__(type(module))

@@ -1,8 +1,9 @@
-"""How many CPU threads compute: as many as cores are free when a run begins.
+"""The number of CPU threads that compute: as many as cores are free when a run begins.
 
 OpenMP's threads meet at a barrier after each of the thousands of small operations of a step. Where
-another process has the core of one of them, all others wait, spinning: beside one busy process a
-step on two cores takes up to eight times as long with two threads; with one its time stays.
+another process has the core of one thread, all other threads spin and wait for it. Beside one busy
+process, a step on two cores takes up to eight times as long with two threads; with one thread its
+time stays the same.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from pathlib import Path
 import psutil
 import torch
 
-# What a user says it with; both are read when torch is imported.
+# The variables by which a user sets the number of threads; they are read when torch is imported.
 _SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Long enough for the kernel's clock of 10 ms, short beside the start of a run.
+# Long enough for the kernel's clock of 10 ms, and short beside the start of a run.
 _WATCHED_SECONDS = 0.3
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads, and why."""
+    """A number of threads, and the reason for it."""
 
     count: int
     reason: str
 
     def describe(self) -> str:
-        """Return such as "1 thread (1 of 2 cores is free)"."""
+        """Return the number with its reason: "1 thread (1 of 2 cores is free)"."""
         return f"{self.count} thread{'s' * (self.count != 1)} ({self.reason})"
 
 
 def choose_threads(asked: int | None = None) -> Threads:
     """Choose the number of threads, and let torch compute with it.
 
-    What the user set stays: the option, or the variables that OpenMP and MKL read.
+    A number that the user set stays: by the option, or by the variables of OpenMP and MKL.
 
     Args:
-        asked: the option, or what a run that goes on has had; None: not given.
+        asked: the number of the option, or of the run that is resumed; None: not given.
     """
     chosen = _choice(asked)
     torch.set_num_threads(chosen.count)
@@ -57,10 +58,10 @@ def _choice(asked: int | None) -> Threads:
 
 
 def free_cores() -> tuple[int, int]:
-    """Watch the cores that this process may use, for a moment in which it does nothing.
+    """Watch the cores that this process may use, for a moment in which the process is idle.
 
     Returns:
-        How many are free, and how many there are.
+        The number of free cores, and the number of all cores.
     """
     allowed = _allowed_cores()
     busy = psutil.cpu_percent(_WATCHED_SECONDS, percpu=True)
@@ -77,7 +78,7 @@ def _allowed_cores() -> list[int]:
 
 
 def _quota(cores: int) -> int:
-    """Return how many cores' time a container may take, all `cores` where nothing limits it."""
+    """Return the number of cores whose time a container may take; `cores` without a limit."""
     try:
         limit, period = _QUOTA.read_text(encoding="ascii").split()
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
 """The tokenizer of a model, checked before it is trusted.
 
-Takes a folder; returns transformers' tokenizer with a padding token set. A tokenizer that
-does not give back the text it was given (spaces lost, bytes replaced) is refused: a model
-trained through it would be silently damaged.
+Takes a folder; returns transformers' tokenizer, with a padding token set. A tokenizer that does
+not give back its input (spaces lost, bytes replaced) is refused: a model trained with it would be
+silently damaged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qlora_kit.errors import ModelError
 from qlora_kit.model.config_file import check_tokenizer_files
 from qlora_kit.model.faults import model_errors
 
-# Text that has lost characters in released tokenizers: leading and double spaces, newlines
-# and tabs, digits, accents, CJK, an emoji made of several code points.
+# Texts that lost characters in released tokenizers: leading and double spaces, newlines and tabs,
+# digits, accents, CJK, an emoji made of several code points.
 _ROUND_TRIP_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "def f(x):\n    return x  + 1\t# two spaces, a tab",
@@ -34,11 +34,12 @@ _MOST_TOKENS = 1 << 31
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load and check the tokenizer of a model folder.
 
-    The padding token is the tokenizer's own, else its unknown token, else its end token:
-    padding is masked by position, never by value, so an end token stays supervised.
+    The padding token is the tokenizer's own, or else its unknown token, or else its end token.
+    Padding is masked by position and never by value, so an end token stays supervised.
 
     Raises:
-        ModelError: no tokenizer there, no end-of-sequence token, or it fails `check_round_trip`.
+        ModelError: there is no tokenizer, it has no end-of-sequence token, or it fails
+            `check_round_trip`.
     """
     check_tokenizer_files(folder)
     with model_errors(f"{folder}: no usable tokenizer", "the files of one; restore them"):
@@ -60,10 +61,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_round_trip(tokenizer: Any, name: str) -> None:
-    """Encode and decode sample texts and compare.
+    """Encode and decode sample texts, and compare them with the originals.
 
-    A byte-less vocabulary may drop a character it lacks (it becomes the unknown token);
-    only texts that it can express are compared.
+    A vocabulary without bytes turns characters that it lacks into the unknown token. Only texts
+    without an unknown token are compared.
 
     Raises:
         ModelError: a text comes back changed.
@@ -83,8 +84,8 @@ def check_round_trip(tokenizer: Any, name: str) -> None:
 def lossy_characters(tokenizer: Any) -> str:
     """Return the Latin letters that do not survive encoding and decoding.
 
-    DeepSeek-LLM's tokenizer lists "ü", "ö", "ø" and ten others as added tokens but decodes
-    them as single bytes. That is how the model was trained, so it is worth a notice, not a
+    DeepSeek-LLM's tokenizer lists "ü", "ö", "ø" and ten others as added tokens, but decodes them
+    as single bytes. The model was trained in this way, so lost letters are worth a notice and no
     refusal.
     """
     lost = []

@@ -1,7 +1,7 @@
-"""How many tokens wide a batch is, for the length of its longest row.
+"""The width of a batch in tokens, for the length of its longest row.
 
-A CPU computes what is there. A GPU computes in few widths: its kernels are chosen, and some of
-them built, for each new shape.
+On a CPU a batch is as wide as its longest row. On a GPU the width is rounded up, so that there are
+few widths: kernels are chosen, and some of them built, for each new shape.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedConfig
 
-# cuDNN's attention, which torch prefers on Hopper, builds a plan for every new (B, T), and others
-# report half a second each, forward and backward. With multiples of 64 an epoch of rows of up to
-# 2,048 tokens has 32 widths at most; half of 64 tokens a batch is what that costs.
+# cuDNN's attention, which torch prefers on Hopper, builds a plan for every new (B, T); others
+# report half a second for each, forward and backward. With multiples of 64, an epoch of rows of up
+# to 2,048 tokens has at most 32 widths. The price is half of 64 tokens a batch, on average.
 _MULTIPLE = 64
 
 
 def batch_width(tokens: int, architecture: PreTrainedConfig, device: torch.device) -> int:
-    """Return T of a batch whose longest row has so many tokens.
+    """Return the width T of a batch, given its longest row.
 
-    Never so large that the model would compute anything differently for the longer batch.
+    T is never so large that the model would compute anything differently for the wider batch.
 
     Args:
-        tokens: of the longest row.
-        architecture: of the model.
-        device: where it runs; `meta` stands in for a GPU.
+        tokens: tokens of the longest row.
+        architecture: the architecture of the model.
+        device: the device that it runs on; `meta` stands in for a GPU.
     """
     if device.type == "cpu":
         return tokens
@@ -35,11 +35,12 @@ def batch_width(tokens: int, architecture: PreTrainedConfig, device: torch.devic
 
 
 def _bounds(architecture: PreTrainedConfig) -> Iterator[int]:
-    """Yield the largest lengths before a model computes something else."""
+    """Yield the lengths beyond which a model computes something else."""
     text = architecture.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    # Behind its positions a model knows none, or scales its frequencies; behind the original ones
-    # some take other frequencies; from its window on attention needs a mask.
+    # Beyond its positions a model has no more of them, or scales its frequencies. Beyond the
+    # original positions some models use other frequencies. From its window on, attention needs a
+    # mask.
     lengths = (
         getattr(text, "max_position_embeddings", None),
         getattr(text, "original_max_position_embeddings", None),

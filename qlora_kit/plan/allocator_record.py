@@ -1,8 +1,9 @@
-"""The CPU allocator's own record of a block of code: the most bytes it had handed out at one time.
+"""The CPU allocator's own record of a block of code: the most bytes handed out at one time.
 
-It sees what an operation takes for itself meanwhile, which no ledger of tensors does. The record is
-torch's profiler's, without its operators: kept for a whole step, they are many times what the
-step itself takes. It is read and begun again after some operations, but not within a backward.
+It includes the memory that an operation takes for itself while it runs, which no ledger of tensors
+sees. torch's profiler keeps the record; it does not record operators here, because for a whole
+step they would take many times the memory of the step itself. After some operations the record is
+read and begun again, but never within a backward.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qlora_kit.private_torch import (
     is_in_backward,
 )
 
-# About 2 KB of record an allocation, and some allocations an operation.
+# An allocation takes about 2 KB of record, and an operation makes a few allocations.
 _OPERATIONS_A_RECORD = 1000
 
 
@@ -26,10 +27,10 @@ class AllocatorRecord(TorchDispatchMode):
     """Records the block that it encloses.
 
     Args:
-        held_bytes: handed out before the block.
+        held_bytes: bytes that were handed out before the block.
 
     Attributes:
-        peak_bytes: the most that was handed out at one time, after the block.
+        peak_bytes: the most bytes handed out at one time; whole only after the block.
     """
 
     def __init__(self, held_bytes: int) -> None:
@@ -56,7 +57,7 @@ class AllocatorRecord(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation; read what there is of the record after many."""
+        """Run an operation; after many operations, read the record so far."""
         result = func(*args, **(kwargs or {}))
         self._operations += 1
         if self._operations >= _OPERATIONS_A_RECORD and not is_in_backward():
@@ -70,6 +71,6 @@ class AllocatorRecord(TorchDispatchMode):
         for _, change in changes:
             self._live += change
             self.peak_bytes = max(self.peak_bytes, self._live)
-        # The record lay between the step's own blocks; what it leaves would stay with the process.
+        # The record lay between the step's own blocks; the gaps it leaves would stay allocated.
         del changes
         trim_heap()

@@ -1,7 +1,7 @@
-"""Attention as a GPU computes it, for planning: what it keeps and takes, and no more.
+"""Attention as a GPU computes it, for planning: the memory that it keeps and takes, and no more.
 
-On the device that stands in for a GPU torch would compute attention by its formula, with a
-matrix of T × T. The flash kernel that a GPU takes keeps the output and one number a row.
+On the device that stands in for a GPU, torch would compute attention by its formula, with a
+matrix of T × T. The flash kernel of a GPU keeps only the output and one number a row.
 """
 
 from __future__ import annotations
@@ -33,33 +33,38 @@ class _Flash(torch.autograd.Function):
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, bias)
         ctx.ledger, ctx.flop = ledger, _flop(query, key)
-        _count(ledger, ctx.flop)
+        _count_flop(ledger, ctx.flop)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, _, bias = ctx.saved_tensors
         # Five products where forward has two.
-        _count(ctx.ledger, 5 * ctx.flop // 2)
+        _count_flop(ctx.ledger, 5 * ctx.flop // 2)
         delta = query.new_empty(query.shape[:-1], dtype=torch.float32)
         summed = torch.empty_like(query, dtype=torch.float32)
         groups = query.shape[1] // key.shape[1]
-        # With grouped heads each query head gets its own, summed over the group afterwards.
+        # With grouped heads the kernel computes gradients of K and V for each query head, and sums
+        # them over the group afterwards.
         wide = [torch.empty_like(t) for t in (query, query)] if groups > 1 else []
         gradients = tuple(torch.empty_like(t) for t in (query, key, value))
         del delta, summed, wide, out, bias
         return *gradients, None, None
 
 
-def _count(ledger: Ledger, flop: int) -> None:
+def _count_flop(ledger: Ledger, flop: int) -> None:
     if ledger.work is not None:
         ledger.work.flop += flop
 
 
 def _flop(query: Tensor, key: Tensor) -> int:
-    """Return the operations of both products of forward; the half above the diagonal is left out.
+    """Return the floating-point operations of the two products of forward.
 
-    Shapes: query (B, heads, T, d), key (B, key heads, T, d).
+    The half above the diagonal is not counted.
+
+    Args:
+        query: (B, heads, T, d).
+        key: (B, key heads, T, d).
     """
     rows, heads, tokens, width = query.shape
     return 2 * rows * heads * tokens * key.shape[2] * width
@@ -68,7 +73,7 @@ def _flop(query: Tensor, key: Tensor) -> int:
 def _attention(ledger: Ledger, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     mask, bias = options.get("attn_mask"), None
     if mask is not None:
-        # The memory-efficient kernel, which takes a mask, keeps as much as the flash kernel and
+        # A mask needs the memory-efficient kernel. It keeps as much as the flash kernel does, and
         # the mask in the dtype of the queries.
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -79,9 +84,10 @@ def _attention(ledger: Ledger, query: Tensor, key: Tensor, value: Tensor, **opti
 
 @contextlib.contextmanager
 def planned_attention(ledger: Ledger) -> Iterator[None]:
-    """Let every attention in the block be the planned one; its work is counted in `ledger`.
+    """Let every attention in the block be the planned one, with its work counted in `ledger`.
 
-    By torch's own name for it: a `TorchFunctionMode` does not reach what backward recomputes.
+    It replaces torch's own function: a `TorchFunctionMode` does not see the operations that
+    backward recomputes.
     """
     of_torch = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = partial(_attention, ledger)

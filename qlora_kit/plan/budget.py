@@ -1,6 +1,6 @@
-"""How much memory a run may have, and what it takes of that besides its tensors.
+"""The memory that a run may take, and the memory that it takes besides its tensors.
 
-Takes sizes as they were asked for, or asks the machine; returns a `Budget`. GB is 10⁹ bytes.
+Takes sizes that the user asked for, or asks the machine; returns a `Budget`. GB is 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model.environment import has_tight_heap
 from qlora_kit.report.memory import size_text
 
-# What a card holds besides the allocated memory: the CUDA context, published as 0.3 to 0.5 GB,
-# and what the caching allocator cannot use of its blocks. Both are assumed; the context is measured
-# where there is a card.
+# Besides the allocated memory a card holds the CUDA context, published as 0.3 to 0.5 GB, and the
+# parts of its blocks that the caching allocator cannot use. Both are assumed; the context is
+# measured where there is a card.
 CONTEXT_BYTES = 500_000_000
 FRAGMENTATION = 0.05
-# What a process takes besides its tensors: the holes of the C library's heap, as a share of the
-# tensors and measured on SmolLM2's shape (2 × 256) with glibc 2.36, and Python objects.
+# Besides its tensors a process takes the holes of the C library's heap and Python objects. The
+# holes are a share of the tensors, measured on SmolLM2's shape (2 × 256) with glibc 2.36.
 TIGHT_HEAP_SHARE = 0.3
 HEAP_SHARE = 1.3
 OBJECT_BYTES = 60_000_000
-# Resident after the imports, measured on a CPU: 0.45 to 0.6 GB.
+# Resident memory of the process after its imports, measured on a CPU: 0.45 to 0.6 GB.
 PROCESS_BYTES = 600_000_000
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may take; None is without a bound.
+    """The memory that a run may take; None sets no bound.
 
     Attributes:
-        card_bytes: of the whole card, context and other processes included; on a CPU, of the
-            memory that the model computes in.
-        host_bytes: of the host, the process itself included.
+        card_bytes: bytes of the whole card, context and other processes included; on a CPU, bytes
+            of the memory that the model computes in.
+        host_bytes: bytes of host memory, the process itself included.
         on_gpu: whether the model runs on a card.
-        beside_bytes: of the card, beside what torch reserves: the context, and what others hold.
-        is_measured: whether the card told it; assumed otherwise.
+        beside_bytes: bytes of the card that torch cannot reserve: the context, and the memory of
+            other processes.
+        is_measured: whether `beside_bytes` was measured on the card; assumed otherwise.
     """
 
     card_bytes: int | None = None
@@ -52,38 +53,38 @@ class Budget:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether anything was asked for."""
+        """Whether the card or the host has a bound."""
         return self.card_bytes is not None or self.host_bytes is not None
 
     @property
     def allocatable_bytes(self) -> int | None:
-        """Return what torch may reserve of the card."""
+        """The bytes of the card that torch may reserve; None without a bound."""
         if self.card_bytes is None:
             return None
         return self.card_bytes - (self.beside_bytes if self.on_gpu else 0)
 
     def taken_of_card(self, peak_bytes: int) -> int:
-        """Return what a run with this peak of allocated memory takes of the whole card."""
+        """Return the bytes of the whole card that a run with this peak of allocated bytes takes."""
         if not self.on_gpu:
             return peak_bytes
         return self.beside_bytes + round(peak_bytes * (1 + FRAGMENTATION))
 
     def taken_by_process(self, before_bytes: int, peak_bytes: int) -> int:
-        """Return the anonymous memory of a process that computes on a CPU.
+        """Return the anonymous memory, in bytes, of a process that computes on a CPU.
 
         Args:
-            before_bytes: that it has before it loads the model.
-            peak_bytes: of the tensors of the run.
+            before_bytes: anonymous memory of the process before it loads the model.
+            peak_bytes: peak of the tensors of the run.
         """
         share = TIGHT_HEAP_SHARE if has_tight_heap() else HEAP_SHARE
         return before_bytes + OBJECT_BYTES + round(peak_bytes * (1 + share))
 
     def taken_of_host(self, host_peak_bytes: int, peak_bytes: int) -> int:
-        """Return what it takes of the host; there the model itself is, without a card."""
+        """Return the bytes that a run takes of the host; without a card, the model is there too."""
         return PROCESS_BYTES + host_peak_bytes + (0 if self.on_gpu else peak_bytes)
 
     def over_bytes(self, peak_bytes: int, host_peak_bytes: int) -> int:
-        """Return by how much a run goes over the budget; 0 where it fits."""
+        """Return the bytes by which a run goes over the budget; 0 where it fits."""
         over = 0
         if self.card_bytes is not None:
             over = max(over, self.taken_of_card(peak_bytes) - self.card_bytes)
@@ -92,7 +93,7 @@ class Budget:
         return over
 
     def describe(self) -> str:
-        """Such as "10.00 GB of the card and 16.00 GB of host memory"."""
+        """Return the budget in words: "10.00 GB of the card and 16.00 GB of host memory"."""
         where = "the card" if self.on_gpu else "memory"
         parts = []
         if self.card_bytes is not None:
@@ -102,24 +103,29 @@ class Budget:
         return " and ".join(parts)
 
     def describe_beside(self) -> str:
-        """Such as "0.50 GB of context, assumed"."""
+        """Return `beside_bytes` in words: "0.50 GB of context, assumed"."""
         if self.is_measured:
             return f"{size_text(self.beside_bytes)} of context and other processes, measured"
         return f"{size_text(self.beside_bytes)} of context, assumed"
 
 
 def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
-    """Return what was asked for; `auto` is all that nobody else has taken.
+    """Return the budget that was asked for; `auto` is all memory that nobody else has taken.
+
+    Args:
+        options: the sizes that were asked for.
+        on_gpu: whether the model will run on a card.
 
     Raises:
-        ConfigError: `auto`, and there is no GPU to ask; or less than a process takes by itself.
+        ConfigError: `auto`, and there is no GPU to ask; or less memory than a process takes by
+            itself.
     """
     card, host = options.vram, options.ram
     beside, is_measured = CONTEXT_BYTES, False
     if on_gpu and torch.cuda.is_available():
         _grow_context()
         free, total = torch.cuda.mem_get_info()
-        # No process is told how much of this is its own context, nor needs to know it.
+        # CUDA does not tell a process which part of this is its own context; the sum is enough.
         beside, is_measured = total - free - torch.cuda.memory_reserved(), True
         card = total if card == "auto" else card
     elif card == "auto" and on_gpu:
@@ -130,12 +136,12 @@ def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
         card = psutil.virtual_memory().available
     host = psutil.virtual_memory().available if host == "auto" else host
     budget = Budget(card, host, on_gpu, beside, is_measured)
-    _check(budget)
+    _check_budget(budget)
     return budget
 
 
 def _grow_context() -> None:
-    """Use each library that a step uses: the context takes in what they load, and grows by it."""
+    """Use each library that a step uses: they load code into the context, which then grows."""
     weight = Quantization(4).freeze(torch.ones(64, 64, device="cuda")).dequantize(torch.float16)
     x = (weight @ weight).view(1, 1, 64, 64).requires_grad_()
     attended = F.scaled_dot_product_attention(x, x, x, is_causal=True)
@@ -143,7 +149,7 @@ def _grow_context() -> None:
     torch.cuda.synchronize()
 
 
-def _check(budget: Budget) -> None:
+def _check_budget(budget: Budget) -> None:
     allocatable = budget.allocatable_bytes
     if allocatable is not None and allocatable <= 0:
         raise ConfigError(
@@ -159,7 +165,7 @@ def _check(budget: Budget) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what is free where the model will run."""
+    """Return the bytes of free memory on the device where the model will run."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available

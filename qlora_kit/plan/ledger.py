@@ -1,8 +1,8 @@
-"""Who holds how much memory, while code runs on fake tensors or on real ones.
+"""The memory that tensors hold while code runs, on fake tensors or on real ones.
 
-A `Ledger` sees every operation, learns of each storage when it is made and when the last
-tensor of it is gone, and keeps the sum and its peak, told apart by purpose; and it counts the
-work. It sees real tensors as well, but never what an operation takes for itself meanwhile.
+A `Ledger` sees every operation. It learns of each storage when it is made and when the last
+tensor of it is gone, and keeps the sum of all storages and its peak, by purpose. It also counts
+the work. It never sees the memory that an operation takes for itself while it runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch.utils.flop_counter import flop_registry
 from qlora_kit.layers.purpose import UNPACKED
 from qlora_kit.private_torch import FakeTensor, TorchDispatchMode, storage_key, tree_leaves
 
-# The CUDA allocator hands out multiples of this; the CPU's is told to, for one kind of sum.
+# The CUDA allocator hands out multiples of this. Bytes on the host are rounded in the same way, so
+# that the sums of both are of one kind.
 ROUNDED_BYTES = 512
 
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
 class Change(NamedTuple):
-    """So many bytes more, or fewer, on the device for a purpose."""
+    """A change of the bytes that a purpose holds on the device; negative where they are freed."""
 
     purpose: str
     bytes: int
@@ -36,12 +37,12 @@ class Change(NamedTuple):
 
 @dataclass
 class Work:
-    """What was computed and moved.
+    """The work of a block: operations computed and bytes moved.
 
     Attributes:
         flop: floating-point operations of matrix products and attention.
-        unpacked_bytes: written by dequantisation.
-        crossing_bytes: copied between host and device, in either direction.
+        unpacked_bytes: bytes written by dequantisation.
+        crossing_bytes: bytes copied between host and device, in either direction.
     """
 
     flop: int = 0
@@ -51,18 +52,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that was live at one time.
+    """The most bytes that were live at one time.
 
     Attributes:
-        bytes: all of it.
-        by_purpose: its parts.
+        bytes: their sum.
+        by_purpose: their parts.
     """
 
     bytes: int
     by_purpose: dict[str, int]
 
     def and_more(self, low: Peak, high: Peak) -> Peak:
-        """Return this peak with what a second one has more than a first."""
+        """Return this peak plus the difference of two others, `high` minus `low`."""
         parts = Counter(self.by_purpose)
         parts.update(high.by_purpose)
         parts.subtract(low.by_purpose)
@@ -89,14 +90,14 @@ class _Account:
 
 
 class Ledger(TorchDispatchMode):
-    """Keeps account of storages by device; use as a context manager around what is to be seen.
+    """Keeps account of storages by device; a context manager around the code it is to see.
 
     Args:
-        device: type of the device that is planned for; all else is the host.
+        device: type of the device that is planned for; every other device counts as the host.
 
     Attributes:
-        work: of the block that `counted` encloses, and None outside of one.
-        changes: of the block that `recorded` encloses, and None outside of one.
+        work: the work so far in a block of `counted`; None outside of one.
+        changes: the changes so far in a block of `recorded`; None outside of one.
     """
 
     def __init__(self, device: str) -> None:
@@ -111,9 +112,10 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation and book what it made."""
+        """Run an operation and book the tensors it made."""
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # A number that code asks for; every check of the kit passes on 1.
+            # Code asks for the value of a fake tensor, which has none. Every check of the kit
+            # passes on 1.
             return 1
         result = func(*args, **(kwargs or {}))
         if self.work is not None:
@@ -137,7 +139,7 @@ class Ledger(TorchDispatchMode):
         return "device" if tensor.device.type == self.device else "host"
 
     def book(self, tensor: Tensor, purpose: str) -> None:
-        """Learn of a tensor's storage, unless it is known."""
+        """Book a tensor's storage under a purpose, unless the storage is known already."""
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         if key in self._known:
@@ -158,7 +160,7 @@ class Ledger(TorchDispatchMode):
             self.changes.append(Change(purpose, amount))
 
     def claim(self, tensor: Tensor, purpose: str) -> None:
-        """Say what a tensor is for, whatever it was made as."""
+        """Say what a tensor is for; this replaces the purpose it was booked under."""
         if purpose == UNPACKED and self.work is not None:
             self.work.unpacked_bytes += tensor.nbytes
         key = storage_key(tensor.untyped_storage())
@@ -176,7 +178,7 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def purpose(self, name: str) -> Iterator[None]:
-        """Book what is made in the block as `name`."""
+        """Book the tensors made in the block under the purpose `name`."""
         self._purposes.append(name)
         try:
             yield
@@ -200,7 +202,7 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[Change]]:
-        """Record what changes on the device in the block; the first entries are what is there."""
+        """Record the changes on the device in the block; the first entries are the live bytes."""
         live = self._accounts["device"].live
         self.changes = changes = [Change(name, amount) for name, amount in live.items() if amount]
         try:
@@ -210,10 +212,10 @@ class Ledger(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """What is held on the device now."""
+        """The bytes that are live on the device now."""
         return self._accounts["device"].total
 
     def restart(self) -> None:
-        """Begin a new phase: what is live now is its first peak."""
+        """Begin a new phase, whose peak so far is the bytes that are live now."""
         for account in self._accounts.values():
             account.restart()

@@ -1,7 +1,7 @@
-"""From a configuration to a plan: what the run will need, and with a budget, its settings.
+"""From a configuration to a plan: the memory of a run, and with a budget its settings.
 
-Takes the options of `train`; returns a `Plan`. Needs no GPU, no weights and no network: of a
-model it reads the architecture.
+Takes the options of `train`; returns a `Plan`. Needs no GPU, no weights and no network: it reads
+only the architecture of a model.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from qlora_kit.model.architecture import unquantized_share
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.plan.alternatives import nothing_fits
 from qlora_kit.plan.budget import Budget
-from qlora_kit.plan.search import Found, search
+from qlora_kit.plan.search import SearchResult, search
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import Subject
 from qlora_kit.report.memory import size_text
 
-# How often a choice that turns out larger than extrapolated makes room for the next.
+# Choices that are run in full, one after the other, where each turns out larger than extrapolated.
 _MOST_TRIES = 4
 _CHOICES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would need.
+    """The plan of a run: its settings and the memory it will need.
 
     Attributes:
-        config: with the settings that were planned.
-        hardware: that it was planned for.
+        config: the configuration, with the settings that were planned.
+        hardware: the hardware that was planned for.
         prediction: the peak of each phase.
-        budget: what the run may take.
-        warnings: what the user should know before the run.
-        found: what the search for settings found, if there was one.
+        budget: the memory that the run may take.
+        warnings: lines that the user should read before the run.
+        found: the result of the search for settings; None if there was no search.
         before_bytes: anonymous memory of the process before it loads the base, where the run is
             about to start on a CPU; 0 elsewhere.
     """
@@ -44,33 +44,36 @@ class Plan:
     prediction: Prediction
     budget: Budget
     warnings: tuple[str, ...] = ()
-    found: Found | None = None
+    found: SearchResult | None = None
     before_bytes: int = 0
 
     @property
     def card_bytes(self) -> int:
-        """What the run takes of a whole card: with context and a margin for fragmentation."""
+        """Bytes the run takes of a whole card, with context and a margin for fragmentation."""
         return self.budget.taken_of_card(self.prediction.peak.bytes)
 
     @property
     def process_bytes(self) -> int | None:
-        """Anonymous memory that the process will have at most, where a run is about to start."""
+        """Bytes of anonymous memory that the process will have at most.
+
+        None unless the run is about to start on a CPU.
+        """
         peak = self.prediction.peak.bytes
         return self.budget.taken_by_process(self.before_bytes, peak) if self.before_bytes else None
 
     @property
     def over_bytes(self) -> int:
-        """By how much the run goes over its budget; 0 where it fits or has none."""
+        """Bytes by which the run goes over its budget; 0 where it fits or has no budget."""
         return self.budget.over_bytes(self.prediction.peak.bytes, self.prediction.host_peak.bytes)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the run fits its budget; None without one."""
+        """Whether the run fits its budget; None without a budget."""
         return not self.over_bytes if self.budget.is_bounded else None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was planned, value by name."""
+        """The settings that were planned, by name."""
         found = {name: getattr(self.config, name) for name in that_decide(TrainConfig, "memory")}
         device = "cpu" if self.hardware.device.type == "cpu" else "cuda"
         return {**found, "device": device, "dtype": self.hardware.dtype_name}
@@ -95,7 +98,7 @@ class Plan:
         }
 
     def choice_rows(self) -> tuple[tuple[str, str], ...]:
-        """Return the first choices of the search as a table, and why the first one is."""
+        """Return the first choices of the search as a table, with the reason for the first."""
         if self.found is None:
             return ()
         best = self.found.fitting[0].cost
@@ -117,17 +120,17 @@ class Plan:
 def make_plan(
     config: TrainConfig, subject: Subject, budget: Budget, *, choose: bool = True
 ) -> Plan:
-    """Predict what a run needs; with a budget, choose its settings first.
+    """Predict the memory of a run; with a budget, choose its settings first.
 
     Args:
-        config: what was asked for.
-        subject: the run it is for.
-        budget: what the run may take.
-        choose: False leaves the settings as they are, as a run that goes on has them.
+        config: the configuration as it was asked for.
+        subject: the run that is planned.
+        budget: the memory that the run may take.
+        choose: False keeps the settings as they are; a resumed run keeps its settings.
 
     Raises:
-        ModelError: of an architecture that the kit does not train.
-        ConfigError: a target names no layer; or nothing fits, with what would.
+        ModelError: the kit does not train this architecture.
+        ConfigError: a target names no layer; or nothing fits, and the error says what would.
     """
     unquantized_share(subject.spec.skeleton())
     warnings = tuple(_warnings(subject))
@@ -140,14 +143,16 @@ def make_plan(
 
 
 def _as_asked(config: TrainConfig, subject: Subject, budget: Budget) -> Plan:
-    """Predict settings as they are, and settle what only the prediction can."""
+    """Predict the settings as they are, and settle the evaluation's batch by the prediction."""
     prediction = predict(subject, config)
     settled = config.model_copy(update={"eval_batch_size": prediction.evaluation_rows})
     return Plan(settled, subject.hardware, prediction, budget)
 
 
-def _first_that_fits(config: TrainConfig, subject: Subject, budget: Budget, found: Found) -> Plan:
-    """Run the first choice in full; where it is larger than extrapolated, a smaller one."""
+def _first_that_fits(
+    config: TrainConfig, subject: Subject, budget: Budget, found: SearchResult
+) -> Plan:
+    """Run the first choice in full; where it does not fit after all, run a smaller one."""
     excess = host_excess = 0
     choices = list(found.fitting)
     for _ in range(_MOST_TRIES):

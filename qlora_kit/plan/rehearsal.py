@@ -1,7 +1,7 @@
-"""One real step on the longest rows before the first: what a run takes, before it takes it.
+"""One real step on the longest rows, before the first step of a run: it measures the memory.
 
-Takes what will take the steps; leaves its weights, optimiser and random states bit for bit as
-they were, and returns what was measured.
+Takes the `OptimizerStep` of the run; leaves weights, optimiser and random states bit for bit as
+they were, and returns the measured memory.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from qlora_kit.plan.ledger import Change, Ledger
 from qlora_kit.plan.watch import PURPOSES, claim_model, claim_trained, watched
 from qlora_kit.train.optimizer_step import OptimizerStep
 
-# Moments that a picture shows; each is the largest of its share of the step.
+# Number of moments that a picture shows; each is the largest moment of its share of the step.
 _MOMENTS = 800
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a step on the longest rows took.
+    """The memory that a step on the longest rows took.
 
     Attributes:
-        rows: that went through the model at one time.
-        rows_asked: that were to go; fewer did where memory ran out.
-        tokens: of the longest of them.
-        peak_bytes: as the allocator of the device recorded it.
-        how: which record that is.
-        timeline: bytes by purpose at moments of the step, in the order of `PURPOSES`; what an
-            operation takes for itself meanwhile is not in it.
+        rows: rows that went through the model at one time.
+        rows_asked: rows that were asked for; `rows` is fewer where memory ran out.
+        tokens: tokens of the longest row.
+        peak_bytes: the peak that the allocator of the device recorded.
+        how: the name of the allocator that kept the record.
+        timeline: bytes by purpose at moments of the step, in the order of `PURPOSES`; without the
+            memory that an operation takes for itself while it runs.
     """
 
     rows: int
@@ -53,11 +53,13 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
     Where memory runs out the micro-batch is halved, as it would be in training.
 
     Args:
-        step: what will take the steps.
-        micro_batches: of a step; from the second on, the gradients of the first are there.
+        step: takes the steps of the run.
+        micro_batches: micro-batches of a step. Two are enough to rehearse: from the second on,
+            the gradients of the first take memory too.
 
     Raises:
-        OutOfMemory: even one row does not fit, or what is kept to undo the step.
+        OutOfMemory: even one row does not fit, or the copies that are kept to undo the step do
+            not.
     """
     largest = largest_batch(step.rows.lengths(), step.micro_batch_rows)
     window = [largest] * min(2, micro_batches)
@@ -95,7 +97,7 @@ def _shortage_in_one_line() -> Iterator[None]:
 
 
 class _CudaRecord:
-    """What a GPU's allocator keeps itself, since the process began."""
+    """The record that a GPU's allocator keeps itself, from the start of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -113,7 +115,7 @@ def _allocator_record(device: torch.device, held_bytes: int) -> _CudaRecord | Al
 
 
 def _timeline(changes: Sequence[Change]) -> Iterator[tuple[int, ...]]:
-    """Yield bytes by purpose, at the largest moment of each of some equal shares of a step."""
+    """Divide a step into equal shares; yield bytes by purpose at the largest moment of each."""
     share = max(1, len(changes) // _MOMENTS)
     live: Counter[str] = Counter()
     total = largest = 0

@@ -1,7 +1,7 @@
-"""The plan of a run that is about to start, and the account of what it then takes.
+"""The plan of a run that is about to start, and the account of the memory it then takes.
 
-Takes the options and the tokenised rows; settles what was left open in the options, rehearses
-the largest step, and holds what was measured against what was predicted: on the terminal, in
+Takes the options and the tokenised rows; settles the options that were left open, rehearses the
+largest step, and compares the measured memory with the predicted: on the terminal, in
 `memory.json` and in `memory.png`.
 """
 
@@ -23,7 +23,7 @@ from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_me
 from qlora_kit.plan.budget import budget_of, free_bytes
 from qlora_kit.plan.planning import Plan, make_plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse
-from qlora_kit.plan.subject import Rows, Subject, standing_in_for
+from qlora_kit.plan.subject import RowSizes, Subject, standing_in_for
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.memory import difference_text, draw_timeline, size_text
@@ -46,37 +46,37 @@ def plan_run(
     task: Task = CAUSAL,
     choose: bool = True,
 ) -> Plan | None:
-    """Predict the memory of a run before anything is loaded, and keep it to its budget.
+    """Predict the memory of a run before anything is loaded, and keep the run to its budget.
 
     Args:
-        config: what was asked for.
+        config: the configuration as it was asked for.
         spec: the base.
         lora: the trained part.
-        rows: tokenised, of training.
-        held_out: of validation.
+        rows: token rows of training.
+        held_out: token rows of validation, or None.
         announce: receives the prediction and the choice.
         task: what a row means.
-        choose: False for a run that goes on: its settings were chosen before.
+        choose: False for a resumed run, whose settings were chosen before.
 
     Returns:
-        The plan, its settings those to train with. None where the code could not be simulated;
-        with a budget that is an error.
+        The plan, with the settings to train with. None where the code could not be simulated;
+        with a budget, that is an error.
 
     Raises:
-        ConfigError: nothing fits the budget, or the settings do not fit what is free.
+        ConfigError: nothing fits the budget, or the settings do not fit the free memory.
     """
     hardware = choose_hardware(config.device, config.dtype)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     evaluation_tokens = max(held_out.lengths()) if held_out is not None else None
     most = config.batch_size * config.gradient_accumulation_steps
-    batches = Rows.of(rows, most, evaluation_tokens)
-    subject = Subject(spec, lora, standing_in_for(hardware), batches, task)
+    sizes = RowSizes.of(rows, most, evaluation_tokens)
+    subject = Subject(spec, lora, standing_in_for(hardware), sizes, task)
     try:
         plan = make_plan(config, subject, budget, choose=choose)
     except QloraKitError:
         raise
     except Exception as error:
-        # A plan is a promise about a run; that none can be made is no reason not to run.
+        # Without a plan there is no promise about the memory of the run, but it can still run.
         if budget.is_bounded:
             raise
         announce(Notice(f"the memory of this run is not predicted ({type(error).__name__})"))
@@ -84,15 +84,15 @@ def plan_run(
     if hardware.device.type == "cpu":
         return_free_memory()
         plan = replace(plan, before_bytes=anonymous_bytes())
-    _announce(plan, announce)
+    _announce_plan(plan, announce)
     if budget.is_bounded:
         limit_memory(hardware.device, budget.allocatable_bytes)
     else:
-        _check_free(plan, hardware, announce)
+        _check_free_memory(plan, hardware, announce)
     return plan
 
 
-def _announce(plan: Plan, announce: Announce) -> None:
+def _announce_plan(plan: Plan, announce: Announce) -> None:
     if plan.found is not None:
         announce(Facts(f"settings for {plan.budget.describe()}", plan.choice_rows()))
     peak = plan.prediction.peak.bytes
@@ -107,8 +107,8 @@ def _announce(plan: Plan, announce: Announce) -> None:
     announce(Facts("memory", tuple(rows)))
 
 
-def _check_free(plan: Plan, hardware: Hardware, announce: Announce) -> None:
-    """Check settings that were not chosen against the memory that is free now.
+def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce) -> None:
+    """Check settings that no search has chosen against the memory that is free now.
 
     Raises:
         ConfigError: not even the tensors fit.
@@ -135,12 +135,13 @@ def _check_free(plan: Plan, hardware: Hardware, announce: Announce) -> None:
 
 @dataclass
 class MemoryAccount:
-    """What a run was predicted to take and what it took, kept in its folder.
+    """The predicted and the measured memory of a run, kept in its folder.
 
     Attributes:
         output: the run's folder.
-        plan: what was predicted, or None.
-        announce: receives both.
+        plan: the plan with the prediction, or None.
+        announce: receives the measured memory beside the predicted.
+        rehearsal: the rehearsed step, or None before it.
     """
 
     output: Path
@@ -149,7 +150,7 @@ class MemoryAccount:
     rehearsal: Rehearsal | None = field(default=None, init=False)
 
     def rehearse(self, step: OptimizerStep) -> None:
-        """Take the largest step there will be, undo it, and say what it took."""
+        """Take the largest step of the run, undo it, and announce the memory it took."""
         plan = self.plan
         micro_batches = plan.config.gradient_accumulation_steps if plan else 2
         self.rehearsal = found = rehearse(step, micro_batches)
@@ -165,16 +166,16 @@ class MemoryAccount:
             levels["predicted"] = predicted
         title = f"one optimiser step on the longest rows, {rows}"
         draw_timeline(found.timeline, PURPOSES, levels, title, self.output / PICTURE)
-        # The ledger's account and the picture are many small objects.
+        # The ledger's account and the picture leave many small objects behind.
         return_free_memory()
 
     def _predicted_step(self, found: Rehearsal) -> int | None:
-        """Return the prediction of what the rehearsal measured, unless it had to be cut down."""
+        """Return the predicted peak of the rehearsed step; None where its rows were halved."""
         if self.plan is None or found.rows < found.rows_asked:
             return None
         phases = ["forward", "backward", "optimizer"]
         if self.plan.budget.on_gpu:
-            # Its allocator's record begins with the process.
+            # The record of a GPU's allocator begins with the process, so loading is in it.
             phases.append("load")
         return max(self.plan.prediction.device[phase].bytes for phase in phases)
 
@@ -182,7 +183,8 @@ class MemoryAccount:
         """Write the account of a finished run and return it as a table.
 
         Args:
-            run_peak_bytes: allocated on a GPU; on a CPU anonymous, which is more than tensors.
+            run_peak_bytes: peak of the run: allocated bytes of a GPU, or on a CPU the anonymous
+                memory of the process, which holds more than tensors.
         """
         self._write(run_peak_bytes)
         rows = []

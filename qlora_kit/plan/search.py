@@ -1,7 +1,7 @@
 """Choose the settings of a step that fit a budget with the least work.
 
-Takes the options of `train` and a `Budget`; returns ranked choices. What the user set stays as
-it is, but for the micro-batch: the effective batch stays what it was.
+Takes the options of `train` and a `Budget`; returns ranked choices. Every option that the user
+set stays as it is, except the micro-batch: there only the effective batch stays the same.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ from typing import Any
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.extrapolation import Extrapolation, Needs, Setting, extrapolate
 from qlora_kit.plan.ledger import Work
 from qlora_kit.plan.subject import Subject
-from qlora_kit.plan.survey import Needs, Setting, Survey, take_survey
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
 
-# Rates that make one number of work, as a card of 24 GB reaches them in practice. They rank
+# Rates that turn work into one number, as a card of 24 GB reaches them in practice. They rank
 # choices; no time is predicted from them.
 _FLOP_RATE = 60e12
 _MEMORY_RATE = 0.7e12
 _LINK_RATE = 12e9
 # Copies run beside the computation; the published cost of doing so is 0 to 2 %.
 _SHARE_OF_COPIES_SEEN = 0.1
-# What is unpacked is written once and read once, and read a quarter as large before.
+# An unpacked weight is written once and read once; before, its packed form is read, a quarter as
+# large.
 _PASSES_OVER_UNPACKED = 2.25
-# More rows at a time than this gain nothing that would be worth looking for.
+# More rows at a time than this gain too little to be searched for.
 _MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A setting and what it would take.
+class SettingChoice:
+    """A setting, and the memory and work that it would take.
 
     Attributes:
-        setting: what is chosen.
-        needs: of one micro-batch and of an evaluation, extrapolated over the layers.
-        micro_batches: of an optimiser step.
-        eval_rows: rows of a batch in evaluation: as many as asked for, or as fit.
-        cost: work of an optimiser step as one number; only ratios have a meaning.
+        setting: the setting.
+        needs: needs of one micro-batch and of an evaluation, extrapolated over the layers.
+        micro_batches: micro-batches of an optimiser step.
+        eval_rows: rows of a batch in evaluation: as many as were asked for, or as fit.
+        cost: work of an optimiser step as one number; only ratios of it have a meaning.
     """
 
     setting: Setting
@@ -55,7 +56,10 @@ class Choice:
         return self.setting.applied(config).model_copy(update={"eval_batch_size": self.eval_rows})
 
     def describe(self, layers: int) -> str:
-        """Such as "2 × 8 rows, 12 of 30 layers keep activations, checkpoints on the host"."""
+        """Return the setting in words.
+
+        An example: "2 × 8 rows, 12 of 30 layers keep activations, checkpoints on the host".
+        """
         setting = self.setting
         parts = [f"{setting.rows} × {self.micro_batches} rows"]
         if setting.keep_layers < layers:
@@ -72,34 +76,34 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found.
+class SearchResult:
+    """The choices that a search found.
 
     Attributes:
         layers: decoder layers of the model.
-        fitting: the choices that fit, the least work first.
-        least: the one that goes least over the budget, or the first that fits.
-        asked: the settings as they were before.
-        considered: how many choices there were.
+        fitting: the choices that fit, the choice with the least work first.
+        least: the choice that goes least over the budget, or the first that fits.
+        asked: the settings as they were asked for.
+        considered: number of all choices.
     """
 
     layers: int
-    fitting: tuple[Choice, ...]
-    least: Choice
-    asked: Choice
+    fitting: tuple[SettingChoice, ...]
+    least: SettingChoice
+    asked: SettingChoice
     considered: int
 
     @property
-    def ranked(self) -> tuple[Choice, ...]:
-        """The best choice of each kind; they differ in more than in the number of layers kept."""
-        best: dict[Setting, Choice] = {}
+    def ranked(self) -> tuple[SettingChoice, ...]:
+        """The best choice of each kind; choices of one kind differ only in the layers they keep."""
+        best: dict[Setting, SettingChoice] = {}
         for choice in self.fitting:
             best.setdefault(replace(choice.setting, keep_layers=0), choice)
         return tuple(best.values())
 
     @property
     def why(self) -> str:
-        """Why the first choice is the first."""
+        """The reason for the first choice, in words."""
         chosen, asked = self.fitting[0], self.asked
         ratio = chosen.cost / asked.cost
         return (
@@ -109,7 +113,7 @@ class Found:
         )
 
     def as_json(self, most: int) -> list[dict[str, Any]]:
-        """Return the first choices for programs."""
+        """Return the first choices for programs, at most `most`."""
         return [
             {
                 **asdict(choice.setting),
@@ -127,52 +131,54 @@ class Found:
 
 def search(
     subject: Subject, config: TrainConfig, budget: Budget, rows: Sequence[int] | None = None
-) -> Found:
+) -> SearchResult:
     """Find the settings that fit a budget.
 
     Args:
         subject: the run.
-        config: what was asked for.
-        budget: what the run may take.
-        rows: micro-batches to choose from; every divisor of the effective batch if None.
+        config: the configuration as it was asked for.
+        budget: the memory that the run may take.
+        rows: micro-batches to choose from; if None, divisors of the effective batch.
     """
     rows, tiles = rows or _micro_batches(config), _tiles(config)
-    survey = take_survey(subject, config, rows, tiles)
+    extrapolation = extrapolate(subject, config, rows, tiles)
     kinds = list(itertools.product(rows, tiles))
     on_gpu = subject.hardware.device.type != "cpu"
 
-    def choice(setting: Setting) -> Choice:
+    def choice(setting: Setting) -> SettingChoice:
         micro_batches = _effective_batch(config) // setting.rows
-        needs = survey.needs(setting)
+        needs = extrapolation.needs(setting)
         cost = micro_batches * _cost(needs.work)
-        eval_rows = _eval_rows(survey, setting, budget)
-        peak = max(needs.peak_bytes, survey.evaluation_bytes(eval_rows, setting))
-        return Choice(setting, replace(needs, peak_bytes=peak), micro_batches, eval_rows, cost)
+        eval_rows = _eval_rows(extrapolation, setting, budget)
+        peak = max(needs.peak_bytes, extrapolation.evaluation_bytes(eval_rows, setting))
+        return SettingChoice(
+            setting, replace(needs, peak_bytes=peak), micro_batches, eval_rows, cost
+        )
 
-    def over(choice: Choice) -> int:
+    def over(choice: SettingChoice) -> int:
         return budget.over_bytes(choice.needs.peak_bytes, choice.needs.host_peak_bytes)
 
-    choices = [choice(setting) for setting in _settings(config, survey, kinds, on_gpu)]
+    choices = [choice(setting) for setting in _all_settings(config, extrapolation, kinds, on_gpu)]
     fitting = [each for each in choices if not over(each)]
-    return Found(
-        layers=survey.layers,
+    return SearchResult(
+        layers=extrapolation.layers,
         fitting=tuple(sorted(fitting, key=_rank)),
         least=min(choices, key=lambda each: (over(each), _rank(each))),
-        asked=choice(_asked(config, survey, kinds, on_gpu)),
+        asked=choice(_asked(config, extrapolation, kinds, on_gpu)),
         considered=len(choices),
     )
 
 
-def _eval_rows(survey: Survey, setting: Setting, budget: Budget) -> int:
+def _eval_rows(extrapolation: Extrapolation, setting: Setting, budget: Budget) -> int:
     fitting = [
         rows
-        for rows in survey.evaluations
-        if not budget.over_bytes(survey.evaluation_bytes(rows, setting), 0)
+        for rows in extrapolation.evaluations
+        if not budget.over_bytes(extrapolation.evaluation_bytes(rows, setting), 0)
     ]
     return max(fitting, default=1)
 
 
-def _rank(choice: Choice) -> tuple[float, int, int]:
+def _rank(choice: SettingChoice) -> tuple[float, int, int]:
     return choice.cost, choice.micro_batches, choice.needs.peak_bytes
 
 
@@ -183,7 +189,7 @@ def _cost(work: Work) -> float:
     return max(computing, copying) + _SHARE_OF_COPIES_SEEN * copying
 
 
-# ---------------------------------------------------------------- what there is to choose
+# ---------------------------------------------------------------- the settings to choose from
 
 
 def _effective_batch(config: TrainConfig) -> int:
@@ -193,7 +199,7 @@ def _effective_batch(config: TrainConfig) -> int:
 def _micro_batches(config: TrainConfig) -> list[int]:
     effective = _effective_batch(config)
     rows = [rows for rows in range(1, min(effective, _MOST_ROWS) + 1) if effective % rows == 0]
-    # Of an effective batch with many divisors those about a factor of two apart.
+    # Where the effective batch has many divisors, only those about a factor of two apart are kept.
     kept = [rows[0]]
     for each in rows[1:]:
         if each >= 2 * kept[-1] or each == config.batch_size:
@@ -205,14 +211,14 @@ def _tiles(config: TrainConfig) -> list[int]:
     return [0, MLP_TILE_TOKENS] if config.mlp_tile_tokens is None else [config.mlp_tile_tokens]
 
 
-def _settings(
-    config: TrainConfig, survey: Survey, kinds: list[tuple[int, int]], on_gpu: bool
+def _all_settings(
+    config: TrainConfig, extrapolation: Extrapolation, kinds: list[tuple[int, int]], on_gpu: bool
 ) -> Iterator[Setting]:
     offloads = _either(config.offload_checkpoints, on_gpu)
-    on_cpu = _either(config.embedding_on_cpu, survey.has_embedding_on_cpu)
+    on_cpu = _either(config.embedding_on_cpu, extrapolation.has_embedding_on_cpu)
     for rows, tile in kinds:
-        for keep_layers in _kept(config, survey.layers):
-            for offload in offloads if keep_layers < survey.layers else [False]:
+        for keep_layers in _keep_choices(config, extrapolation.layers):
+            for offload in offloads if keep_layers < extrapolation.layers else [False]:
                 for embedding_on_cpu in on_cpu:
                     yield Setting(rows, tile, offload, embedding_on_cpu, keep_layers)
 
@@ -223,7 +229,7 @@ def _either(asked: bool | None, possible: bool) -> list[bool]:
     return [True, False] if asked is None else [asked]
 
 
-def _kept(config: TrainConfig, layers: int) -> list[int]:
+def _keep_choices(config: TrainConfig, layers: int) -> list[int]:
     if not config.recompute:
         return [layers]
     if "keep_layers" in config.model_fields_set:
@@ -232,13 +238,17 @@ def _kept(config: TrainConfig, layers: int) -> list[int]:
 
 
 def _asked(
-    config: TrainConfig, survey: Survey, kinds: list[tuple[int, int]], on_gpu: bool
+    config: TrainConfig, extrapolation: Extrapolation, kinds: list[tuple[int, int]], on_gpu: bool
 ) -> Setting:
-    """Return the setting that the options alone would give, its rows among those surveyed."""
+    """Return the setting that the options alone would give; its rows are among those of `kinds`."""
     rows = max(rows for rows, _ in kinds if rows <= max(config.batch_size, kinds[0][0]))
     tile = config.mlp_tile_tokens
     if tile is None:
         tile = MLP_TILE_TOKENS if config.recompute else 0
-    keep_layers = min(config.keep_layers, survey.layers) if config.recompute else survey.layers
-    offload = on_gpu and keep_layers < survey.layers and config.offload_checkpoints is not False
-    return Setting(rows, tile, offload, survey.has_embedding_on_cpu, keep_layers)
+    keep_layers = (
+        min(config.keep_layers, extrapolation.layers) if config.recompute else extrapolation.layers
+    )
+    offload = (
+        on_gpu and keep_layers < extrapolation.layers and config.offload_checkpoints is not False
+    )
+    return Setting(rows, tile, offload, extrapolation.has_embedding_on_cpu, keep_layers)

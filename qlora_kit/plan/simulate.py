@@ -1,8 +1,8 @@
 """Run every phase of training, and the merge, on fake tensors; return the peak of each.
 
-Takes a base that need not exist on this machine and a configuration; returns a
-`Prediction`. The code that runs is the code that trains: loading, the step, evaluation,
-saving, merging. What stands here is only how they are called.
+Takes a base that need not exist on this machine, and a configuration; returns a `Prediction`. It
+runs the code that trains: loading, the step, evaluation, saving, merging. This module only calls
+that code, and computes nothing of its own.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ _SHARD_BYTES: int = ExportConfig.model_fields["max_shard_size"].default
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What decides the memory of a batch.
+    """The sizes that decide the memory of a batch.
 
     Attributes:
-        rows: that go through the model at one time.
-        tokens: of the longest row.
-        weight: of the whole batch: its targets; every token but the first of each row if None.
+        rows: rows that go through the model at one time.
+        tokens: tokens of the longest row.
+        weight: targets of the whole batch; if None, every token but the first of each row.
     """
 
     rows: int
@@ -72,11 +72,11 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The memory a run will need.
+    """The memory that a run will need.
 
     Attributes:
         device: the peak of each phase on the device, by phase.
-        host: on the host, beside what the process itself takes.
+        host: the peak of each phase on the host, without the process itself, by phase.
         evaluation_rows: rows of a batch in evaluation.
     """
 
@@ -86,30 +86,30 @@ class Prediction:
 
     @property
     def peak(self) -> Peak:
-        """The largest of the phases of training on the device."""
+        """The largest peak of training on the device."""
         return _largest(self.device)
 
     @property
     def peak_phase(self) -> str:
-        """The phase of training that has it."""
+        """The phase of training with the largest peak on the device."""
         return next(name for name, peak in self.device.items() if peak == self.peak)
 
     @property
     def host_peak(self) -> Peak:
-        """The largest of the phases of training on the host."""
+        """The largest peak of training on the host."""
         return _largest(self.host)
 
 
 def _largest(phases: dict[str, Peak]) -> Peak:
-    # The merge is a command and a process of its own.
+    # The merge does not count: it is another command, in a process of its own.
     return max((p for name, p in phases.items() if name != "merge"), key=lambda p: p.bytes)
 
 
 class _Planned(Quantization):
-    """A quantisation whose packed tensors have their sizes and no values."""
+    """A quantisation whose packed tensors have the right sizes and no values."""
 
     def freeze(self, weight: Tensor) -> FrozenWeight:
-        """Return an empty weight of the size that quantising leaves."""
+        """Return an empty weight of the size that quantising would leave."""
         if self.bits == 16:
             return super().freeze(weight)
         shape = (weight.shape[0], weight.shape[1])
@@ -125,7 +125,7 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
 
     Args:
         subject: the run.
-        config: how a step is computed, and by which optimiser.
+        config: the settings of the run: of its steps, optimiser and evaluation.
     """
     rows, architecture = subject.rows, subject.spec.architecture()
     supervised = rows.supervised_of(config.batch_size)
@@ -137,12 +137,12 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     short = subject.spec.skeleton(_EVALUATED_LAYERS)
     with simulated_run(subject, config, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
-    # Built outside: the placeholders of a skeleton are no memory.
+    # The skeleton is built outside of the simulation: its placeholders take no memory.
     layers = architecture.get_text_config().num_hidden_layers
     merged = min(layers, _layers_of_a_shard(subject.spec) + 1)
     skeleton = subject.spec.skeleton(merged)
     with _simulation(subject.hardware) as ledger:
-        _merge(ledger, skeleton, subject, run, layers / merged)
+        _simulate_merge(ledger, skeleton, subject, run, layers / merged)
     device = {phase: run.device[phase] for phase in PHASES}
     return Prediction(device, {phase: run.host[phase] for phase in PHASES}, evaluation_rows)
 
@@ -155,8 +155,8 @@ def simulated_run(
 
     Args:
         subject: the run.
-        config: what it starts with.
-        skeleton: of the base, or of one with fewer layers.
+        config: the settings that the run starts with.
+        skeleton: the skeleton of the base, or of the same base with fewer layers.
     """
     with _simulation(subject.hardware) as ledger:
         run = SimulatedRun(ledger, subject, config, skeleton)
@@ -183,8 +183,8 @@ class SimulatedRun:
 
     Attributes:
         device: the peak of each phase so far, on the device.
-        host: on the host.
-        work: of the last step.
+        host: the peak of each phase so far, on the host.
+        work: the work of the last step.
     """
 
     def __init__(
@@ -234,20 +234,20 @@ class SimulatedRun:
         self.ledger.claim(self.workspace, "workspace")
 
     def _claimed(self, stream: Stream) -> Stream:
-        """Say of each tensor what it is for, as soon as it is there."""
+        """Tell the ledger the purpose of each tensor as soon as it is there."""
         for name, value in stream:
-            for part, tensor in _parts(value):
+            for part, tensor in _stored_parts(value):
                 self.ledger.claim(tensor, purpose_of_part(part))
             yield name, value
 
     def attach(self) -> None:
-        """Attach the adapter and let the optimiser make its state, as every later step has it."""
+        """Attach the adapter and let the optimiser make the state that every later step finds."""
         self.parameters = attach(self.base, self.subject.lora, self.config.seed).parameters()
         self.optimizer = build_optimizer(self.parameters.values(), self.config)
         self._give_gradients()
         with self.phase("optimizer"), watched(self.ledger, self.optimizer):
             limit = self.config.max_grad_norm or 1.0
-            with self.ledger.purpose("optimiser"):
+            with self.ledger.purpose("optimizer"):
                 make_state(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
             self.optimizer.step()
@@ -261,9 +261,15 @@ class SimulatedRun:
     # ------------------------------------------------------------ training
 
     def step(self, options: StepOptions, shape: BatchShape) -> None:
-        """Run a micro-batch forward and backward; with accumulation, one that is not the first.
+        """Run a micro-batch forward and backward.
 
-        Every such step finds the optimiser's state, as all but the first of a run do.
+        With accumulation it is a later micro-batch of its step, which finds the gradients of the
+        earlier ones. It always finds the optimiser's state, as every step of a run but the first
+        does.
+
+        Args:
+            options: how the step is computed.
+            shape: the sizes of the micro-batch.
         """
         apply(self.model, resolve(options, self.hardware), self.hardware)
         self.model.train()
@@ -288,7 +294,7 @@ class SimulatedRun:
     # ------------------------------------------------------------ after training
 
     def evaluate(self, config: TrainConfig, shape: BatchShape) -> None:
-        """Measure a batch of validation rows."""
+        """Evaluate a batch of validation rows."""
         self.model.eval()
         objective = self._objective(config)
         batch = objective.stand_in(shape.rows, shape.tokens, shape.weight)
@@ -296,25 +302,26 @@ class SimulatedRun:
             objective.measured(batch)
 
     def hold(self) -> None:
-        """Note what is there between two steps."""
+        """Note the memory that is held between two steps."""
         with self.phase("held"):
             pass
 
     def evaluate_within_step(
         self, config: TrainConfig, shape: BatchShape, short: SimulatedRun
     ) -> int:
-        """Evaluate with as many rows as asked for, or as take no more than the step did.
+        """Evaluate with the rows that were asked for; unless set, with no more memory than a step.
 
-        In evaluation no layer leaves anything behind for the next: what a model of a few layers
-        takes beside its weights, the whole one takes beside its own.
+        The rows are halved until the evaluation takes no more memory than the step did. In
+        evaluation no layer keeps anything: besides its weights, a model of a few layers takes as
+        much as the whole model does besides its own.
 
         Args:
-            config: of the run.
-            shape: of a batch with as many rows as asked for.
-            short: a run of a model with few layers, under way.
+            config: the settings of the run.
+            shape: the sizes of a batch with as many rows as were asked for.
+            short: a run of a model with few layers, already loaded.
 
         Returns:
-            How many rows it took.
+            The number of rows of a batch.
         """
         is_asked = "eval_batch_size" in config.model_fields_set
         allowed = max(self.device[phase].bytes for phase in ("forward", "backward"))
@@ -337,21 +344,21 @@ class SimulatedRun:
 
 
 @torch.no_grad()
-def _merge(
+def _simulate_merge(
     ledger: Ledger,
     skeleton: PreTrainedModel,
     subject: Subject,
     run: SimulatedRun,
     adapters: float,
 ) -> None:
-    """Merge as `export` does, until the first shard is full; the others take as much.
+    """Merge as `export` does, until the first shard is full; every other shard takes as much.
 
     Args:
-        ledger: of the simulation.
-        skeleton: of as many layers as that takes.
-        subject: the base, and the adapter, which is in memory as a whole.
+        ledger: the ledger of the simulation.
+        skeleton: a skeleton with enough layers to fill a shard.
+        subject: the base and the adapter; the whole adapter is in memory.
         run: receives the phase.
-        adapters: how many times the adapter of these layers the whole one is.
+        adapters: size of the whole adapter, relative to the adapter of these layers.
     """
     lora = subject.lora
     layers = projections(skeleton)
@@ -379,7 +386,7 @@ def _merge(
 
 
 def _layers_of_a_shard(spec: BaseSpec) -> int:
-    """Return how many decoder layers fill a file of merged weights."""
+    """Return the number of decoder layers that fill a file of merged weights."""
     one = projections(spec.skeleton(1)).values()
     numbers = sum(layer.in_features * layer.out_features for layer in one)
     return math.ceil(_SHARD_BYTES / (numbers * torch.float16.itemsize))
@@ -389,7 +396,7 @@ def _planned(quantization: Quantization) -> _Planned:
     return _Planned(quantization.bits, quantization.quant_type, quantization.double_quant)
 
 
-def _parts(value: FrozenWeight | Tensor) -> list[tuple[str, Tensor]]:
+def _stored_parts(value: FrozenWeight | Tensor) -> list[tuple[str, Tensor]]:
     return [("", value)] if isinstance(value, Tensor) else list(value.stored())
 
 
@@ -401,26 +408,26 @@ def _empty_tensors(
     *,
     are_drawn: bool = False,
 ) -> Stream:
-    """Yield every parameter as a load would, made of nothing.
+    """Yield every parameter as loading would, without content.
 
     Args:
-        skeleton: names them and knows their shapes.
-        quantization: of the weights of linear layers.
-        hardware: where they go.
-        on_host: names of those that stay in host memory.
-        are_drawn: whether they are random weights, which are made on the device.
+        skeleton: has the names and shapes of the parameters.
+        quantization: how the weights of linear layers are quantised.
+        hardware: the device that the parameters go to.
+        on_host: names of the parameters that stay in host memory.
+        are_drawn: whether the weights are random; random weights are made on the device.
     """
     linear = projected_weights(skeleton)
     tied = skeleton.all_tied_weights_keys or {}
     for name, shaped in list(skeleton.state_dict(keep_vars=True).items()):
         if name not in tied:
-            # What is read is booked on the host, though a mapped file is none of its memory.
+            # A read tensor is booked on the host, though a mapped file takes no memory there.
             made = hardware.device if are_drawn else torch.device("cpu")
-            stored = torch.empty(shaped.shape, dtype=_stored_dtype(skeleton), device=made)
+            stored = torch.empty(shaped.shape, dtype=_skeleton_dtype(skeleton), device=made)
             where = torch.device("cpu") if name in on_host else hardware.device
             yield name, freeze(name, stored, name in linear, quantization, where, is_own=are_drawn)
 
 
-def _stored_dtype(skeleton: PreTrainedModel) -> torch.dtype:
+def _skeleton_dtype(skeleton: PreTrainedModel) -> torch.dtype:
     dtype = getattr(skeleton.config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

@@ -1,6 +1,6 @@
-"""What a plan is about: the base, the trained part, the device that is planned for, the rows.
+"""The subject of a plan: the base, the trained part, the device that is planned for, the rows.
 
-Takes what `train` takes; needs none of it to exist on this machine but the architecture.
+Takes the options of `train`; only the architecture need be on this machine. Never reads weights.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from qlora_kit.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What decides the memory of the rows of a run.
+class RowSizes:
+    """The sizes that decide the memory of the rows of a run.
 
     Attributes:
-        tokens: of the longest row.
-        supervised: targets of the largest batch of one row, of two, and so on; all tokens but
-            the first of each row if None.
-        evaluation_tokens: of the longest row in evaluation, if that is another.
+        tokens: tokens of the longest row.
+        supervised: targets of the largest batch of one row, of two rows, and so on; if None, all
+            tokens but the first of each row are targets.
+        evaluation_tokens: tokens of the longest row in evaluation; if None, the same as `tokens`.
     """
 
     tokens: int
@@ -37,22 +37,22 @@ class Rows:
     evaluation_tokens: int | None = None
 
     def supervised_of(self, rows: int) -> int | None:
-        """Return the targets of the largest batch of so many rows."""
+        """Return the targets of the largest batch of this number of rows."""
         if self.supervised is None:
             return None
         return self.supervised[min(rows, len(self.supervised)) - 1]
 
     @classmethod
-    def of(cls, rows: TokenRows, most: int, evaluation_tokens: int | None) -> Rows:
-        """Describe tokenised rows by the largest batches of them.
+    def of(cls, rows: TokenRows, most: int, evaluation_tokens: int | None) -> RowSizes:
+        """Return the sizes of tokenised rows, from the largest batches that they can make.
 
         Args:
-            rows: of training.
+            rows: token rows of training.
             most: rows that a batch may have.
-            evaluation_tokens: of the longest row in evaluation, if there is one.
+            evaluation_tokens: tokens of the longest row in evaluation, or None.
         """
         lengths = rows.lengths()
-        # The largest batch holds every smaller one: each of its rows is read once.
+        # The largest batch contains every smaller one, so each of its rows is read only once.
         largest = largest_batch(lengths, most)
         supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))
         return cls(max(lengths), supervised, evaluation_tokens)
@@ -64,25 +64,25 @@ def _targets(labels: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """A run that is planned, all but its settings.
+    """A run that is planned, without its settings.
 
     Attributes:
-        spec: the base; of its folder only the config.json is read.
+        spec: the base; only the config.json of its folder is read.
         lora: the trained part.
-        hardware: `meta` stands in for a GPU and is told apart from the host.
-        rows: what a batch is made of.
-        task: what they mean.
+        hardware: the device; `meta` stands in for a GPU and is told apart from the host.
+        rows: the sizes of the rows.
+        task: the task of the run.
     """
 
     spec: BaseSpec
     lora: LoraSpec
     hardware: Hardware
-    rows: Rows
+    rows: RowSizes
     task: Task = CAUSAL
 
 
 def planned_hardware(config: TrainConfig) -> Hardware:
-    """Return what stands in for the device: `meta` for a GPU, which need not be there."""
+    """Return the hardware to plan for; the device `meta` stands in for a GPU, present or not."""
     if config.device == "cpu":
         dtype = torch.float32 if config.dtype == "auto" else dtype_named(config.dtype)
         return Hardware(torch.device("cpu"), dtype, "planned")
@@ -91,7 +91,7 @@ def planned_hardware(config: TrainConfig) -> Hardware:
 
 
 def standing_in_for(hardware: Hardware) -> Hardware:
-    """Return what stands in for a device that is there."""
+    """Return the hardware to plan for on this machine; `meta` stands in for its GPU."""
     if hardware.device.type == "cpu":
         return hardware
     return replace(hardware, device=torch.device("meta"))

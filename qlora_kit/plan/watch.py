@@ -1,7 +1,8 @@
-"""What each storage of a run is for, told to a ledger while the run goes.
+"""The purpose of each storage of a run, told to a ledger while the run goes.
 
-What computes says it itself (`layers.purpose`); what torch makes is told here. Takes a loaded model
-and its adapter, fake or real; changes nothing that they compute.
+The kit's own layers announce the purpose of their memory (`layers.purpose`); this module names the
+purpose of tensors that torch makes. Takes a loaded model and its adapter, fake or real; never
+changes a result.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, LOSS_CHUNK, UNPACKED, he
 from qlora_kit.plan.ledger import Ledger
 
 _CONSTANTS = "quantisation constants"
-# Names of purposes, in the order in which a picture stacks them.
+# The names of the purposes, in the order in which a picture stacks them.
 PURPOSES = (
     "base weights", _CONSTANTS, "norms and biases", "embeddings", "head", "LoRA",
-    "gradients", "optimiser", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
+    "gradients", "optimizer", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
     UNPACKED, "workspace", "copies to save",
 )  # fmt: skip
 
 
 def purpose_of_part(part: str) -> str:
-    """Return what a part of a frozen weight is for; "" is a tensor without parts."""
+    """Return the purpose of a part of a frozen weight; the part "" is a tensor without parts."""
     return "base weights" if part in ("", "codes", "values") else _CONSTANTS
 
 
 def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
-    """Say what every tensor of a loaded model is for."""
+    """Tell the ledger the purpose of every tensor of a loaded model."""
     for tensor in [*model.parameters(), *model.buffers()]:
         ledger.claim(tensor, "norms and biases")
     for projection in projections(model).values():
@@ -41,12 +42,12 @@ def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
             ledger.claim(tensor, purpose_of_part(name))
     for _, tensor in model.get_output_embeddings().weight.stored():
         ledger.claim(tensor, "head")
-    # Last: it may be the head.
+    # The embedding comes last, because it may be the head as well.
     ledger.claim(model.get_input_embeddings().weight, "embeddings")
 
 
 def claim_trained(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
-    """Say what the trained parameters, their gradients and the optimiser's state are for."""
+    """Tell the ledger the purpose of trained parameters, gradients and the optimiser's state."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             ledger.claim(parameter, "LoRA")
@@ -54,12 +55,12 @@ def claim_trained(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
                 ledger.claim(parameter.grad, "gradients")
             for value in optimizer.state[parameter].values():
                 if isinstance(value, Tensor):
-                    ledger.claim(value, "optimiser")
+                    ledger.claim(value, "optimizer")
 
 
 @contextlib.contextmanager
 def watched(ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Hear what is made while a model runs, forward and backward, and while it is updated."""
+    """Tell the ledger the purpose of tensors made in forward, in backward and in the update."""
     with contextlib.ExitStack() as stack:
         for handle in (*_gradient_hooks(ledger, optimizer), *_optimizer_hooks(ledger, optimizer)):
             stack.callback(handle.remove)
@@ -79,7 +80,7 @@ def _optimizer_hooks(ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterat
     entered = contextlib.ExitStack()
 
     def begin(*_: Any) -> None:
-        entered.enter_context(ledger.purpose("optimiser"))
+        entered.enter_context(ledger.purpose("optimizer"))
 
     yield optimizer.register_step_pre_hook(begin)
     yield optimizer.register_step_post_hook(lambda *_: entered.close())

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_kit.config import GenerateConfig
 from qlora_kit.data.fields import RowAdapters
-from qlora_kit.data.samples import Prompt, read_prompts
+from qlora_kit.data.samples import PromptRecord, read_prompts
 from qlora_kit.data.shapes import Message
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.events import Announce, Answered, silent
@@ -72,7 +72,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     return {"prompt": config.prompt, "text": given[0][1]}
 
 
-def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
+def _asked_prompts(config: GenerateConfig) -> list[PromptRecord]:
     """Return what is to be continued; once by each adapter where no prompt asks for one."""
     if bool(config.prompt) is (config.prompts is not None):
         found = "both are given" if config.prompt else "missing"
@@ -81,7 +81,7 @@ def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
             "as --prompts FILE"
         )
     if config.prompts is None:
-        prompts = [Prompt(config.prompt or "", "--prompt")]
+        prompts = [PromptRecord(config.prompt or "", "--prompt")]
     else:
         named = RowAdapters(config.adapter_field, tuple(config.adapters))
         prompts = read_prompts(config.prompts, named if config.adapters else None)
@@ -90,7 +90,7 @@ def _asked_prompts(config: GenerateConfig) -> list[Prompt]:
     return [replace(prompt, adapter=name) for prompt in prompts for name in config.adapters]
 
 
-def _as_turns(prompt: Prompt, raw: bool) -> str | tuple[Message, ...]:
+def _as_turns(prompt: PromptRecord, raw: bool) -> str | tuple[Message, ...]:
     """Return what the chat template makes a text of, or the text as it is."""
     if not isinstance(prompt.content, str):
         if raw:
@@ -102,7 +102,7 @@ def _as_turns(prompt: Prompt, raw: bool) -> str | tuple[Message, ...]:
     return prompt.content if raw else (Message("user", prompt.content),)
 
 
-def _answer_line(config: GenerateConfig, prompt: Prompt, answer: str) -> str:
+def _answer_line(config: GenerateConfig, prompt: PromptRecord, answer: str) -> str:
     labels = [prompt.place] if config.prompts is not None else []
     labels += [prompt.adapter or "the base alone"] if config.adapters else []
     return f"{', '.join(labels)}: {answer.strip()}" if labels else answer.strip()

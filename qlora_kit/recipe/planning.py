@@ -29,7 +29,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.plan.budget import budget_of
     from qlora_kit.plan.planning import make_plan
-    from qlora_kit.plan.subject import Rows, Subject, planned_hardware
+    from qlora_kit.plan.subject import RowSizes, Subject, planned_hardware
     from qlora_kit.plan.watch import PURPOSES
     from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
 
@@ -37,7 +37,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     task = asked_task()
     spec = base_spec(source, source.folder, config, task)
     config = config.model_copy(update=asdict(spec.quantization))
-    rows = Rows(config.max_length)
+    rows = RowSizes(config.max_length)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows, task), budget)
     found, settled = made.as_json(), made.config

@@ -1,1 +1,1 @@
-"""Listens to events: the terminal, the log, the plot, the model card."""
+"""Shows a run to people: the terminal, the log, trackers, plots, model cards and pages."""

@@ -1,7 +1,7 @@
-"""The model card of an adapter: a README.md with what it was made of and how it did.
+"""The model card of an adapter: a README.md that says what it was made of and how well it did.
 
-It goes where the adapter goes, so it holds no text of the data. `write_rendered_card` is for other
-cards too.
+Takes the summary of a run; writes the card into a folder. The card goes wherever the adapter goes,
+so it never holds text of the data. `write_rendered_card` writes other cards as well.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def write_card(folder: Path, summary: RunSummary) -> None:
 def write_rendered_card(
     folder: Path, template: str, base: str, library: str, tag: str, **shown: Any
 ) -> None:
-    """Write a model card of what was made from a base.
+    """Write the model card of an adapter or a model that was made from a base.
 
     Args:
-        folder: where it goes.
-        template: of its text, in Markdown.
-        base: hub id, known name, or folder; a hub links to the first.
-        library: that loads what was made.
-        tag: what was made, beside the tags that all cards have.
-        shown: what the template names, beside `name` of the base and the `front` for the hub.
+        folder: the folder of the card.
+        template: the name of the card's template, in Markdown.
+        base: hub id, known name, or folder of the base; a hub links to a hub id.
+        library: the library that loads the adapter or model.
+        tag: a tag for the card, beside the tags that all cards have.
+        shown: values for the template, beside the `name` of the base and the `front` for the hub.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the card could not be written.
     """
     front = ModelCardData(
         base_model=base if "/" in base and not base.startswith("/") else None,

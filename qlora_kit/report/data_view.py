@@ -1,4 +1,4 @@
-"""A survey of the data for people: rows for the terminal, and a page with the masks of rows.
+"""A survey of the data, for people: tables for the terminal, and a page with the masks of rows.
 
 Takes a `Survey`; returns tables and HTML. Writes nothing.
 """
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from qlora_kit.data.survey import Bin, Repeats, ShownRow, Survey
 
 NAME = "data.html"
-"""of the page in a run's folder"""
+"""name of the page in a run's folder"""
 ROWS = 20
-"""token rows on that page"""
+"""token rows on the page in a run's folder"""
 
 _BAR_WIDTH = 40
 _MOST_OF_A_RUN = 600
@@ -38,7 +38,7 @@ def tables(survey: Survey) -> tuple[tuple[str, Rows], ...]:
 
 
 def summary_rows(survey: Survey) -> Rows:
-    """Return what became of the data, a row for each thing worth knowing."""
+    """Return what became of the data, one row for each figure."""
     counts, lengths, ends = survey.training, survey.lengths, survey.ends
     pieces = f" in {ends.of:,} token rows" if ends.of != counts.rows_kept else ""
     held_out = survey.validation
@@ -53,22 +53,22 @@ def summary_rows(survey: Survey) -> Rows:
                 "supervised tokens"),
         ("end token", f"{' or '.join(map(visible, ends.tokens)) or 'none'} at the end of what is "
                       f"learnt in {ends.rows:,} of {ends.of:,} token rows"),
-        ("prompts", _prompts(survey)),
-        ("repeated", _repeats(survey.repeats)),
+        ("prompts", _prompt_text(survey)),
+        ("repeated", _repeat_text(survey.repeats)),
     ]  # fmt: skip
     if survey.overlap is not None:
-        rows.append(("in both parts", _repeats(survey.overlap)))
+        rows.append(("in both parts", _repeat_text(survey.overlap)))
     return tuple(rows)
 
 
-def _prompts(survey: Survey) -> str:
+def _prompt_text(survey: Survey) -> str:
     tried, right = survey.prompts.tried, survey.prompts.tried - survey.prompts.differing
     if not tried:
         return "none to try"
     return f"{right:,} of {tried:,} tried are what generation is given, token by token"
 
 
-def _repeats(repeats: Repeats) -> str:
+def _repeat_text(repeats: Repeats) -> str:
     if not repeats.rows and not repeats.prompts:
         return "nothing"
     whole = f"{repeats.rows:,} of {repeats.of:,} token rows"
@@ -76,12 +76,12 @@ def _repeats(repeats: Repeats) -> str:
 
 
 def length_rows(survey: Survey) -> Rows:
-    """Return the histogram of lengths, a row a bin; pale beyond `max_length`."""
+    """Return the histogram of lengths, one row a bin; bars beyond `max_length` are pale."""
     bins = survey.lengths.histogram
     most = max(each.rows for each in bins)
     rows = []
     for each in bins:
-        # A bin with anything in it is seen.
+        # Rounded up, so that every bin that is not empty has a bar.
         width = -(-_BAR_WIDTH * each.rows // most)
         block = "░" if each.first > survey.max_length else "█"
         rows.append((_range(each), f"{block * width} {each.rows:,}".strip()))
@@ -93,12 +93,12 @@ def _range(each: Bin) -> str:
 
 
 def longest_rows(survey: Survey) -> Rows:
-    """Return the longest samples: what became of them, and where they stand."""
+    """Return the longest samples: what became of them, and their places."""
     return tuple((f"{row.tokens:,} tokens, {row.outcome}", row.place) for row in survey.longest)
 
 
 def shown_title(row: ShownRow) -> str:
-    """Return what is said above a sampled row."""
+    """Return the title of a sampled row."""
     cut = f" of {row.uncut_tokens:,}" if row.uncut_tokens > row.tokens else ""
     return f"{row.place}: {row.tokens:,} tokens{cut}, {row.supervised_tokens:,} supervised"
 
@@ -147,7 +147,7 @@ def _repeated(survey: Survey) -> Iterator[tuple[str, Rows, str]]:
 
 
 class _Span(NamedTuple):
-    """A token, or what stands for those left out: its text, CSS classes, numbers to hover over."""
+    """A token on the page, or the gap of tokens left out: text, CSS classes, ids to hover over."""
 
     text: str
     kind: str | None

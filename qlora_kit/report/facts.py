@@ -1,7 +1,7 @@
-"""What there is to say of a run: what is trained on what, with which settings, and how it went.
+"""The facts of a run: model, data and settings, and how the run went.
 
-Takes the records that the stages return; returns rows of name and value, which the terminal,
-the model card and the page of the run all show.
+Takes the records that the stages return; returns rows of name and value, which the terminal, the
+model card and the page of the run all show. Writes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
 
-# Told elsewhere, or a path of this machine.
+# Not listed as settings: these are told elsewhere, or are paths of this machine.
 _NOT_TOLD = ("model", "data", "validation", "device", "threads", "chat_template")
 _DECIDING = tuple(
     name for name in that_decide(TrainConfig, "shape", "length", *GROUPS) if name not in _NOT_TOLD
@@ -27,7 +27,7 @@ _DECIDING = tuple(
 
 
 def speed(log_rows: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return the tokens per second of a run's logged steps, evaluations left out."""
+    """Return the tokens per second of a run's logged steps; evaluations do not count."""
     steps = [row for row in log_rows if "step_seconds" in row]
     seconds = sum(row["step_seconds"] for row in steps)
     if not seconds:
@@ -37,17 +37,17 @@ def speed(log_rows: Sequence[Mapping[str, Any]]) -> Rows:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run has to say of itself.
+    """The summary of a finished run.
 
     Attributes:
         base: hub id, known name, or folder of the base.
-        facts: what was trained on what, see `header`.
-        results: what was measured at the end.
-        settings: every option and its value, see `settings`.
-        changed: of these, the ones that are not at their default.
-        deciding: the ones that decide the weights.
-        versions: of the libraries that computed them.
-        commands: to type next.
+        facts: the facts that were known before training, see `header`.
+        results: figures that were measured at the end.
+        settings: every option and its value.
+        changed: the settings that are not at their default.
+        deciding: the settings that decide the weights.
+        versions: versions of the libraries that computed the weights.
+        commands: commands to type next.
     """
 
     base: str
@@ -61,7 +61,7 @@ class RunSummary:
 
     @property
     def base_name(self) -> str:
-        """What to call the base."""
+        """The short name of the base."""
         return base_name(self.base)
 
     @classmethod
@@ -82,20 +82,20 @@ class RunSummary:
             base=base,
             facts=facts,
             results=results,
-            settings=_settings(config, names),
-            changed=_settings(config, changed),
-            deciding=_settings(config, deciding),
+            settings=_setting_rows(config, names),
+            changed=_setting_rows(config, changed),
+            deciding=_setting_rows(config, deciding),
             versions=tuple(versions.items()),
             commands=commands,
         )
 
 
 def base_name(base: str) -> str:
-    """Return what to call a base: a folder by its last part, which says enough."""
+    """Return the short name of a base; a folder is called by the last part of its path."""
     return Path(base).name if Path(base).is_absolute() else base
 
 
-def _settings(config: TrainConfig, names: Iterable[str]) -> Rows:
+def _setting_rows(config: TrainConfig, names: Iterable[str]) -> Rows:
     values = config.model_dump(mode="json")
     return tuple((name, _text(values[name])) for name in names)
 
@@ -119,7 +119,7 @@ def header(
     samples: Samples,
     config: TrainConfig,
 ) -> Rows:
-    """Return what is about to be trained on what."""
+    """Return the facts that are known before training: model, data, device and batch."""
     base = adapter.base
     share = adapter.trainable / base.parameters
     batch = config.batch_size * config.gradient_accumulation_steps

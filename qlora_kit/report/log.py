@@ -1,8 +1,9 @@
 """The log of a run: one JSON line an optimiser step or evaluation, in `trainer_log.jsonl`.
 
-A row has the fields of its event (`StepFinished`, `StepSkipped`, `MicroBatchHalved`,
-`Evaluated`), but an evaluation's loss is `eval_loss`, and "nan", "inf" and "-inf" stand where
-JSON has no number. docs/runs.md describes them one by one.
+Takes events; appends rows to the log, or reads them back. A row has the fields of its event
+(`StepFinished`, `StepSkipped`, `MicroBatchHalved`, `Evaluated`), except that an evaluation's loss
+is called `eval_loss`. For numbers that JSON does not have, a row has the texts "nan", "inf" and
+"-inf". docs/runs.md describes the fields one by one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Log:
     """Appends a row for every step and evaluation it hears of.
 
     Args:
-        folder: run folder.
+        folder: the run's folder.
         every: optimiser steps between step rows; the first step is always logged.
     """
 
@@ -46,7 +47,7 @@ class Log:
         if isinstance(event, RunStarted):
             self._drop_what_comes_again(event.first_step, event.evaluated_step)
         elif isinstance(event, CheckpointSaved):
-            # What led to a checkpoint must not be lost where the checkpoint is not.
+            # The rows before a checkpoint must be on the disk if the checkpoint is.
             with storage_errors(self._path):
                 sync_file(self._path)
         elif isinstance(event, StepSkipped | MicroBatchHalved):
@@ -59,13 +60,13 @@ class Log:
             self._append({named.get(name, name): value for name, value in asdict(event).items()})
 
     def _append(self, row: dict[str, Any]) -> None:
-        # JSON has no NaN or infinity; their names are what there is to say.
+        # JSON has no NaN or infinity, so their names are written.
         finite = {key: str(value) if _is_not_finite(value) else value for key, value in row.items()}
         with storage_errors(self._path), self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(redacted_values(finite), allow_nan=False) + "\n")
 
     def _drop_what_comes_again(self, first_step: int, evaluated_step: int) -> None:
-        """Forget rows that a resumed run is about to write again."""
+        """Drop the rows that a resumed run is about to write again."""
         if not self._path.is_file():
             return
         rows = [
@@ -77,7 +78,7 @@ class Log:
 
 
 def is_logged(step: int, every: int) -> bool:
-    """Whether a step has a row: the first, and each `every` steps."""
+    """Whether a step has a row: the first step has, and then every `every`-th."""
     return step == 1 or step % every == 0
 
 
@@ -86,10 +87,10 @@ def _is_not_finite(value: Any) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a log; a last line cut short by a kill is left out.
+    """Return the rows of a log; a last line that a kill cut short is left out.
 
     Raises:
-        DataError: another line is not valid JSON.
+        DataError: a line other than the last is not valid JSON.
     """
     lines = [line for line in read_lines(path) if line.record.strip()]
     rows = []

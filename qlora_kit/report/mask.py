@@ -1,7 +1,7 @@
-"""The mask of a token row on a terminal: what is supervised stands out, token by token.
+"""The mask of a token row on a terminal: supervised tokens stand out.
 
-Takes the tokens of a row; returns text for rich. Without colours supervised runs stand between
-⟦ and ⟧. What could steer a terminal is written as its escape sequence.
+Takes the tokens of a row; returns text for rich. Without colours, runs of supervised tokens stand
+between ⟦ and ⟧. A character that could steer the terminal is written as its escape sequence.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from itertools import groupby
 from rich.text import Text
 
 _MOST_OF_A_RUN = 200
-# Two of each, in turn, so that the borders of tokens are seen.
+# Two styles of each kind take turns, so that the borders of tokens can be seen.
 _SUPERVISED = ("black on green3", "black on light_green")
 _CONTEXT = ("grey50", "grey70")
 _LEGEND = (("supervised", _SUPERVISED[0]), ("context", _CONTEXT[1]))
 _MARKS = {"\n": "↵\n", "\t": "→\t"}
-# Controls, marks of the direction of writing, halves of characters, line ends of other kinds.
+# Controls, marks of the direction of writing, halves of characters, unusual line ends.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def mask_text(tokens: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
-    """Return a token row, and in colour a legend under it.
+    """Return a token row; in colour, with a legend under it.
 
     Args:
-        tokens: text of each, and whether it is supervised.
+        tokens: the text of each token, and whether it is supervised.
         in_colour: whether the terminal has colours.
     """
     text = Text()
@@ -48,10 +48,16 @@ def mask_text(tokens: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
 
 
 def shown(supervised: Sequence[bool], most: int) -> Iterator[tuple[int | range, bool]]:
-    """Yield which tokens to show, and of runs longer than `most` a range that is left out.
+    """Yield the tokens to show, and for each longer run the range of tokens that is left out.
 
-    Each comes with whether it is supervised. The beginning and the end of a run are shown: there
-    the mask is right or wrong.
+    The beginning and the end of a run are shown, because there the mask is right or wrong.
+
+    Args:
+        supervised: for each token, whether it is supervised.
+        most: the tokens of a run that are shown.
+
+    Yields:
+        The index of a token or a range of indices, and whether the tokens are supervised.
     """
     for is_supervised, run in groupby(range(len(supervised)), supervised.__getitem__):
         tokens = [*run]
@@ -65,12 +71,12 @@ def shown(supervised: Sequence[bool], most: int) -> Iterator[tuple[int | range, 
 
 
 def left_out(tokens: range) -> str:
-    """Return what stands in place of tokens that are not shown."""
+    """Return the text that stands for tokens that are not shown."""
     return f" […{len(tokens):,} tokens…] "
 
 
 def visible(text: str) -> str:
-    """Return a token's text with line ends and tabs marked, and what is not seen written out."""
+    """Return a token's text with line ends and tabs marked, and invisible characters escaped."""
     return "".join(_MARKS.get(each) or _written(each) for each in text)
 
 

@@ -1,6 +1,6 @@
-"""The memory of a run, as tables and as pictures: of its phases, and of one step in time.
+"""The memory of a run, in tables and pictures: by phase, and in one step over time.
 
-Takes plain numbers: bytes by purpose, by phase or by moment.
+Takes plain numbers: bytes by purpose, by phase or by moment. Measures and predicts nothing.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ def phase_rows(device: Mapping[str, int], host: Mapping[str, int]) -> Rows:
 
 
 def breakdown_rows(parts: Breakdown, order: Sequence[str]) -> Rows:
-    """Return one row a purpose, those below a thousandth of the whole left out."""
+    """Return one row a purpose; purposes below a thousandth of the whole are left out."""
     least = sum(parts.values()) / 1000
     present = [name for name in order if parts.get(name, 0) > least]
     return tuple((name, f"{size_text(parts[name]):>8}") for name in present)
 
 
 def size_text(size: int) -> str:
-    """Return a size as people read it: "4.70 GB", "37.4 MB"; 10⁹ and 10⁶ bytes."""
+    """Return a size for people: "4.70 GB" or "37.4 MB", of 10⁹ and 10⁶ bytes."""
     return f"{size / _GB:.2f} GB" if size >= _GB / 10 else f"{size / _MB:.1f} MB"
 
 
 def _unit(largest: int) -> tuple[int, str]:
-    """Return the unit of a picture: bytes and name."""
+    """Return the unit of a picture: its bytes and its name."""
     return (_GB, "GB (10⁹ bytes)") if largest >= _GB / 10 else (_MB, "MB (10⁶ bytes)")
 
 
 def difference_text(measured: int, predicted: int) -> str:
-    """Return how far a measured peak is from the predicted one, such as "-1.2 %"."""
+    """Return the difference of a measured peak from the predicted one, such as "-1.2%"."""
     return f"{(measured - predicted) / predicted:+.1%}"
 
 
@@ -54,14 +54,14 @@ def draw_timeline(
     title: str,
     path: Path,
 ) -> None:
-    """Draw the memory of one optimiser step in time.
+    """Draw the memory of one optimiser step over time.
 
     Args:
         timeline: bytes by purpose at each moment.
-        order: of the purposes, from the bottom.
-        levels: bytes that are drawn as a line, by what they are.
-        title: over the picture.
-        path: of the picture.
+        order: the purposes, from the bottom of the picture.
+        levels: bytes of horizontal lines, by the name of the line.
+        title: the title of the picture.
+        path: the file of the picture.
     """
     from matplotlib import color_sequences
 
@@ -95,9 +95,9 @@ def draw_memory(
 
     Args:
         phases: bytes by purpose, by phase.
-        order: of the purposes, from the bottom.
-        title: over the picture.
-        path: of the picture.
+        order: the purposes, from the bottom of the picture.
+        title: the title of the picture.
+        path: the file of the picture.
     """
     from matplotlib import color_sequences
 
@@ -121,10 +121,10 @@ def draw_memory(
 
 
 def _finish(axes: Any, title: str) -> None:
-    """Add what both pictures have: a title, lines to read heights by, a legend beside."""
+    """Add the parts that both pictures have: a title, a grid, and a legend beside the picture."""
     axes.set_title(title)
     axes.margins(y=0.08)
     axes.grid(axis="y", alpha=0.25)
-    # In the order of the stack, from the top.
+    # The legend has the order of the stack, from the top.
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))

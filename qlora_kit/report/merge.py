@@ -1,7 +1,7 @@
-"""The merge report for people: rows for the terminal, a picture, and a model card.
+"""The merge report, for people: rows for the terminal, a picture, and a model card.
 
-Takes the content of `merge_report.json`, so that a stored report is shown the same way; writes
-only the files it is asked for.
+Takes the content of `merge_report.json`, so a stored report can be shown the same way. Writes only
+the files it is asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Report = Mapping[str, Any]
 
 
 def written_as(report: Report) -> str:
-    """Return how the weights lie in their files, in a few words."""
+    """Return in a few words what was written: the base that was merged into, and the dtype."""
     if report["is_requantized"]:
         return f"over {report['merged_over']}, {report['quantization']['bits']} bits"
     return f"over {report['merged_over']}, {report['dtype']}"
@@ -49,7 +49,12 @@ def variant_rows(report: Report) -> Rows:
 
 
 def layer_rows(report: Report, most: int) -> Rows:
-    """Return a row for each of the layers whose delta is least of what quantising changed."""
+    """Return a row for each of the layers whose delta is smallest beside its quantisation error.
+
+    Args:
+        report: the merge report.
+        most: the number of layers.
+    """
     return tuple((layer["path"], _layer(layer)) for layer in report["layers"][:most])
 
 
@@ -68,10 +73,10 @@ def _layer(layer: Mapping[str, Any]) -> str:
 
 
 def draw_layers(report: Report, path: Path) -> None:
-    """Draw what quantising and what training changed in each layer, the worst first.
+    """Draw the change of each layer by quantising and by training, the worst layer first.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the picture could not be written.
     """
     layers = report["layers"]
     figure, (sizes, shares) = new_figure(8, 6, plots=2)
@@ -108,7 +113,7 @@ def write_merged_card(folder: Path, report: Report) -> None:
     """Write the model card of a merged model.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the card could not be written.
     """
     quantization = report["quantization"]
     kind = f", {quantization['quant_type']}" if quantization["bits"] == 4 else ""

@@ -1,7 +1,8 @@
 """Pages and model cards from the templates in `templates/`.
 
-A page is one file without a script, and loads nothing from anywhere. It shows text and numbers of
-any origin, all of which its template escapes. A card is Markdown, and is not escaped so.
+Takes values; returns the rendered text. A page is one HTML file without a script, and loads nothing
+from anywhere. It shows text and numbers of any origin, and its template escapes all of them. A card
+is Markdown, which is not escaped.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from qlora_kit.report.tables import markdown_table
 
 
 def render(template: str, /, **shown: Any) -> str:
-    """Return what a template makes of the values it names."""
+    """Return the text of a template, filled with the values that it names."""
     return environment().get_template(template).render(shown)
 
 
 @functools.cache
 def environment() -> Environment:
-    """Return where templates are found, and what they may use."""
+    """Return jinja2's environment: the folder of templates, and the filters they may use."""
     made = Environment(
         loader=PackageLoader("qlora_kit.report"),
         autoescape=lambda name: name is None or not name.endswith(".md.jinja"),
@@ -36,5 +37,5 @@ def environment() -> Environment:
 
 
 def _data_address(png: bytes) -> str:
-    """Return an address that is the picture itself."""
+    """Return an address that contains the picture itself."""
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

@@ -1,6 +1,6 @@
-"""Draw the curves of a run, by optimiser step: `loss.png`, and its memory for the run's page.
+"""Draws the curves of a run over its optimiser steps: `loss.png`, and the memory for its page.
 
-Takes the rows of a log, see `report.log`.
+Takes the rows of a log, see `report.log`. Other modules get their empty figures here as well.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 from qlora_kit.storage import write_bytes
 
 NAME = "loss.png"
-# A smoothed point is of about a twentieth of the run, but not of ever more steps.
+# A smoothed point averages about a twentieth of the run, but never more than this many steps.
 _SMOOTHED_SHARE = 0.05
 _MOST_SMOOTHED = 50
-# With fewer points than these a line alone shows too little, or, of one point, nothing.
+# With fewer points a line without markers shows too little; with one point it shows nothing.
 _FEW_POINTS = 30
 
 
 def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw training and validation loss, skipped steps, and the learning rate."""
-    # Skipped steps have a loss too, but no learning rate: nothing was learnt.
+    # Rows of skipped steps have a loss too, but no learning rate.
     steps = [row for row in rows if "learning_rate" in row]
     evaluations = [row for row in rows if row.get("eval_loss") is not None]
     figure, axes = new_figure(8, 4.5)
     x = [row["optimizer_step"] for row in steps]
     losses = [row["loss"] for row in steps]
     axes.plot(
-        x, losses, color="tab:blue", alpha=0.3, linewidth=1, marker=_marker(x),
+        x, losses, color="tab:blue", alpha=0.3, linewidth=1, marker=_point_marker(x),
         label="training, each step",
     )  # fmt: skip
     axes.plot(x, _smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
@@ -63,14 +63,14 @@ def memory_curve(rows: Sequence[dict[str, Any]], levels: Mapping[str, int]) -> b
     """Return a PNG of the memory after each step.
 
     Args:
-        rows: of a log.
-        levels: bytes that are drawn as a line, by what they are.
+        rows: the rows of a log.
+        levels: bytes of horizontal lines, by the name of the line.
     """
     steps = [row for row in rows if "memory_bytes" in row]
     x = [row["optimizer_step"] for row in steps]
     figure, axes = new_figure(8, 3)
     sizes = [row["memory_bytes"] / 1e9 for row in steps]
-    axes.plot(x, sizes, color="tab:green", marker=_marker(x))
+    axes.plot(x, sizes, color="tab:green", marker=_point_marker(x))
     for (name, level), style in zip(levels.items(), ("--", ":"), strict=False):
         axes.axhline(level / 1e9, color="black", linestyle=style, linewidth=1, label=name)
     if levels:
@@ -86,14 +86,15 @@ def memory_curve(rows: Sequence[dict[str, Any]], levels: Mapping[str, int]) -> b
 
 
 def new_figure(width: float, height: float, plots: int = 1) -> tuple[Any, Any]:
-    """Return an empty matplotlib figure and its axes, an array of them where they are several.
+    """Return an empty matplotlib figure and its axes; of several plots, an array of axes.
 
-    Not through pyplot, which would choose a backend for the whole process and keep every figure.
+    It does not use pyplot, which would choose a backend for the whole process and keep every
+    figure.
 
     Args:
-        width: in inches.
-        height: in inches.
-        plots: how many, one below the other, over the same x.
+        width: width in inches.
+        height: height in inches.
+        plots: number of plots, one below the other, over the same x.
     """
     from matplotlib.figure import Figure
 
@@ -105,7 +106,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as a PNG.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the file could not be written.
     """
     write_bytes(path, _png(figure))
 
@@ -123,7 +124,7 @@ def _by_step(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _marker(points: Sequence[int]) -> str | None:
+def _point_marker(points: Sequence[int]) -> str | None:
     return "." if len(points) < _FEW_POINTS else None
 
 

@@ -1,7 +1,7 @@
-"""`report.html`: a run that explains itself, in one file that opens without a network.
+"""`report.html`: the page of a run, in one file that opens without a network.
 
-Takes the summary of a run, the rows of its log, its samples and its pictures. The page shows
-text of the data (the samples), so it is for those who may see the data.
+Takes the summary of a run, the rows of its log, its samples and its pictures; writes the page. The
+samples are text of the data, so the page is only for people who may see the data.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def write_run_page(
     """Write the page into a run folder.
 
     Args:
-        folder: run folder.
-        summary: what the run has to say of itself.
-        log_rows: of its log.
-        samples: of each, who wrote what.
+        folder: the run's folder.
+        summary: the summary of the run.
+        log_rows: the rows of its log.
+        samples: for each sample, rows of author and text.
         loss_picture: PNG of the loss.
-        step_picture: PNG of the memory of one step; need not be there.
-        on_gpu: whether the memory in the log is the device's, or the process's on a CPU.
-        predicted_bytes: peak that was predicted for the device, if one was.
+        step_picture: PNG of the memory of one step; the file may be missing.
+        on_gpu: whether the log has the memory of a GPU; otherwise it has that of the process.
+        predicted_bytes: the peak that was predicted for the device, or None.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the page could not be written.
     """
-    # Before they are escaped: a secret must be found as it is.
+    # Redacted before the template escapes the texts: an escaped secret would not be recognised.
     summary, samples = redacted_values((summary, list(samples)))
-    # On a CPU the log has the process, and the prediction is of its tensors.
+    # On a CPU the log has the memory of the process, while the prediction has only its tensors.
     levels = {"predicted peak": predicted_bytes} if on_gpu and predicted_bytes else {}
     process = "anonymous memory of the process"
     text = render(
@@ -57,7 +57,7 @@ def write_run_page(
         title=f"{folder.name}: LoRA adapter for {summary.base_name}",
         summary=summary,
         samples=samples,
-        evaluations=_evaluations(log_rows),
+        evaluations=_evaluation_rows(log_rows),
         incidents=_incidents(log_rows),
         most_rows=_MOST_ROWS,
         loss_picture=loss_picture.read_bytes(),
@@ -68,7 +68,7 @@ def write_run_page(
     write_text(folder / NAME, text)
 
 
-def _evaluations(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str, str, str]]:
+def _evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str, str, str]]:
     return [
         (row["optimizer_step"], f"{row['epoch']:.2f}", f"{row['eval_loss']:.4f}",
          "best so far" if row["is_best"] else "")
@@ -77,7 +77,7 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str, str, st
 
 
 def _incidents(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
-    """Return what did not go as planned, and in which step."""
+    """Return the incidents of a run, each with its step: memory that ran out, skipped steps."""
     found: list[tuple[int, str]] = []
     for row in rows:
         if "rows_now" in row:

@@ -1,4 +1,4 @@
-"""Tables as a terminal and as Markdown show them; a page's is in `templates/parts.html.jinja`."""
+"""Tables for a terminal and in Markdown; a page's tables are in `templates/parts.html.jinja`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Rows = tuple[tuple[str, str], ...]
 
 
 def print_table(console: Console, title: str, rows: Rows) -> None:
-    """Print names and values under a title; long values are folded beside their name."""
+    """Print names and values under a title; a long value is folded beside its name."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    # Rich pads every line to the width of the table.
+    # rich pads every line to the width of the table; the padding is taken off.
     with console.capture() as printed:
         console.print(table)
     for line in printed.get().splitlines():
@@ -27,7 +27,7 @@ def print_table(console: Console, title: str, rows: Rows) -> None:
 
 
 def markdown_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ("", "")) -> str:
-    """Return a table in Markdown, which has a head always."""
+    """Return a table in Markdown; it always has a head, because Markdown requires one."""
     return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
 
 

@@ -1,6 +1,7 @@
-"""What the user sees while a run goes: header, progress bar, notices, closing lines.
+"""Shows a run on the terminal while it goes: header, progress bar, notices, closing lines.
 
-A bar on a terminal; plain lines, a few dozen a run, anywhere else.
+Takes events. On a terminal it shows a progress bar; elsewhere it prints plain lines, a few dozen a
+run.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _MOST_ROWS = 16
 
 
 class Terminal:
-    """Shows events; use as a context manager, so that the bar is always taken down."""
+    """Shows events; a context manager, so that the progress bar is always taken down."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -66,7 +67,7 @@ class Terminal:
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
-        # Before a table folds a line, and so a secret in it.
+        # Redacted before a table folds its lines: a folded secret would not be recognised.
         event = redacted_values(event)
         if isinstance(event, Notice):
             self.console.print(f"note: {event.text}", markup=False)
@@ -83,7 +84,7 @@ class Terminal:
                 "same rows"
             )
         elif isinstance(event, Answered):
-            # As it is, never folded: it may be piped on.
+            # Never folded: the text may be piped to another program.
             self.console.out(event.text, highlight=False)
         elif isinstance(event, Facts):
             self._show_facts(event)

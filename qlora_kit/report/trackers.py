@@ -1,8 +1,8 @@
 """The metrics of a run, for TensorBoard or Weights & Biases, through accelerate's trackers.
 
-Listens to events like the log, and passes on numbers under the names that peers' dashboards
-use. Settings are redacted; text of the data never gets here. A tracker that fails while the
-run goes is dropped with a notice: it is not worth the run.
+Takes events, as the log does, and passes on numbers under the names that peers' dashboards use.
+Settings are redacted; text of the data never gets here. A tracker that fails while the run goes is
+dropped with a notice, and the run goes on.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _REMEDY = {
     "tensorboard": "look at the package tensorboard",
     "wandb": "run `wandb login`, or set WANDB_MODE=offline",
 }
-# W&B would also send what is printed, the command line, and the state of a git repository that
-# the run happens to be started in: none of it was asked for, and a secret may be in each.
+# W&B would also send the printed lines, the command line, and the state of the git repository that
+# the run is started in. Nobody asked for these, and each may hold a secret.
 _ONLY_METRICS = {
     "console": "off",
     "disable_code": True,
@@ -46,10 +46,10 @@ _ONLY_METRICS = {
 
 
 def check_tracker(name: Name) -> None:
-    """Check that the package of a tracker is there, without importing it.
+    """Check that the package of a tracker is installed, without importing it.
 
     Raises:
-        EnvironmentFault: it is not.
+        EnvironmentFault: the package is not installed.
     """
     packages = _EITHER_OF.get(name, ())
     if packages and not any(map(_is_installed, packages)):
@@ -64,13 +64,13 @@ def _is_installed(package: str) -> bool:
 
 
 class Tracking:
-    """Passes metrics to a tracker; a context manager, so that it is always finished.
+    """Passes metrics to a tracker; a context manager, so that the tracker is always finished.
 
     Args:
-        config: of the run; `report_to` names the tracker, or none.
-        output: the run's folder, where TensorBoard's and W&B's files go too.
-        first_step: optimiser step the run begins with; above 1 it goes on.
-        announce: receives where to look, and what has failed.
+        config: the configuration of the run; `report_to` names the tracker, or none.
+        output: the run's folder, where the files of TensorBoard and W&B go too.
+        first_step: the optimiser step that the run begins with; a resumed run's is above 1.
+        announce: receives the place of the metrics, and a notice if the tracker fails.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Tracking:
         """Start the tracker.
 
         Raises:
-            EnvironmentFault: it does not start.
+            EnvironmentFault: the tracker does not start.
         """
         name = self._config.report_to
         if name == "none":
@@ -140,7 +140,7 @@ class Tracking:
     def _tensorboard(self) -> GeneralTracker:
         from accelerate.tracking import TensorBoardTracker
 
-        # What a run that goes on writes again takes the place of what it wrote before.
+        # The steps that a resumed run takes again replace the steps that TensorBoard has of it.
         again = {"purge_step": self._first_step} if self._first_step > 1 else {}
         return TensorBoardTracker("tensorboard", self._output, **again)
 
@@ -157,7 +157,7 @@ class Tracking:
         )
 
     def _wandb_id(self) -> str:
-        """Return the id that W&B knows this run by, the same after a resume."""
+        """Return the id of this run in W&B; a resumed run has the same id."""
         path = self._output / WANDB_RUN
         try:
             stored = str(read_json(path)["id"])
@@ -166,7 +166,7 @@ class Tracking:
             write_json(path, {"id": stored})
         return stored
 
-    # ------------------------------------------------------------ what is said
+    # ------------------------------------------------------------ notices
 
     def _say_where(self, name: str) -> None:
         if name == "tensorboard":
@@ -186,7 +186,7 @@ class Tracking:
 
 
 def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, float]] | None:
-    """Return an event's step and numbers; None for events that have none."""
+    """Return an event's step and metrics; None for an event without metrics."""
     if isinstance(event, StepFinished):
         if not is_logged(event.optimizer_step, config.logging_steps):
             return None
@@ -207,12 +207,12 @@ def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, flo
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Return every option as what trackers take: a text or a number, without secrets."""
+    """Return every option in a form that trackers take: a text or a number, without secrets."""
     values = redacted_values(config.model_dump(mode="json"))
-    return {name: _plain(value) for name, value in values.items()}
+    return {name: _as_setting(value) for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
+def _as_setting(value: Any) -> Any:
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):

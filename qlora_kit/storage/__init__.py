@@ -1,8 +1,9 @@
-"""The one way anything is written, and the one reader of lines.
+"""The only way that anything is written, and the only reader of lines.
 
-`files`: one file, whole. `folders`: a folder, whole, with a manifest of hashes. `space`: room,
-permission and the lock. `reading`: lines and strict JSON. `faults`: an `OSError` as one line.
-`confine`: whether a stranger's folder keeps to itself. `pointers`: whether a file is here at all.
+`files` writes a file whole. `folders` writes a folder whole, with a manifest of hashes. `space`
+checks room and permission, and holds the lock. `reading` reads lines and strict JSON. `faults`
+turns an `OSError` into one line. `confine` checks that a stranger's folder has no way out of it.
+`pointers` checks that a file is here, and not only Git LFS's pointer to it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whether a folder that came from somewhere else keeps to itself.
+"""Checks that a folder from elsewhere has no links that lead out of it.
 
-An archive or a repository may hold links to files of this machine, whose content would then be
-read as part of a model, or written over. `check_confined` is called once, before a folder is
-opened; what it accepted is opened by name as usual.
+An archive or a repository may hold links to files of this machine. Their content would then be
+read as a part of a model, or written over. `check_confined` is called once, before a folder is
+opened; the files of a folder that it accepted are opened by name as usual. Changes nothing.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 
 
 def check_confined(folder: Path, kind: type[InputError] = InputError) -> None:
-    """Check that everything inside `folder` is a file or folder that lies there.
+    """Check that everything in `folder` is a file or folder that lies inside it.
 
     The folder itself may be a link: the user named it. In a snapshot of the hub's cache the
     files are links to the `blobs` of the same repository, which count as inside. Folders whose
     name starts with a dot are not entered: nothing is read from them.
 
     Args:
-        folder: an adapter, model, tokenizer or run; nothing is checked if it is no folder.
-        kind: of the error that is raised.
+        folder: an adapter, model, tokenizer or run; if it is no folder, nothing is checked.
+        kind: the class of the error that is raised.
 
     Raises:
-        InputError: of `kind`: a link leads outside, or there is a pipe, socket or device.
+        InputError: an error of `kind`: a link leads outside, or there is a pipe, socket or device.
         StorageError: the folder cannot be listed.
     """
     if not folder.is_dir():
@@ -54,7 +54,7 @@ def check_confined(folder: Path, kind: type[InputError] = InputError) -> None:
 
 
 def _homes(folder: Path) -> list[Path]:
-    """Return where the content of a folder may lie, links resolved."""
+    """Return the folders in which the content of `folder` may lie, with links resolved."""
     home = Path(os.path.realpath(folder))
     if home.parent.name == _SNAPSHOTS and home.parent.parent.name.startswith("models--"):
         return [home, home.parent.parent / _BLOBS]
@@ -62,7 +62,7 @@ def _homes(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    # A stack of its own: folders may be nested deeper than calls.
+    # A list instead of recursion: folders may be nested deeper than Python's calls.
     waiting = [str(folder)]
     while waiting:
         with os.scandir(waiting.pop()) as entries:

@@ -1,4 +1,4 @@
-"""What the disk refuses, as one line: the path, the reason, the remedy."""
+"""Turns an error of the disk into one line: the path, the reason, the remedy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 
 
 def storage_errors(path: Path) -> AbstractContextManager[None]:
-    """Turn an error of the system inside the block into one line about `path`.
+    """Turn an error of the operating system inside the block into one line about `path`.
 
     Raises:
-        StorageError: in place of it.
+        StorageError: in place of the system's error.
     """
 
     def line(error: Exception) -> str | None:
@@ -33,9 +33,9 @@ def storage_errors(path: Path) -> AbstractContextManager[None]:
 
 
 def _of_the_system(error: Exception) -> OSError | None:
-    """Return what the system said, if that is what the error is about."""
+    """Return the system's error that an error reports; None if it reports none."""
     if isinstance(error, OSError):
         return error
-    # safetensors and tokenizers have errors of their own, with the system's in their text.
+    # safetensors and tokenizers raise their own errors, with the system's number in the text.
     match = _NUMBER_IN_TEXT.search(str(error))
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def staging_path(path: Path) -> Path:
-    """Return where `path` is staged: beside it, so that one rename moves it into place.
+    """Return the staging path of `path`: beside it, so that one rename moves it into place.
 
-    The name says which process writes it, see `folders.clean_up`.
+    The name has the number of the process that writes it, see `folders.clean_up`.
     """
     return path.with_name(f".{path.name}.{os.getpid()}.staging")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a reader sees the old or the new file, never half.
+    """Replace `path` by `content`; a reader sees the old file or the new one, never half.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
@@ -46,7 +46,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, see `write_bytes`."""
+    """Write text as UTF-8, see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
@@ -56,17 +56,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """Return `value` as indented JSON with a final newline, the same for the same value."""
-    # A number that is not finite would not be read back: `parse_json` is strict.
+    """Return `value` as indented JSON with a final newline; equal values give equal texts."""
+    # A number that is not finite could not be read back: `parse_json` is strict.
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, readable by whom the umask allows.
+    """Write tensors as safetensors, with the permissions that the umask gives.
 
-    safetensors itself forces mode 0600, which hides an adapter from the user who serves it.
+    safetensors itself forces mode 0600, which would hide an adapter from the user who serves it.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
@@ -109,7 +109,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk; a rename is lasting only then."""
+    """Flush a folder's list of names to the disk; only then does a rename last."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
 """A folder, written as a whole and checked before it is trusted.
 
-Its files go to a staging folder beside the target, each is flushed to the disk, a manifest of
-SHA-256 hashes is written last, and one rename makes it visible. So a folder that exists under
-its final name is complete, and `verify_folder` can tell whether it still is what was written.
+Its files go to a staging folder beside the target. Each file is flushed to the disk, a manifest of
+SHA-256 hashes is written last, and one rename makes the folder visible. So a folder under its
+final name is complete, and `verify_folder` can tell whether it has changed since.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_kit.storage.reading import parse_json
 
 MANIFEST = "manifest.json"
 _HASH_BLOCK_BYTES = 1 << 20
-# Names that `staging_path` and `_aside` make: what, by which process, why.
+# The names that `staging_path` and `_aside` make: the target, the process, and the reason.
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>staging|replaced)")
 
 # ---------------------------------------------------------------- writing
@@ -33,12 +33,12 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty staging folder that becomes `target` when the block ends well.
 
     Args:
-        target: the final name; must not exist unless `replace`.
-        replace: an existing target is moved aside first and deleted after the rename.
+        target: the final name; it must not exist unless `replace` is True.
+        replace: move an existing target aside first, and delete it after the rename.
 
     Raises:
         OutputError: the target exists and `replace` is False.
-        StorageError: anything could not be written; the staging folder is removed.
+        StorageError: a file or the folder could not be written; the staging folder is removed.
     """
     if target.exists() and not replace:
         raise OutputError(f"{target}: exists; expected a new folder; name another one")
@@ -52,7 +52,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             _seal(staging)
             _swap(staging, target)
         except StorageError as error:
-            # The user knows the folder by its name, not by where it is staged.
+            # The user knows the folder by its final name, not by the staging folder's.
             faults = [fault.replace(str(staging), str(target)) for fault in error.faults]
             raise StorageError(*faults) from error
         finally:
@@ -78,8 +78,8 @@ def _swap(staging: Path, target: Path) -> None:
     try:
         staging.rename(target)
     except BaseException:
-        # Interrupted between the two renames: the old folder takes its place again. After a
-        # kill just here, `clean_up` does that.
+        # Interrupted between the two renames: the old folder gets its name back. After a kill at
+        # this point, `clean_up` gives it back.
         if aside.exists() and not target.exists():
             aside.rename(target)
         raise
@@ -92,10 +92,10 @@ def _aside(target: Path) -> Path:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder so that a kill leaves it whole, or without its name.
+    """Delete a folder; a kill meanwhile leaves it whole, or leaves nothing under its name.
 
     Raises:
-        StorageError: it could not be deleted.
+        StorageError: the folder could not be deleted.
     """
     doomed = staging_path(folder)
     with storage_errors(folder):
@@ -104,14 +104,14 @@ def delete_folder(folder: Path) -> None:
 
 
 def clean_up(folder: Path, name: str | None = None) -> None:
-    """Undo what killed processes left half done in `folder`.
+    """Undo the half-done work that killed processes left in `folder`.
 
-    A target that was moved aside and not replaced gets its name back; all else of theirs is
-    deleted. What a living process stages is left alone.
+    A target that was moved aside and not replaced gets its name back. Everything else that killed
+    processes left is deleted. The staging folders of living processes are left alone.
 
     Args:
-        folder: where targets are.
-        name: only of this target; of all if None.
+        folder: the folder of the targets.
+        name: the only target to clean up after; if None, all targets.
     """
     for path in sorted(folder.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
@@ -127,7 +127,7 @@ def clean_up(folder: Path, name: str | None = None) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    # In containers the numbers are small and soon used again: our own is a dead one's too.
+    # In a container process numbers are small and soon used again: a dead process had our number.
     if pid == os.getpid():
         return False
     try:
@@ -168,7 +168,7 @@ def _manifest(folder: Path) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
         content = parse_json(text, str(path))
         hashes: dict[str, str] = content["sha256"]
-        # Written by us it has one form only, so that not even its spaces can change unseen.
+        # The kit writes a manifest in one form only, so not even a changed space goes unseen.
         known = text == json_text(content) and list(content) == ["sha256"]
         inside = all(".." not in Path(name).parts and not name.startswith("/") for name in hashes)
     if not (known and inside and hashes):
@@ -182,7 +182,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def manifest_hash(folder: Path) -> str:
-    """Return the SHA-256 of a folder's manifest, which names all that is in it.
+    """Return the SHA-256 of a folder's manifest, which names every file in the folder.
 
     Raises:
         StorageError: there is no manifest.
@@ -195,7 +195,7 @@ def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
     with storage_errors(path):
         return _hash(path)

@@ -1,7 +1,7 @@
-"""Whether a file is only Git LFS's pointer to it, as a clone without the large files leaves it.
+"""Checks that a file is not Git LFS's pointer to it, as a clone without the large files has it.
 
-Such a pointer is a few lines of text. Read as what it stands for it is damaged, or, as plain text,
-something to learn from.
+A pointer is a few lines of text. Read in place of the file it seems damaged; read as plain text it
+would be learnt. Reads the start of a file; changes nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ POINTER_START = b"version https://git-lfs.github.com/spec/"
 
 
 def check_no_pointer(path: Path, kind: type[QloraKitError]) -> None:
-    """Check that a file is not a pointer; one that is missing or cannot be read is none.
+    """Check that a file is no pointer; a missing or unreadable file passes as well.
 
     Args:
-        path: what will be read.
-        kind: of the error that is raised.
+        path: the file that will be read.
+        kind: the class of the error that is raised.
 
     Raises:
-        QloraKitError: of `kind`.
+        QloraKitError: an error of `kind`: the file is a pointer.
     """
     try:
         with path.open("rb") as stream:

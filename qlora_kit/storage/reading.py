@@ -1,7 +1,7 @@
-"""The one reader of files: lines, whole texts, strict JSON; gzipped where the name ends in .gz.
+"""The only reader of files: lines, whole texts, strict JSON; gzipped where the name ends in .gz.
 
-Takes a file; yields `(file, line, record)` so that every error can name its line. Reads a
-bounded number of bytes at a time, whatever a file claims to hold.
+Takes a file; yields `(file, line, record)`, so that every error can name its line. Reads a
+bounded number of bytes at a time, whatever size a file claims to have. Writes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class Line(NamedTuple):
-    """One record and where it stands: `file` as given, `line` counted from 1."""
+    """One record and its place: `file` as it was given, `line` counted from 1."""
 
     file: str
     line: int
@@ -61,7 +61,7 @@ def read_whole(path: Path) -> bytes:
     """Read a file that is one document.
 
     Raises:
-        DataError: as `read_raw_lines`; longer than `MOST_WHOLE_BYTES`.
+        DataError: as of `read_raw_lines`; or the file is longer than `MOST_WHOLE_BYTES`.
     """
     with _opened(path) as stream:
         content = stream.read(MOST_WHOLE_BYTES + 1)
@@ -75,7 +75,7 @@ def read_whole(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open for reading, through gzip where the name says so; what fails is one line."""
+    """Open a file for reading, through gzip where the name says so; an error is one line."""
     check_no_pointer(path, DataError)
     with (
         raised_as(DataError, lambda error: f"{path}: {_unreadable(error)}", of=_UNREADABLE),
@@ -117,22 +117,22 @@ def read_lines(path: Path) -> Iterator[Line]:
     """Yield the lines of a UTF-8 text file, as `read_raw_lines` divides them.
 
     Raises:
-        DataError: as `read_raw_lines`; a line is not UTF-8.
+        DataError: as of `read_raw_lines`; or a line is not UTF-8.
     """
     for line in read_raw_lines(path):
         yield line._replace(record=decode(line))
 
 
 def decode(line: Line) -> str:
-    """Return the text of a raw line; the byte order mark of a file is not part of it.
+    """Return the text of a raw line, without the byte order mark of the file.
 
     Raises:
-        DataError: it is not UTF-8.
+        DataError: the line is not UTF-8.
     """
-    return _decode(line.record, line.file, line.line)
+    return _decode_bytes(line.record, line.file, line.line)
 
 
-def _decode(raw: bytes, file: str, number: int) -> str:
+def _decode_bytes(raw: bytes, file: str, number: int) -> str:
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -144,19 +144,19 @@ def _decode(raw: bytes, file: str, number: int) -> str:
 
 
 def read_text(path: Path) -> str:
-    r"""Read a UTF-8 text whole, with "\n" at the end of its lines.
+    r"""Read a whole UTF-8 text; its lines end in "\n", whatever they end in on the disk.
 
     Raises:
-        DataError: as `read_whole`; not UTF-8.
+        DataError: as of `read_whole`; or the text is not UTF-8.
     """
-    return _decode(read_whole(path), str(path), 1).replace("\r\n", "\n")
+    return _decode_bytes(read_whole(path), str(path), 1).replace("\r\n", "\n")
 
 
 # ---------------------------------------------------------------- JSON
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file whole.
+    """Read a whole JSON file.
 
     Raises:
         DataError: the file is missing or is not valid JSON.
@@ -167,30 +167,36 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON strictly: no duplicate keys, no NaN or Infinity, no bottomless nesting.
 
+    Args:
+        text: the whole JSON text.
+        where: its place, for errors.
+
     Raises:
-        DataError: naming `where` and what was found.
+        DataError: the text is no such JSON; the error names `where` and the fault.
     """
     with _json_errors(where, text):
         return strict_json(text)
 
 
 def strict_json(text: str | bytes, *, infinity: bool = False) -> Any:
-    """Parse JSON with no key twice.
+    """Parse JSON in which no key stands twice.
 
     Args:
-        text: all of it.
-        infinity: accept NaN and Infinity, which JSON does not have and some programs write.
+        text: the whole JSON text.
+        infinity: accept NaN and Infinity, which JSON does not have but some programs write.
 
     Raises:
-        ValueError: saying what was found.
-        RecursionError: nested too deeply.
+        ValueError: the text is no such JSON; the error says why.
+        RecursionError: the JSON is nested too deeply.
     """
     constant = None if infinity else _refuse_constant
     return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant)
 
 
 def read_json_list(path: Path) -> Iterator[Line]:
-    """Yield the values of a JSON list and the line each begins in; of any other value, itself.
+    """Yield the values of a JSON list, each with the line it begins on.
+
+    A file that holds another JSON value yields that value.
 
     Raises:
         DataError: the file is missing or is not valid JSON; values before the fault are yielded.
@@ -204,7 +210,7 @@ def read_json_list(path: Path) -> Iterator[Line]:
 
 
 def _items(text: str, file: str, index: int) -> Iterator[Line]:
-    """Yield what stands in a list; `index` is that of its first value, or of its end."""
+    """Yield the values of a list; `index` is the place of the first value, or of the list's end."""
     number = 1 + text.count(_END, 0, index)
     is_over = text.startswith("]", index)
     after = _skip_blank(text, index + is_over)
@@ -237,12 +243,12 @@ def _skip_blank(text: str, index: int) -> int:
 
 
 def _json_errors(where: str, text: str, file: str = "") -> AbstractContextManager[None]:
-    """Turn what the parser raises into one line.
+    """Turn an error of the parser into one line.
 
     Args:
-        where: the place of what is parsed.
-        text: all of what is parsed; of several lines, the error names the one.
-        file: what stands before that line, where it is not `where`.
+        where: the place of the text.
+        text: the whole text; if it has several lines, the error names the faulty one.
+        file: the name of the file, put before the number of that line; if empty, `where` is.
     """
 
     def line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Whether a folder can be written, has room, and is ours alone: asked before work begins."""
+"""Checks before work begins: a folder can be written, has room, and no other process writes it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LOCK = ".lock"
 
 
 def check_writable(folder: Path) -> None:
-    """Check that `folder` can be made or written, before anything long is begun.
+    """Check that `folder` can be made or written, before long work begins.
 
     Raises:
         OutputError: a part of its path is a file.
         StorageError: the nearest existing folder may not be written.
     """
-    nearest = _nearest(folder)
+    nearest = _nearest_existing(folder)
     if not nearest.is_dir():
         raise OutputError(f"{folder}: {nearest} is a file; expected a folder; name another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -31,13 +31,13 @@ def check_writable(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Check that there is room for `what`, before anything long is begun.
+    """Check that there is room for `what`, before long work begins.
 
     Raises:
         StorageError: the disk has fewer bytes free.
     """
     with storage_errors(folder):
-        free_bytes = shutil.disk_usage(_nearest(folder)).free
+        free_bytes = shutil.disk_usage(_nearest_existing(folder)).free
     if free_bytes < needed_bytes:
         raise StorageError(
             f"{folder}: {free_bytes / 1e9:.2f} GB free; expected {needed_bytes / 1e9:.2f} GB for "
@@ -45,7 +45,7 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def _nearest(folder: Path) -> Path:
+def _nearest_existing(folder: Path) -> Path:
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -54,12 +54,12 @@ def _nearest(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold an existing folder against other processes while the block runs.
+    """Lock an existing folder against other processes while the block runs.
 
-    The system lets go of the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
-        EnvironmentFault: another process holds it.
+        EnvironmentFault: another process holds the lock.
         StorageError: the lock file cannot be written.
     """
     lock = FileLock(folder / LOCK, timeout=0)
@@ -72,7 +72,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it meanwhile sees that it has no name.
+        # The file is removed while the lock is held: a process that opened it meanwhile sees that
+        # the file has no name any more.
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink()
         lock.release()

@@ -410,9 +410,9 @@ GPU_LAUNCHES = [
      "head and loss"),
     ("reduce_kernel", ("aten::amax", "_CrossEntropySum"), (), "head and loss"),
     ("multi_tensor_apply_kernel", ("aten::_fused_adamw_", "Optimizer.step#AdamW.step"), (),
-     "optimiser"),
+     "optimizer"),
     ("multi_tensor_apply_kernel", ("aten::_foreach_norm", "part of step: clipping"), (),
-     "optimiser"),
+     "optimizer"),
     ("vectorized_elementwise_kernel", ("aten::add",), (), "everything else"),
 ]  # fmt: skip
 

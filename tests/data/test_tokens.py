@@ -132,7 +132,7 @@ def test_digits_grouped_from_the_right_are_encoded_apart() -> None:
 
 
 def test_a_boundary_that_cannot_be_divided_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_decode", lambda tokenizer, ids: str(ids))
+    monkeypatch.setattr(encode, "_text_of_ids", lambda tokenizer, ids: str(ids))
     tokenizer = make_tokenizer()
     made = _rows(tokenizer, Pair("the t", "he ", "x:1"))
     assert made.counts.rows_unaligned == 1

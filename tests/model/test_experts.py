@@ -20,7 +20,7 @@ from qlora_kit.export.verify import verify_merge
 from qlora_kit.layers.projections import projections, stacks
 from qlora_kit.model.names import ModelSource
 from qlora_kit.plan.simulate import predict
-from qlora_kit.plan.subject import Rows, Subject
+from qlora_kit.plan.subject import RowSizes, Subject
 from qlora_kit.step.reducers import apply, resolve
 from qlora_kit.tasks.causal import CausalObjective
 
@@ -102,7 +102,7 @@ def test_the_plan_of_a_step_is_what_it_takes() -> None:
     spec = qk.BaseSpec(source, None, qk.Quantization(4), random=True)
     hardware, lora = qk.choose_hardware("cpu"), qk.LoraSpec(rank=4)
     config = qk.TrainConfig(batch_size=2, gradient_accumulation_steps=1, device="cpu")
-    found = predict(Subject(spec, lora, hardware, Rows(256)), config)
+    found = predict(Subject(spec, lora, hardware, RowSizes(256)), config)
     adapter = qk.attach(qk.load_base(spec, hardware), lora)
     model = adapter.base.model
     apply(model, resolve(config, hardware), hardware)

@@ -18,7 +18,7 @@ from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Placement
 from qlora_kit.model.names import ModelSource, known_models
 from qlora_kit.plan.simulate import Prediction, predict
-from qlora_kit.plan.subject import Rows, Subject
+from qlora_kit.plan.subject import RowSizes, Subject
 from qlora_kit.step.reducers import apply, resolve
 from qlora_kit.tasks.causal import loss_sum, scores
 from qlora_kit.train.optimizer import build_optimizer
@@ -100,7 +100,7 @@ class Case:
         return choose_hardware("cpu", self.dtype)
 
     def subject(self, hardware: Hardware, supervised: tuple[int, ...] | None = None) -> Subject:
-        return Subject(self.spec, self.lora, hardware, Rows(self.tokens, supervised))
+        return Subject(self.spec, self.lora, hardware, RowSizes(self.tokens, supervised))
 
 
 # ---------------------------------------------------------------- the allocator's own record

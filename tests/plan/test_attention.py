@@ -18,7 +18,7 @@ from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.names import ModelSource
 from qlora_kit.plan.simulate import BatchShape, SimulatedRun, simulated_run
-from qlora_kit.plan.subject import Rows, Subject
+from qlora_kit.plan.subject import RowSizes, Subject
 
 GPU = Hardware(torch.device("meta"), torch.bfloat16, "stands in for a GPU")
 TOKENS = 200
@@ -48,7 +48,7 @@ def made_in(name: str, what: str, **numbers: Any) -> set[tuple[torch.dtype, tupl
     spec = qk.BaseSpec(source, None, qk.Quantization(4), random=True)
     skeleton, shapes = build_skeleton(spec.architecture()), _Shapes()
     config = TrainConfig(batch_size=3, gradient_accumulation_steps=1)
-    subject = Subject(spec, qk.LoraSpec(), GPU, Rows(TOKENS))
+    subject = Subject(spec, qk.LoraSpec(), GPU, RowSizes(TOKENS))
     with simulated_run(subject, config, skeleton) as run, shapes:
         take(run, what, config)
     return shapes.made

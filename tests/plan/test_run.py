@@ -109,7 +109,7 @@ def test_the_rehearsal_takes_the_longest_rows_and_tells_what_is_what(
     # The allocator sees besides what operations take for themselves meanwhile.
     assert 0.7 * rehearsal.peak_bytes < sum(largest) <= rehearsal.peak_bytes
     shown = {name for name, size in zip(PURPOSES, largest, strict=True) if size}
-    assert {"base weights", "LoRA", "gradients", "optimiser", "activations"} <= shown
+    assert {"base weights", "LoRA", "gradients", "optimizer", "activations"} <= shown
 
 
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])

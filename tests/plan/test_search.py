@@ -20,9 +20,9 @@ from qlora_kit.model.names import find_model
 from qlora_kit.plan import budget as budget_module
 from qlora_kit.plan.budget import Budget, budget_of
 from qlora_kit.plan.planning import Plan, make_plan
-from qlora_kit.plan.search import Found, search
+from qlora_kit.plan.search import SearchResult, search
 from qlora_kit.plan.simulate import BatchShape, simulated_run
-from qlora_kit.plan.subject import Rows, Subject, planned_hardware
+from qlora_kit.plan.subject import RowSizes, Subject, planned_hardware
 
 pytestmark = pytest.mark.usefixtures("simulated_once")
 
@@ -30,17 +30,17 @@ GIB = 1 << 30
 LAYERS = 8
 
 
-def planned(config: TrainConfig, rows: Rows | None = None) -> Subject:
+def planned(config: TrainConfig, rows: RowSizes | None = None) -> Subject:
     source = find_model(config.model)
     if config.model != "deepseek-7b":
         fewer = {**(source.architecture or {}), "num_hidden_layers": LAYERS}
         source = dataclasses.replace(source, architecture=fewer)
     spec = qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True)
-    rows = rows or Rows(config.max_length)
+    rows = rows or RowSizes(config.max_length)
     return Subject(spec, LoraSpec.of(config), planned_hardware(config), rows)
 
 
-def found_for(config: TrainConfig, card_bytes: int, on_gpu: bool = True) -> Found:
+def found_for(config: TrainConfig, card_bytes: int, on_gpu: bool = True) -> SearchResult:
     return search(planned(config), config, Budget(card_bytes, on_gpu=on_gpu))
 
 

@@ -35,7 +35,7 @@ from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base, BaseSpec, Placement, load_base
 from qlora_kit.model.names import find_model
 from qlora_kit.plan.simulate import Prediction, predict
-from qlora_kit.plan.subject import Rows, Subject
+from qlora_kit.plan.subject import RowSizes, Subject
 from qlora_kit.step import offload as offload_module
 from qlora_kit.step.offload import Offload
 from qlora_kit.step.recompute import set_recompute
@@ -703,7 +703,7 @@ def predicted(
         numbers = {**dict(source.architecture or {}), "num_hidden_layers": layers}
         source = replace(source, architecture=numbers)
     spec = BaseSpec(source, None, Quantization(config.bits), random=True)
-    return predict(Subject(spec, LoraSpec(), GPU, Rows(tokens)), config)
+    return predict(Subject(spec, LoraSpec(), GPU, RowSizes(tokens)), config)
 
 
 @pytest.mark.parametrize(
@@ -758,7 +758,7 @@ def test_host_and_device_are_not_mixed_up_on_any_architecture(
     spec = BaseSpec(find_model(str(folder)), folder, Quantization(4))
     config = TrainConfig(eval_batch_size=2, batch_size=2)
     lora = LoraSpec(targets=("all-linear",))
-    found = predict(Subject(spec, lora, GPU, Rows(32)), config)
+    found = predict(Subject(spec, lora, GPU, RowSizes(32)), config)
     tied = bool(spec.architecture().get_text_config().tie_word_embeddings)
     on_host = found.host["forward"].by_purpose.get("embeddings", 0)
     on_device = found.device["forward"].by_purpose.get("embeddings", 0)

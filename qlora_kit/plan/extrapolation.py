@@ -1,8 +1,8 @@
-"""What every kind of step needs, extrapolated from a model of a few layers.
+"""The memory and work of a step with any setting, extrapolated from a model of a few layers.
 
-Takes the options of `train`; returns a `Survey` that answers for any setting at once. Each
-decoder layer takes as much as the next, so what one adds is measured between two depths, and
-between keeping its activations and recomputing them.
+Takes the options of `train`; returns an `Extrapolation` that answers for any setting without
+another simulation. Every decoder layer takes as much as the next. So the share of one layer is the
+difference between two depths, and between keeping its activations and recomputing them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from qlora_kit.plan.simulate import BatchShape, SimulatedRun, simulated_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.step.offload import pinned_bytes
 
-# Of the shortened model: with one or two layers that keep their activations, the first does
-# not. It keeps less than the others: its input, the embedding's output, takes no gradient.
+# Layers of the shortened model. At most two of them keep their activations, and the first never
+# does. It would keep less than the others: its input, the embedding's output, takes no gradient.
 _DEPTH = 3
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What can be chosen of a step.
+    """The settings of a step that a search can choose.
 
     Attributes:
-        rows: of a micro-batch.
-        tile_tokens: tokens an MLP works on at a time; 0: all.
+        rows: rows of a micro-batch.
+        tile_tokens: tokens that an MLP works on at a time; 0: all.
         offload: whether the inputs of recomputed layers are in host memory.
         embedding_on_cpu: whether the embedding is in host memory.
-        keep_layers: decoder layers that keep their activations.
+        keep_layers: number of decoder layers that keep their activations.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Setting:
     keep_layers: int
 
     def applied(self, config: TrainConfig) -> TrainConfig:
-        """Return the configuration with this setting, its effective batch what it was."""
+        """Return the configuration with this setting; its effective batch stays the same."""
         effective = config.batch_size * config.gradient_accumulation_steps
         return config.model_copy(
             update={
@@ -58,12 +58,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a step takes.
+    """The memory and work that a step takes.
 
     Attributes:
-        peak_bytes: on the device.
-        host_peak_bytes: on the host, beside the process itself.
-        work: of one micro-batch.
+        peak_bytes: peak on the device.
+        host_peak_bytes: peak on the host, without the process itself.
+        work: work of one micro-batch.
     """
 
     peak_bytes: int
@@ -71,8 +71,8 @@ class Needs:
     work: Work
 
 
-class _Sample(NamedTuple):
-    """What one step of the shortened model took."""
+class _StepTaken(NamedTuple):
+    """The peaks, in bytes, and the work of one step of the shortened model."""
 
     forward: int
     backward: int
@@ -81,34 +81,34 @@ class _Sample(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """Steps of one micro-batch and tile, with the activations of none, one and two layers kept."""
+    """Steps of one micro-batch size and tile, with none, one and two layers keeping activations."""
 
-    none_kept: _Sample
-    one_kept: _Sample
-    two_kept: _Sample
+    none_kept: _StepTaken
+    one_kept: _StepTaken
+    two_kept: _StepTaken
 
 
-def _between(low: _Sample, high: _Sample, share: float) -> _Sample:
-    return _Sample(*(round(a + share * (b - a)) for a, b in zip(low, high, strict=True)))
+def _between(low: _StepTaken, high: _StepTaken, share: float) -> _StepTaken:
+    return _StepTaken(*(round(a + share * (b - a)) for a, b in zip(low, high, strict=True)))
 
 
 @dataclass(frozen=True)
-class Survey:
+class Extrapolation:
     """The needs of every setting.
 
     Attributes:
         layers: decoder layers of the model.
-        layer_bytes: what the weights of one take on the device, with all that is trained of it.
-        head_work: of the parts of a step outside of the layers, with one row.
-        checkpoint_bytes: of the input of a layer, with one row.
-        embedding_bytes: of the input embedding.
-        host_load_bytes: on the host while the base is loaded.
-        host_bytes: on the host, always.
-        layer_copy_bytes: on the host, of each layer, while a checkpoint of the run is saved.
-        is_offloaded: whether the steps that were measured held checkpoints on the host.
-        has_embedding_on_cpu: whether they had the embedding there.
-        kinds: what was measured, by tile and rows.
-        evaluations: peaks of an evaluation, by rows.
+        layer_bytes: bytes of one layer on the device: its weights and everything trained of it.
+        checkpoint_bytes: bytes of the input of a layer, for one row.
+        embedding_bytes: bytes of the input embedding.
+        host_load_bytes: bytes on the host while the base is loaded.
+        host_bytes: bytes on the host at all times.
+        layer_copy_bytes: bytes on the host for each layer while a checkpoint of the run is saved.
+        head_work: work of a step outside of the layers, for one row.
+        is_offloaded: whether the measured steps held checkpoints on the host.
+        has_embedding_on_cpu: whether the measured steps had the embedding on the host.
+        kinds: the measured steps, by tile and rows.
+        evaluations: peak bytes of an evaluation, by rows.
     """
 
     layers: int
@@ -125,15 +125,16 @@ class Survey:
     evaluations: dict[int, int]
 
     def needs(self, setting: Setting) -> Needs:
-        """Return what a step with this setting takes."""
+        """Return the memory and work that a step with this setting takes."""
         none, one, two = self._kind(setting)
         keep, recomputed = setting.keep_layers, self.layers - setting.keep_layers
         held = self._held(recomputed, setting.offload) * setting.rows
         held_with_one = self._held(_DEPTH - 1, self.is_offloaded) * setting.rows
         held_with_two = self._held(_DEPTH - 2, self.is_offloaded) * setting.rows
         activations = (two.forward - held_with_two) - (one.forward - held_with_one)
-        # At the end of forward, then in backward of the last layer, all that is kept is there;
-        # in backward of the first, one layer's activations and every checkpoint.
+        # The peak is one of three moments. At the end of forward, and in the backward of the last
+        # layer, all kept activations are there. In the backward of the first layer, one layer's
+        # activations and every checkpoint are there.
         peaks = [
             one.forward - held_with_one + (keep - 1) * activations,
             two.backward - held_with_two + (keep - 2) * activations,
@@ -148,7 +149,7 @@ class Survey:
         return Needs(max(peaks) + held + deeper + moved, host, self._work(setting))
 
     def _kind(self, setting: Setting) -> _Kind:
-        """Return what was measured with so many rows, or lies on the line through two that were."""
+        """Return the steps measured with the setting's rows, or a point on the line through two."""
         measured = self.kinds[setting.tile_tokens]
         if setting.rows in measured:
             return measured[setting.rows]
@@ -158,7 +159,7 @@ class Survey:
         return _Kind(*(_between(a, b, share) for a, b in samples))
 
     def evaluation_bytes(self, rows: int, setting: Setting) -> int:
-        """Return the peak of an evaluation of so many rows at a time."""
+        """Return the peak, in bytes, of an evaluation of this number of rows at a time."""
         deeper = (self.layers - _DEPTH) * self.layer_bytes
         return self.evaluations[rows] + deeper + self._moved(setting)
 
@@ -166,7 +167,10 @@ class Survey:
         return self.embedding_bytes * (self.has_embedding_on_cpu - setting.embedding_on_cpu)
 
     def _held(self, recomputed: int, offload: bool) -> int:
-        """Bytes of checkpoints on the device, for one row; of those in host memory one stays."""
+        """Return the bytes of checkpoints on the device, for one row.
+
+        Of checkpoints in host memory, one is on the device at a time.
+        """
         return self.checkpoint_bytes * (min(recomputed, 1) if offload else recomputed)
 
     def _work(self, setting: Setting) -> Work:
@@ -186,16 +190,16 @@ class Survey:
         )
 
 
-def take_survey(
+def extrapolate(
     subject: Subject, config: TrainConfig, rows: Sequence[int], tiles: Sequence[int]
-) -> Survey:
-    """Measure what steps need, for training and evaluation on the longest row of both.
+) -> Extrapolation:
+    """Simulate steps and evaluations of a shortened model, all with the longest row of both.
 
     Args:
         subject: the run.
-        config: all that is not in a setting.
-        rows: micro-batches that settings will have, in order.
-        tiles: tiles that they will have.
+        config: every option that a setting does not have.
+        rows: the rows of a micro-batch that settings may have, in order.
+        tiles: the tiles that settings may have.
     """
     architecture, hardware = subject.spec.architecture(), subject.hardware
     tokens = max(subject.rows.tokens, subject.rows.evaluation_tokens or 0)
@@ -213,13 +217,13 @@ def take_survey(
             tile: {each: _kind(run, config, BatchShape(each, tokens), tile) for each in measured}
             for tile in tiles
         }
-        evaluations = _evaluations(run, config, tokens)
+        evaluations = _evaluation_peaks(run, config, tokens)
         run.save()
     host = {phase: run.host[phase].bytes for phase in ("load", "optimizer", "save")}
     first = kinds[tiles[0]][rows[0]]
     checkpoint = run.base.batch_width(tokens) * text.hidden_size * hardware.dtype.itemsize
     layer = deeper.forward - first.one_kept.forward
-    return Survey(
+    return Extrapolation(
         layers=text.num_hidden_layers,
         layer_bytes=layer - (0 if on_gpu else checkpoint * rows[0]),
         checkpoint_bytes=checkpoint,
@@ -237,24 +241,24 @@ def take_survey(
 
 def _kind(run: SimulatedRun, config: TrainConfig, batch: BatchShape, tile_tokens: int) -> _Kind:
     one, two = (_sample(run, config, batch, tile_tokens, keep) for keep in (1, 2))
-    # Without tiles, a layer that is recomputed holds in backward what one that is kept holds.
+    # Without tiles a recomputed layer holds in backward as much as a layer that keeps activations.
     none = _sample(run, config, batch, tile_tokens, 0) if tile_tokens else one
     return _Kind(none, one, two)
 
 
 def _sample(
     run: SimulatedRun, config: TrainConfig, batch: BatchShape, tile_tokens: int, keep_layers: int
-) -> _Sample:
+) -> _StepTaken:
     setting = Setting(batch.rows, tile_tokens, True, True, keep_layers)
-    # Without recompute every layer would keep its activations, and no difference would show.
+    # Without recompute every layer would keep its activations, and there would be no difference.
     recomputing = config.model_copy(update={"recompute": True})
     run.step(setting.applied(recomputing), batch)
     forward, backward = run.device["forward"].bytes, run.device["backward"].bytes
-    return _Sample(forward, backward, run.work.flop, run.work.unpacked_bytes)
+    return _StepTaken(forward, backward, run.work.flop, run.work.unpacked_bytes)
 
 
-def _outside(first: _Kind, deeper: _Sample, rows: int) -> Work:
-    """Return the work outside of the layers, for one row, from that of steps of two depths."""
+def _outside(first: _Kind, deeper: _StepTaken, rows: int) -> Work:
+    """Return the work outside of the layers, for one row, from steps of two depths."""
     one, two = first.one_kept, first.two_kept
 
     def outside(one: int, two: int, deeper: int) -> int:
@@ -264,10 +268,10 @@ def _outside(first: _Kind, deeper: _Sample, rows: int) -> Work:
     return Work(outside(one.flop, two.flop, deeper.flop) // rows, unpacked)
 
 
-def _evaluations(run: SimulatedRun, config: TrainConfig, tokens: int) -> dict[int, int]:
-    """Return the peaks of evaluations of as many rows as asked for, and of half as many, to one.
+def _evaluation_peaks(run: SimulatedRun, config: TrainConfig, tokens: int) -> dict[int, int]:
+    """Return the peaks of evaluations, by rows: as many as asked for, half as many, down to one.
 
-    They grow in proportion to the rows, so that two are enough to know all.
+    The peaks lie on a line over the rows, so two of them give all.
     """
 
     def peak(rows: int) -> int:
