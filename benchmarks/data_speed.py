@@ -134,7 +134,7 @@ def _ours(settings: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "reading_seconds": read,
         "tokens": made.counts.tokens,
-        "supervised_tokens": made.counts.supervised_tokens,
+        "supervised_tokens": made.counts.weight,
         "growth_bytes": memory.growth_bytes,
     }
 

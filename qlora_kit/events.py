@@ -80,16 +80,19 @@ class StepFinished(Event):
     optimizer_step: int
     epoch: float
     loss: float
-    """mean over the supervised tokens of the whole accumulation window, nats per token"""
+    """mean over the weight of the whole accumulation window, such as nats per supervised token"""
     learning_rate: float
     grad_norm: float
     """before clipping"""
-    supervised_tokens: int
+    weight: int
+    """what the loss is a mean over, in the whole window"""
     tokens: int
     """tokens run through the model, padding not counted"""
     step_seconds: float
     memory_bytes: int
     """on a GPU the peak of allocated bytes since the run began; on a CPU the anonymous memory"""
+    weighs: str = "supervised_tokens"
+    """the name of the weight in logs"""
 
 
 @dataclass(frozen=True)

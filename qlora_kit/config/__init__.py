@@ -16,6 +16,7 @@ from qlora_kit.config.options import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    LongSamples,
     LoraOptions,
     OptimizerOptions,
     Options,
@@ -39,11 +40,10 @@ from qlora_kit.config.resolve import (
 from qlora_kit.config.values import parse_size
 
 __all__ = [
-    "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits",
-    "BudgetOptions",
+    "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
     "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "Layer",
-    "LoraOptions", "OptimizerOptions", "Options", "PlanConfig", "QuantizeConfig", "RecordOptions",
-    "RunOptions", "StepOptions", "TemplateOption", "TokenOptions", "TrainConfig", "by_heading",
-    "compared", "declared", "field_names", "parse_size", "read_config_file", "resolve",
-    "that_decide",
+    "LongSamples", "LoraOptions", "OptimizerOptions", "Options", "PlanConfig", "QuantizeConfig",
+    "RecordOptions", "RunOptions", "StepOptions", "TemplateOption", "TokenOptions", "TrainConfig",
+    "by_heading", "compared", "declared", "field_names", "parse_size", "read_config_file",
+    "resolve", "that_decide",
 ]  # fmt: skip

@@ -63,6 +63,7 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
 
 
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
+LongSamples = Literal["auto", "drop", "truncate", "split", "error"]
 ChangeNames = Annotated[tuple[ChangeGroup, ...], BeforeValidator(parse_list)]
 TargetNames = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
 Columns = Annotated[dict[str, str], BeforeValidator(parse_names)]
@@ -302,7 +303,7 @@ class TokenOptions(TemplateOption):
         also=["cutoff_len", "sequence_len", "max_seq_length"], ge=2,
         decides=["data", "memory"], leads=True,
     )  # fmt: skip
-    long_samples: Literal["auto", "drop", "truncate", "split", "error"] = option(
+    long_samples: LongSamples = option(
         "auto",
         "samples over max_length; auto: truncate pairs and chats, split plain text",
         decides="data",

@@ -138,13 +138,17 @@ class Survey:
     @property
     def supervised_share(self) -> float:
         """Return the share of the training tokens that are supervised, 0 to 1."""
-        return self.training.supervised_tokens / self.training.tokens
+        return self.training.weight / self.training.tokens
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures, without any text of the data."""
         figures = {name: value for name, value in asdict(self).items() if name != "shown"}
+        counts = {
+            "training": self.training.as_json(),
+            "validation": self.validation.as_json() if self.validation else None,
+        }
         share = {"supervised_share": round(self.supervised_share, 4)}
-        return {**figures, **share, "warnings": list(self.warnings())}
+        return {**figures, **counts, **share, "warnings": list(self.warnings())}
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each thing that looks wrong, though the data can be trained on."""

@@ -13,10 +13,10 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy
@@ -25,16 +25,14 @@ import tokenizers
 import transformers
 
 from qlora_kit import storage
-from qlora_kit.config import TokenOptions
+from qlora_kit.config import LongSamples, TokenOptions
 from qlora_kit.data.batch import TokenTable
-from qlora_kit.data.encode import IGNORED, Encoder, Labelled
+from qlora_kit.data.encode import Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Shape
-from qlora_kit.data.template import Rendered, Renderer
+from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.errors import DataError, StorageError
-from qlora_kit.model.tokenizer import template_hash
-from qlora_kit.time_limit import many_limits
 
 MIN_ROWS_FOR_VALIDATION = 200
 
@@ -56,18 +54,20 @@ class Counts:
     """What became of the rows of a data file.
 
     rows_read = rows_kept + rows_dropped, and the number of token rows is
-    rows_kept - rows_split + chunks. A token is supervised if a loss is computed for it: no token
-    comes before the first token of a row, so the first never counts.
+    rows_kept - rows_split + chunks. The weight of a row is what its loss is a sum over: its
+    supervised tokens, or its label.
     """
 
     shape: Shape
+    weighs: str
+    """the name of what is weighed: supervised_tokens, or labels"""
     rows_read: int = 0
     rows_kept: int = 0
     """source rows of which at least one token row is left"""
     rows_truncated: int = 0
     """kept rows that lost a part to `max_length`, mostly their end"""
     rows_dropped: int = 0
-    """rows that were too long, or without a supervised token"""
+    """rows that were too long, or of no weight"""
     rows_split: int = 0
     """kept rows of which chunks were made, one or several"""
     rows_by_turn: int = 0
@@ -77,9 +77,16 @@ class Counts:
     chunks: int = 0
     """token rows made of the split rows"""
     tokens: int = 0
-    supervised_tokens: int = 0
-    supervised_tokens_lost: int = 0
-    """supervised tokens that are in no token row"""
+    weight: int = 0
+    weight_lost: int = 0
+    """weight that is in no token row"""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the counts by name; the weight is named after what is weighed."""
+        named = {"weight": self.weighs, "weight_lost": f"{self.weighs}_lost"}
+        counts = {named.get(name, name): value for name, value in asdict(self).items()}
+        del counts["weighs"]
+        return counts
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -94,10 +101,14 @@ class Counts:
         ):
             if count:
                 parts.append(f"{count:,} {word}")
-        share = self.supervised_tokens / max(self.tokens, 1)
-        parts.append(f"{self.tokens:,} tokens, {share:.0%} supervised")
+        parts.append(f"{self.tokens:,} tokens{self._supervised()}")
         parts.append(f"lost: {self._lost()}")
         return "; ".join(parts)
+
+    def _supervised(self) -> str:
+        if self.weighs != SUPERVISED_TOKENS:
+            return ""
+        return f", {self.weight / max(self.tokens, 1):.0%} supervised"
 
     def _lost(self) -> str:
         """Return in words how much of the data is lost to training; "nothing" where all is kept."""
@@ -105,7 +116,7 @@ class Counts:
             f"{count:,} {word}{'' if count == 1 else 's'}"
             for count, word in (
                 (self.rows_dropped, "row"),
-                (self.supervised_tokens_lost, "supervised token"),
+                (self.weight_lost, self.weighs.removesuffix("s").replace("_", " ")),
             )
             if count
         ]
@@ -146,7 +157,12 @@ class Tokenized:
 
 
 def tokenize(
-    samples: Samples, tokenizer: Any, options: TokenOptions, *, cache: bool = True
+    samples: Samples,
+    tokenizer: Any,
+    options: TokenOptions,
+    *,
+    makes: MakesRows = TextRows,
+    cache: bool = True,
 ) -> Tokenized:
     """Turn samples into token rows.
 
@@ -154,19 +170,20 @@ def tokenize(
         samples: the samples that `load_samples` returned.
         tokenizer: transformers' tokenizer; its chat template is set, see `choose_template`.
         options: the longest row allowed, the treatment of longer ones, the tokens to supervise.
+        makes: what a sample means, see `RowMaker`; text to be learnt by default.
         cache: take the rows from the cache folder of `datasets`, and keep them there.
 
     Raises:
         DataError: the template does not fit a row; a row is too long, with
-            `long_samples="error"`; or no supervised token is left.
+            `long_samples="error"`; or nothing is left that a loss could be computed for.
         ConfigError, ModelError: the chat template is not usable.
     """
-    work = _Tokenizing(samples, tokenizer, options)
+    work = _Tokenizing(samples, makes(samples, tokenizer, options), options)
     fingerprint = work.fingerprint()
     if not cache:
         return work.run(fingerprint, None)
     file = Path(datasets.config.HF_DATASETS_CACHE) / "qlora_kit" / f"{fingerprint}.arrow"
-    found = _from_cache(file, fingerprint, work.origin)
+    found = _from_cache(file, fingerprint, work.maker)
     if found is not None:
         return found
     try:
@@ -185,11 +202,12 @@ def tokenize(
         storage.write_json(file.with_suffix(".json"), about)
     except (OSError, StorageError):
         # A cache that cannot be written costs time, not the run.
-        return _Tokenizing(samples, tokenizer, options).run(fingerprint, None)
+        again = _Tokenizing(samples, makes(samples, tokenizer, options), options)
+        return again.run(fingerprint, None)
     return made
 
 
-def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) -> Tokenized | None:
+def _from_cache(file: Path, fingerprint: str, maker: RowMaker) -> Tokenized | None:
     """Return the rows of an earlier run; None where they are missing or were changed."""
     try:
         about = storage.read_json(file.with_suffix(".json"))
@@ -202,7 +220,7 @@ def _from_cache(file: Path, fingerprint: str, origin: Mapping[str, str | None]) 
         DataError, StorageError, OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException,
     ):  # fmt: skip
         return None
-    return Tokenized(rows, counts, fingerprint, origin, dropped=dropped)
+    return Tokenized(rows, counts, fingerprint, maker.origin, dropped=dropped)
 
 
 class _TableRow(NamedTuple):
@@ -214,24 +232,49 @@ class _TableRow(NamedTuple):
     uncut_tokens: int
 
 
-class _Tokenizing:
-    """One pass over the samples: renders, encodes, fits to length and counts."""
+class RowMaker(Protocol):
+    """How a task makes token rows of samples.
 
-    def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
+    Attributes:
+        weighs: the name of what a loss is a sum over.
+        origin: hashes of what decides the rows beside the settings: data, tokenizer, template.
+        settings: what else decides them.
+    """
+
+    weighs: str
+    origin: Mapping[str, str | None]
+    settings: Sequence[Any]
+
+    def rows(self, indices: Sequence[int], faults: Faults) -> Iterator[tuple[int, Labelled]]:
+        """Yield the rows of samples, each with the index of its sample, however long."""
+        ...
+
+    def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
+        """Return what is left of a row that is too long, truncated or split."""
+        ...
+
+    def weight(self, labels: list[int]) -> int:
+        """Return the weight of a row with these labels."""
+        ...
+
+    def nothing_left(self, lost: int, how: LongSamples) -> str:
+        """Return the error where no row is left; `lost` is the weight that length took."""
+        ...
+
+
+MakesRows = Callable[[Samples, Any, TokenOptions], RowMaker]
+
+
+class _Tokenizing:
+    """One pass over the samples: makes their rows, fits them to length and counts."""
+
+    def __init__(self, samples: Samples, maker: RowMaker, options: TokenOptions) -> None:
         self.samples = samples
-        self.renderer = Renderer(tokenizer, options.train_on, options.chat_template)
-        self.encoder = Encoder(tokenizer)
+        self.maker = maker
         self.max_length = options.max_length
-        self.long_samples: str = options.long_samples
+        self.long_samples: LongSamples = options.long_samples
         if self.long_samples == "auto":
             self.long_samples = "split" if samples.shape is Shape.TEXT else "truncate"
-        # Every row of this tokenizer starts with a BOS, and so does each chunk of a split row.
-        self.opening = [tokenizer.bos_token_id] if self.encoder.puts_bos else []
-        self.origin = {
-            "data": samples.content_hash(),
-            "tokenizer": self.encoder.content_hash(),
-            "template": template_hash(tokenizer),
-        }
         self.tally: Counter[str] = Counter()
         self.dropped: dict[int, int] = {}
         self.faults = Faults()
@@ -241,8 +284,8 @@ class _Tokenizing:
         parts = {
             "version": _ROWS_VERSION,
             "libraries": [tokenizers.__version__, transformers.__version__],
-            "settings": [self.max_length, self.long_samples, self.renderer.train_on],
-            **self.origin,
+            "settings": [self.max_length, self.long_samples, *self.maker.settings],
+            **self.maker.origin,
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -263,36 +306,21 @@ class _Tokenizing:
                 new_fingerprint=fingerprint,
             )
         self.faults.raise_if_any()
-        counts = Counts(self.samples.shape, len(self.samples.items), **self.tally)
-        if not counts.supervised_tokens:
-            raise DataError(self._nothing_to_learn())
+        read, weighs = len(self.samples.items), self.maker.weighs
+        counts = Counts(self.samples.shape, weighs, read, **self.tally)
+        if not counts.weight:
+            raise DataError(self.maker.nothing_left(counts.weight_lost, self.long_samples))
         seconds = time.perf_counter() - started
         made = TokenTable(rows)
-        return Tokenized(made, counts, fingerprint, self.origin, seconds, self.dropped)
+        return Tokenized(made, counts, fingerprint, self.maker.origin, seconds, self.dropped)
 
     def _table(self, indices: Sequence[int]) -> pyarrow.Table:
-        rendered, sources = self._render(indices)
-        encoded = zip(sources, self.encoder.encode(rendered), strict=True)
         rows: list[_TableRow] = []
-        for index, of_one in itertools.groupby(encoded, key=lambda pair: pair[0]):
+        made = self.maker.rows(indices, self.faults)
+        for index, of_one in itertools.groupby(made, key=lambda pair: pair[0]):
             rows += self._fit(index, [row for _, row in of_one])
         columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
         return pyarrow.table(list(map(list, columns)), schema=_SCHEMA)
-
-    def _render(self, indices: Sequence[int]) -> tuple[list[Rendered], list[int]]:
-        """Return the texts of samples, and for each text the index of its sample."""
-        rendered: list[Rendered] = []
-        sources: list[int] = []
-        with many_limits():
-            for index in indices:
-                try:
-                    texts = self.renderer.render(self.samples.items[index])
-                except DataError as error:
-                    self.faults.add(*error.faults)
-                    continue
-                rendered += texts
-                sources += [index] * len(texts)
-        return rendered, sources
 
     def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
         """Shorten the rows of one sample to the allowed length, and count what is lost."""
@@ -300,17 +328,17 @@ class _Tokenizing:
             _TableRow(part.ids, part.labels, index, len(row.ids))
             for row in rows
             for part in self._shorten(index, row)
-            if supervised_count(part.labels)
+            if self.maker.weight(part.labels)
         ]
-        supervised = sum(supervised_count(row.labels) for row in left)
-        all_supervised = sum(supervised_count(row.labels) for row in rows)
+        weight = sum(self.maker.weight(row.labels) for row in left)
+        in_all = sum(self.maker.weight(row.labels) for row in rows)
         self.tally.update(
             rows_kept=int(bool(left)),
             rows_dropped=int(not left),
             rows_unaligned=int(not all(row.aligned for row in rows)),
             tokens=sum(len(row.ids) for row in left),
-            supervised_tokens=supervised,
-            supervised_tokens_lost=all_supervised - supervised,
+            weight=weight,
+            weight_lost=in_all - weight,
         )
         if not left:
             self.dropped[index] = max(len(row.ids) for row in rows)
@@ -327,51 +355,14 @@ class _Tokenizing:
         length, limit = len(row.ids), self.max_length
         if length <= limit:
             return [row]
-        if self.long_samples == "truncate":
-            return [Labelled(row.ids[:limit], row.labels[:limit], row.aligned)]
-        if self.long_samples == "split":
-            return self._split(row)
         if self.long_samples == "error":
             self.faults.add(
                 f"{self.samples.items[index].place}: {length} tokens; expected at most {limit}; "
                 "shorten it, raise --max-length or choose another --long-samples"
             )
-        return []
-
-    def _split(self, row: Labelled) -> list[Labelled]:
-        opening = len(self.opening)
-        width = self.max_length - opening
-        chunks = []
-        for start in range(opening, len(row.ids), width):
-            ids = self.opening + row.ids[start : start + width]
-            labels = [IGNORED] * opening + row.labels[start : start + width]
-            if len(ids) >= 2:
-                chunks.append(Labelled(ids, labels, row.aligned))
-        return chunks
-
-    def _nothing_to_learn(self) -> str:
-        """Return the error that says whether the length or the mask took every supervised token."""
-        source, lost = self.samples.source, self.tally["supervised_tokens_lost"]
-        found = f"{source}: no supervised token is left in {len(self.samples.items)} rows"
-        if not lost:
-            return (
-                f"{found}: the mask of --train-on {self.renderer.train_on} covers all; expected "
-                "text to learn; add longer answers or pass --train-on all"
-            )
-        if self.long_samples == "drop":
-            return (
-                f"{found}: all are longer than --max-length {self.max_length}; expected shorter "
-                "ones; raise --max-length or pass --long-samples truncate"
-            )
-        return (
-            f"{found}: the prompts alone fill --max-length {self.max_length}; expected room for "
-            "the answers; raise --max-length"
-        )
-
-
-def supervised_count(labels: list[int]) -> int:
-    """Return the number of tokens that a loss is computed for; the first token never counts."""
-    return len(labels) - labels.count(IGNORED) - (bool(labels) and labels[0] != IGNORED)
+        if self.long_samples in ("error", "drop"):
+            return []
+        return self.maker.shorten(index, row, self.long_samples)
 
 
 @contextlib.contextmanager
@@ -418,22 +409,23 @@ def split_validation(
     part = _selected(tokenized, is_held, f"{fraction} {seed} held out")
     own = Counts(
         part.counts.shape,
+        part.counts.weighs,
         rows_read=part.counts.rows_kept,
         rows_kept=part.counts.rows_kept,
         tokens=part.counts.tokens,
-        supervised_tokens=part.counts.supervised_tokens,
+        weight=part.counts.weight,
     )
     return rest, replace(part, counts=own, dropped={})
 
 
 def _selected(tokenized: Tokenized, mask: Any, name: str) -> Tokenized:
     rows = tokenized.rows.select(numpy.flatnonzero(mask))
-    is_supervised = rows.is_supervised()
+    of_text = tokenized.counts.weighs == SUPERVISED_TOKENS
     counts = replace(
         tokenized.counts,
         rows_kept=len(numpy.unique(rows.column("row").to_numpy())),
-        tokens=len(is_supervised),
-        supervised_tokens=int(is_supervised.sum()),
+        tokens=sum(rows.lengths()),
+        weight=int(rows.is_supervised().sum()) if of_text else len(rows),
     )
     digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
     return replace(tokenized, rows=rows, counts=counts, fingerprint=digest)

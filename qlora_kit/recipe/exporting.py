@@ -128,13 +128,14 @@ def _verification_rows(
 
     if not config.verify_tokens:
         return None
-    tokenizer = opened.tokenizer
+    tokenizer, makes = opened.tokenizer, opened.task.makes
     pad = tokenizer.pad_token_id
     run = _config_of_run(config.adapter, announce)
     if config.data is not None:
-        named = tokenize(load_samples(config.data, "test", run), tokenizer, run or TokenOptions())
+        samples, options = load_samples(config.data, "test", run), run or TokenOptions()
+        named = tokenize(samples, tokenizer, options, makes=makes)
         return some_rows(named.rows, config.verify_tokens, pad, Path(config.data).name)
-    held_out = None if run is None else _held_out_rows(run, tokenizer, announce)
+    held_out = None if run is None else _held_out_rows(run, opened, announce)
     if held_out is None:
         return built_in_rows(tokenizer)
     return some_rows(held_out.rows, config.verify_tokens, pad, "validation rows of the run")
@@ -151,7 +152,7 @@ def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:
         return None
 
 
-def _held_out_rows(run: TrainConfig, tokenizer: Any, announce: Announce) -> Tokenized | None:
+def _held_out_rows(run: TrainConfig, opened: Opened, announce: Announce) -> Tokenized | None:
     """Return the validation rows of a run, where its data is still on this machine."""
     named = [name for name in (run.data, run.validation) if name is not None]
     try:
@@ -159,7 +160,7 @@ def _held_out_rows(run: TrainConfig, tokenizer: Any, announce: Announce) -> Toke
             # A folder of somebody else must not make this machine call anywhere.
             raise DataError("they are on the hub; name a file with --data")
         samples, validation = read_data(run, silent)
-        _, held_out = tokenize_data(samples, validation, tokenizer, run, silent)
+        _, held_out = tokenize_data(samples, validation, opened, run, silent)
     except (InputError, EnvironmentFault) as error:
         announce(Notice(f"the validation rows of the run are not used: {error.faults[0]}"))
         return None

@@ -128,7 +128,7 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     opened = open_tokenizer(config, announce, adapter_of(config), config.chat_template)
     if config.exact_match:
         check_generates(opened.task, "--exact-match")
-    rows = tokenize(samples, opened.tokenizer, config)
+    rows = tokenize(samples, opened.tokenizer, config, makes=opened.task.makes)
     announce(Notice(f"data: {rows.describe()}"))
     opened.check_positions(config, rows)
     base = opened.load(config, announce, choose_threads(config.threads))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_kit.config import (
     TrainConfig,
@@ -59,7 +59,7 @@ def token_rows(
                 "token; correct the template"
             )
         )
-    rows, held_out = tokenize_data(samples, validation, opened.tokenizer, config, announce)
+    rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
     return opened, rows, held_out
@@ -68,17 +68,18 @@ def token_rows(
 def tokenize_data(
     samples: Samples,
     validation: Samples | None,
-    tokenizer: Any,
+    opened: Opened,
     config: TrainConfig,
     announce: Announce,
 ) -> tuple[Tokenized, Tokenized | None]:
     """Tokenise, hold out validation rows, and say what became of every row."""
     from qlora_kit.data.tokens import split_validation, tokenize
 
-    rows = tokenize(samples, tokenizer, config)
+    tokenizer, makes = opened.tokenizer, opened.task.makes
+    rows = tokenize(samples, tokenizer, config, makes=makes)
     announce(Notice(f"data: {rows.describe()}"))
     if validation is not None:
-        held_out = tokenize(validation, tokenizer, config)
+        held_out = tokenize(validation, tokenizer, config, makes=makes)
         announce(Notice(f"validation: {held_out.describe()}"))
         return rows, held_out
     kept, split = split_validation(rows, config.validation_fraction, config.seed)

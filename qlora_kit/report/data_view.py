@@ -49,7 +49,7 @@ def summary_rows(survey: Survey) -> Rows:
         ("lengths", f"median {lengths.median:,}, 95 % up to {lengths.p95:,}, "
                     f"longest {lengths.longest:,}; --max-length {survey.max_length:,}"),
         ("cut", f"{counts.rows_truncated:,} truncated, {counts.rows_split:,} split, "
-                f"{counts.rows_dropped:,} dropped; lost: {counts.supervised_tokens_lost:,} "
+                f"{counts.rows_dropped:,} dropped; lost: {counts.weight_lost:,} "
                 "supervised tokens"),
         ("end token", f"{' or '.join(map(visible, ends.tokens)) or 'none'} at the end of what is "
                       f"learnt in {ends.rows:,} of {ends.of:,} token rows"),

@@ -132,7 +132,7 @@ def header(
         ("device", base.hardware.device_name),
         ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
         ("data", f"{samples.source}, {len(rows.rows):,} rows, "
-                 f"{rows.counts.supervised_tokens:,} supervised tokens"),
+                 f"{rows.counts.weight:,} {rows.counts.weighs.replace('_', ' ')}"),
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),
         ("batch", f"{batch} rows an optimiser step ({config.batch_size} × "
                   f"{config.gradient_accumulation_steps})"),

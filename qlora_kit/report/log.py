@@ -54,7 +54,7 @@ class Log:
             self._append(asdict(event))
         elif isinstance(event, StepFinished):
             if is_logged(event.optimizer_step, self._every):
-                self._append(asdict(event))
+                self._append(_step_row(event))
         elif isinstance(event, Evaluated):
             named = {"loss": "eval_loss"}
             self._append({named.get(name, name): value for name, value in asdict(event).items()})
@@ -75,6 +75,13 @@ class Log:
             if row["optimizer_step"] <= (evaluated_step if "eval_loss" in row else first_step - 1)
         ]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _step_row(event: StepFinished) -> dict[str, Any]:
+    """Return the row of a step; its weight is named after what is weighed."""
+    row = asdict(event)
+    del row["weighs"]
+    return {event.weighs if name == "weight" else name: value for name, value in row.items()}
 
 
 def is_logged(step: int, every: int) -> bool:

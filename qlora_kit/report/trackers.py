@@ -196,7 +196,7 @@ def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, flo
             "train/grad_norm": event.grad_norm,
             "train/epoch": event.epoch,
             "train/tokens_per_second": event.tokens / max(event.step_seconds, 1e-9),
-            "train/supervised_tokens": event.supervised_tokens,
+            f"train/{event.weighs}": event.weight,
             "train/memory_bytes": event.memory_bytes,
         }
     if isinstance(event, StepSkipped):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.data.batch import Batch, collate
+from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.loss import (
     CHUNK_TOKENS,
@@ -151,7 +152,8 @@ CAUSAL = Task(
     name="causal",
     loads=CAUSAL_LM,
     peft_type=TASK_TYPE,
-    weighs="supervised_tokens",
+    makes=TextRows,
+    weighs=SUPERVISED_TOKENS,
     unit="nats per token",
     metrics={"token_accuracy": ".2%"},
     of_loss=_perplexity,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from qlora_kit.data.tokens import MakesRows
 from qlora_kit.model.load import Base
 
 
@@ -102,6 +103,7 @@ class Task:
         name: of the task.
         loads: the class of transformers' that a base is loaded as.
         peft_type: `task_type` of PEFT's adapter_config.json.
+        makes: how a sample becomes token rows.
         weighs: the key of what its loss is a mean over, such as "supervised_tokens".
         unit: of the loss.
         metrics: what is measured beside the loss, each a mean over the weight: by name, how it
@@ -115,6 +117,7 @@ class Task:
     name: str
     loads: str
     peft_type: str
+    makes: MakesRows
     weighs: str
     unit: str
     metrics: Mapping[str, str]

@@ -169,7 +169,7 @@ def test_a_supervised_end_survives_padding_with_the_same_token() -> None:
     made = tokenize(samples_of(*items), tokenizer, TokenOptions(), cache=False)
     batch = collate(list(made.rows), tokenizer.pad_token_id)
     assert batch.labels[0].tolist().count(tokenizer.eos_token_id) == 1
-    assert batch.weight == made.counts.supervised_tokens
+    assert batch.weight == made.counts.weight
     assert batch.tokens == made.counts.tokens
 
 

@@ -259,7 +259,7 @@ def test_every_row_becomes_tokens(assets: Path, tokenizer: Any, case: Trains) ->
     finally:
         tokenizer.chat_template = before
     assert (counts.rows_read, counts.rows_kept) == (case.count, case.count)
-    assert counts.supervised_tokens > case.count
+    assert counts.weight > case.count
 
 
 def _load(path: Path | str, case: Trains) -> Samples:

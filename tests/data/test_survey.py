@@ -336,7 +336,7 @@ def test_a_first_token_is_supervised_for_nobody() -> None:
         flags = [piece.is_supervised for piece in row.pieces for _ in piece.ids]
         assert flags == [False] + [True] * (row.tokens - 1)
         assert row.supervised_tokens == row.tokens - 1
-    assert found.training.supervised_tokens == sum(row.supervised_tokens for row in found.shown)
+    assert found.training.weight == sum(row.supervised_tokens for row in found.shown)
 
 
 def test_what_is_lost_is_told_with_what_would_keep_it() -> None:

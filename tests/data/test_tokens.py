@@ -136,7 +136,7 @@ def test_a_boundary_that_cannot_be_divided_is_counted(monkeypatch: pytest.Monkey
     tokenizer = make_tokenizer()
     made = _rows(tokenizer, Pair("the t", "he ", "x:1"))
     assert made.counts.rows_unaligned == 1
-    assert made.counts.supervised_tokens
+    assert made.counts.weight
 
 
 class _WithoutOffsets:
@@ -245,9 +245,7 @@ def _check_sums(made: Tokenized) -> None:
     assert len(rows) == counts.rows_kept - counts.rows_split + counts.chunks
     assert counts.rows_kept == len({row["row"] for row in rows})
     assert counts.tokens == sum(len(row["input_ids"]) for row in rows)
-    assert counts.supervised_tokens == sum(
-        label != IGNORED for row in rows for label in row["labels"][1:]
-    )
+    assert counts.weight == sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
 def test_truncating_keeps_the_start(letters: Any) -> None:
@@ -258,7 +256,7 @@ def test_truncating_keeps_the_start(letters: Any) -> None:
     counts = made.counts
     assert (counts.rows_truncated, counts.rows_dropped) == (1, 1)
     # Of the first 9 + EOS, 6 are left; the third loses its answer and its EOS.
-    assert counts.supervised_tokens_lost == 4 + 2
+    assert counts.weight_lost == 4 + 2
     assert letters.eos_token_id not in made.rows[0]["labels"]
     _check_sums(made)
 
@@ -270,7 +268,7 @@ def test_dropping(letters: Any) -> None:
     )  # fmt: skip
     assert list(made.rows["row"]) == [1]
     assert (made.counts.rows_dropped, made.counts.rows_truncated) == (1, 0)
-    assert made.counts.supervised_tokens_lost == 10
+    assert made.counts.weight_lost == 10
     _check_sums(made)
 
 
@@ -286,7 +284,7 @@ def test_splitting_repeats_the_bos_and_loses_nothing(bos: str | None) -> None:
     assert [len(row) for row in rows] == ([8, 8, 8] if bos else [8, 8, 5])
     assert (made.counts.rows_split, made.counts.chunks) == (1, 3)
     # Without a BOS the first token of a later chunk has none before it that predicts it.
-    assert made.counts.supervised_tokens_lost == (0 if bos else 2)
+    assert made.counts.weight_lost == (0 if bos else 2)
     _check_sums(made)
 
 
@@ -299,7 +297,7 @@ def test_a_last_chunk_of_one_token_is_not_kept() -> None:
 def test_splitting_pairs_drops_the_chunks_of_the_prompt(letters: Any) -> None:
     made = _rows(letters, Pair("q" * 14, _letters(5), "x:1"), max_length=8, long_samples="split")
     assert (made.counts.rows_split, made.counts.chunks) == (1, 1)
-    assert made.counts.supervised_tokens == 6
+    assert made.counts.weight == 6
     _check_sums(made)
 
 
@@ -339,7 +337,7 @@ def test_counts_always_add_up(
         return
     _check_sums(made)
     counts = made.counts
-    assert counts.supervised_tokens + counts.supervised_tokens_lost == whole.supervised_tokens
+    assert counts.weight + counts.weight_lost == whole.weight
     assert max(len(row["input_ids"]) for row in made.rows) <= max_length
 
 
@@ -500,10 +498,7 @@ def test_validation_is_held_out_once_and_always_the_same() -> None:
     assert sorted(parts[0] + parts[1]) == list(range(240))
     assert len(parts[1]) == 12
     assert train.counts.tokens + validation.counts.tokens == made.counts.tokens
-    assert (
-        train.counts.supervised_tokens + validation.counts.supervised_tokens
-        == made.counts.supervised_tokens
-    )
+    assert train.counts.weight + validation.counts.weight == made.counts.weight
     for part in (train, validation):
         assert part.counts.rows_kept == len(part.rows)
         assert part.counts.tokens == sum(map(len, part.rows["input_ids"]))
@@ -614,7 +609,7 @@ def test_a_long_text_is_split(real: Any, assets: Path) -> None:
     samples = Samples([Text(text, "x:1")], Shape.TEXT, "x")
     made = tokenize(samples, real, TokenOptions(max_length=512), cache=False)
     _check_sums(made)
-    assert made.counts.supervised_tokens_lost == 0
+    assert made.counts.weight_lost == 0
     assert {len(ids) for ids in made.rows["input_ids"][:-1]} == {512}
     body = [token for ids in made.rows["input_ids"] for token in ids[1:]]
     assert _decode(real, body[:-1]).lstrip(" ") == text

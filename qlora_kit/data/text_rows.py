@@ -1,0 +1,104 @@
+"""Token rows of texts: rendered, encoded, and every supervised token a target.
+
+Takes samples and a tokenizer; yields labelled rows. A token is supervised if a loss is computed for
+it: no token comes before the first token of a row, so the first never counts. Never cuts a row that
+is not too long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qlora_kit.config import LongSamples, TokenOptions
+from qlora_kit.data.encode import IGNORED, Encoder, Labelled
+from qlora_kit.data.fields import Faults
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.template import Rendered, Renderer
+from qlora_kit.errors import DataError
+from qlora_kit.model.tokenizer import template_hash
+from qlora_kit.time_limit import many_limits
+
+SUPERVISED_TOKENS = "supervised_tokens"
+
+
+class TextRows:
+    """Makes rows of conversations, pairs and texts, see `tokens.RowMaker`."""
+
+    weighs: str = SUPERVISED_TOKENS
+
+    def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
+        self.samples = samples
+        self.renderer = Renderer(tokenizer, options.train_on, options.chat_template)
+        self.encoder = Encoder(tokenizer)
+        self.max_length = options.max_length
+        self.settings: Sequence[Any] = [self.renderer.train_on]
+        # Every row of this tokenizer starts with a BOS, and so does each chunk of a split row.
+        self.opening = [tokenizer.bos_token_id] if self.encoder.puts_bos else []
+        self.origin: Mapping[str, str | None] = {
+            "data": samples.content_hash(),
+            "tokenizer": self.encoder.content_hash(),
+            "template": template_hash(tokenizer),
+        }
+
+    def rows(self, indices: Sequence[int], faults: Faults) -> Iterator[tuple[int, Labelled]]:
+        """Yield the rows of samples: one, or one an answer where a template asks for it."""
+        rendered, sources = self._rendered(indices, faults)
+        return zip(sources, self.encoder.encode(rendered), strict=True)
+
+    def _rendered(self, indices: Sequence[int], faults: Faults) -> tuple[list[Rendered], list[int]]:
+        """Return the texts of samples, and for each text the index of its sample."""
+        rendered: list[Rendered] = []
+        sources: list[int] = []
+        with many_limits():
+            for index in indices:
+                try:
+                    texts = self.renderer.render(self.samples.items[index])
+                except DataError as error:
+                    faults.add(*error.faults)
+                    continue
+                rendered += texts
+                sources += [index] * len(texts)
+        return rendered, sources
+
+    def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
+        """Return the start of a row, or its chunks."""
+        if how == "split":
+            return self._split(row)
+        limit = self.max_length
+        return [Labelled(row.ids[:limit], row.labels[:limit], row.aligned)]
+
+    def _split(self, row: Labelled) -> list[Labelled]:
+        opening = len(self.opening)
+        width = self.max_length - opening
+        chunks = []
+        for start in range(opening, len(row.ids), width):
+            ids = self.opening + row.ids[start : start + width]
+            labels = [IGNORED] * opening + row.labels[start : start + width]
+            if len(ids) >= 2:
+                chunks.append(Labelled(ids, labels, row.aligned))
+        return chunks
+
+    def weight(self, labels: list[int]) -> int:
+        """Return the number of supervised tokens."""
+        return len(labels) - labels.count(IGNORED) - (bool(labels) and labels[0] != IGNORED)
+
+    def nothing_left(self, lost: int, how: LongSamples) -> str:
+        """Say whether the length or the mask took every supervised token."""
+        found = (
+            f"{self.samples.source}: no supervised token is left in {len(self.samples.items)} rows"
+        )
+        if not lost:
+            return (
+                f"{found}: the mask of --train-on {self.renderer.train_on} covers all; expected "
+                "text to learn; add longer answers or pass --train-on all"
+            )
+        if how == "drop":
+            return (
+                f"{found}: all are longer than --max-length {self.max_length}; expected shorter "
+                "ones; raise --max-length or pass --long-samples truncate"
+            )
+        return (
+            f"{found}: the prompts alone fill --max-length {self.max_length}; expected room for "
+            "the answers; raise --max-length"
+        )
