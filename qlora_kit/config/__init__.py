@@ -25,6 +25,7 @@ from qlora_kit.config.options import (
     RecordOptions,
     RunOptions,
     StepOptions,
+    TaskOptions,
     TemplateOption,
     TokenOptions,
     TrainConfig,
@@ -43,7 +44,7 @@ __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
     "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "Layer",
     "LongSamples", "LoraOptions", "OptimizerOptions", "Options", "PlanConfig", "QuantizeConfig",
-    "RecordOptions", "RunOptions", "StepOptions", "TemplateOption", "TokenOptions", "TrainConfig",
-    "by_heading", "compared", "declared", "field_names", "parse_size", "read_config_file",
-    "resolve", "that_decide",
+    "RecordOptions", "RunOptions", "StepOptions", "TaskOptions", "TemplateOption", "TokenOptions",
+    "TrainConfig", "by_heading", "compared", "declared", "field_names", "parse_size",
+    "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from qlora_kit.config.options import Options
 
-ChangeGroup = Literal["data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"]
+ChangeGroup = Literal[
+    "task", "data", "tokenizer", "base", "batch", "seed", "lora", "schedule", "precision"
+]
 """What `--allow-change` can name."""
 
 Decision = Literal[ChangeGroup, "shape", "length", "memory"]

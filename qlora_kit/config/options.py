@@ -24,6 +24,7 @@ from qlora_kit.config.decisions import ChangeGroup, Decision
 from qlora_kit.config.values import (
     as_meant,
     kinds_of,
+    parse_balanced_or_numbers,
     parse_digits,
     parse_list,
     parse_names,
@@ -54,6 +55,10 @@ _OPTIMIZER_NAMES = {
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SCHEDULER_NAMES = {"constant_with_warmup": "constant"}
 _TRAIN_ON_NAMES = {"all-turns": "completion", "all_turns": "completion", "last_turn": "last-turn"}
+_LABEL_KIND_NAMES = {
+    "single_label_classification": "single",
+    "multi_label_classification": "multi",
+}
 
 
 def _renamed(names: Mapping[str, str]) -> BeforeValidator:
@@ -62,6 +67,13 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
     )
 
 
+TaskName = Literal["causal", "classify"]
+LabelNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
+LabelKind = Annotated[Literal["auto", "single", "multi", "regression"], _renamed(_LABEL_KIND_NAMES)]
+ClassWeights = Annotated[
+    Literal["balanced"] | dict[str, Annotated[float, Field(gt=0), BeforeValidator(parse_number)]],
+    BeforeValidator(parse_balanced_or_numbers),
+]
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
 LongSamples = Literal["auto", "drop", "truncate", "split", "error"]
 ChangeNames = Annotated[tuple[ChangeGroup, ...], BeforeValidator(parse_list)]
@@ -262,11 +274,32 @@ class DataOptions(Options):
         also=["val_size", "val_set_size"], ge=0, lt=1, decides="data")  # fmt: skip
 
 
+class TaskOptions(Options):
+    """What a sample means."""
+
+    task: TaskName = option(
+        "causal", "causal: text to be learnt; classify: texts and their labels",
+        decides="task", leads=True,
+    )  # fmt: skip
+    labels: LabelNames = option(
+        (), "names of the labels in their order, separated by commas; default: those of the data",
+        decides="task",
+    )  # fmt: skip
+    label_kind: LabelKind = option(
+        "auto", "one label a sample, several, or a number; auto: by the data",
+        also=["problem_type"], decides="task",
+    )  # fmt: skip
+    class_weights: ClassWeights = option(
+        {}, "weights of labels in the loss, such as spam=3,other=1; balanced: all count alike",
+        decides="task",
+    )  # fmt: skip
+
+
 class RecordOptions(Options):
     """How the records of a data file are understood."""
 
     format: Literal[
-        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text"
+        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text", "classify"
     ] = option(
         "auto", "what a record is; auto: by its fields", also=["dataset_format"],
         decides="data", known_by_result=True,
@@ -465,6 +498,7 @@ class TrainConfig(
     StepOptions,
     TokenOptions,
     RecordOptions,
+    TaskOptions,
     DataOptions,
     LoraOptions,
     BaseModelOptions,

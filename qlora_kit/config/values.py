@@ -142,6 +142,15 @@ def parse_numbers(value: Any) -> Any:
     return _parse_pairs(value, r"(.+)=([^=]+)", "expected name=number")
 
 
+def parse_balanced_or_numbers(value: Any) -> Any:
+    """Return the word "balanced" as it is, and any other value as `parse_numbers` does.
+
+    Raises:
+        ValueError: a part of the text is no `name=number`.
+    """
+    return value if value == "balanced" else parse_numbers(value)
+
+
 def parse_names(value: Any) -> Any:
     """Return the pairs of `name=value,…` as a mapping; any other value as it is.
 
