@@ -7,7 +7,8 @@ exists, as in training.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from qlora_kit.lora.several import PerRow
 from qlora_kit.model.halving import batches_that_fit
 from qlora_kit.model.load import Base
 from qlora_kit.tasks.causal import CAUSAL
-from qlora_kit.tasks.task import Objective, RowSums, Task
+from qlora_kit.tasks.task import Figures, Objective, RowSums, Task
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Evaluation:
         weight: what was measured, counted as the task does: supervised tokens, or rows.
         rows: number of rows measured.
         batch_size: rows a batch at the end; fewer than asked for where memory ran out.
+        details: tables of the task, such as the figures of each label.
     """
 
     loss: float
@@ -39,6 +41,7 @@ class Evaluation:
     weight: int
     rows: int
     batch_size: int
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def evaluate(
     """
     rows = TokenRows.of(rows)
     objective = task.objective(base, pad_token_id, chunk_tokens, None)
-    return _measure(objective, rows, batch_size, announce, per_row).of(range(len(rows)))
+    sums = _measure(objective, rows, batch_size, announce, per_row)
+    return sums.of(range(len(rows)), objective, rows)
 
 
 @torch.no_grad()
@@ -105,8 +109,8 @@ def evaluate_mixed(
     of_name: dict[str | None, list[int]] = {}
     for row, name in enumerate(per_row.names):
         of_name.setdefault(name, []).append(row)
-    by_adapter = {name: sums.of(indices) for name, indices in of_name.items()}
-    return MixedEvaluation(sums.of(range(len(rows))), by_adapter)
+    by_adapter = {name: sums.of(chosen, objective, rows) for name, chosen in of_name.items()}
+    return MixedEvaluation(sums.of(range(len(rows)), objective, rows), by_adapter)
 
 
 class _Sums:
@@ -121,6 +125,7 @@ class _Sums:
         self.rows, self.batch_size = rows, batch_size
         self.weight, self.loss = torch.zeros(2, rows, dtype=torch.float64)
         self.metrics: dict[str, Tensor] = {}
+        self.outputs: Tensor | None = None
 
     def add(self, indices: Sequence[int], found: RowSums) -> None:
         """Take what was measured of some rows; `indices` are theirs among all rows."""
@@ -129,14 +134,24 @@ class _Sums:
         for name, values in found.metrics.items():
             sums = self.metrics.setdefault(name, torch.zeros(self.rows, dtype=torch.float64))
             sums[chosen] = values
+        if found.outputs is not None:
+            if self.outputs is None:
+                self.outputs = found.outputs.new_empty(self.rows, *found.outputs.shape[1:])
+            self.outputs[chosen] = found.outputs
 
-    def of(self, rows: Sequence[int]) -> Evaluation:
-        """Return the means over some of the rows."""
-        chosen = torch.tensor(rows)
+    def of(self, some: Sequence[int], objective: Objective, rows: TokenRows) -> Evaluation:
+        """Return the means over some of the rows, and their figures."""
+        chosen = torch.tensor(some)
         count = int(self.weight[chosen].sum())
         loss = float(self.loss[chosen].sum()) / count
         means = {name: float(sums[chosen].sum()) / count for name, sums in self.metrics.items()}
-        return Evaluation(loss, means, count, len(rows), self.batch_size)
+        figures: Figures = {}
+        if self.outputs is not None:
+            figures = objective.figures(self.outputs[chosen], [rows[index] for index in some])
+        numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+        tables = {name: value for name, value in figures.items() if name not in numbers}
+        metrics = {**means, **numbers}
+        return Evaluation(loss, metrics, count, len(some), self.batch_size, tables)
 
 
 def _measure(

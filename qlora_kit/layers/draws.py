@@ -42,12 +42,13 @@ class Draws:
         """Return which inputs of a layer are kept: bool (B · T, D).
 
         Args:
-            shape: of the input, (B, T, D).
+            shape: of the input, (B, T, D), or (B, D) for one state a row.
             layer: its number among the layers with LoRA.
             keep: probability that one is kept.
             device: of the input.
         """
-        rows, tokens, width = shape
+        rows, width = shape[0], shape[-1]
+        tokens = shape[1] if len(shape) > 2 else 1
         kept = torch.empty(rows, tokens, width, dtype=torch.bool, device=device)
         drawn = torch.empty(max(self.tokens, tokens), width, dtype=torch.bool, device=device)
         generator = _generator(device)

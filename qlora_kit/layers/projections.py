@@ -74,13 +74,18 @@ class Projection:
 
 
 def projections(model: nn.Module) -> dict[str, Projection]:
-    """Return the layers that can carry LoRA by path, in the order of the model."""
+    """Return the layers that can carry LoRA by path, in the order of the model.
+
+    Those of a head are not among them: a language model's is not quantised with the layers, and a
+    classifier's is trained whole.
+    """
     head = _part(model, "get_output_embeddings")
+    base = base_prefix(model)
     stacked = {each for stack in stacks(model).values() for each in stack}
     found = {
         path: Projection(path, layer, group_of(path), is_expert=module in stacked)
         for path, module in model.named_modules()
-        if module is not head and (layer := _layer_of(module)) is not None
+        if module is not head and path.startswith(base) and (layer := _layer_of(module)) is not None
     }
     # A layer inside of what is around it was found under the path of that one already.
     inner = {f"{path}.frozen" for path in found}
@@ -126,6 +131,12 @@ def _layer_of(module: nn.Module) -> nn.Linear | FrozenLinear | None:
     """Return the layer that a module is, or that it is around."""
     layer = getattr(module, "frozen", module)
     return layer if isinstance(layer, nn.Linear | FrozenLinear) else None
+
+
+def base_prefix(model: nn.Module) -> str:
+    """Return what the paths of a model of transformers begin with, but for those of its heads."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
 
 def _part(model: nn.Module, getter: str) -> nn.Module | None:

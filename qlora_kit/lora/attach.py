@@ -28,6 +28,8 @@ from qlora_kit.model.load import Base
 ALL_LINEAR = "all-linear"
 # PEFT's word for causal language modelling.
 TASK_TYPE = "CAUSAL_LM"
+# Of a fresh layer whose architecture does not say it.
+_STD = 0.02
 Number = TypeVar("Number", int, float)
 
 _DEFAULTS = LoraOptions()
@@ -256,13 +258,14 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             number=number,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
-    return Adapter(base, spec, layers, _train_whole(base, spec, layers))
+    return Adapter(base, spec, layers, _train_whole(base, spec, layers, generator))
 
 
 def _train_whole(
-    base: Base, spec: LoraSpec, layers: Mapping[str, LoRALinear]
+    base: Base, spec: LoraSpec, layers: Mapping[str, LoRALinear], generator: torch.Generator
 ) -> dict[str, TrainedLinear]:
     whole = {}
+    std = float(getattr(base.model.config, "initializer_range", _STD))
     for path in spec.whole:
         layer = base.model.get_submodule(path)
         if path in layers or not isinstance(layer, FrozenLinear):
@@ -273,6 +276,10 @@ def _train_whole(
                 "trained whole"
             )
         whole[path] = TrainedLinear(layer)
+        if f"{path}.weight" in base.fresh:
+            # Drawn in host memory: the same values on every device.
+            drawn = torch.empty(whole[path].weight.shape).normal_(0, std, generator=generator)
+            whole[path].weight.data.copy_(drawn)
         base.model.set_submodule(path, whole[path])
     return whole
 

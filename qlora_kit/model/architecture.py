@@ -28,6 +28,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.layers.experts import Stack, run_experts
 from qlora_kit.layers.frozen import TransposedLinear
 from qlora_kit.layers.projections import projections, vocabulary_paths
+from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
     as_list,
@@ -45,6 +46,10 @@ from qlora_kit.time_limit import TimeUp, time_limit
 CAUSAL_LM = "AutoModelForCausalLM"
 # Where a larger share of the weights stays unquantised, the promised memory cannot be kept.
 _UNQUANTIZED_LIMIT = 0.05
+_EXPECTED = {
+    CAUSAL_LM: "a causal language model of transformers",
+    SEQUENCE_CLASSIFICATION: "a model that transformers has a classifier of",
+}
 # How transformers calls `run_experts`.
 _ONE_BY_ONE = "qlora_kit"
 # To build 1,024 layers, the most that are allowed, takes 1 s.
@@ -142,7 +147,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
     try:
         with (
             time_limit(_BUILD_SECONDS),
-            model_errors(name, "a causal language model of transformers"),
+            model_errors(name, _EXPECTED.get(loads, "a model of transformers")),
         ):
             with torch.device("meta"):
                 kind: Any = getattr(transformers, loads)

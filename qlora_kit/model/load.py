@@ -7,7 +7,7 @@ reads it again to merge. Never holds the checkpoint as a whole, never upcasts in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from qlora_kit.model.architecture import (
     unquantized_share,
 )
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
+from qlora_kit.model.class_head import ClassHead, fresh_value, head_layers, may_be_fresh
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.hardware import Hardware, dtype_name
 from qlora_kit.model.head import verify_head
@@ -58,6 +59,7 @@ class BaseSpec:
         quantization: how its weights are held.
         random: random weights instead of the stored ones.
         loads: the class of transformers' that it is loaded as.
+        classes: what the outputs of a classifier mean; None for other models.
     """
 
     source: ModelSource
@@ -65,9 +67,16 @@ class BaseSpec:
     quantization: Quantization
     random: bool = False
     loads: str = CAUSAL_LM
+    classes: ClassHead | None = None
 
     def architecture(self) -> PreTrainedConfig:
         """Return the architecture, from the folder or from `configs/`."""
+        architecture = self._stored_architecture()
+        if self.classes is not None:
+            self.classes.configure(architecture)
+        return architecture
+
+    def _stored_architecture(self) -> PreTrainedConfig:
         if self.folder is not None:
             return read_architecture(self.folder)
         if self.source.architecture is None:
@@ -130,6 +139,7 @@ class Base:
         parameters: number of weights, tied ones counted once, however they are packed.
         unquantized_share: of the weights outside embeddings and head.
         placement: how embedding and head are held.
+        fresh: the parameters of a classifier that its checkpoint has no values for.
     """
 
     model: PreTrainedModel
@@ -139,6 +149,7 @@ class Base:
     parameters: int
     unquantized_share: float
     placement: Placement = Placement(embedding_on_cpu=False)
+    fresh: frozenset[str] = frozenset()
 
     @property
     def quantization(self) -> Quantization:
@@ -235,7 +246,11 @@ def frozen_tensors(
     stored = None if spec.random else stored_quantization(skeleton.config)
     quantization = Quantization(bits=16) if stored else spec.quantization
     assemblies = assemble(source.names, skeleton)
-    _check_names(assemblies, expected, tied, spec)
+    fresh: list[str] = []
+    if spec.classes is not None:
+        assemblies = [each for each in assemblies if _is_of(each, skeleton)]
+        fresh = [name for name in _missing(assemblies, skeleton) if may_be_fresh(skeleton, name)]
+    _check_names(assemblies, expected.keys() - set(fresh), tied, spec)
 
     def read(name: str) -> Tensor:
         tensor = source.read(name)
@@ -257,6 +272,41 @@ def frozen_tensors(
                 is_own = source.gives_own
                 yield name, freeze(name, tensor, name in linear, quantization, where, is_own=is_own)
         announce(LoadProgress(done, len(assemblies)))
+    for name in fresh:
+        own = fresh_value(skeleton, name).to(device)
+        yield name, PlainWeight(own) if name in linear else own
+
+
+def _is_of(assembly: Assembly, skeleton: PreTrainedModel) -> bool:
+    """Whether a classifier has the part that a tensor belongs to: it has no language head."""
+    path = assembly.target.rpartition(".")[0]
+    try:
+        skeleton.get_submodule(path)
+    except AttributeError:
+        return not may_be_fresh(skeleton, assembly.target)
+    return True
+
+
+def _missing(assemblies: list[Assembly], skeleton: PreTrainedModel) -> list[str]:
+    found = {name for assembly in assemblies for name in assembly.parameters}
+    return [name for name, _ in skeleton.named_parameters() if name not in found]
+
+
+def fresh_parameters(spec: BaseSpec, skeleton: PreTrainedModel) -> frozenset[str]:
+    """Return the parameters of a classifier that its checkpoint has no values for; reads none."""
+    if spec.classes is None or spec.random:
+        return frozenset()
+    assemblies = assemble(open_tensors(spec, skeleton, torch.device("cpu")).names, skeleton)
+    missing = _missing(assemblies, skeleton)
+    return frozenset(name for name in missing if may_be_fresh(skeleton, name))
+
+
+def trained_whole(spec: BaseSpec) -> tuple[str, ...]:
+    """Return the paths of the linear layers that a classifier trains whole; none of others."""
+    if spec.classes is None:
+        return ()
+    skeleton = spec.skeleton()
+    return head_layers(skeleton, fresh_parameters(spec, skeleton))
 
 
 def freeze(
@@ -283,12 +333,12 @@ def freeze(
 
 
 def _check_names(
-    assemblies: list[Assembly], expected: dict[str, Tensor], tied: dict[str, str], spec: BaseSpec
+    assemblies: list[Assembly], expected: Set[str], tied: dict[str, str], spec: BaseSpec
 ) -> None:
     found = {name for a in assemblies if a.converter is None for name in a.parameters}
     made = [a.target for a in assemblies if a.converter is not None]
-    surplus = sorted(found - expected.keys())
-    missing = sorted(expected.keys() - found - tied.keys()) if not made else []
+    surplus = sorted(found - expected)
+    missing = sorted(expected - found - tied.keys()) if not made else []
     faults = [
         f"{spec.source.name}: {what} tensors in the checkpoint ({len(names)}): "
         f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}; {remedy}"
@@ -348,14 +398,16 @@ def load_base(
     model = spec.skeleton()
     share = unquantized_share(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    fresh = fresh_parameters(spec, model)
     digest = Digest()
     placement = (placement or Placement()).resolved(hardware.device, tied=is_tied(model))
     on_host = names_on_host(model, placement)
     tensors = frozen_tensors(spec, model, hardware.device, digest, announce, on_host)
     with memory_returned(), torch.no_grad():
         fill(model, tensors, hardware, head_quantization(spec, placement))
-        verify_head(model, hardware)
-    return Base(model, spec, hardware, digest.hexdigest(), parameters, share, placement)
+        if model.get_output_embeddings() is not None:
+            verify_head(model, hardware)
+    return Base(model, spec, hardware, digest.hexdigest(), parameters, share, placement, fresh)
 
 
 def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | None:
@@ -372,7 +424,7 @@ def names_on_host(model: PreTrainedModel, placement: Placement) -> frozenset[str
     modules = []
     if placement.embedding_on_cpu:
         modules.append(model.get_input_embeddings())
-    if placement.head_bits != 16:
+    if placement.head_bits != 16 and model.get_output_embeddings() is not None:
         modules.append(model.get_output_embeddings())
     return frozenset(f"{_path_of(model, module)}.weight" for module in modules)
 
@@ -395,15 +447,17 @@ def fill(
     Raises:
         ModelError: a tensor is missing.
     """
-    head_path = _path_of(model, model.get_output_embeddings())
+    output = model.get_output_embeddings()
     empty = set(model.state_dict(keep_vars=True)) - set(model.all_tied_weights_keys or {})
     for name, value in tensors:
         _place(model, name, value, hardware)
         empty.discard(name)
     if empty:
         raise ModelError(f"not filled by the checkpoint: {', '.join(sorted(empty)[:5])}")
-    _share_tied(model, head_path)
-    if head is not None:
+    if output is not None:
+        head_path = _path_of(model, output)
+        _share_tied(model, head_path)
+    if output is not None and head is not None:
         stored = model.get_submodule(head_path)
         model.set_submodule(head_path, quantize_head(stored, head, hardware.device))
     _move_buffers(model, hardware.device)

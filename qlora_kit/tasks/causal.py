@@ -30,7 +30,7 @@ from qlora_kit.lora.attach import TASK_TYPE
 from qlora_kit.model.architecture import CAUSAL_LM
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base
-from qlora_kit.tasks.task import RowSums, Task
+from qlora_kit.tasks.task import Figures, RowSums, Task
 
 # exp() of more is beyond fp64.
 _MOST_EXPONENT = 700
@@ -141,6 +141,10 @@ class CausalObjective:
         weight = summed(torch.ones(len(row_of)))
         correct = {"token_accuracy": summed(measured.is_top)}
         return RowSums(weight, -summed(measured.logprobs), correct)
+
+    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
+        """See `Objective`: all that is measured are sums, and no outputs are kept."""
+        return {}
 
 
 def _perplexity(loss: float) -> dict[str, tuple[float, str]]:

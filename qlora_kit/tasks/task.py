@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.data.tokens import MakesRows
+from qlora_kit.model.class_head import ClassHead
 from qlora_kit.model.load import Base
 
 
@@ -53,11 +54,13 @@ class RowSums(NamedTuple):
         weight: what the row's sums are over, counted.
         loss: summed.
         metrics: sums by the names of `Task.metrics`.
+        outputs: what `Objective.figures` asks for of each row, (B, M), of any dtype; or None.
     """
 
     weight: Tensor
     loss: Tensor
     metrics: Mapping[str, Tensor]
+    outputs: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -94,6 +97,14 @@ class Objective(Protocol):
         """Return what was measured of a batch, summed by row."""
         ...
 
+    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
+        """Return what no sum over rows gives, such as a macro-F1, where outputs were kept."""
+        ...
+
+
+Figures = Mapping[str, Any]
+"""Figures by name: numbers, and tables of them."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -106,12 +117,13 @@ class Task:
         makes: how a sample becomes token rows.
         weighs: the key of what its loss is a mean over, such as "supervised_tokens".
         unit: of the loss.
-        metrics: what is measured beside the loss, each a mean over the weight: by name, how it
-            is printed.
+        metrics: what is measured beside the loss, by name, how it is printed: means over the
+            weight, and figures of all rows together.
         of_loss: figures that follow from the loss: by name, the value and how it is printed.
         generates: whether its models write text.
         objective: binds it to a loaded base; takes the token that fills short rows, the tokens
             whose logits exist at one time, and a custom loss or None.
+        classes: what the outputs of a classifier mean; None for other models.
     """
 
     name: str
@@ -124,3 +136,4 @@ class Task:
     of_loss: Callable[[float], Mapping[str, tuple[float, str]]]
     generates: bool
     objective: Callable[[Base, int, int, Any], Objective]
+    classes: ClassHead | None = None

@@ -1,0 +1,235 @@
+"""Classification: a text, or a pair of texts, has one label, several, or a number.
+
+Takes a loaded classifier and batches of texts with their targets; returns sums over rows. The
+model's own forward makes the logits, so that what is exported computes the same in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_kit.data.batch import Indices
+from qlora_kit.data.tokens import MakesRows
+from qlora_kit.layers.loss import CHUNK_TOKENS
+from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead, is_encoder
+from qlora_kit.model.load import Base
+from qlora_kit.tasks.scores import class_figures, number_figures
+from qlora_kit.tasks.task import Figures, RowSums, Task
+
+LABELS = "labels"
+_CLASS_METRICS = {"accuracy": ".2%", "macro_f1": ".4f"}
+_NUMBER_METRICS = {"rmse": ".4f", "mae": ".4f", "pearson": ".4f", "spearman": ".4f"}
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+"""Takes logits (B, K) in fp32 and targets, see `LabelledBatch`; returns a sum over the rows."""
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """One micro-batch of texts, padded on the right, with the target of each."""
+
+    input_ids: Tensor
+    """(B, T) int64, in host memory"""
+    lengths: tuple[int, ...]
+    """(B,) tokens of each row, without padding"""
+    rows: Indices
+    """index of the source sample of each row"""
+    targets: Tensor
+    """(B,) int64 classes; (B, K) fp32 of ones and zeros for several labels; (B,) fp32 numbers"""
+    mask: Tensor | None = None
+    """(B, T) int64, 1 for a token; None where no token sees padding"""
+    token_types: Tensor | None = None
+    """(B, T) int64, which of two texts a token is of; None where the model does not ask"""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; the batch may be wider."""
+        return max(self.lengths)
+
+    @property
+    def weight(self) -> int:
+        """Rows: each has one loss."""
+        return len(self.lengths)
+
+    def to(self, device: torch.device | str) -> LabelledBatch:
+        """Return the batch on another device, but for its ids, which the embedding fetches."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        targets = self.targets.to(device, non_blocking=True)
+        types = moved(self.token_types)
+        return replace(self, targets=targets, mask=moved(self.mask), token_types=types)
+
+
+class Measured(NamedTuple):
+    """Logits (B, K) and the loss of each row (B,), fp32."""
+
+    logits: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class ClassifyObjective:
+    """Classification on a loaded base.
+
+    Attributes:
+        base: a classifier, with or without an adapter.
+        pad_token_id: fills short rows of a batch; no token of an encoder sees it.
+        chunk_tokens: not used: there is no matrix of logits.
+        loss: custom loss of logits and targets; that of `kind` if None.
+        class_weights: weight of each label in the loss; all the same if empty.
+    """
+
+    base: Base
+    pad_token_id: int = 0
+    chunk_tokens: int = CHUNK_TOKENS
+    loss: RowLoss | None = None
+    class_weights: tuple[float, ...] = field(default=())
+
+    @property
+    def classes(self) -> ClassHead:
+        """What the outputs mean."""
+        assert self.base.spec.classes is not None, "loaded as a classifier"
+        return self.base.spec.classes
+
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> LabelledBatch:
+        """See `Objective`; padded to a width that suits the device."""
+        lengths = tuple(len(row["input_ids"]) for row in rows)
+        width = self.base.batch_width(max(lengths))
+        types = _padded([row.get("token_types") for row in rows], width, 0)
+        ids = _padded([row["input_ids"] for row in rows], width, self.pad_token_id)
+        assert ids is not None
+        targets = self._targets([row["labels"] for row in rows])
+        sources = tuple(int(row["row"]) for row in rows)
+        return LabelledBatch(ids, lengths, sources, targets, self._mask(lengths, width), types)
+
+    def _mask(self, lengths: Sequence[int], width: int) -> Tensor | None:
+        """Return which tokens are none of the padding; None where nothing would see it."""
+        if min(lengths) == width or not is_encoder(self.base.model.config):
+            return None
+        return (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+
+    def _targets(self, labels: Sequence[Sequence[float]]) -> Tensor:
+        if self.classes.kind == "single":
+            return torch.tensor([int(label) for (label,) in labels])
+        if self.classes.kind == "regression":
+            return torch.tensor([float(number) for (number,) in labels])
+        targets = torch.zeros(len(labels), len(self.classes.names))
+        for row, chosen in enumerate(labels):
+            targets[row, [int(label) for label in chosen]] = 1.0
+        return targets
+
+    def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> LabelledBatch:
+        """See `Objective`: as padded as a batch can be, which takes the most."""
+        width = self.base.batch_width(tokens)
+        ids = torch.zeros(rows, width, dtype=torch.int64, device="cpu")
+        kind, names = self.classes.kind, self.classes.names
+        targets = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        if kind == "multi":
+            targets = torch.zeros(rows, len(names), device="cpu")
+        elif kind == "regression":
+            targets = torch.zeros(rows, device="cpu")
+        is_padded = rows > 1 and is_encoder(self.base.model.config)
+        mask = torch.ones(rows, width, dtype=torch.int64, device="cpu") if is_padded else None
+        return LabelledBatch(ids, (tokens,) * rows, tuple(range(rows)), targets, mask)
+
+    def _logits(self, batch: LabelledBatch) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.mask}
+        if batch.token_types is not None:
+            inputs["token_type_ids"] = batch.token_types
+        logits: Tensor = self.base.model(**inputs).logits
+        return logits.float()
+
+    def loss_sum(self, batch: LabelledBatch) -> Tensor:
+        """See `Objective`: summed over rows."""
+        where = batch.to(self.base.hardware.device)
+        logits = self._logits(where)
+        if self.loss is not None:
+            return self.loss(logits, where.targets)
+        return self._row_losses(logits, where.targets).sum()
+
+    def _row_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each row, (B,): cross-entropy, the labels' mean of it, or a square."""
+        weights = torch.tensor(self.class_weights, device=logits.device)
+        if self.classes.kind == "regression":
+            return F.mse_loss(logits.squeeze(1), targets, reduction="none")
+        if self.classes.kind == "multi":
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            return (losses * weights if len(weights) else losses).mean(1)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses * weights[targets] if len(weights) else losses
+
+    @torch.no_grad()
+    def measured(self, batch: LabelledBatch) -> Measured:
+        """See `Objective`."""
+        where = batch.to(self.base.hardware.device)
+        logits = self._logits(where)
+        return Measured(logits, self._row_losses(logits, where.targets))
+
+    def row_sums(self, batch: LabelledBatch, measured: Measured) -> RowSums:
+        """See `Objective`; the logits are kept, as no sum over rows gives a macro-F1."""
+        ones = torch.ones(batch.weight, dtype=torch.float64)
+        return RowSums(ones, measured.losses.double().cpu(), {}, measured.logits.cpu())
+
+    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
+        """See `Objective`; the outputs are the logits of each row, (rows, K)."""
+        targets = self._targets([row["labels"] for row in rows])
+        if self.classes.kind == "regression":
+            return number_figures(outputs.squeeze(1), targets)
+        if self.classes.kind == "multi":
+            return class_figures((outputs > 0).long(), targets.long(), self.classes.names)
+        return class_figures(outputs.argmax(1), targets, self.classes.names)
+
+
+def classify(classes: ClassHead, makes: MakesRows, class_weights: tuple[float, ...] = ()) -> Task:
+    """Return the task of texts with these labels.
+
+    Args:
+        classes: the labels.
+        makes: turns samples into token rows with their targets.
+        class_weights: weight of each label in the loss; all the same if empty.
+    """
+    is_number = classes.kind == "regression"
+    return Task(
+        name="classify",
+        loads=SEQUENCE_CLASSIFICATION,
+        peft_type="SEQ_CLS",
+        makes=makes,
+        weighs=LABELS,
+        unit="squared" if is_number else "nats per row",
+        metrics=_NUMBER_METRICS if is_number else _CLASS_METRICS,
+        of_loss=lambda loss: {},
+        generates=False,
+        objective=partial(_bound, class_weights=class_weights),
+        classes=classes,
+    )
+
+
+def _bound(
+    base: Base, pad_token_id: int, chunk_tokens: int, loss: RowLoss | None, **own: Any
+) -> ClassifyObjective:
+    return ClassifyObjective(base, pad_token_id, chunk_tokens, loss, **own)
+
+
+def _padded(rows: Sequence[Any], width: int, fill: int) -> Tensor | None:
+    """Return rows of numbers as one tensor (B, T), padded on the right; None where all are."""
+    if all(row is None for row in rows):
+        return None
+    padded = torch.full((len(rows), width), fill, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        if row is not None:
+            padded[number, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return padded
