@@ -20,7 +20,7 @@ _SCALE, _LAYERS = 8, 4
 
 
 def source_of(run: dict[str, Any]) -> Any:
-    """Return a run's model; if `scaled`, with an eighth of width and vocabulary, and four layers."""
+    """Return a run's model; `scaled` has an eighth of the width and vocabulary, and four layers."""
     import qlora_kit as qk
 
     source = qk.find_model(run["model"])

@@ -82,7 +82,7 @@ def simulate(architecture: Any, run: dict[str, Any], *, for_gpu: bool) -> dict[s
 
 
 def _pack_nothing(layer: Any, _: Callable[[], Tensor], device: torch.device) -> None:
-    """Give a layer packed tensors of the right sizes, as plain parameters instead of `Params4bit`."""
+    """Give a layer packed tensors of the right sizes; they are plain parameters here."""
     shape = (layer.out_features, layer.in_features)
     sized = empty_4bit(shape, Quantization(4), device)
     second = QuantState(

@@ -126,7 +126,7 @@ def save_model(settings: dict[str, Any], folder: Path) -> None:
 
 
 def token_rows(settings: dict[str, Any]) -> list[list[int]]:
-    """Return one row as often as the steps need it; sides that shuffle rows still learn the same."""
+    """Return one row as often as steps need it, so that sides that shuffle still learn the same."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
