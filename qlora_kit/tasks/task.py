@@ -107,8 +107,8 @@ class Task:
     Attributes:
         name: the name of the task.
         loads: the class of transformers that a base is loaded as.
-        peft_type: `task_type` in PEFT's adapter_config.json.
-        weighs: the units that the loss is a mean over, as a key: "supervised_tokens".
+        peft_type: `task_type` of PEFT's adapter_config.json.
+        weighs: the key of what its loss is a mean over, such as "supervised_tokens".
         unit: the unit of the loss, in words.
         metrics: the format of each metric beside the loss, by name. Each is a mean over the weight.
         of_loss: computes the figures that follow from the loss: value and format, by name.
