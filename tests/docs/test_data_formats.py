@@ -1,4 +1,4 @@
-"""The examples on formats, columns and faults in docs/data.md run and print what they say."""
+"""The examples on formats, columns and faults in docs/data.md run, and print the stated lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECTIONS = ("Formats: what a file may be", "Other names", "What is refused")
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: its language, the file it is, and what is in it."""
+    """A code block: its language, the name of its file, and its content."""
 
     language: str
     file: str
