@@ -1,10 +1,10 @@
-"""Predict which rows fit which card: the table of the README.
+"""Predict the longest row that fits each card: the table of the README.
 
     python benchmarks/cards.py
 
-For each model, the longest row of one micro-batch whose whole run fits a card of that size, with
-everything exact that needs less memory, the context and the margin that `qlora-kit plan --vram`
-allows for. Predicted for a CUDA GPU in bf16; measured on none.
+For each model and card, it finds the longest row, one row a micro-batch, with which the whole run
+fits the card. Every reducer that keeps the loss exact is on, and the context and the margin of
+`qlora-kit plan --vram` are added. Predicted for a CUDA GPU in bf16; measured on none.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def row(model: str, bits: str, cards: list[str]) -> dict[str, Any]:
 
 
 def predicted(model: str, bits: int, length: int) -> int:
-    """Return the peak of a run on the device, load and evaluation included."""
+    """Return the peak bytes of a run on the device, with loading and evaluation."""
     import qlora_kit as qk
     from qlora_kit.plan.simulate import predict
     from qlora_kit.plan.subject import RowSizes, Subject, planned_hardware

@@ -1,4 +1,4 @@
-"""The time of what a device computes: CUDA events on a GPU, the processor's clock on a CPU."""
+"""Clocks for the work of a device: CUDA events on a GPU, the processor's clock on a CPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Clock(Protocol):
     """Takes marks between pieces of work."""
 
     def mark(self) -> None:
-        """Mark this point of the work that was given to the device."""
+        """Mark this point in the work of the device."""
         ...
 
     def seconds(self) -> list[float]:
-        """Wait for the work, and return the time from each mark to the next; forget the marks."""
+        """Wait for the work, return the time from each mark to the next, and forget the marks."""
         ...
 
 
@@ -28,7 +28,7 @@ def clock_of_this_machine() -> Clock:
 
 
 class GpuClock:
-    """Events in the queue of the computing stream: the host waits for none of them."""
+    """Puts events into the queue of the computing stream, so marking does not wait for the GPU."""
 
     def __init__(self) -> None:
         self._marks: list[Any] = []
@@ -51,7 +51,7 @@ class GpuClock:
 
 
 class CpuClock:
-    """A CPU has done its work when the call returns."""
+    """Reads the processor's clock: a CPU has done its work when a call returns."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
@@ -67,7 +67,7 @@ class CpuClock:
 
 
 def timed(clock: Clock, work: Callable[[], Any]) -> float:
-    """Return how long the device takes for a piece of work."""
+    """Return the seconds that the device takes for a piece of work."""
     clock.mark()
     work()
     clock.mark()
@@ -75,14 +75,14 @@ def timed(clock: Clock, work: Callable[[], Any]) -> float:
 
 
 def matmul_rate(clock: Clock, size: int, rounds: int = 30) -> float:
-    """Return the floating-point operations a second of a bf16 product, the best of the rounds.
+    """Return the floating-point operations a second of a bf16 product, in the best of the rounds.
 
-    Random numbers: products of zeros run faster than any others on a GPU.
+    The numbers are random: on a GPU products of zeros run faster than others.
 
     Args:
-        clock: of the device.
-        size: rows and columns; 8,192 fills a large GPU.
-        rounds: products.
+        clock: a clock for the device.
+        size: rows and columns of the matrices; 8,192 fills a large GPU.
+        rounds: number of products.
     """
     import torch
 

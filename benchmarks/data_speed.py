@@ -3,14 +3,16 @@ r"""Compare reading and tokenising a large file with a bare script that does the
     python benchmarks/data_speed.py [--rows 200000] [--rounds 3] \
         [--data alpaca.json] [--tokenizer DIR]
 
-The file is `--data` (alpaca records) repeated with variation. Sides, each in its own process
-after its imports, in turn, several rounds; ratios are taken round by round:
+The file repeats the records of `--data` (alpaca), each a little different. The sides run in turn,
+for several rounds, each in its own process and timed after its imports. Ratios are taken round by
+round. The sides:
 
-- `ours`: reads, validates, hashes, renders, tokenises, masks, truncates, counts, keeps a cache;
-- `ours_cached`: the same again, the rows taken from that cache;
-- `bare`: `datasets.load_dataset` and `map`, with transformers' chat template and fast tokenizer:
-  rendered, tokenised, the prompt masked, truncated. It validates nothing;
-- `bare_unmasked`: without the mask, which saves it half of its work.
+- `ours` reads, validates, hashes, renders, tokenises, masks, truncates and counts rows, and keeps
+  them in a cache;
+- `ours_cached` does the same again, and takes the rows from that cache;
+- `bare` uses `datasets.load_dataset` and `map`, with transformers' chat template and fast
+  tokenizer: it renders, tokenises, masks the prompt and truncates. It validates nothing;
+- `bare_unmasked` does the same without the mask, which saves half of the work.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def _write_rows(source: Path, rows: int, file: Path) -> None:
     with file.open("w") as stream:
         for number in range(rows):
             record = dict(records[number % len(records)])
-            # No two rows are alike, so that nothing on either side can remember one.
+            # No two rows are alike, so that no side can gain from remembering one.
             record["instruction"] = f"Question {number}. {record['instruction']}"
             record["output"] = f"{record['output']} ({number})"
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
-"""What `gpu_report.py` measures, a function a part; each runs in a process of its own.
+"""The parts of `gpu_report.py`: one function a part, each run in a process of its own.
 
-A part takes its settings and `send`, which it calls with every figure as soon as it is there.
-Settings are those of `our_stack` and what is said at each part.
+A part takes its settings and `send`, and calls `send` with every figure as soon as it has it. The
+settings are those of `our_stack`, and those described at each part.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def _first_line(error: Exception) -> str:
 
 
 def tests(settings: Settings, send: Send) -> None:
-    """Run the project's own tests; count them and keep what the failing ones say.
+    """Run the project's own tests; count them, and keep the messages of those that fail.
 
     Args:
-        settings: `files`, `expression` of marks, `without`: part of the names that are left out,
-            `last`: parts of the names of those that come last.
+        settings: `files`; `expression` of marks; `without`: parts of the names of tests to leave
+            out; `last`: parts of the names of tests to run last.
         send: receives the counts after each test.
     """
     if importlib.util.find_spec("pytest") is None:
@@ -70,7 +70,7 @@ def tests(settings: Settings, send: Send) -> None:
                 *(str(PROJECT / file) for file in settings["files"]), f"--rootdir={PROJECT}",
                 "-c", str(PROJECT / "pyproject.toml"), "-o", "addopts=", "-m",
                 settings["expression"], "-v", "--tb=short", "--continue-on-collection-errors",
-                # Another version's warnings are no fault of what is tested.
+                # The warnings of another version are no fault of the tested code.
                 "-o", "filterwarnings=default", "-p", "no:cacheprovider", f"--basetemp={folder}/t",
             ],
             plugins=[recorder],
@@ -100,7 +100,7 @@ class _TestRecorder:
             self._report()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        # Where the time is over in the middle of a test, this says in which.
+        # If the time runs out in the middle of a test, this says in which.
         self._send({"running": nodeid})
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -126,13 +126,13 @@ class _TestRecorder:
 
 
 def peaks(settings: Settings, send: Send) -> None:
-    """Measure the peak of each phase, by length, on one base that is loaded once.
+    """Measure the peak of each phase, by length, on one base that is loaded only once.
 
-    A step is the second micro-batch of several: gradients and optimiser state are there before it.
+    A step is the second micro-batch of several, so it finds gradients and optimiser state.
 
     Args:
         settings: `lengths`: tokens a row.
-        send: receives the peaks of a length when they are there.
+        send: receives the peaks of each length once they are measured.
     """
     import torch
 
@@ -148,7 +148,7 @@ def peaks(settings: Settings, send: Send) -> None:
     started = time.perf_counter()
     base = meter.phase("load", lambda: our_stack.load(first, hardware))
     send({"load": meter.peaks_of("load"), "load_seconds": time.perf_counter() - started})
-    # A CPU's meter knows of what was made and freed in its phases only.
+    # A CPU's meter only sees allocations and frees inside its phases.
     adapter = meter.phase("attach", lambda: speed_sides.our_adapter(first, base))
     parameters = list(adapter.parameters().values())
     optimizer = build_optimizer(parameters, our_stack.config_of(first))
@@ -170,12 +170,12 @@ def peaks(settings: Settings, send: Send) -> None:
             torch.cuda.empty_cache()
     if _on_gpu():
         free, total = torch.cuda.mem_get_info()
-        # Kernels that were loaded meanwhile are part of it.
+        # By now the context holds the kernels that were loaded meanwhile as well.
         send({"context_at_the_end_bytes": total - free - torch.cuda.memory_reserved()})
 
 
 class _Step:
-    """One step on a batch, a phase at a time."""
+    """One step on a batch, run phase by phase."""
 
     def __init__(
         self, model: Any, head: Any, parameters: list[Any], optimizer: Any, meter: Any
@@ -228,10 +228,10 @@ def speed(settings: Settings, send: Send) -> None:
     """Time optimiser steps of one side.
 
     Args:
-        settings: `side`; `shapes`: rows and tokens a step; `kernels`: of attention, see
-            `speed_sides.attention_kernel`, all but the default for the first shape only; `warmup`
-            and `steps`; `matmul_size`.
-        send: receives each shape when it is measured.
+        settings: `side`; `shapes`: rows and tokens of a step; `kernels` of attention, see
+            `speed_sides.attention_kernel`, where all but the default run only the first shape;
+            `warmup` and `steps`; `matmul_size`.
+        send: receives the figures of each shape once it is measured.
     """
     if missing := speed_sides.missing_packages(settings["side"]):
         send({"left_out": f"not installed: {', '.join(missing)}"})
@@ -251,7 +251,7 @@ def speed(settings: Settings, send: Send) -> None:
                 with speed_sides.attention_kernel(kernel):
                     found = _timed_shape(settings, take, rows, tokens, rate)
             except Exception as error:
-                # A kernel that is not here, or a batch that does not fit, is a finding.
+                # A missing kernel, or a batch that does not fit, is a finding too.
                 clock.seconds()
                 found = {"failed": _first_line(error)}
             send({name: found})
@@ -278,7 +278,7 @@ def _timed_shape(
 
 
 def profile(settings: Settings, send: Send) -> None:
-    """Record one step of ours and add up its time by part.
+    """Record one step of the kit, and add up its time by part.
 
     Args:
         settings: `shapes`, each recorded after `warmup` steps.
@@ -302,14 +302,16 @@ def profile(settings: Settings, send: Send) -> None:
             elif step == recorded:
                 record.stop()
 
-        # The first and the last step of a run also check what was learnt.
+        # The first and the last step of a run also check that something was learnt, so the recorded
+        # step is another.
         with step_parts.labelled(adapter.base.model):
             steps = speed_sides.our_steps(
                 adapter, row, rows, recorded + 1, clock, after_step=start_or_stop
             )
         launches, spans = step_parts.launches_of(record, on_gpu=_on_gpu())
         found = step_parts.summarise(launches, settings["rank"], vocabulary)
-        # The clock counts the start of the recording as part of that step, so it is not asked.
+        # The clock would count the start of the recording as a part of the step, so its time is
+        # taken from the record.
         whole = max(end for _, end in spans) - min(start for start, _ in spans)
         busy = step_parts.busy_seconds(spans)
         send(
@@ -334,9 +336,9 @@ def ragged(settings: Settings, send: Send) -> None:
     """Time the first and the second use of rows of several lengths.
 
     Args:
-        settings: `lengths`, all different; `multiple` of tokens that rows are padded to;
-            `kernels` of attention.
-        send: receives each length: its tokens as the model sees them, and both times.
+        settings: `lengths`, all different; `multiple`: rows are padded to a multiple of this many
+            tokens; `kernels` of attention.
+        send: receives for each length its tokens as the model sees them, and both times.
     """
     import qlora_kit as qk
     from qlora_kit.data.batch import collate
@@ -368,7 +370,8 @@ def ragged(settings: Settings, send: Send) -> None:
     multiple = settings["multiple"]
     for kernel in settings["kernels"]:
         with speed_sides.attention_kernel(kernel):
-            # What the first step of all takes, and the memory of the longest, is no length's.
+            # The very first step takes extra time and allocates the memory of the longest row; it
+            # must not be counted to any length.
             step(batch_of(longest + multiple, longest + multiple))
             for kind in ("as they are", f"padded to {multiple}"):
                 for length in settings["lengths"]:
@@ -392,7 +395,7 @@ def exact(settings: Settings, send: Send) -> None:
 
     Args:
         settings: `shape`: rows and tokens; `warmup` and `steps`.
-        send: receives each variant, then what was equal.
+        send: receives each variant, and then the comparison of their bits and times.
     """
     import torch
 
@@ -424,7 +427,7 @@ def exact(settings: Settings, send: Send) -> None:
     send({"equal_bits": _equal_bits(weights), "times_as_long": _ratios(seconds)})
 
 
-# The last three differ in one thing each.
+# Each of the last three differs from the one before in one thing, or is a repetition of it.
 _VARIANTS = (
     ("free", False, True),
     ("free, again", False, True),
@@ -460,18 +463,18 @@ def _ratios(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def limits(settings: Settings, send: Send) -> None:
-    """Run the command line under a memory limit; keep its exit code and its own account.
+    """Run the command line under a memory limit; keep its exit code and its account of memory.
 
     Args:
         settings: `options` of `qlora-kit train`.
-        send: receives what came of it.
+        send: receives the exit code, the time and the account.
     """
     with tempfile.TemporaryDirectory() as folder:
         data, output = Path(folder) / "rows.txt", Path(folder) / "run"
         data.write_text("forty-two comes before forty-three and after forty-one. " * 2000)
         options = [*settings["options"], "--data", str(data), "--output", str(output)]
         started = time.perf_counter()
-        # It prints where this process does, so its last lines are kept even if it is killed.
+        # It prints to the output of this process, so its last lines are kept even if it is killed.
         code = subprocess.call(
             [sys.executable, "-m", "qlora_kit", "train", *options], cwd=folder,
             env={**os.environ, "COLUMNS": "100"},
@@ -484,7 +487,7 @@ def limits(settings: Settings, send: Send) -> None:
 
 
 def _memory_figures(account: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run's memory.json says: the numbers to compare, and all but its picture."""
+    """Return the figures to compare from a run's memory.json, and the file without its timeline."""
     rehearsal = dict(account.get("rehearsal") or {})
     for drawn in ("timeline_bytes", "purposes"):
         rehearsal.pop(drawn, None)

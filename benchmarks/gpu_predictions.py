@@ -1,8 +1,8 @@
-"""What the parts of `gpu_report.py` are predicted to measure, under the names of their figures.
+"""Predictions for the parts of `gpu_report.py`, under the names of their figures.
 
-Peaks are those of `qlora-kit plan`. The time of a step is what its work, counted on fake tensors,
-takes at rates that are assumed of an H100, with nothing overlapped: a guess, written down so
-that it can be wrong.
+Peaks are those of `qlora-kit plan`. The time of a step is a guess, written down so that it can
+turn out wrong: the work of the step is counted on fake tensors, and divided by rates assumed of an
+H100, with nothing overlapped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import our_stack
 
-# Assumed: bf16 products as cuBLAS reaches them, and the memory's bandwidth.
+# Assumed rates: of bf16 products as cuBLAS reaches them, and of the memory.
 _FLOP_RATE = 650e12
 _MEMORY_RATE = 2.65e12
 # An unpacked weight is written once and read once.
@@ -22,10 +22,10 @@ Tree = dict[str, Any]
 
 
 def predict(settings: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Tree]:
-    """Return a tree of predictions, a part's at the same names as its figures.
+    """Return a tree of predictions; each has the same names as the figure it predicts.
 
     Args:
-        settings: of the runs of each part, by part and run.
+        settings: the settings of each run, by part and run.
     """
     found: dict[str, Tree] = {}
     for name, run in settings.get("peaks", {}).items():
@@ -40,7 +40,7 @@ def predict(settings: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Tree]:
 
 
 def compared(predicted: Any, measured: Any, path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Put each predicted number beside the measured one of the same names, with the difference."""
+    """Return each predicted number with the measured one of the same name, and the difference."""
     if isinstance(predicted, dict):
         rows = []
         for name, value in predicted.items():

@@ -1,14 +1,14 @@
-"""Measure on a GPU all that has only been predicted; the parts that matter most come first.
+"""Measure on a GPU the figures that have only been predicted, the most important parts first.
 
     python benchmarks/gpu_report.py                     # all, at most 300 s on an H100
     python benchmarks/gpu_report.py --only peaks,speed
     python benchmarks/gpu_report.py --rehearse          # the same on a CPU, with tiny models
     python benchmarks/gpu_report.py --predict           # beforehand, on a CPU
 
-Each part runs in processes of its own, has a time limit, and writes PART.json into the folder of
-`--output` as its figures come: what is killed keeps those it had. What a part leaves of its time
-goes to the next one. Needs no installation of the kit, no network, and nothing that cannot be
-left out: what is not installed is said in its place. The parts are described in `gpu_parts.py`.
+Each part runs in processes of its own and has a time limit. It writes PART.json into the folder of
+`--output` as its figures come, so a killed part keeps the figures it had. The time that a part
+leaves over goes to the next part. The report needs no installation of the kit and no network. Where
+a package is missing, its part says so and is left out. The parts are described in `gpu_parts.py`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _MODEL: dict[str, Any] = {
     "targets": "attention", "setting": "default", "batch_size": 1, "length": 2048,
 }  # fmt: skip
 _SHAPES = [[1, 2048], [4, 2048]]
-# Read once, at the first product: deterministic algorithms need it.
+# Deterministic algorithms need this setting. cuBLAS reads it once, at its first product.
 _STEADY_CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-# A CPU that is busy with other things takes several times as long for tiny models.
+# A CPU that is busy with other work takes several times as long for tiny models.
 _REHEARSAL_LIMIT_SECONDS = 900.0
 
 
@@ -46,11 +46,11 @@ class ReportPart:
     """One part of the report.
 
     Attributes:
-        name: of its function in `gpu_parts`, and of its file.
-        limit_seconds: that all its runs together may take on an H100.
-        runs: settings of each run, in their order; each is a process.
-        rehearsal: what is different on a CPU, in every run.
-        environment: of its processes.
+        name: the name of its function in `gpu_parts`, and of its file.
+        limit_seconds: seconds that all its runs together may take on an H100.
+        runs: the settings of its runs, in order; each run is a process.
+        rehearsal: settings that replace those of every run on a CPU.
+        environment: environment variables of its processes.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ReportPart:
     environment: dict[str, str] | None = None
 
     def settings(self, *, rehearse: bool) -> dict[str, dict[str, Any]]:
-        """Return the settings of its runs, by their names."""
+        """Return the settings of the runs, by name."""
         return {
             name: {**copy.deepcopy(run), **(self.rehearsal if rehearse else {})}
             for name, run in self.runs.items()
@@ -83,7 +83,7 @@ def _limit(vram: str) -> dict[str, Any]:
 
 
 def _files_with_gpu_tests() -> list[str]:
-    """Name them: the others need not even be importable where the report runs."""
+    """Return the test files with GPU tests; importing the others may fail where the report runs."""
     files = sorted((PROJECT / "tests").rglob("test_*.py"))
     gpu = [file for file in files if "mark.gpu" in file.read_text("utf-8")]
     return [str(file.relative_to(PROJECT)) for file in gpu]
@@ -116,7 +116,7 @@ PARTS = {
             },
             {**_TINY, "lengths": [64, 160]},
         ),
-        # Ours and theirs once in this order and once the other way round.
+        # The kit and peft run in this order, and then once more in the reverse order.
         ReportPart(
             "speed", 80,
             {
@@ -164,7 +164,7 @@ def main() -> None:
         print("saved", save_predictions(arguments))
         return
     folder = _output(arguments)
-    # An end from outside must not leave a process on the GPU.
+    # A SIGTERM must not leave a process on the GPU.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     predictions = _read_predictions(arguments.predictions)
     spare = 0.0
@@ -226,7 +226,7 @@ def _own_limit(part: ReportPart, rehearse: bool) -> float:
 
 
 def _output(arguments: argparse.Namespace) -> Path:
-    """Return the folder of the figures; a rehearsal never replaces those of a GPU."""
+    """Return the folder of the figures; a rehearsal never replaces the figures of a GPU."""
     folder = arguments.output
     if folder is None:
         is_tried = arguments.rehearse
@@ -267,13 +267,13 @@ def _read_predictions(path: Path) -> dict[str, Any]:
 
 
 class PartResult:
-    """A part while it is measured: its file is rewritten with every figure.
+    """A part while it is measured; its file is rewritten with every new figure.
 
     Args:
-        part: what is measured.
-        path: of its file.
-        limit: seconds that it may take.
-        predicted: of its figures, or None.
+        part: the part.
+        path: the file of its figures.
+        limit: seconds that the part may take.
+        predicted: the predictions of its figures, or None.
     """
 
     def __init__(
@@ -320,10 +320,10 @@ class PartResult:
 
     def _environment(self) -> dict[str, str]:
         mine = dict(os.environ)
-        # Warnings of another version are to be read, not to end a measurement.
+        # The warnings of another version must not end a measurement.
         mine.pop("PYTHONWARNINGS", None)
         given = filter(None, mine.get("PYTHONPATH", "").split(os.pathsep))
-        # Absolute: what a part starts may work in another folder.
+        # The paths are absolute, because a process of a part may work in another folder.
         paths = [str(PROJECT), *map(os.path.abspath, given)]
         return {
             **mine, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1",
@@ -347,14 +347,14 @@ class PartResult:
         return compared(self._predicted, measured)
 
     def _write(self) -> None:
-        """Replace the file as a whole: it can be read at any moment."""
+        """Replace the whole file at once, so that it can be read at any moment."""
         content = {**self._content, "predicted_and_measured": self._compared()}
         staging = self._path.with_suffix(".tmp")
         staging.write_text(without_paths(json.dumps(content, indent=1)) + "\n")
         staging.replace(self._path)
 
     def lines(self) -> list[str]:
-        """Return the part as a reader wants it first: status, differences, and all numbers."""
+        """Return the lines of the part: its status, the differences, and then all numbers."""
         lines = [f"\n{self._part.name}: {self._content['status']}, {self._content['seconds']} s"]
         for row in self._compared():
             lines.append(
@@ -385,7 +385,7 @@ def _shown(value: str | int | float) -> str:
 
 
 def without_paths(text: str) -> str:
-    """Leave out where this machine keeps the project and its packages: no figure depends on it."""
+    """Return the text without the folders of the project and its packages on this machine."""
     places = {str(PROJECT): ".", sys.prefix: "…", sys.base_prefix: "…", tempfile.gettempdir(): "…"}
     for place in sorted(places, key=len, reverse=True):
         if len(place) > 1:

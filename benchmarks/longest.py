@@ -1,4 +1,4 @@
-"""The longest row whose peak stays within a budget."""
+"""Finds the longest row whose peak stays within a budget."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def longest_length(
 ) -> int:
     """Return the longest length, a multiple of `STEP`, that fits; 0 where none does.
 
-    The peak grows with the length, and nearly in proportion to it: so each guess is where a
-    line through the nearest lengths below and above meets the budget, and few are needed. The
-    answer was tried, and so was the length one step above it.
+    The peak grows with the length, almost on a line. So a guess is the length at which the line
+    through the nearest lengths below and above meets the budget, and few guesses are needed. Both
+    the answer and the length one step above it have been tried.
 
     Args:
-        peak_of: bytes that rows of a length take.
-        budget_bytes: what they may take.
-        known: lengths whose peaks cost nothing to ask for.
+        peak_of: returns the bytes that rows of a length take.
+        budget_bytes: bytes that the rows may take.
+        known: lengths whose peaks are known already, and cost nothing.
     """
     peaks = {length: peak_of(length) for length in known or (_START,)}
     fits = max((n for n, peak in peaks.items() if peak <= budget_bytes), default=0)

@@ -1,7 +1,7 @@
-"""What the benchmarks share: a side in its own process, its memory, the machine's rate.
+"""Runs the sides of benchmarks in processes of their own, and measures memory and the machine.
 
-A side is a function that is run in a fresh Python process and returns a dictionary; so no
-side sees the memory, the threads or the imports of another.
+A side is a function that runs in a fresh Python process and returns a dictionary. So no side sees
+the memory, the threads or the imports of another.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
 
-# What is measured is the tree that this file is in, whether or not another one is installed.
+# Benchmarks measure the checkout that this file is in, even where another one is installed.
 sys.path.insert(0, str(PROJECT))
 
 from qlora_kit.model.environment import prepare_environment  # noqa: E402
 
-# Here, because every benchmark imports this before it imports torch: on a GPU all of them have
-# the allocator that a run of the kit has.
+# Called here because every benchmark imports this module before it imports torch. So on a GPU every
+# benchmark has the same allocator as a run of the kit.
 prepare_environment()
 
 _PACKAGES = (
@@ -35,10 +35,10 @@ _PACKAGES = (
 
 
 def run_side(script: str, side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run `script --side SIDE --settings JSON` in a fresh process and return what it prints.
+    """Run `script --side SIDE --settings JSON` in a fresh process; return the JSON it prints last.
 
     Raises:
-        RuntimeError: the process failed; with the end of what it wrote.
+        RuntimeError: the process failed; the error has the end of its stderr.
     """
     command = [sys.executable, script, "--side", side, "--settings", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -49,11 +49,11 @@ def run_side(script: str, side: str, settings: dict[str, Any]) -> dict[str, Any]
 
 
 class AnonymousPeak:
-    """The most memory that this process took for itself since this was made.
+    """The peak of this process's anonymous memory, since this object was made.
 
-    Files that are mapped, libraries and checkpoints, are resident too and no growth: the system
-    takes their pages back whenever it needs them. Linux keeps no peak without them, so a thread
-    looks every 10 ms.
+    Mapped files, such as libraries and checkpoints, are resident too, but do not count: the system
+    takes their pages back whenever it needs them. Linux keeps no peak without mapped files, so a
+    thread looks every 10 ms.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class AnonymousPeak:
 
     @property
     def growth_bytes(self) -> int:
-        """How much more it was at its most than at the start."""
+        """Bytes between the start and the peak."""
         self._look()
         return self._peak - self.start_bytes
 
@@ -83,7 +83,7 @@ def _status(name: str) -> int:
 
 
 def matmul_flops(size: int = 1024, seconds: float = 1.0) -> float:
-    """Return the floating-point operations a second that a large fp32 product reaches here."""
+    """Return the floating-point operations a second of a large fp32 product on this machine."""
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -97,7 +97,7 @@ def matmul_flops(size: int = 1024, seconds: float = 1.0) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure depends on: processor, device, versions, date."""
+    """Return the things that a figure depends on: processor, device, versions, date."""
     import torch
 
     import qlora_kit
@@ -128,14 +128,14 @@ def version_of(package: str) -> str:
 
 
 def command_line() -> str:
-    """Return the command that this process was started with, its script named from the project."""
+    """Return the command of this process; the path of its script is relative to the project."""
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(PROJECT) if script.is_relative_to(PROJECT) else Path(script.name)
     return " ".join(["python", shown.as_posix(), *sys.argv[1:]])
 
 
 def machine_and_command() -> dict[str, Any]:
-    """Return what stands above every figure: the machine, and the command that made it."""
+    """Return the machine, and the command of this process; both go with every figure."""
     return {"machine": machine(), "command": command_line()}
 
 

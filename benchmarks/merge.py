@@ -1,10 +1,10 @@
-"""Memory and throughput of a merge and of its verification, against copying the same files.
+"""Compare memory and speed of a merge and its verification with copying the same files.
 
     python benchmarks/merge.py                # a random 2 GB Llama in shards of 200 MB
 
-Writes a random bf16 Llama and an adapter of all its linear layers, merges them in a fresh
-process, and prints the anonymous memory above what is held after the imports. The copy reads and
-writes the same bytes through the same disk, flushed to it as the merge is.
+Writes a random bf16 Llama and an adapter of all its linear layers, merges them in a fresh process,
+and prints the growth of anonymous memory after the imports. The copy reads and writes the same
+bytes on the same disk, and flushes them to the disk as the merge does.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def copy(folder: str, layers: int) -> dict[str, Any]:
 
 
 def merge(folder: str, layers: int, verify_tokens: int | None = None) -> dict[str, Any]:
-    """Merge, and verify weights (0 tokens) or predictions as well."""
+    """Merge; with `verify_tokens` 0 verify the weights, and above 0 the predictions as well."""
     import torch
 
     import qlora_kit as qk
@@ -142,7 +142,7 @@ def merge(folder: str, layers: int, verify_tokens: int | None = None) -> dict[st
 
 @contextlib.contextmanager
 def _measured(size: int) -> Iterator[dict[str, Any]]:
-    """Time the block, and watch how far anonymous memory rises above where it began."""
+    """Time the block, and measure how far anonymous memory rises above its start."""
     found: dict[str, Any] = {}
     done = threading.Event()
     start = peak = _anonymous_bytes()
@@ -163,7 +163,7 @@ def _measured(size: int) -> Iterator[dict[str, Any]]:
         watcher.join()
     found.update(
         seconds=round(seconds, 1),
-        # All threads together; says more than the clock where the machine has other work.
+        # Of all threads together. Where the machine has other work, this says more than the clock.
         cpu_seconds=round(cpu_seconds, 1),
         mb_per_second=round(size / 1e6 / seconds),
         grown_mb=round((peak - start) / 1e6),

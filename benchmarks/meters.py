@@ -1,4 +1,4 @@
-"""What a side of a benchmark held at most in each phase, by the allocator's own record."""
+"""The peak memory of a side of a benchmark in each phase, by the allocator's own record."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Meter(Protocol):
     """Runs phases and remembers the peak of each."""
 
     def phase(self, name: str, run: Callable[[], Any]) -> Any:
-        """Run one phase, note its peak and return what it returned."""
+        """Run one phase, note its peak, and return the result of `run`."""
         ...
 
     def peaks_of(self, name: str) -> dict[str, int | None]:
-        """Return what one phase took at most, in bytes, by who counted it."""
+        """Return the peaks of one phase, in bytes, by the count they come from."""
         ...
 
     def summary(self) -> dict[str, Any]:
-        """Return what was found, in bytes."""
+        """Return all peaks, in bytes."""
         ...
 
 
@@ -31,7 +31,7 @@ def meter_of_this_machine(limit: int | None) -> Meter:
     """Return a meter for the GPU if there is one, else for the CPU.
 
     Args:
-        limit: bytes that torch may take of the GPU at most; emulates a smaller card.
+        limit: the most bytes that torch may take of the GPU; emulates a smaller card.
     """
     import torch
 
@@ -39,7 +39,7 @@ def meter_of_this_machine(limit: int | None) -> Meter:
 
 
 class GpuMeter:
-    """Peaks of torch's caching allocator, and what the device has in use at the end."""
+    """Peaks of torch's caching allocator, and the memory in use on the device at the end."""
 
     def __init__(self, limit: int | None) -> None:
         import torch
@@ -57,7 +57,7 @@ class GpuMeter:
         return int(total - free)
 
     def phase(self, name: str, run: Callable[[], Any]) -> Any:
-        """Run one phase; also when it runs out of memory its peak is noted."""
+        """Run one phase; its peak is noted even when it runs out of memory."""
         gc.collect()
         self._cuda.synchronize()
         self._cuda.reset_peak_memory_stats()
@@ -67,18 +67,18 @@ class GpuMeter:
             self._cuda.synchronize()
             self._peaks[name] = {
                 "allocated_bytes": self._cuda.max_memory_allocated(),
-                # What was asked for: without the rest of a block that could not be split.
+                # Bytes that were asked for, without the rest of a block that could not be split.
                 "requested_bytes": self._cuda.memory_stats()["requested_bytes.all.peak"],
                 "reserved_bytes": self._cuda.max_memory_reserved(),
                 "device_bytes": self._in_use(),
             }
 
     def peaks_of(self, name: str) -> dict[str, int | None]:
-        """Return allocated, requested and reserved at most, and the device's use at the end."""
+        """Return the peaks of allocated, requested and reserved bytes, and the device's use."""
         return dict(self._peaks[name])
 
     def summary(self) -> dict[str, Any]:
-        """Return the peaks; `context_bytes` is what the device had in use before any tensor."""
+        """Return the peaks; `context_bytes` were in use on the device before any tensor."""
         return {
             "measured_on": self._cuda.get_device_name(),
             "phase_peaks_bytes": {n: p["allocated_bytes"] for n, p in self._peaks.items()},
@@ -94,7 +94,7 @@ class GpuMeter:
 class CpuMeter:
     """The CPU allocator's own record: live bytes after each allocation, from torch's profiler.
 
-    It knows of what was allocated in one of its phases only, and of what is freed in one.
+    It only sees allocations and frees inside its phases.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class CpuMeter:
         return result
 
     def peaks_of(self, name: str) -> dict[str, int | None]:
-        """Return what was allocated at most; the other counts are a GPU's."""
+        """Return the peak of allocated bytes; only a GPU has the other counts."""
         return {
             "allocated_bytes": self._peaks[name],
             "requested_bytes": None,
@@ -131,7 +131,7 @@ class CpuMeter:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Return the peaks; nothing is reserved ahead on a CPU."""
+        """Return the peaks; a CPU reserves no memory ahead."""
         return {
             "measured_on": "CPU allocator",
             "phase_peaks_bytes": self._peaks,

@@ -1,4 +1,4 @@
-"""The kit's side of `peak_vram.py`: one configuration measured, and the same one predicted."""
+"""The kit's side of `peak_vram.py`: it measures a configuration, and predicts the same one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meters import Meter
 OFF: dict[str, Any] = {
     "embedding_on_cpu": False, "offload_checkpoints": False, "mlp_tile_tokens": 0,
 }  # fmt: skip
-# What is done to need less memory, by what a table calls it; all of it exact.
+# Options that lower the memory, by their name in a table; all of them keep the loss exact.
 SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "no reducers": OFF}
 # Two micro-batches, so that the second finds the gradients of the first.
 ACCUMULATION = 2
@@ -20,7 +20,7 @@ _SCALE, _LAYERS = 8, 4
 
 
 def source_of(run: dict[str, Any]) -> Any:
-    """Return the model; `scaled`: an eighth of its width and vocabulary, and four layers."""
+    """Return a run's model; `scaled` has an eighth of the width and vocabulary, and four layers."""
     import qlora_kit as qk
 
     source = qk.find_model(run["model"])
@@ -48,7 +48,7 @@ def architecture_of(run: dict[str, Any]) -> Any:
 
 
 def spec_of(run: dict[str, Any]) -> Any:
-    """Return the base of a run; on disk only where pretrained weights are asked for."""
+    """Return the base of a run; it is on the disk only where pretrained weights are asked for."""
     import qlora_kit as qk
     from qlora_kit.model.fetch import fetch
 
@@ -59,7 +59,7 @@ def spec_of(run: dict[str, Any]) -> Any:
 
 
 def config_of(run: dict[str, Any]) -> Any:
-    """Return the options of a run; all that is not named is the kit's default."""
+    """Return the options of a run; every option that is not named has the kit's default."""
     import qlora_kit as qk
 
     return qk.TrainConfig(
@@ -74,17 +74,17 @@ def config_of(run: dict[str, Any]) -> Any:
 
 
 def load(run: dict[str, Any], hardware: Any) -> Any:
-    """Load the base of a run, but for its digest, which needs every tensor on the host.
+    """Load the base of a run without its digest, which needs every tensor on the host.
 
-    Copying and hashing the 14 GB of a 7B takes longer than all else. Nothing on the device
-    differs.
+    Copying and hashing the 14 GB of a 7B takes longer than everything else. On the device there is
+    no difference.
     """
     from unittest import mock
 
     import qlora_kit as qk
     from qlora_kit.model.load import Digest, Placement
 
-    # Not a mock object: that would keep every tensor it is called with.
+    # No mock object, which would keep every tensor it is called with.
     with mock.patch.object(Digest, "add", _not_hashed):
         return qk.load_base(spec_of(run), hardware, placement=Placement.of(config_of(run)))
 
@@ -131,7 +131,7 @@ def measure(run: dict[str, Any], meter: Meter) -> None:
 
     meter.phase("micro_batches", micro_batches)
     meter.phase("optimizer", step)
-    # Adam's state exists from now on: this is the step that every later one is like.
+    # From now on Adam's state exists, so this step is like every later one.
     meter.phase("second_step", lambda: (micro_batches(), step()))
     base.model.eval()
     meter.phase("evaluation", lambda: scores(base.model, batch, head, config.loss_chunk_tokens))
@@ -154,8 +154,8 @@ def random_batch(run: dict[str, Any], vocabulary: int) -> Any:
 def predicted(run: dict[str, Any]) -> dict[str, int]:
     """Return the predicted peak of a training step and of an evaluation, in bytes.
 
-    A run that is `scaled` is measured on a CPU, so a CPU is planned for; else a GPU is, whether
-    there is one or not. Both in bf16.
+    A `scaled` run is measured on a CPU, so it is planned for a CPU. Any other run is planned for a
+    GPU, whether there is one or not. Both compute in bf16.
     """
     return peaks(source_of(run), config_of(run), for_gpu=not run["scaled"])
 

@@ -1,22 +1,22 @@
-r"""Peak memory of training steps: predicted, measured, and beside the peers' stack.
+r"""Peak memory of training steps: predicted, measured, and compared with the peers' stack.
 
     python benchmarks/peak_vram.py --model deepseek-7b --bits 4
     python benchmarks/peak_vram.py --model deepseek-7b,llama-3.1-8b,qwen2.5-7b --bits 4,8 \
         --lengths 512,2048,8192 --ours "default,no reducers" --peers none
 
-A row is two optimiser steps of two micro-batches each, random weights (the memory is that of
-trained ones), LoRA of rank 16 on the attention. Predicted: the code runs on fake tensors, the
-kit's by `qlora_kit.plan`, the peers' (transformers + peft + trl + bitsandbytes, settings in
-`peers_stack.py`) by `peers_simulated.py` with the same account. Measured: in a fresh process,
-what the allocator says.
+A row of the table is a run of two optimiser steps of two micro-batches each, with random weights
+(they take the same memory as trained ones) and LoRA of rank 16 on the attention. For the predicted
+peak the code runs on fake tensors: the kit's by `qlora_kit.plan`, the peers' (transformers + peft +
+trl + bitsandbytes, settings in `peers_stack.py`) by `peers_simulated.py`, with the same account of
+memory. The measured peak is the allocator's, in a fresh process.
 
-On a GPU: the real architecture; torch's peak of allocated memory, what it reserved and what the
-device had in use; for each card of `--cards` the longest row that is predicted to fit, and whether
-it did when torch was held to that card's memory.
+On a GPU the real architecture runs. The table has torch's peak of allocated memory, the memory it
+reserved, and the memory in use on the device. For each card of `--cards` it has the longest row
+that is predicted to fit, and whether the row fitted when torch was limited to the card's memory.
 
-Without a GPU: measured are models scaled down to an eighth of the width and vocabulary and four
-layers, by the CPU allocator's own record, in bf16. A CPU has no second memory, so of the kit's
-reducers only the tiled MLP acts there, and none of the peers' offloading. The full size is
+Without a GPU, scaled-down models are measured, with an eighth of the width and vocabulary and four
+layers, by the CPU allocator's own record, in bf16. A CPU has no second memory. So of the kit's
+reducers only the tiled MLP acts there, and none of the peers' offloading does. The full size is
 predicted for a GPU, and its measured column says "not measured".
 """
 
@@ -40,7 +40,7 @@ from measure import RESULTS, print_table, run_side, save_results
 
 CARDS = "8GB,10GB,12GB,24GB"
 _PEERS = "default,bare,best"
-# Tokens a row that a CPU still takes in seconds.
+# The longest row, in tokens, that a CPU computes in seconds.
 _LONGEST_ON_CPU = 2048
 _COLUMNS = [
     "stack", "setting", "model", "bits", "batch", "length", "predicted GB", "measured GB",
@@ -64,7 +64,7 @@ def main() -> None:
         found["scaled_down"] = table(arguments, scaled=True)
     found["cards"] = []
     print("saved", draw(found, arguments.cards, RESULTS / f"{name}.png"))
-    # The cards take longest; what is there is kept, should they be broken off.
+    # The cards take longest, so the figures so far are saved before them.
     save_results(name, found)
     for model in arguments.model:
         for row in cards(arguments, model):
@@ -109,7 +109,7 @@ def _on_gpu() -> bool:
 
 
 def _quiet() -> None:
-    """Keep the peers' progress bars and advice out of the tables."""
+    """Silence the peers' progress bars and advice, which would stand between the tables."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -123,7 +123,7 @@ def _quiet() -> None:
 
 
 def _runs(arguments: argparse.Namespace, *, scaled: bool) -> list[Run]:
-    """Return every run of a table, in its order."""
+    """Return every run of a table, in the order of its rows."""
     sides = [("ours", name) for name in arguments.ours]
     sides += [("peers", name) for name in arguments.peers]
     lengths = [n for n in arguments.lengths if not scaled or n <= _LONGEST_ON_CPU]
@@ -138,11 +138,12 @@ def _runs(arguments: argparse.Namespace, *, scaled: bool) -> list[Run]:
 
 
 def _is_known(stack: str, bits: int, *, scaled: bool) -> bool:
-    """Return whether a row would have a figure that means something."""
+    """Return whether a row would have a meaningful figure."""
     if stack == "peers":
-        # Their 8-bit layers look at values, and compute otherwise on a CPU.
+        # Their 8-bit layers look at values, so they cannot be simulated; a CPU computes them in
+        # another way.
         return bits == 4 or (bits == 8 and _on_gpu())
-    # In bf16 a CPU casts an 8-bit weight to fp32 and back where no tensor shows it; a GPU does not.
+    # In bf16 a CPU casts an 8-bit weight to fp32 and back where no tensor shows it. A GPU does not.
     return not (scaled and bits == 8)
 
 
@@ -159,7 +160,7 @@ def _run(
 
 
 def predicted(run: Run) -> int | None:
-    """Return the predicted peak of a step in bytes; None where nothing can predict it."""
+    """Return the predicted peak of a step in bytes; None where it cannot be predicted."""
     return _predicted(json.dumps(run | {"limit": None}))
 
 
@@ -176,7 +177,7 @@ def _predicted(run_as_json: str) -> int | None:
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """Train in this process; return what the allocator recorded."""
+    """Train in this process; return the peaks that the allocator recorded."""
     import torch
     from meters import meter_of_this_machine
 
@@ -214,7 +215,7 @@ def _in_a_fresh_process(run: Run) -> dict[str, Any]:
 
 
 def table(arguments: argparse.Namespace, *, scaled: bool) -> list[dict[str, Any]]:
-    """Predict, and where possible measure, every run; print the table and return its rows."""
+    """Predict every run, and measure it where possible; print the table and return its rows."""
     rows = [_row(run) for run in _runs(arguments, scaled=scaled)]
     if scaled:
         print("\nScaled down, in bf16, by the CPU allocator's record:")
@@ -242,7 +243,7 @@ def _shown(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _share_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """Return our default's peak over this one's: measured if both were, else predicted."""
+    """Return the ratio of our default's peak to this peak: measured if both are, else predicted."""
     same = ("model", "bits", "batch_size", "length")
     for ours in rows:
         is_default = (ours["stack"], ours["setting"]) == ("ours", "default")
@@ -263,7 +264,7 @@ def _gb(value: int | None, otherwise: str = "not measured") -> str:
 
 
 def cards(arguments: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
-    """Find the longest row that is predicted to fit each card, and try it where there is a GPU."""
+    """Find the longest row that is predicted to fit each card; on a GPU, also try it."""
     for bits, card in itertools.product(arguments.bits, arguments.cards):
         yield _card_row(arguments, model, bits, card)
 
@@ -316,7 +317,7 @@ def _verdict(found: dict[str, Any] | None) -> str:
 
 
 def draw(found: dict[str, Any], cards: list[str], path: Path) -> Path:
-    """Draw the peak by length at full size, a line a stack and setting; the cards beside."""
+    """Draw the peak over the length at full size: a line for each setting and for each card."""
     import matplotlib
 
     matplotlib.use("agg")

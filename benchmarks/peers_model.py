@@ -1,7 +1,7 @@
 """The model of the peers' stack: transformers' layers replaced by those of bitsandbytes.
 
-Put together from random weights in the layers that transformers itself would put in, because
-`from_pretrained` needs a checkpoint on disk. Head and embedding stay in bf16.
+It is put together from random weights, because `from_pretrained` needs a checkpoint on the disk.
+The layers are those that transformers itself would put in. Head and embedding stay in bf16.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _TARGETS: dict[str, Any] = {
 }  # fmt: skip
 
 Draw = Callable[[str, torch.Size, torch.device], Tensor]
-"""Returns the values of a parameter, by its name, in bf16."""
+"""Returns the values of a parameter in bf16, given its name, shape and device."""
 
 Pack = Callable[[nn.Module, Callable[[], Tensor], torch.device], None]
-"""Leaves a packed weight in a layer, made of the values that it may ask for."""
+"""Puts a packed weight into a layer, made of the values that the given function returns."""
 
 
 def quantization_of(bits: int) -> BitsAndBytesConfig:
@@ -42,7 +42,7 @@ def quantization_of(bits: int) -> BitsAndBytesConfig:
 
 
 def lora_config(run: dict[str, Any]) -> LoraConfig:
-    """Return the adapter of a run, by its `rank` and `targets`; alpha is twice the rank."""
+    """Return peft's configuration of an adapter, by the run's `rank` and `targets`; alpha = 2 r."""
     return LoraConfig(
         r=run["rank"], lora_alpha=2 * run["rank"], target_modules=_TARGETS[run["targets"]],
         lora_dropout=0.0, task_type="CAUSAL_LM",
@@ -50,16 +50,16 @@ def lora_config(run: dict[str, Any]) -> LoraConfig:
 
 
 def empty_model(architecture: Any, bits: int) -> Any:
-    """Return the model with bitsandbytes' layers in place and no weights yet.
+    """Return the model with bitsandbytes' layers in place, and without weights.
 
     Args:
-        architecture: its config.
-        bits: 4 or 8, of the linear layers; head and embedding stay in 16.
+        architecture: the config of the model.
+        bits: 4 or 8 bits for the linear layers; head and embedding stay in 16.
     """
     quantization = quantization_of(bits)
     model: Any = build_skeleton(architecture)
     replace_with_bnb_linear(model, ["lm_head"], quantization)
-    # What `from_pretrained` notes, and what the trainer and peft ask for.
+    # `from_pretrained` sets these, and the trainer and peft ask for them.
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
     model.is_quantized = True
     model.hf_quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
@@ -69,7 +69,7 @@ def empty_model(architecture: Any, bits: int) -> Any:
 
 
 def draw(name: str, shape: torch.Size, device: torch.device) -> Tensor:
-    """Return ones for a norm, and normal numbers for all else."""
+    """Return ones for a norm, and normal random numbers for any other parameter."""
     value = torch.empty(shape, dtype=torch.bfloat16, device=device)
     return value.fill_(1.0) if "norm" in name else value.normal_(0, 0.02)
 
@@ -83,7 +83,7 @@ def pack(layer: Any, values: Callable[[], Tensor], device: torch.device) -> None
             compress_statistics=held.compress_statistics, module=layer,
         )  # fmt: skip
     else:
-        # Only a move away from the CPU quantises these.
+        # Only a move away from the CPU quantises these weights.
         layer.weight = bitsandbytes.nn.Int8Params(values().cpu(), requires_grad=False)
     layer.to(device)
 
@@ -102,6 +102,6 @@ def fill(model: Any, device: torch.device, packed: Pack = pack, drawn: Draw = dr
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.empty_like(buffer, device=device).copy_(buffer)
     model.tie_weights()
-    # transformers notes the number of a GPU, and accelerate compares it with its own.
+    # transformers sets the number of the GPU here, and accelerate compares it with its own.
     model.hf_device_map = {"": device if device.type == "cpu" else device.index}
     return model

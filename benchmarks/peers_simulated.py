@@ -1,11 +1,11 @@
-"""The peers' stack on fake tensors: their own code and trainer, kept account of by our ledger.
+"""The peers' stack on fake tensors: their own code and trainer, with the kit's account of memory.
 
-`SFTTrainer.train()` runs as it is; below it tensors have a size and no content, as in
-`qlora_kit.plan`. On a scaled-down model this agrees with the allocator's record of the same
-run (`peak_vram.py` shows the ratio). For a GPU that is not there three things are put in its
-place, each as small as it is there or smaller, so that no doubt is to the peers' cost:
+`SFTTrainer.train()` runs as it is, on tensors that have a size and no content, as in
+`qlora_kit.plan`. On a scaled-down model the result agrees with the allocator's record of the same
+run (`peak_vram.py` shows the ratio). To stand in for a missing GPU, three things are replaced. Each
+takes as much memory as on a GPU or less, so that any doubt favours the peers:
 
-- attention takes what the flash kernel takes, in the dtype that autocast gives it;
+- attention takes the memory of the flash kernel, in the dtype that autocast gives it;
 - trl's loss folds its tiles in place, as its Triton kernels do (`peers_stack.folded_in_place`);
 - `activation_offloading` and paged optimiser states count as host memory, and nothing is kept
   on the device while it is copied.
@@ -38,12 +38,12 @@ from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.private_transformers import masks_as_in_a_run
 
 _HOST = "host"
-# trl leaves tensors below this where they are.
+# trl does not offload tensors smaller than this.
 _MIN_OFFLOAD_BYTES = 1024
 
 
 class _TwoSides(Ledger):
-    """All tensors are on the CPU; what is made as "host" counts as if it were beside a GPU."""
+    """A ledger of tensors on the CPU, where those of the purpose "host" count as host memory."""
 
     def _side(self, tensor: Tensor) -> str:
         return "host" if self._purposes[-1] == _HOST else "device"
@@ -53,12 +53,12 @@ def simulate(architecture: Any, run: dict[str, Any], *, for_gpu: bool) -> dict[s
     """Return the peak of two optimiser steps, in bytes, on the device and on the host.
 
     Args:
-        architecture: of the model.
-        run: as `peers_stack.build_trainer` takes it.
+        architecture: the architecture of the model.
+        run: the run, as `peers_stack.build_trainer` takes it.
         for_gpu: plan for a GPU; else for the CPU of this machine, to compare with a real run.
 
     Raises:
-        ValueError: not 4 bits.
+        ValueError: the run is not in 4 bits.
     """
     if run["bits"] != 4:
         raise ValueError(f"{run['bits']} bits: only bitsandbytes' 4-bit layers can be simulated")
@@ -82,7 +82,7 @@ def simulate(architecture: Any, run: dict[str, Any], *, for_gpu: bool) -> dict[s
 
 
 def _pack_nothing(layer: Any, _: Callable[[], Tensor], device: torch.device) -> None:
-    """Give a layer packed tensors of the right sizes, as plain ones: `Params4bit` is none."""
+    """Give a layer packed tensors of the right sizes; they are plain parameters here."""
     shape = (layer.out_features, layer.in_features)
     sized = empty_4bit(shape, Quantization(4), device)
     second = QuantState(
@@ -102,7 +102,7 @@ def _pack_nothing(layer: Any, _: Callable[[], Tensor], device: torch.device) -> 
 
 
 def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """Move or cast a module: torch's own way swaps tensors, which fake ones do not allow."""
+    """Move or cast a module; torch itself would swap tensors, which fake tensors do not allow."""
     for each in module.modules() if recurse else [module]:
         for name, parameter in list(each.named_parameters(recurse=False)):
             with torch.no_grad():
@@ -137,7 +137,7 @@ def _as_on_a_gpu(ledger: _TwoSides) -> Iterator[None]:
 
 
 def _in_autocast(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cast what goes into attention, as autocast does for the operation itself."""
+    """Cast the inputs of attention, as autocast does for the operation itself."""
 
     def cast(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -149,7 +149,10 @@ def _in_autocast(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _offloading(ledger: _TwoSides, model: nn.Module) -> saved_tensors_hooks:
-    """Hold what backward needs on the host, as trl's `OffloadActivations` without streams."""
+    """Keep saved tensors on the host until backward, as trl's `OffloadActivations` does.
+
+    Unlike trl's it uses no streams.
+    """
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def pack(tensor: Tensor) -> tuple[bool, Tensor]:

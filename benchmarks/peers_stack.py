@@ -1,18 +1,18 @@
 """The peers' stack, set up for `peak_vram.py`: transformers + peft + trl + bitsandbytes.
 
-Three settings of trl's `SFTTrainer`, on the same architecture, rank, targets, rows, tokens and
-accumulation as ours; NF4 with double quantisation, computed in bf16:
+There are three settings of trl's `SFTTrainer`. All have the same architecture, rank, targets, rows,
+tokens and accumulation as the kit's side, in NF4 with double quantisation, computed in bf16:
 
-- `default`: the recipe of peft's guide: `prepare_model_for_kbit_training`, which casts
+- `default` is the recipe of peft's guide: `prepare_model_for_kbit_training`, which casts
   embedding, head and norms to fp32, and `SFTConfig` as it comes: gradient checkpointing, AdamW,
   head and loss in tiles, LoRA matrices in bf16.
-- `bare`: the same without `prepare_model_for_kbit_training`, which trl does not ask for.
-- `best`: what a careful user of these four packages reaches: `bare` with non-reentrant gradient
-  checkpointing, paged 8-bit AdamW and `activation_offloading`. One row has no padding;
+- `bare` is the same without `prepare_model_for_kbit_training`, which trl does not ask for.
+- `best` is the setting of a careful user of these four packages: `bare` with non-reentrant
+  gradient checkpointing, paged 8-bit AdamW and `activation_offloading`. One row has no padding;
   `padding_free` would build a mask of T × T where flash-attn is not installed.
 
-Rows a micro-batch and tokens a row are those of the comparison, not trl's defaults (8, 1,024).
-The model has random weights (`peers_model.py`); what loading takes is not part of the comparison.
+The rows of a micro-batch and the tokens of a row are those of the comparison, not trl's defaults
+(8, 1,024). The model has random weights (`peers_model.py`), and loading is not compared.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def build_trainer(
     """Return a trainer that will take two optimiser steps.
 
     Args:
-        model: of `fill`.
+        model: the model that `fill` returned.
         run: `setting` (one of `SETTINGS`), `batch_size`, `length`, `rank`, `targets`.
-        folder: for what the trainer writes.
+        folder: the folder for the trainer's files.
         on_cpu: whether it trains on a CPU.
-        offload: whether "best" includes `activation_offloading`, which a CPU does not know.
+        offload: whether "best" includes `activation_offloading`, which does not work on a CPU.
     """
     is_best = run["setting"] == "best"
     if run["setting"] == "default":
@@ -73,7 +73,7 @@ def build_trainer(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return one that the trainer asks only for the id it pads with."""
+    """Return a small tokenizer; the trainer asks it only for the id of its padding token."""
     words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>"
@@ -82,11 +82,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @contextlib.contextmanager
 def folded_in_place() -> Iterator[None]:
-    """Let trl's loss take what it takes on a GPU, on a CPU.
+    """Let trl's loss take the same memory on a CPU as on a GPU.
 
-    Its Triton kernels fold a tile of logits in place and its product adds to an fp32 sum; the
-    torch operations that stand in for them on a CPU take several tiles more. Nothing is computed
-    instead: what is measured is memory, and the loss of these runs means nothing.
+    On a GPU its Triton kernels fold a tile of logits in place, and its product adds to an fp32
+    sum. The torch operations that replace them on a CPU take several more tiles. Here they compute
+    nothing at all: only memory is measured, and the loss of these runs has no meaning.
     """
     with contextlib.ExitStack() as stack:
         for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):

@@ -1,10 +1,10 @@
-"""Predict what each memory reducer gains, for a full model, on any machine.
+"""Predict the gain of each memory reducer, for a full-size model, on any machine.
 
     python benchmarks/reducers.py --model deepseek-7b
 
-Runs the step on fake tensors (`qlora_kit.plan`), as `qlora-kit plan` does, with the reducers
-switched on one after the other; prints the predicted peak of a step in GB (10^9 bytes)
-by tokens a row, and saves it. Predicted for a CUDA GPU in bf16; measured on none.
+Runs the step on fake tensors (`qlora_kit.plan`), as `qlora-kit plan` does, and switches the
+reducers on one after the other. Prints and saves the predicted peak of a step, in GB (10^9 bytes),
+by tokens a row. Predicted for a CUDA GPU in bf16; measured on none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from measure import print_table, save_results
 from our_stack import OFF, peaks
 
-# Each line adds to those above it, until "the default".
+# Each line adds a reducer to the lines above it, until "the default".
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("no recompute, all logits at once", {**OFF, "recompute": False, "loss_chunk_tokens": 1 << 20}),
     ("+ logits in chunks", {**OFF, "recompute": False}),
@@ -60,7 +60,7 @@ def row(model: str, name: str, changes: dict[str, Any], lengths: list[int]) -> d
 
 
 def predicted(model: str, changes: dict[str, Any], length: int) -> tuple[int, int]:
-    """Return the predicted peak of training steps on the device, and on the host."""
+    """Return the predicted peaks of training steps, in bytes, on the device and on the host."""
     import qlora_kit as qk
 
     config = qk.TrainConfig(model=model, max_length=length, eval_batch_size=1, **changes)

@@ -1,11 +1,11 @@
-"""Hold two checkouts of the kit against each other: do they write the same bits?
+"""Compare two checkouts of the kit: do they write the same bits?
 
     python benchmarks/same_bits.py OTHER_CHECKOUT [--stories FOLDER] [--smollm2 FOLDER] [--steps 6]
 
-Each checkout trains, in processes of its own and on one thread, the demo and the models that are
-named, at 4, 8 and 16 bits, with tiles, accumulation and patterns of ranks; exports some of them as
-merged and as packed models; and measures several adapters on one base. Compared are the SHA-256 of
-every weight file, and the figures. Dropout is 0. Exit code 1 if anything differs.
+Each checkout trains the demo and the named models, in processes of its own and on one thread: at 4,
+8 and 16 bits, with tiles, accumulation and patterns of ranks. It exports some runs as merged and as
+packed models, and evaluates several adapters on one base. The SHA-256 of every weight file and the
+figures are compared. Dropout is 0. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 
 _TEXTS = ("the cat sat", "a dog ran far", "two birds sang in the tall tree", "it rained all day")
-# What a run is made of, by name; a model's name takes the place of {model}.
+# The options of each run, by its name.
 _RUNS = {
     "4 bits": "--bits 4",
     "8 bits, accumulation": "--bits 8 --batch-size 2 --gradient-accumulation-steps 3",
@@ -71,7 +71,7 @@ def main() -> int:
 def _finger_prints(
     checkout: Path, work: Path, model: str, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, str]]:
-    """Yield what one checkout made of a model, by name."""
+    """Yield the name and the hashes or figures of everything one checkout makes of a model."""
     work = work / Path(model).name
     work.mkdir(parents=True)
     rows = work / "rows.jsonl"

@@ -1,14 +1,15 @@
-"""Hold two checkouts of the kit against each other: is a training step as fast?
+"""Compare two checkouts of the kit: is a training step as fast?
 
     python benchmarks/same_speed.py OTHER_CHECKOUT [--rounds 5] [--smollm2 FOLDER]
 
-Each checkout trains in processes of its own, in turn, and who begins changes with every round. Both
-run `qlora-kit train` with the settings as they come. A run counts with the lower quartile of its
-steps: other work on the machine only ever slows a step. Printed are the medians over the rounds,
-the median of the ratios round by round, and their range, which says how far to trust it.
+The checkouts train in turn, each in processes of its own; the one that begins changes with every
+round. Both run `qlora-kit train` with its default settings. The time of a run is the lower quartile
+of its steps, because other work on the machine can only slow a step. The table has the medians over
+the rounds, the median of the ratios round by round, and the range of these ratios, which says how
+far to trust the median.
 
-Models, in 4 bits: the demo, and SmolLM2-135M-Instruct where its folder is named (`make real-models`
-fetches it), with 2 rows of 256 tokens a step.
+The models, in 4 bits, are the demo, and SmolLM2-135M-Instruct where its folder is named (`make
+real-models` fetches it), with 2 rows of 256 tokens a step.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _options(name: str, smollm2: str, work: Path) -> list[str]:
     if name == "demo":
         return ["--model", "demo", *common]
     data = work / "rows.jsonl"
-    # More than 256 tokens each, so that every row is cut to 256 and every step does the same work.
+    # Each row has more than 256 tokens, so every row is cut to 256 and every step does equal work.
     rows = [{"text": f"{row}: " + "the cat sat on the mat and " * 60} for row in range(24)]
     data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     shape = ["--max-length", "256", "--batch-size", "2", "--gradient-accumulation-steps", "1"]
@@ -70,7 +71,7 @@ def _options(name: str, smollm2: str, work: Path) -> list[str]:
 
 
 def _quick_step(checkout: Path, options: list[str], output: Path) -> float:
-    """Train once and return the lower quartile of its steps but the first, in seconds."""
+    """Train once; return the lower quartile of the seconds of its steps, without the first."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     command = ["train", *options, "--output", str(output), "--overwrite", "--device", "cpu"]
     done = subprocess.run(

@@ -1,9 +1,9 @@
 """The sides of a comparison of speed: the kit, and the peers' stack as its own classes run it.
 
-One function a side. It builds the model and returns a `Take`, which takes optimiser steps on
-the same row, several times over a batch, and returns the time of each. All sides compute in bf16
-over the same NF4 or int8 weights, recompute every layer, clip the gradient and move by AdamW with
-fp32 state, at the same learning rate.
+Each side is a function that builds the model and returns a `Take`. A `Take` takes optimiser steps
+on a batch that repeats one row, and returns the time of each step. All sides compute in bf16 with
+the same NF4 or int8 weights, recompute every layer, clip the gradient, and move by AdamW with fp32
+state at the same learning rate.
 
 - `ours`: `qlora_kit.train_adapter`, as it comes.
 - `peft`: transformers + peft + bitsandbytes in a plain loop, under autocast as the Trainer has it.
@@ -34,17 +34,17 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Timed:
-    """Optimiser steps in their order: the seconds and the loss of each."""
+    """The seconds and the loss of each optimiser step, in order."""
 
     seconds: list[float]
     losses: list[float]
 
     def figures(self, tokens: int, warmup: int) -> dict[str, Any]:
-        """Return the median of the steps after the first `warmup`, and all of them.
+        """Return the median of the steps after the warm-up, and the figures of every step.
 
         Args:
-            tokens: of one step.
-            warmup: steps that are left out.
+            tokens: tokens of one step.
+            warmup: number of first steps that the median leaves out.
         """
         step = statistics.median(self.seconds[warmup:])
         return {
@@ -56,7 +56,7 @@ class Timed:
 
 
 Take = Callable[[int, int, int], Timed]
-"""Takes rows a batch, tokens a row and a number of optimiser steps."""
+"""Takes optimiser steps, given the rows of a batch, the tokens of a row and a number of steps."""
 
 Side = Callable[[Run, Clock], Take]
 
@@ -67,7 +67,7 @@ def missing_packages(side: str) -> list[str]:
 
 
 def one_row(run: Run, tokens: int) -> list[int]:
-    """Return the row that every side learns: with one row no order of rows makes a difference."""
+    """Return the row that every side learns; with a single row, the order of rows cannot matter."""
     import torch
 
     vocabulary = our_stack.source_of(run).architecture["vocab_size"]
@@ -79,9 +79,10 @@ def one_row(run: Run, tokens: int) -> list[int]:
 def step_flop(run: Run, rows: int, tokens: int) -> float:
     """Return the floating-point operations of one optimiser step on one micro-batch.
 
-    A frozen linear multiplies three times: forward, once more, and for its input's gradient. The
-    head twice, because it is not recomputed. Causal attention multiplies half of two T × T
-    products, forward twice and backward 2.5 times that. LoRA and all else is left out (below 1 %).
+    A frozen linear multiplies three times: in forward, in recomputation, and for the gradient of
+    its input. The head multiplies twice, because it is not recomputed. Causal attention computes
+    half of two T × T products: in forward, in recomputation, and in backward 2.5 times as much.
+    LoRA and everything else are left out (below 1 %).
     """
     from qlora_kit.layers.projections import projections
     from qlora_kit.model.architecture import build_skeleton
@@ -137,13 +138,13 @@ def our_steps(
     """Take optimiser steps by `train_adapter`.
 
     Args:
-        adapter: trained in place.
-        row: ids; the batch has it `rows` times.
-        rows: of a batch.
-        steps: to take.
-        clock: of the device.
+        adapter: the adapter, which is trained in place.
+        row: token ids of the row; the batch has it `rows` times.
+        rows: rows of the batch.
+        steps: number of steps to take.
+        clock: a clock for the device.
         after_step: called after each step, with its number.
-        **options: of `TrainConfig`, beside those that all sides share.
+        **options: options of `TrainConfig`, beside those that all sides share.
     """
     import qlora_kit as qk
     from qlora_kit.events import Event, RunStarted, StepFinished
@@ -178,7 +179,7 @@ def ours(run: Run, clock: Clock) -> Take:
 
 
 def peers_base(run: Run) -> Any:
-    """Return the peers' model with the weights that ours has, ready for an adapter."""
+    """Return the peers' model with the same weights as the kit's, ready for an adapter."""
     import torch
     from peers_model import empty_model, fill
 
@@ -237,7 +238,7 @@ def peft_with_liger(run: Run, clock: Clock) -> Take:
 
 
 def trl(run: Run, clock: Clock) -> Take:
-    """The `SFTTrainer` of trl; at its defaults, but for what all sides share."""
+    """The `SFTTrainer` of trl, with its defaults except for the settings that all sides share."""
     import datasets
     import torch
     from peers_model import lora_config
@@ -272,7 +273,7 @@ def trl(run: Run, clock: Clock) -> Take:
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        # From the second call on the adapter is on it.
+        # From the second call on, the model carries the adapter already.
         model, lora = trainer.model, None
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         return Timed(clock.seconds(), losses)

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: what the device computes, by the part of the step it is for.
+"""The time of a step on the device, by the part of the step that each kernel is for.
 
-A kernel is known by its name, by the operations that launched it, and by the module they ran in.
-A kernel of the backward pass is launched by autograd, outside of any module: there torch's
-sequence numbers lead back to the operation of the forward pass, and to its module.
+A kernel is recognised by its name, by the operations that launched it, and by the module they ran
+in. A kernel of the backward pass is launched by autograd, outside of any module. There torch's
+sequence numbers lead back to the operation of the forward pass, and so to its module.
 
 On a CPU operations take the place of kernels, with their own time.
 """
@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-# What is put around modules and functions while a step is recorded.
+# The beginning of the labels that modules and functions get while a step is recorded.
 _LABEL = "part of step: "
 _TOP = 12
 _LONGEST_NAME = 120
 _NODE = "autograd::engine::evaluate_function: "
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_")
-# A matrix with fewer rows or columns than this is one of LoRA, however many share a product.
+# A matrix whose rows or columns are at most this many times the rank is one of LoRA: several LoRA
+# matrices may share a product.
 _MOST_RANKS = 8
 _ATTENTION = ("scaled_dot_product", "flash_attention", "fmha", "_sdpa", "planned_attention")
 
@@ -37,14 +38,14 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class Launch:
-    """What ran on the device once.
+    """One launch of a kernel on the device.
 
     Attributes:
-        name: of the kernel.
-        seconds: that it took.
-        chain: names of the operation that launched it and of those around it, innermost first,
-            then those of the operation that it is the backward of.
-        shape: of the operands of the nearest matrix product in the chain; () where there is none.
+        name: the name of the kernel.
+        seconds: the seconds that it took.
+        chain: names of the operation that launched it and of the operations around that one,
+            innermost first; then the same for the operation of forward whose backward it is.
+        shape: shapes of the operands of the nearest matrix product in the chain; () without one.
     """
 
     name: str
@@ -58,9 +59,9 @@ class StepTime:
     """The time of one step by part.
 
     Attributes:
-        seconds: of each part, in the order of `PARTS`.
-        launches: kernels of each part.
-        top: the names that took most time, with their part, seconds and number.
+        seconds: seconds of each part, in the order of `PARTS`.
+        launches: number of kernels of each part.
+        top: the kernels that took most time, each with its part, seconds and number of launches.
     """
 
     seconds: dict[str, float]
@@ -72,9 +73,9 @@ def part_of(launch: Launch, rank: int, vocabulary: int) -> str:
     """Return the part of a step that a kernel is for.
 
     Args:
-        launch: the kernel.
-        rank: of the adapter.
-        vocabulary: of the model.
+        launch: the launch of the kernel.
+        rank: rank of the adapter.
+        vocabulary: size of the model's vocabulary.
     """
     names, kernel = launch.chain, launch.name.lower()
     text = " ".join(names).lower()
@@ -117,7 +118,7 @@ def _part_of_product(shape: tuple[tuple[int, ...], ...], rank: int, vocabulary: 
 
 
 def summarise(launches: Iterable[Launch], rank: int, vocabulary: int) -> StepTime:
-    """Add up the launches by part; see `part_of`."""
+    """Add up the launches by part, see `part_of`."""
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     by_name: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -142,7 +143,7 @@ def summarise(launches: Iterable[Launch], rank: int, vocabulary: int) -> StepTim
 
 @contextlib.contextmanager
 def labelled(model: Any) -> Iterator[None]:
-    """Let a recording know modules and functions of the model by the part they are for."""
+    """Label modules and functions of the model in a recording with the part they are for."""
     import sys
 
     from torch import nn
@@ -177,7 +178,7 @@ def _labelled_module(module: Any, part: str) -> Iterator[None]:
     def leave(*_: Any) -> None:
         open_labels.pop().__exit__(None, None, None)
 
-    # Recomputation leaves a module by an exception once it has all that backward needs.
+    # Recomputation leaves a module by an exception, as soon as it has the tensors of backward.
     hooks = [
         module.register_forward_pre_hook(enter),
         module.register_forward_hook(leave, always_call=True),
@@ -204,14 +205,14 @@ def _labelled_function(function: Callable[..., Any], part: str) -> Callable[...,
 
 
 def launches_of(record: Any, *, on_gpu: bool) -> tuple[list[Launch], list[Span]]:
-    """Return what ran on the device, and when: from and to, in seconds.
+    """Return the launches on the device, and the start and end of each, in seconds.
 
     Args:
         record: a `torch.profiler.profile` that has ended, made with `record_shapes`.
-        on_gpu: whether kernels were to be recorded; else operations are taken for them.
+        on_gpu: whether kernels were to be recorded; if not, operations take their place.
 
     Raises:
-        RuntimeError: none was.
+        RuntimeError: no kernel was recorded.
     """
     from torch.autograd import DeviceType
 
@@ -228,7 +229,7 @@ def launches_of(record: Any, *, on_gpu: bool) -> tuple[list[Launch], list[Span]]
     launches = []
     for event in on_host:
         if on_gpu:
-            # A label shows on the device as well, under its own name.
+            # A label appears among the kernels too, under its own name.
             ran = [(k.name, k.duration) for k in event.kernels if k.name != event.name]
         else:
             is_range = event.name.startswith((_LABEL, _NODE))
@@ -236,16 +237,16 @@ def launches_of(record: Any, *, on_gpu: bool) -> tuple[list[Launch], list[Span]]
         if ran:
             chain, shape = _chain(event, forward)
             launches += [Launch(name, micros / 1e6, chain, shape) for name, micros in ran]
-    # On a CPU only operations that lie in no other one: the rest would count twice.
+    # On a CPU only the outermost operations are taken: the operations in them would count twice.
     timed = kernels if on_gpu else [event for event in on_host if event.cpu_parent is None]
     return launches, [(e.time_range.start / 1e6, e.time_range.end / 1e6) for e in timed]
 
 
 def _forward_operations(events: Iterable[Any]) -> dict[tuple[int, int], Any]:
-    """Return the operations of the forward pass by thread and sequence number.
+    """Return the operations of the forward pass, by thread and sequence number.
 
-    The first of several with the same number: operations within it lie in the same module, and
-    its own backward comes later, on a CPU in the same thread.
+    Of several operations with the same number the first is taken: the operations inside it lie in
+    the same module, and its own backward comes later, on a CPU in the same thread.
     """
     found: dict[tuple[int, int], Any] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
@@ -274,7 +275,7 @@ def _chain(event: Any, forward: dict[tuple[int, int], Any]) -> tuple[Any, Any]:
 
 
 def busy_seconds(spans: Iterable[Span]) -> float:
-    """Return how long at least one of the spans lasted."""
+    """Return the seconds in which at least one of the spans was under way."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))

@@ -1,7 +1,7 @@
-"""A piece of work in its own process, with a time limit; what it had found by then is kept.
+"""Runs a piece of work in its own process, with a time limit; its findings so far are kept.
 
-The process sends each finding as a line of JSON through a pipe of its own, so nothing that a
-library prints can spoil it, and nothing that was sent is lost when the process is killed.
+The process sends each finding as a line of JSON through a pipe of its own. So the printed lines of
+a library cannot spoil a finding, and no sent finding is lost when the process is killed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended.
+    """The end of a process.
 
     Attributes:
         status: "done", "failed: …" or "killed …".
-        seconds: that it ran.
-        tail: the end of what it printed.
+        seconds: the seconds that it ran.
+        tail: the end of its printed output.
     """
 
     status: str
@@ -42,7 +42,7 @@ class Ended:
 
 
 def merge_into(figures: Figures, more: Mapping[str, Any]) -> None:
-    """Add findings to those there are; a value replaces an earlier one under its name."""
+    """Add findings to `figures`; a value replaces an earlier value of the same name."""
     for name, value in more.items():
         if isinstance(value, Mapping) and isinstance(figures.get(name), dict):
             merge_into(figures[name], value)
@@ -51,10 +51,10 @@ def merge_into(figures: Figures, more: Mapping[str, Any]) -> None:
 
 
 def sender(descriptor: int) -> Callable[[Figures], None]:
-    """Return what sends findings from within a supervised process.
+    """Return the function with which a supervised process sends its findings.
 
     Args:
-        descriptor: as `run` gives it to the command.
+        descriptor: the file descriptor that `run` gives to the command.
     """
     stream = os.fdopen(descriptor, "wb")
     _end_with_parent()
@@ -67,7 +67,7 @@ def sender(descriptor: int) -> Callable[[Figures], None]:
 
 
 def _end_with_parent() -> None:
-    """Let the system kill this process when its supervisor is gone, even if that was killed."""
+    """Let the system kill this process when its supervisor ends, even by a kill."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -78,12 +78,12 @@ def run(
     limit_seconds: float,
     receive: Callable[[Figures], None],
 ) -> Ended:
-    """Run a command until it ends or its time is over; then it and all its children are killed.
+    """Run a command until it ends or its time is over; then kill it and all its children.
 
     Args:
-        command: of the descriptor that findings are to be sent through.
-        environment: of the process.
-        limit_seconds: that it may take.
+        command: returns the command, given the file descriptor to send findings through.
+        environment: environment variables of the process.
+        limit_seconds: seconds that the process may take.
         receive: called with each finding as it comes.
     """
     started = time.monotonic()
@@ -111,15 +111,15 @@ def _listen(
     deadline: float,
     receive: Callable[[Figures], None],
 ) -> bool:
-    """Receive until the process ends; return whether it did before the deadline."""
+    """Receive findings until the process ends; return whether it ended before the deadline."""
     pending = b""
     while True:
-        # Asked before reading: what it sent before it ended is in the pipe then.
+        # Polled before reading: if the process has ended, all its findings are in the pipe now.
         has_ended = process.poll() is not None
         while select.select([findings], [], [], 0 if has_ended else _POLL_SECONDS)[0]:
             chunk = findings.read(65536)
             if not chunk:
-                # It closed its end; a child of it may outlive that.
+                # The process closed its end of the pipe, but a child of it may still run.
                 if not has_ended:
                     time.sleep(_POLL_SECONDS)
                 break

@@ -2,16 +2,16 @@
 
     python benchmarks/versus_peers.py [--model smollm2,deep,wide] [--rounds 3] [--steps 4]
 
-Sides: `ours`; `peft`: a plain loop of transformers + peft + bitsandbytes with
-`F.cross_entropy`; `trl`: its SFTTrainer on the same stack. Each side runs in its own
-process, in turn, several rounds; the ratios are taken round by round and their median is
-quoted. Memory is the peak of what the process took for itself (anonymous; files that are mapped
-are no growth) minus what that was after its imports.
+The sides are `ours`; `peft`, a plain loop of transformers + peft + bitsandbytes with
+`F.cross_entropy`; and `trl`, its SFTTrainer on the same stack. They run in turn, each in its own
+process, for several rounds. Ratios are taken round by round, and their median is quoted. Memory is
+the peak of the process's anonymous memory (mapped files do not count), minus its anonymous memory
+after the imports.
 
-Models: `smollm2`, the shape of SmolLM2-135M, a real model that is tied and has grouped heads;
-`deep`, narrow in vocabulary; `wide`, four layers under DeepSeek's vocabulary of 102,400. All
-widths are multiples of 64: bitsandbytes' kernel for AVX-512 unpacks others wrongly, and the peers
-depend on it.
+The models are `smollm2`, the shape of SmolLM2-135M, a real model with tied weights and grouped
+heads; `deep`, with a small vocabulary; and `wide`, four layers under DeepSeek's vocabulary of
+102,400. All widths are multiples of 64: bitsandbytes' kernel for AVX-512 unpacks other widths
+wrongly, and the peers depend on it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     for name in names:
         results[name] = compare(name, arguments.rounds, arguments.steps)
         if arguments.json:
-            # After each, so that a run that is cut short keeps what it has.
+            # Written after each model, so that a run that is cut short keeps its figures.
             found = {**machine_and_command(), "models": results}
             arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
@@ -115,7 +115,7 @@ def _median(values: list[float]) -> float:
 
 
 def save_model(settings: dict[str, Any], folder: Path) -> None:
-    """Write a random Llama, fp32, that every side loads."""
+    """Write a random fp32 Llama, which every side loads."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -126,7 +126,7 @@ def save_model(settings: dict[str, Any], folder: Path) -> None:
 
 
 def token_rows(settings: dict[str, Any]) -> list[list[int]]:
-    """Return one row as often as the steps need it: sides that shuffle still learn the same."""
+    """Return one row as often as steps need it, so that sides that shuffle still learn the same."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -136,11 +136,11 @@ def token_rows(settings: dict[str, Any]) -> list[list[int]]:
 
 
 def step_flops(settings: dict[str, Any]) -> float:
-    """Return the operations of one step: linears forward, again, and backward; and the head.
+    """Return the floating-point operations of one step: those of the linear layers and the head.
 
-    2 forward + 2 recomputed + 2 for the input's gradient an element of a linear weight and
-    token, 4 for the head, which is not recomputed. Frozen weights have no gradient; LoRA and
-    attention are left out (below 5 %).
+    For each token and element of a linear weight there are 2 in forward, 2 in recomputation, and 2
+    for the gradient of the input. For the head there are 4, because it is not recomputed. Frozen
+    weights have no gradient. LoRA and attention are left out (below 5 %).
     """
     h, i = settings["hidden_size"], settings["intermediate_size"]
     narrow = h * settings["num_key_value_heads"] // settings["num_attention_heads"]
@@ -152,7 +152,7 @@ def step_flops(settings: dict[str, Any]) -> float:
 def _finding(
     settings: dict[str, Any], seconds: list[float], losses: list[float], memory: AnonymousPeak
 ) -> dict[str, Any]:
-    # Read before the rate is measured, which takes memory of its own.
+    # Read before the rate is measured, because measuring it takes memory too.
     growth = memory.growth_bytes
     step = statistics.median(seconds[1:])
     return {

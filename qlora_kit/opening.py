@@ -1,7 +1,7 @@
 """From the name of a model to a loaded base with its tokenizer, and the adapter put on it.
 
-What the recipes share and what users of the API start with. Imports torch inside its
-functions only, after everything that can be checked without it.
+The recipes share it, and users of the API start with it. It imports torch inside its functions
+only, after everything that can be checked without torch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 def configure(
     config_class: type[AnyConfig], layers: Sequence[Layer] = (), **given: Any
 ) -> AnyConfig:
-    """Resolve what is asked for, over what the model's file in `configs/` says of a run.
+    """Resolve a configuration from all its sources; each source overrides those to its left.
 
         defaults  <  configs/NAME.yaml  <  the run that is resumed  <  `layers`  <  `given`
 
@@ -60,11 +60,11 @@ def configure(
 
     Args:
         config_class: the configuration of a command.
-        layers: values of other places, such as those of `config.read_config_file`.
-        given: values by their name, or a synonym of it.
+        layers: values of other sources, such as `config.read_config_file`.
+        given: values by the name of their option, or by a synonym of it.
 
     Raises:
-        ConfigError: every fault at once, see `config.resolve`.
+        ConfigError: the values have faults; the error lists all of them, see `config.resolve`.
         ModelError: there is no such model.
     """
     layers = [*layers, Layer("", given)]
@@ -80,18 +80,26 @@ def configure(
 
 
 def _stored_options(asked: TrainConfig) -> Layer | None:
-    """Return the options of the run that is to be continued; they go below all that is asked."""
+    """Return the options of the run to resume, which the user's options override; or None."""
     stored = stored_layer(asked.output, asked.resume)
     given = asked.model_fields_set
     if stored is not None and "epochs" in given and "max_steps" not in given:
-        # A stored number of steps would silently win over the epochs that are asked for.
+        # A stored number of steps would silently win over the epochs that the user asked for.
         return Layer(stored.origin, {**stored.values, "max_steps": None})
     return stored
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model whose files and tokenizer are here, and whose weights are not loaded yet."""
+    """A model whose files and tokenizer are on this machine, and whose weights are not loaded.
+
+    Attributes:
+        source: the name of the model, and the place of its files.
+        fetched: its files.
+        tokenizer: its tokenizer, or the adapter's own.
+        has_template: whether there is a chat template.
+        task: what a sample means to the command.
+    """
 
     source: ModelSource
     fetched: Fetched
@@ -100,15 +108,15 @@ class Opened:
     task: Task
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
-        """Return what decides the bits of the frozen base; see `base_spec`."""
+        """Return the specification of the frozen base; see `base_spec`."""
         return base_spec(self.source, self.fetched.folder, options, self.task)
 
     def check_positions(self, options: BaseModelOptions, rows: Tokenized) -> None:
         """Check that the model has a position and an embedding for every token of every row.
 
         Raises:
-            ConfigError: the longest row is longer than the model was made for.
-            ModelError: the tokenizer gives tokens that the model does not have.
+            ConfigError: the longest row has more tokens than the model has positions.
+            ModelError: the tokenizer gives a token that the model has no embedding for.
         """
         text = self.spec(options).architecture().get_text_config()
         positions = getattr(text, "max_position_embeddings", None)
@@ -128,7 +136,7 @@ class Opened:
             )
 
     def trainable(self, options: BaseModelOptions, lora: LoraSpec) -> int:
-        """Return how many parameters an adapter will have, before anything is loaded.
+        """Return the number of parameters that an adapter will have, before anything is loaded.
 
         Raises:
             ConfigError: a target or pattern names no layer.
@@ -149,7 +157,13 @@ class Opened:
     def load(
         self, options: BaseModelOptions, announce: Announce, threads: Threads | None = None
     ) -> Base:
-        """Load the base, quantised and frozen; `threads` are those chosen for a CPU."""
+        """Load the base, quantised and frozen.
+
+        Args:
+            options: the device, and how the base is held.
+            announce: receives notices and the progress.
+            threads: the threads to compute with on a CPU, if they are chosen already.
+        """
         from qlora_kit.model.hardware import choose_hardware
         from qlora_kit.model.load import Placement, is_tied, load_base
 
@@ -162,7 +176,7 @@ class Opened:
 
 
 def asked_task() -> Task:
-    """Return what a sample means to this command: the one place that says it."""
+    """Return the task of every command. No other place names a task."""
     from qlora_kit.tasks import TASKS
 
     return TASKS["causal"]
@@ -172,7 +186,7 @@ def check_generates(task: Task, asked: str) -> None:
     """Check that the models of a task write text.
 
     Raises:
-        ConfigError: they do not, and `asked`, an option or a command, needs it.
+        ConfigError: they do not, and `asked`, an option or a command, needs text.
     """
     if not task.generates:
         raise ConfigError(
@@ -184,16 +198,16 @@ def check_generates(task: Task, asked: str) -> None:
 def base_spec(
     source: ModelSource, folder: Path | None, options: BaseModelOptions, task: Task
 ) -> BaseSpec:
-    """Return what decides the bits of the frozen base; a quantised checkpoint wins.
+    """Return the specification of the frozen base. A quantised checkpoint keeps its quantisation.
 
     Args:
-        source: which model.
-        folder: where its files are, as far as they are here.
-        options: how it is to be held.
-        task: what it is loaded for.
+        source: the name of the model, and the place of its files.
+        folder: the folder of its files; None where random weights need none.
+        options: how the base is to be held.
+        task: the task that the base is loaded for.
 
     Raises:
-        ConfigError: other bits are asked for than a quantised checkpoint has.
+        ConfigError: the user asked for other bits than a quantised checkpoint has.
     """
     from qlora_kit.layers.quantize import Quantization
     from qlora_kit.model.load import BaseSpec, stored_quantization
@@ -217,10 +231,10 @@ def open_tokenizer(
     adapter: Path | None = None,
     chat_template: str | None = None,
 ) -> Opened:
-    """Bring a model's files here and load its tokenizer, the adapter's own where it has one.
+    """Bring a model's files to this machine, and load its tokenizer, or the adapter's own.
 
     Args:
-        options: which model.
+        options: name the model.
         announce: receives notices.
         adapter: folder of a trained adapter.
         chat_template: see `choose_template`; None for the tokenizer's own.
@@ -250,7 +264,7 @@ def open_tokenizer(
 
 
 def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announce) -> None:
-    """Say which special tokens the model does not have; pad with another where it is that one."""
+    """Announce special tokens that the model lacks; pad with the end token if it lacks the pad."""
     folder, tokenizer = opened.fetched.folder, opened.tokenizer
     tokens = getattr(opened.spec(options).architecture().get_text_config(), "vocab_size", None)
     if not tokens:
@@ -271,7 +285,7 @@ def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announ
 
 
 def _compare_templates(tokenizer: Any, adapter: Path, announce: Announce) -> None:
-    """Say it where an adapter is used with another chat template than it was trained with."""
+    """Announce that an adapter was trained with another chat template, if it was."""
     from qlora_kit.model.tokenizer import template_hash
 
     record = read_base_record(adapter)
@@ -287,24 +301,24 @@ def _compare_templates(tokenizer: Any, adapter: Path, announce: Announce) -> Non
 
 @dataclass(frozen=True)
 class OpenedBase:
-    """A loaded base with its tokenizer."""
+    """A loaded base, and its tokenizer."""
 
     base: Base
     tokenizer: Any
 
 
 def open_base(options: BaseModelOptions | None = None, announce: Announce = silent) -> OpenedBase:
-    """Find, download, and load a base with its tokenizer.
+    """Find, download and load a base with its tokenizer.
 
     Args:
-        options: which model and how it is held; the demo in 4 bits if None.
+        options: the model, and how it is held; None: the demo in 4 bits.
         announce: receives notices and the loading progress.
     """
     from qlora_kit.model.threads import choose_threads
 
     options = options or BaseModelOptions()
     opened = open_tokenizer(options, announce)
-    # A program that calls this one has its own say about its threads.
+    # A program that calls this function decides on its own threads, unless it passes a number.
     threads = None if options.threads is None else choose_threads(options.threads)
     return OpenedBase(opened.load(options, announce, threads), opened.tokenizer)
 
@@ -315,7 +329,14 @@ def load_data(
     options: TokenOptions | None = None,
     records: RecordOptions | None = None,
 ) -> Tokenized:
-    """Read, recognise, template and tokenise a data file; the sample data if None."""
+    """Read, recognise, template and tokenise a data file.
+
+    Args:
+        data: a file, or another source that `load_samples` takes; None: the sample data.
+        tokenizer: the tokenizer of the model.
+        options: how text becomes tokens; the defaults if None.
+        records: how a record becomes a sample; the defaults if None.
+    """
     from qlora_kit.data.tokens import tokenize
 
     return tokenize(load_samples(data, "train", records), tokenizer, options or TokenOptions())
@@ -325,7 +346,10 @@ def load_data(
 
 
 def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord | None:
-    """Attach the configured adapter, if any, and return its record."""
+    """Attach the adapter that is configured, if any, and return its record.
+
+    A notice says so if the adapter was trained on other bits than those of the base.
+    """
     from qlora_kit.lora.adapter import load_adapter
 
     if config.adapter is None:
@@ -343,7 +367,10 @@ def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord 
 
 
 def put_several_on(base: Base, config: AdapterOption, announce: Announce) -> AdapterSet:
-    """Put several adapters on a base; say which of them it does not hold as in their training."""
+    """Put several adapters on a base.
+
+    A notice names each adapter that was trained on other bits, or with another chat template.
+    """
     from qlora_kit.lora.several import load_adapters
 
     adapters = load_adapters(base, config.adapters)
@@ -372,12 +399,12 @@ def put_several_on(base: Base, config: AdapterOption, announce: Announce) -> Ada
 
 
 def stored_options(adapter: Path, model: str | None = None) -> dict[str, Any]:
-    """Return the base options an adapter was trained with, as far as it says.
+    """Return the base options that an adapter was trained with, as far as its files say.
 
     Args:
-        adapter: its folder.
-        model: the base that was asked for, which goes before the recorded one. The recorded
-            commit is of the recorded base and holds for no other.
+        adapter: the folder of the adapter.
+        model: the base that the user asked for, which goes before the recorded base. The recorded
+            commit belongs to the recorded base, and is left out for any other.
     """
     options = _recorded_options(adapter)
     if model is None or model == options.get("model"):
@@ -396,12 +423,16 @@ def _recorded_options(adapter: Path) -> dict[str, Any]:
 
 
 def adapter_of(config: AdapterOption) -> Path | None:
-    """Return the folder of the adapter, of the first where there are several, or None."""
+    """Return the folder of the adapter, or of the first of several; None if there is none."""
     return config.adapter or next(iter(config.adapters.values()), None)
 
 
 def as_trained(config: AdapterConfig) -> AdapterConfig:
-    """Take the base and its bits from the adapter, where they were not asked for."""
+    """Return the configuration with the adapter's base and bits, unless the user named others.
+
+    Raises:
+        ConfigError: the configuration has both one adapter and several.
+    """
     if config.adapter is not None and config.adapters:
         raise ConfigError("--adapter and --adapters contradict each other; pass one of them")
     adapter = adapter_of(config)
@@ -414,7 +445,11 @@ def as_trained(config: AdapterConfig) -> AdapterConfig:
 
 
 def check_base(model: str, adapter: Path | None) -> None:
-    """Check that a model is known; say so where an adapter asks for one that has moved."""
+    """Check that a model is known.
+
+    Raises:
+        ModelError: it is not; the error names the adapter that was trained on it, if there is one.
+    """
     try:
         find_model(model)
     except ModelError as error:

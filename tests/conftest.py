@@ -1,4 +1,4 @@
-"""Fixtures that the tests share: real inputs where they are, small models made on the spot."""
+"""Fixtures that several test files use: real inputs where this machine has them, small models."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tiny_models import OTHERS, save_model, tiny_numbers
 
 from qlora_kit.model.environment import prepare_environment
 
-# No test may reach out: a hub that answers slowly would make the suite hang.
+# No test may use the network: a hub that answers slowly would make the suite hang.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# The GPU tests' allocator and cuBLAS read their settings once: before anything imports torch.
+# Allocator and cuBLAS read their settings only once, so they are set before anything imports torch.
 prepare_environment(deterministic=True)
 
-# Models this small are faster on one thread: several wait for each other longer than they work,
-# and `make test` has a process on every core.
+# Models this small are faster on one thread: several threads wait for each other longer than they
+# work, and `make test` has a process on every core.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder of real inputs; tests that need it skip without it, saying so."""
+    """The folder of real inputs; a test that needs it is skipped without it, and says so."""
     folder = assets_folder()
     if folder is None:
         pytest.skip("real inputs not found; set QLORA_KIT_ASSETS to their folder")
@@ -94,7 +94,7 @@ def folder_of(
 
 @pytest.fixture(scope="module")
 def simulated_once() -> Iterator[None]:
-    """Plans simulate the same step once a process: for tests of what is not the simulation."""
+    """Let plans simulate each step only once a process, for tests that do not test simulation."""
     from qlora_kit.plan import planning, search
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,11 +105,11 @@ def simulated_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The built-in data are a part of their rows: for tests of what is not learnt from them."""
+    """Let the built-in data have fewer rows, for tests that do not test learning from them."""
     from qlora_kit.data.samples import BUILT_IN
 
     folder = tmp_path_factory.mktemp("few")
-    # As many that some are still held out, see `MIN_ROWS_FOR_VALIDATION`.
+    # Enough rows for some to be held out, see `MIN_ROWS_FOR_VALIDATION`.
     with pytest.MonkeyPatch.context() as patch:
         for split, count in (("train", 240), ("test", 60)):
             lines = BUILT_IN[split].read_text(encoding="utf-8").splitlines(keepends=True)

@@ -16,7 +16,8 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Qwen3's template treats reasoning: kept in answers to the last question, and only there.
+# Treats reasoning as Qwen3's template does: it keeps the reasoning of answers to the last question,
+# and of no other answer.
 QWEN3 = (
     "{%- set last = namespace(question=0) -%}"
     "{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set last.question = loop.index0 -%}"

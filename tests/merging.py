@@ -1,4 +1,4 @@
-"""An adapter that is saved, and its merge as plain transformers opens it."""
+"""Saves adapters, and opens their merged models in plain transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import qlora_kit as qk
 
 
 def spec_of(folder: Path, bits: int = 4) -> qk.BaseSpec:
-    """Say how to load a model folder."""
+    """Return the spec of a base in a model folder."""
     return qk.BaseSpec(qk.find_model(str(folder)), folder, qk.Quantization(bits))
 
 
@@ -31,7 +31,7 @@ def plain(folder: Path) -> Any:
 
 @torch.no_grad()
 def difference(adapter: qk.Adapter, merged: Any) -> float:
-    """Return how far the logits of a merged model are from the adapter's, as a share of them."""
+    """Return the relative difference of a merged model's logits from the adapter's."""
     ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
     expected = adapter.base.model(input_ids=ids).logits
     return float((merged(input_ids=ids).logits - expected).norm() / expected.norm())

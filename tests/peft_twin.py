@@ -16,7 +16,7 @@ from qlora_kit.lora.attach import Adapter
 
 
 def transformers_model(folder: Path, bits: int) -> Any:
-    """The model as transformers holds it: plain, or in bitsandbytes' own 4-bit layers."""
+    """Return transformers' model: plain, or with bitsandbytes' own 4-bit layers."""
     quantization = None
     if bits == 4:
         quantization = BitsAndBytesConfig(
@@ -31,7 +31,7 @@ def transformers_model(folder: Path, bits: int) -> Any:
 
 
 def peft_twin(folder: Path, bits: int, adapter: Adapter) -> Any:
-    """PEFT's LoRA on transformers' model, with the A and B of `adapter`."""
+    """Return transformers' model with PEFT's LoRA, with the A and B of `adapter`."""
     spec = adapter.spec
     config = LoraConfig(
         r=spec.rank,
@@ -51,7 +51,7 @@ def peft_twin(folder: Path, bits: int, adapter: Adapter) -> Any:
 
 
 def twin_parameters(twin: Any, adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's trained parameters by the names that ours have."""
+    """Return PEFT's trained parameters, by the names that the kit gives them."""
     return {
         f"{path}.lora_{side}": twin.get_submodule(
             f"base_model.model.{path}.lora_{side}.default"

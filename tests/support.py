@@ -1,4 +1,4 @@
-"""What several test files run and compare: the command line, fresh processes, errors, peaks."""
+"""Runs the command line and fresh processes for test files, and measures errors and peaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qlora_kit.events import Evaluated, StepFinished, StepSkipped
 
 PROJECT = Path(__file__).parent.parent
 
-# What a run of four steps leaves, saved and evaluated at every other.
+# The files of a run of four steps that saves and evaluates at every other step.
 RUN_FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-2",
     "checkpoint-4", "data.html", "last", "loss.png", "memory.json", "memory.png",
@@ -55,7 +55,7 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return int(stopped.value.code or 0), out, err
 
 
-# Put before what `run_python` runs: `Peak` measures the memory of a block.
+# Code that `run_python` puts before the code it runs: `Peak` measures the memory of a block.
 MEASURE = textwrap.dedent(
     """
     import json, sys, threading
@@ -67,7 +67,7 @@ MEASURE = textwrap.dedent(
                 return int(line.split()[1]) * 1024
 
     class Peak:
-        # The most anonymous memory while the block ran, above what there was at its start.
+        # The growth of anonymous memory from the start of the block to its peak.
         def __enter__(self):
             self.before = self.peak = anonymous()
             self.done = threading.Event()
@@ -86,7 +86,7 @@ MEASURE = textwrap.dedent(
 
 
 def run_python(code: str, *arguments: object) -> str:
-    """Run Python code in a fresh process, with `Peak` at hand; return what it printed."""
+    """Run Python code in a fresh process, in which `Peak` is defined; return its output."""
     command = [sys.executable, "-c", MEASURE + code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def run_python(code: str, *arguments: object) -> str:
 
 
 def recorded_peak(work: Callable[[], Any]) -> int:
-    """Run `work` and return the most bytes that it held at one time, as the allocator says."""
+    """Run `work`; return the most bytes it held at one time, by the allocator's record."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -110,19 +110,19 @@ def relative_error(found: Any, expected: Any) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-# Options that a simulation does not read, and that differ between runs that are otherwise equal.
+# Options that a simulation does not read, although they differ between otherwise equal runs.
 NOT_SIMULATED = {
     "output", "overwrite", "resume", "data", "validation", "max_steps", "save_steps", "eval_steps",
     "report_to", "samples", "vram", "ram",
 }  # fmt: skip
 
 
-# What simulations answered in this process, to the tests of whatever module.
+# The results of all simulations in this process, for the tests of every module.
 _ANSWERS: dict[str, Any] = {}
 
 
 def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `simulate`, which answers at once where it is asked what it was asked before."""
+    """Return a `simulate` that answers at once when it gets the same arguments again."""
     from qlora_kit.config import TrainConfig
 
     def of_key(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Small inputs that users of such tools stumble over, run as they run them."""
+"""Small inputs that trip users of training tools, run with the users' own commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def case(assets: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     copy = tmp_path / "case"
     copy.mkdir()
     for path in source.iterdir():
-        # The originals may be read-only, and what is copied of that would stay.
+        # The originals may be read-only, and copied permissions would make the copies read-only.
         shutil.copyfile(path, copy / path.name)
     return copy
 

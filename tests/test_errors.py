@@ -1,4 +1,4 @@
-"""Errors of others, raised as one line of the kit."""
+"""Errors of libraries, raised as one line of the kit."""
 
 from __future__ import annotations
 

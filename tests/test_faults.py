@@ -1,7 +1,7 @@
 """A few faults of each promise; `make test-slow` has more, `make test-faults` all of them.
 
-The harness forks hundreds of processes, so it runs in one that pytest has not filled with
-threads. One start of it makes every row.
+The harness forks hundreds of processes, so it runs in a process that pytest has not filled with
+threads. One run of it makes every row.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PROMISES = (
 def table(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """The rows of a table with a part of the faults, by the name of the promise."""
+    """The rows of the table for some of the faults, by the name of the promise."""
     base = tmp_path_factory.getbasetemp()
-    # The workers of xdist share one table: a test of it may run in any of them.
+    # The workers of xdist share one table, because its tests may run in any worker.
     folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     file = folder / f"faults-{request.param}.json"
     with FileLock(file.with_suffix(".lock")):
@@ -58,14 +58,14 @@ def test_a_promise_is_kept_under_faults(table: dict[str, dict[str, Any]], promis
 
 
 def test_a_safeguard_is_found_however_its_lines_are_broken(tmp_path: Path) -> None:
-    """And at all: each is where the mutations look for it."""
+    """Every safeguard also is in the place where its mutation looks for it."""
     from faults.mutations import MUTATIONS, file_of, without
 
     for mutation in MUTATIONS:
         file = file_of(tmp_path, mutation)
         file.parent.mkdir(parents=True, exist_ok=True)
         source = file_of(PROJECT, mutation).read_text()
-        # Comments are gone, and every statement is on one line.
+        # Unparsed code has no comments, and every statement is on one line.
         file.write_text(ast.unparse(ast.parse(source)))
         assert without(tmp_path, mutation) == without(PROJECT, mutation), mutation.safeguard
         assert without(PROJECT, mutation) != file.read_text(), mutation.safeguard

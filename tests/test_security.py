@@ -1,4 +1,4 @@
-"""What a stranger's file may not do, and what nothing may show: the promises of SECURITY.md."""
+"""The promises of SECURITY.md: the limits of a stranger's file, and secrets that never show."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _spin() -> None:
 
 @pytest.fixture
 def own_timer() -> Iterator[list[int]]:
-    """A handler and a timer of the program that uses the kit; what it heard."""
+    """A handler and a timer of the program that uses the kit; yields the signals it received."""
     heard: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: heard.append(number))
     signal.setitimer(signal.ITIMER_REAL, 100)
@@ -327,7 +327,7 @@ def _rows(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
-# `--debug` adds to what fails, and this does not: see the next test for that.
+# `--debug` adds to the output of a command that fails, as the command of the next test does.
 @pytest.mark.usefixtures("simulated_once")
 @pytest.mark.parametrize(
     "extra", [(), ("--json",), pytest.param(("--debug",), marks=pytest.mark.slow)]
@@ -460,11 +460,11 @@ def test_nothing_evaluates_or_starts_anything() -> None:
     assert not [(file, name) for file, name, *_ in _CALLS if name in banned]
     assert not [(f, m) for f, m in _imported() if m.split(".")[0] in ("subprocess", "pty", "code")]
     assert not [file for file, _, _, keywords in _CALLS if "shell" in keywords]
-    # The program itself, as it was begun.
+    # Only the program itself may be started again, with its original arguments.
     again = {(file, ast.unparse(call)) for file, name, call, _ in _CALLS if "os.exec" in name}
     itself = "os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])"
     assert again == {("model/environment.py", itself)}
-    # A name that is imported is one that stands in the source.
+    # Only one call imports a name that is no literal; its names are literals in the same file.
     dynamic = {(f, ast.unparse(c.args[0])) for f, n, c, _ in _CALLS if n == "__import__"}
     assert dynamic <= {("model/fetch.py", "package")}
 

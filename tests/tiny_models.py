@@ -1,4 +1,4 @@
-"""Small models made on the spot, of every kind that the kit knows, and what is done with them."""
+"""Small random models of every kind that the kit knows: made, loaded and filled for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_kit.model.names import known_models
 
-# Numbers that shrink a real architecture to one that runs in milliseconds, its kind kept.
+# Numbers that shrink a real architecture so that it runs in milliseconds; its kind stays.
 TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 80,
@@ -45,7 +45,7 @@ def tiny_numbers(name: str) -> dict[str, Any]:
     return {**numbers, **small, "torch_dtype": "float32", "initializer_range": 0.2}
 
 
-# The same for kinds that no model in configs/ has.
+# The numbers of kinds that no model in configs/ has.
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 80,
@@ -85,13 +85,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "phi": {"model_type": "phi", **SIZES, "partial_rotary_factor": 0.5},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
 }
-# Two names whose tiny models are the same are one architecture.
+# Names whose tiny models are equal have one architecture, and stand here once.
 ARCHITECTURES = {repr(tiny_numbers(name)): name for name in known_models()}.values()
 NAMES = [*ARCHITECTURES, *OTHERS]
 
 
 def save_model(folder: Path, numbers: dict[str, Any]) -> Path:
-    """Save a random model of an architecture, the same for the same numbers."""
+    """Save a random model of an architecture; equal numbers give equal models."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,7 +99,7 @@ def save_model(folder: Path, numbers: dict[str, Any]) -> Path:
     config = AutoConfig.for_model(**numbers)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
-        # Norms and biases that are not at their start show whether they are loaded.
+        # Norms and biases get other values than at their start, to show whether they are loaded.
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)

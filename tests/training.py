@@ -1,4 +1,4 @@
-"""Runs of the training loop alone: an adapter, rows, options, and what is read off a run."""
+"""Adapters, rows and options for the training loop, and listeners that read the events of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_adapter(folder: Path, bits: int = 4, dropout: float = 0.0, rank: int = 
 
 
 def make_rows(count: int, seed: int = 0) -> Rows:
-    """Rows of unequal length, with prompts of unequal length that are not supervised."""
+    """Return rows of unequal length, with unsupervised prompts of unequal length."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for row in range(count):
@@ -35,7 +35,7 @@ def make_rows(count: int, seed: int = 0) -> Rows:
 
 
 def options(**changes: Any) -> qk.TrainConfig:
-    """Return the configuration of four steps of one micro-batch."""
+    """Return a configuration of four steps of one micro-batch, with changes."""
     defaults = {"max_steps": 4, "learning_rate": 5e-3, "gradient_accumulation_steps": 1}
     return qk.TrainConfig(**{**defaults, **changes})
 
@@ -46,7 +46,7 @@ def weights_of(adapter: qk.Adapter) -> dict[str, torch.Tensor]:
 
 
 def record(events: list[Event]) -> Callable[[Event], None]:
-    """Return a listener that keeps what it hears in `events`."""
+    """Return a listener that appends each event to `events`."""
     return events.append
 
 

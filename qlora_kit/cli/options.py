@@ -47,7 +47,7 @@ def parameters_of(config_class: type[Options], positional: str | None) -> list[c
         if name == positional:
             found.append(click.Argument([name], metavar=name.upper(), type=str))
         else:
-            found.append(_option(name, field, declared(config_class, name)["also"]))
+            found.append(_flag_option(name, field, declared(config_class, name)["also"]))
     return [*found, *_switches(config_class), *_common()]
 
 
@@ -73,7 +73,7 @@ def _common() -> list[click.Parameter]:
     ]
 
 
-def _option(name: str, field: FieldInfo, also: list[str]) -> click.Option:
+def _flag_option(name: str, field: FieldInfo, also: list[str]) -> click.Option:
     flags = [_flag(each) for each in (name, *also)]
     text = f"{field.description}{_default(field)}"
     if bool in _kinds(field.annotation):

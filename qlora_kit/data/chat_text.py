@@ -40,7 +40,7 @@ def wants_bos(tokenizer: Any) -> bool:
     if not tokenizer.chat_template:
         return False
     try:
-        text = _apply(tokenizer, [{"role": "user", "content": "a"}], "a short conversation")
+        text = _render_turns(tokenizer, [{"role": "user", "content": "a"}], "a short conversation")
     except DataError:
         return False
     return text.startswith(tokenizer.bos_token)
@@ -148,7 +148,7 @@ class ChatWriter:
         generation: bool = False,
     ) -> str:
         turns = [_as_turn(self._in_known_role(message), spelling) for message in messages]
-        return _apply(self._tokenizer, turns, place, tools, generation)
+        return _render_turns(self._tokenizer, turns, place, tools, generation)
 
     def _in_known_role(self, message: Message) -> Message:
         """Return a developer's turn as the system's, unless the template knows the developer.
@@ -298,7 +298,7 @@ def _search_in(text: str) -> Callable[[str], bool]:
 # ---------------------------------------------------------------- the template itself
 
 
-def _apply(
+def _render_turns(
     tokenizer: Any,
     turns: Sequence[Mapping[str, Any]],
     place: str,

@@ -283,11 +283,11 @@ def _read_content(role: str, turn: Mapping[str, Any], key: str, where: str) -> _
     content = turn[key]
     if not isinstance(content, list):
         return _Content(string(turn, key, where))
-    said = [_part(part, role, where) for part in content]
+    said = [_content_of_part(part, role, where) for part in content]
     return _Content("".join(each.text for each in said), sum((each.calls for each in said), ()))
 
 
-def _part(part: Any, role: str, where: str) -> _Content:
+def _content_of_part(part: Any, role: str, where: str) -> _Content:
     if isinstance(part, str):
         return _Content(clean(part, f"{where}: a part"))
     kind = part.get("type", "text") if isinstance(part, dict) else None

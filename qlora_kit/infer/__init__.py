@@ -1,1 +1,1 @@
-"""Use a model: measure its loss on rows, generate text."""
+"""Uses a loaded model: measures its loss on rows, and generates text. Never trains it."""

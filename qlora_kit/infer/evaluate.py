@@ -1,7 +1,7 @@
-"""Measure a model on token rows: its loss, and what else its task measures.
+"""Measures a model on token rows: its loss, and the other metrics of its task.
 
-Takes a loaded model, with or without an adapter; returns an `Evaluation`. No logits matrix
-exists, as in training.
+Takes a loaded model, with or without an adapter, and token rows; returns an `Evaluation`. As in
+training, no logits matrix exists. Never changes the model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from qlora_kit.tasks.task import Figures, Objective, RowSums, Task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The result of a measurement.
 
     Attributes:
         loss: mean over the weight, such as nats per supervised token.
-        metrics: the task's, each a mean over the weight, by name.
-        weight: what was measured, counted as the task does: supervised tokens, or rows.
+        metrics: the metrics of the task by name, each a mean over the weight.
+        weight: number of units measured, which the task chooses: supervised tokens, or rows.
         rows: number of rows measured.
-        batch_size: rows a batch at the end; fewer than asked for where memory ran out.
+        batch_size: rows of a batch at the end; fewer than asked for if memory ran out.
         details: tables of the task, such as the figures of each label.
     """
 
@@ -46,11 +46,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MixedEvaluation:
-    """What was measured on rows that each had their own adapter.
+    """The result of a measurement in which each row has its own adapter.
 
     Attributes:
-        total: of all rows.
-        by_adapter: of the rows of each adapter that has some, by name; None: the base alone.
+        total: the result on all rows.
+        by_adapter: the result on the rows of each adapter that has rows, by the adapter's name;
+            None: the base alone.
     """
 
     total: Evaluation
@@ -69,11 +70,20 @@ def evaluate(
     announce: Announce = silent,
     per_row: PerRow | None = None,
 ) -> Evaluation:
-    """Measure `base`, with the adapter it may carry, on token rows that `task` makes sense of.
+    """Measure `base`, with the adapter it may carry, on the token rows of a task.
 
-    The model is put in evaluation mode and left in the mode it was in. Where memory runs out
-    the batch is halved, for the rest of the rows. Where several adapters are on the base,
-    `per_row` says which one each row has.
+    The model is in evaluation mode meanwhile, and afterwards in the mode it was in before. If
+    memory runs out, the batch is halved for the rest of the rows.
+
+    Args:
+        base: the loaded base.
+        rows: token rows.
+        batch_size: rows of a batch to begin with.
+        pad_token_id: id that fills short rows of a batch; the loss never sees it.
+        chunk_tokens: tokens whose logits exist at one time.
+        task: the meaning of a row.
+        announce: receives a notice when the batch is halved.
+        per_row: the adapter of each row, if several adapters are on the base.
 
     Raises:
         OutOfMemory: even one row does not fit.
@@ -97,7 +107,17 @@ def evaluate_mixed(
     task: Task = CAUSAL,
     announce: Announce = silent,
 ) -> MixedEvaluation:
-    """Measure token rows in mixed batches, as `evaluate` does; tell the adapters apart.
+    """Measure token rows in batches of mixed adapters; return the result of each adapter too.
+
+    Args:
+        base: the loaded base.
+        rows: token rows.
+        per_row: the adapter of each row.
+        batch_size: rows of a batch to begin with.
+        pad_token_id: id that fills short rows of a batch; the loss never sees it.
+        chunk_tokens: tokens whose logits exist at one time.
+        task: the meaning of a row.
+        announce: receives a notice when the batch is halved.
 
     Raises:
         OutOfMemory: even one row does not fit.
@@ -114,11 +134,11 @@ def evaluate_mixed(
 
 
 class _Sums:
-    """What was counted of each row: (rows,) each, fp64, in host memory.
+    """The sums of each row; every tensor is (rows,), fp64, in host memory.
 
     Args:
-        rows: number of them.
-        batch_size: rows a batch.
+        rows: number of rows.
+        batch_size: rows of a batch.
     """
 
     def __init__(self, rows: int, batch_size: int) -> None:
@@ -128,7 +148,7 @@ class _Sums:
         self.outputs: Tensor | None = None
 
     def add(self, indices: Sequence[int], found: RowSums) -> None:
-        """Take what was measured of some rows; `indices` are theirs among all rows."""
+        """Store the sums of some rows; `indices` are the rows' places among all rows."""
         chosen = torch.tensor(indices)
         self.weight[chosen], self.loss[chosen] = found.weight, found.loss
         for name, values in found.metrics.items():
@@ -161,7 +181,7 @@ def _measure(
     announce: Announce,
     per_row: PerRow | None,
 ) -> _Sums:
-    """Run all rows, the model in evaluation mode meanwhile."""
+    """Run all rows in evaluation mode, and return their sums."""
     sums, base = _Sums(len(rows), batch_size), objective.base
 
     def measured(indices: Sequence[int]) -> RowSums:
@@ -196,6 +216,6 @@ def _line(tokens: int) -> str:
 
 
 def _by_length(rows: TokenRows) -> list[int]:
-    """Order rows so that those of similar length share a batch: padding is work for nothing."""
+    """Return the indices of rows by length: rows of similar length in a batch need less padding."""
     lengths = rows.lengths()
     return sorted(range(len(lengths)), key=lambda i: lengths[i])

@@ -1,7 +1,7 @@
-"""Exact match: which answers, generated greedily, equal the expected ones.
+"""Exact match: whether each answer, generated greedily, equals the expected answer.
 
-Takes samples that have a question and an answer; returns a yes or no for each. White space
-around an answer does not count.
+Takes samples that have a question and an answer; returns a yes or no for each. White space around
+an answer does not count. Keeps no text.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def exact_answers(
     max_new_tokens: int,
     per_row: PerRow | None = None,
 ) -> list[bool]:
-    """Answer every sample's last question and say which answers are exactly right.
+    """Answer the last question of every sample; return whether each answer is exactly right.
 
     Args:
         base: the model, with the adapter it may carry.
-        tokenizer: its tokenizer.
-        samples: the questions, and what is expected.
-        max_new_tokens: bound of an answer.
-        per_row: the adapter of each sample, where several are on the base.
+        tokenizer: the model's tokenizer.
+        samples: the questions and the expected answers.
+        max_new_tokens: the most tokens of an answer.
+        per_row: the adapter of each sample, if several adapters are on the base.
 
     Raises:
-        DataError: plain text, which asks nothing.
+        DataError: a sample is plain text, which has no question.
     """
     renderer = Renderer(tokenizer)
     asked = [_question(sample, renderer) for sample in samples.items]
@@ -49,7 +49,7 @@ def exact_answers(
 
 
 def _question(sample: Sample, renderer: Renderer) -> tuple[str, str]:
-    """Return the prompt text of a sample's last answer, and the answer."""
+    """Return the prompt of a sample's last answer as text, and the expected answer."""
     if isinstance(sample, Pair):
         return sample.prompt, sample.completion
     if isinstance(sample, Conversation):

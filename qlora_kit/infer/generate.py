@@ -1,7 +1,7 @@
-"""Generate text with a loaded model, with or without an adapter.
+"""Generates text with a loaded model, with or without an adapter.
 
-Takes prompts as token ids, so that the caller renders them just as training did; returns the
-new text only.
+Takes prompts as token ids, so that the caller renders them exactly as training did; returns the new
+text only. Never applies a chat template.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _DEFAULTS = GenerateConfig()
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The settings by which the next token is chosen.
 
     Attributes:
-        max_new_tokens: bound of the answer.
-        temperature: 0 is greedy.
+        max_new_tokens: the most tokens of an answer.
+        temperature: divisor of the logits; 0 takes the most likely token.
         top_p: share of the probability that is kept when sampling.
-        seed: of sampling.
+        seed: seed of the sampling.
     """
 
     max_new_tokens: int = _DEFAULTS.max_new_tokens
@@ -52,14 +52,15 @@ def generate(
 
     Args:
         base: the model, with the adapter it may carry.
-        tokenizer: its tokenizer.
-        prompts: token ids, BOS included where the model wants one.
-        sampling: greedy if None.
-        batch_size: prompts that are continued together; halved where memory runs out.
-        per_row: the adapter of each prompt, where several are on the base.
+        tokenizer: the model's tokenizer.
+        prompts: token ids of each prompt, with BOS if the model wants one.
+        sampling: the settings of sampling; None: the most likely tokens.
+        batch_size: prompts that are continued together; halved when memory runs out.
+        per_row: the adapter of each prompt, if several adapters are on the base.
 
     Raises:
         OutOfMemory: even one prompt does not fit.
+        Stopped: a signal came.
     """
     chosen = sampling or Sampling()
     torch.manual_seed(chosen.seed)
@@ -86,7 +87,7 @@ def _generate_batch(
 ) -> list[str]:
     width = max(len(ids) for ids in prompts)
     pad = tokenizer.pad_token_id
-    # Padded on the left, so that every continuation starts in the same column.
+    # Prompts are padded on the left, so that every continuation starts in the same column.
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     model: Any = base.model
@@ -111,7 +112,7 @@ def _generate_batch(
 
 
 def _configured_ends(base: Base) -> list[int]:
-    """Return the end tokens of `config.json` and of `generation_config.json`."""
+    """Return the end tokens that `config.json` and `generation_config.json` name."""
     model: Any = base.model
     configured = [model.config.get_text_config().eos_token_id]
     settings = read_generation_config(base.spec.folder) if base.spec.folder else None

@@ -1,8 +1,8 @@
-"""What a model writes before and after its training, for a few prompts of the run's own data.
+"""Texts that a model writes before and after its training, for a few prompts of the run's data.
 
-Takes token rows, so that a prompt is what training sees, id by id; keeps what was written in
-`samples.json`, so that a resumed run still knows how it began. That is text of the data: it
-belongs in this file and on the run's page, never in a log, a notice or an error.
+Takes token rows, so that a prompt has exactly the ids that training sees. Keeps the texts in
+`samples.json`, so that a resumed run still has those from before training. They contain text of the
+data, so they belong in this file and on the run's page, and never in a log, a notice or an error.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from qlora_kit.storage import read_json, write_json
 NAME = "samples.json"
 MOST_NEW_TOKENS = 64
 _LEAST_NEW_TOKENS = 8
-# Samples are an extra: neither their time nor their memory may be seen beside the training's.
+# Samples are an extra, so their time and their memory must be small beside those of training.
 _MOST_SECONDS = 30.0
 _MOST_PROMPT_TOKENS = 256
-# Of a text without a prompt, so many tokens are given to continue.
+# The number of tokens of a text without a prompt that the model is given to continue.
 _OPENING_TOKENS = 32
 _ROWS_LOOKED_AT = 50
 
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """A prompt of the data and what follows it: in the data, and from the model.
+    """A prompt of the data, with its continuation in the data and those by the model.
 
     Attributes:
-        prompt_ids: what the model was given.
-        prompt: the same as text, special tokens shown.
-        expected: what follows in the data, at most as many tokens as are generated.
-        before: from the untrained adapter.
-        after: from the trained one; None until there is one.
+        prompt_ids: the ids that the model was given.
+        prompt: the prompt as text, special tokens shown.
+        expected: the continuation in the data, with at most as many tokens as are generated.
+        before: the text by the model before training.
+        after: the text by the model after training; None until training is done.
     """
 
     prompt_ids: tuple[int, ...]
@@ -56,7 +56,7 @@ class GeneratedSample:
     after: str | None = None
 
     def rows(self) -> tuple[tuple[str, str], ...]:
-        """Return who wrote what, for people."""
+        """Return the texts for people, each with its title."""
         return (
             ("prompt", self.prompt.strip()),
             ("in the data", self.expected.strip()),
@@ -67,7 +67,7 @@ class GeneratedSample:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The tokens of a row that are given, and those that follow."""
+    """The tokens of a row, divided into the prompt and the tokens that follow it."""
 
     ids: tuple[int, ...]
     following: tuple[int, ...]
@@ -75,17 +75,17 @@ class _Prompt:
 
 @dataclass
 class SampleAccount:
-    """What a run's model writes before and after training, kept in the run's folder.
+    """Writes the samples of a run before and after training, and keeps them in the run's folder.
 
-    Greedy, so that before and after differ by the training alone. Nothing of the run depends
-    on it: the random states are left as they were, and where it fails, or would take long, the
-    run goes on without samples and says so.
+    Generation is greedy, so that before and after differ by the training alone. The run does not
+    depend on the samples: the random states stay as they were; and if generation fails, or would
+    take long, the run goes on without samples, and a notice gives the reason.
 
     Attributes:
         output: the run's folder.
         base: the model, with the adapter that is trained on it.
-        tokenizer: its tokenizer.
-        announce: receives why there are no samples.
+        tokenizer: the model's tokenizer.
+        announce: receives a notice if there are no samples.
     """
 
     output: Path
@@ -103,7 +103,7 @@ class SampleAccount:
         Args:
             count: number of samples; 0 for none.
             rows: token rows to take the prompts from.
-            tokens_at_once: tokens, prompts and answers, that may be in memory together.
+            tokens_at_once: number of tokens, in prompts and answers, that fit in memory together.
         """
         self._asked_for, self._tokens_at_once = count, tokens_at_once
         if not count or self._take_up():
@@ -146,7 +146,7 @@ class SampleAccount:
     def _written(
         self, prompts: Sequence[Sequence[int]], is_timed: bool = False
     ) -> list[str] | None:
-        """Continue prompts; return None where it cannot be done, or not soon."""
+        """Return the continuations of prompts; None if that fails, or would take long."""
         device = self.base.hardware.device
         on_gpu = [device] if device.type == "cuda" else []
         try:
@@ -155,14 +155,14 @@ class SampleAccount:
                     return None
                 return list(self._continue(prompts, self._new_tokens))
         except Exception as error:
-            # Whatever it is, a run of hours must not end for a few lines of text.
+            # A run of hours must not end for a few lines of text, whatever the error is.
             self.announce(Notice(f"no samples: generating them failed ({type(error).__name__})"))
-        # Here the error and the tensors its frames held are gone.
+        # Here the error is gone, and so are the tensors that its frames held.
         release_memory(device)
         return None
 
     def _is_soon_done(self, prompts: Sequence[Sequence[int]]) -> bool:
-        """Fit the tokens that are generated to the time there is; whether any are worth it."""
+        """Limit the new tokens to those that time allows; return whether these are enough."""
         longest = max(prompts, key=len)
         seconds = min(self._seconds_of_a_token(longest) for _ in range(2))
         batches = math.ceil(len(prompts) / self._batch_size(prompts))
@@ -205,7 +205,7 @@ class SampleAccount:
         write_json(self.output / NAME, redacted_values(content))
 
     def _take_up(self) -> bool:
-        """Take the samples of the first start; whether there are such, and as many."""
+        """Take the samples of the run's first start; return whether they are those asked for."""
         if not (self.output / NAME).is_file():
             return False
         try:
@@ -222,7 +222,7 @@ class SampleAccount:
 
 def _stored(item: Mapping[str, Any], vocabulary: int) -> GeneratedSample:
     ids = tuple(item["prompt_ids"])
-    # An id that no embedding has would end a process with a GPU, not only the sample.
+    # On a GPU, an id without an embedding would end the whole process.
     if not all(isinstance(each, int) and 0 <= each < vocabulary for each in ids):
         raise ValueError("not token ids")
     texts = {name: str(item[name]) for name in ("prompt", "expected", "before")}
@@ -237,13 +237,14 @@ def choose_prompts(rows: TokenRows, count: int, most_tokens: int) -> list[_Promp
 
     Args:
         rows: token rows.
-        count: number that is wanted; fewer where rows are few, or their prompts long.
-        most_tokens: a prompt may have.
+        count: number of prompts that are wanted; fewer are returned if rows are few, or if their
+            prompts are long.
+        most_tokens: the most tokens that a prompt may have.
     """
     looked_at = min(len(rows), max(count, _ROWS_LOOKED_AT))
     stride = max(1, looked_at // count)
     found: list[_Prompt] = []
-    # The first row of each part of the data; where one does not do, the second of each.
+    # Take the first row of each part of the data; if they are not enough, the second of each part.
     for number in (n for first in range(stride) for n in range(first, looked_at, stride)):
         if len(found) == count:
             break
@@ -254,10 +255,10 @@ def choose_prompts(rows: TokenRows, count: int, most_tokens: int) -> list[_Promp
 
 
 def _prompt_of(row: Mapping[str, Any]) -> _Prompt:
-    """Divide a row where its first answer begins; plain text, which has none, near its start."""
+    """Divide a row where its first answer begins; plain text has none, and is divided early on."""
     ids, labels = row["input_ids"], row["labels"]
     start = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    # Before all that is supervised there may be a BOS, and that is no prompt.
+    # A BOS alone, before tokens that are all supervised, is no prompt.
     if start <= 1:
         start = min(_OPENING_TOKENS, len(ids) // 2)
     end = next((i for i in range(start, len(ids)) if labels[i] == IGNORED), len(ids))

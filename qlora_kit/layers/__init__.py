@@ -2,6 +2,6 @@
 
 import logging
 
-# Before its first import: without the optional `kernels` package bitsandbytes logs a failed import
-# at every start.
+# Set before bitsandbytes is first imported: without the optional `kernels` package it logs a failed
+# import at every start.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""What dropout drops: a function of (seed, step, sample, layer) while a step is taken.
+"""The masks of dropout: within a step, each is a function of (seed, step, sample, layer).
 
-So a mask depends neither on the rows that share a batch with a sample, nor on how a micro-batch was
-cut, nor on the process that computes it; and it is the same when a layer is recomputed. Outside of
-a step torch's own random state decides.
+So the mask of a sample depends neither on the other rows of its batch, nor on the cut of a
+micro-batch, nor on the process that computes it; and it is the same when a layer is recomputed.
+Outside of a step the masks come from torch's own random state, which this module never touches.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from qlora_kit.layers.in_force import InForce
 
-# Of splitmix64: neighbouring steps, samples and layers get seeds far apart.
+# The constants of splitmix64: neighbouring steps, samples and layers get seeds far apart.
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What the masks of one micro-batch are drawn from.
+    """The numbers that the masks of one micro-batch are drawn from.
 
     Attributes:
-        seed: of the run.
-        step: the optimiser step.
-        samples: which sample each row of the batch is, (B,).
-        tokens: T of the widest batch of the run. As many are drawn for every sample: a GPU gives
-            the first of them other values where fewer are asked for.
+        seed: the seed of the run.
+        step: number of the optimiser step.
+        samples: number of the sample in each row of the batch, (B,).
+        tokens: T of the widest batch of the run. The mask of every sample is drawn at this width
+            and cut: on a GPU, the first values of a draw depend on the number of values drawn.
     """
 
     seed: int
@@ -39,13 +39,13 @@ class Draws:
     tokens: int
 
     def kept(self, shape: torch.Size, layer: int, keep: float, device: torch.device) -> Tensor:
-        """Return which inputs of a layer are kept: bool (B · T, D).
+        """Return the mask of the inputs that a layer keeps: bool (B · T, D).
 
         Args:
-            shape: of the input, (B, T, D), or (B, D) for one state a row.
-            layer: its number among the layers with LoRA.
-            keep: probability that one is kept.
-            device: of the input.
+            shape: shape of the layer's input, (B, T, D), or (B, D) for one state a row.
+            layer: number of the layer among the layers with LoRA.
+            keep: probability that an input is kept.
+            device: device of the input.
         """
         rows, width = shape[0], shape[-1]
         tokens = shape[1] if len(shape) > 2 else 1
@@ -62,12 +62,12 @@ _now: InForce[Draws] = InForce()
 
 
 def draws_now() -> Draws | None:
-    """Return what masks are drawn from now; None leaves it to torch."""
+    """Return the draws in force; None where torch draws the masks."""
     return _now.value
 
 
 def drawn_from(draws: Draws) -> AbstractContextManager[None]:
-    """Return a block in which dropout draws from these, in forward and in backward."""
+    """Return a block in which dropout takes its masks from `draws`, in forward and in backward."""
     return _now.being(draws)
 
 
@@ -77,7 +77,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _mixed(*numbers: int) -> int:
-    """Return 64 well-mixed bits of some numbers.
+    """Return 64 well-mixed bits, a function of all the numbers.
 
     Source: Fast Splittable Pseudorandom Number Generators (Steele, Lea, Flood, 2014), section 3.
     """

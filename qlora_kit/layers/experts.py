@@ -1,8 +1,10 @@
-"""Experts of a mixture: a stacked weight (E, K, D) as E linear layers like all others.
+"""The experts of a mixture: a stacked weight (E, K, D) as E ordinary linear layers.
 
-Takes hidden states and the router's choice; returns their mixture. Every expert runs on the tokens
-that chose it, one expert after the other, so one weight at a time is unpacked. Never decides which
-expert a token takes.
+Takes hidden states and the router's choice; returns the mixture of the experts' outputs. The
+experts run one after the other, each on the tokens that chose it, so one weight at a time is
+unpacked. Never decides which expert a token takes.
+
+Shapes: N tokens, E experts, k experts of a token, D in, K out.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from qlora_kit.private_transformers import gated
 
 
 class Stack(nn.ModuleList):
-    """The layers that a checkpoint holds as one tensor (E, K, D), and their biases as (E, K).
+    """The layers whose weights a checkpoint holds as one tensor (E, K, D), biases as (E, K).
 
     Args:
-        layers: of the experts, each with a weight (K, D).
-        is_transposed: whether the checkpoint holds (E, D, K).
+        layers: one layer for each expert, with a weight (K, D).
+        is_transposed: whether the checkpoint holds the weights as (E, D, K).
     """
 
     def __init__(self, layers: list[nn.Module], *, is_transposed: bool) -> None:
@@ -30,7 +32,13 @@ class Stack(nn.ModuleList):
 
     @classmethod
     def like(cls, weight: Tensor, bias: Tensor | None, *, is_transposed: bool) -> Stack:
-        """Return empty layers on the meta device for a stacked weight, and bias, of a skeleton."""
+        """Return empty layers on the meta device, shaped as a skeleton's stacked weight and bias.
+
+        Args:
+            weight: (E, K, D), or (E, D, K) where `is_transposed`.
+            bias: (E, K), or None.
+            is_transposed: whether the checkpoint holds the weights as (E, D, K).
+        """
         out, into = (2, 1) if is_transposed else (1, 2)
         shape: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
         layers: list[nn.Module] = [
@@ -40,12 +48,12 @@ class Stack(nn.ModuleList):
         return cls(layers, is_transposed=is_transposed)
 
     def apart(self, path: str, name: str, stacked: Tensor) -> dict[str, Tensor]:
-        """Return what is stored at `name` by the names of its layers.
+        """Split a stored tensor; return the tensors of the layers by their names.
 
         Args:
-            path: of this stack; `name` is it for the weights, and `{path}_bias` for the biases.
-            name: of the stored tensor.
-            stacked: (E, K, D), or (E, D, K) where it is stored transposed; biases (E, K).
+            path: path of this stack.
+            name: name of the stored tensor: `path` for the weights, `{path}_bias` for the biases.
+            stacked: weights (E, K, D), or (E, D, K) where `is_transposed`; biases (E, K).
         """
         if name != path:
             return {f"{path}.{number}.bias": bias for number, bias in enumerate(stacked)}
@@ -53,7 +61,7 @@ class Stack(nn.ModuleList):
         return {f"{path}.{number}.weight": weight for number, weight in enumerate(weights)}
 
     def together(self, layers: list[Tensor]) -> Tensor:
-        """Return the weights (K, D), or biases (K,), of all layers as the checkpoint holds them."""
+        """Stack the weights (K, D), or biases (K,), of all layers as the checkpoint holds them."""
         stacked = torch.stack(layers)
         return stacked.transpose(1, 2) if self.is_transposed and stacked.dim() > 2 else stacked
 
@@ -62,10 +70,10 @@ def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights
     """Return the mixture of the chosen experts' outputs, (N, D).
 
     Args:
-        experts: transformers' module; its projections are `Stack`s.
-        hidden: (N, D).
-        top_k_index: chosen experts of each token, (N, k).
-        top_k_weights: their shares, (N, k).
+        experts: transformers' module of experts, its projections replaced by `Stack`s.
+        hidden: (N, D); the mixture is returned in its dtype.
+        top_k_index: numbers of the experts that each token chose, (N, k), int64.
+        top_k_weights: the shares of these experts in the mixture, (N, k).
     """
     count = top_k_index.shape[1]
     chosen, order = torch.sort(top_k_index.flatten(), stable=True)
@@ -77,7 +85,7 @@ def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights
         if len(part)
     ]
     weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(1)
-    # A sum over the k of each token in their order: index_add_ on a GPU has none.
+    # The k outputs of a token are summed in a fixed order; index_add_ on a GPU has no fixed order.
     return weighted[order.argsort()].view(len(hidden), count, -1).sum(1).to(hidden.dtype)
 
 
@@ -91,7 +99,7 @@ def _expert(experts: Any, number: int, down: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _tokens_of_each(chosen: Tensor, experts: Any) -> list[int]:
-    """Return how many rows each expert has; evenly many where nothing is computed."""
+    """Return the number of rows of each expert; on fake tensors, rows divided evenly."""
     number: int = experts.num_experts
     if isinstance(chosen, FakeTensor):
         each, more = divmod(len(chosen), number)

@@ -1,8 +1,8 @@
 """The frozen linear layer: y = x Wᵀ + b, with W stored packed.
 
-One autograd function for 4, 8 and 16 bits. It saves no tensor at all: a frozen weight has no
-gradient, so x is not needed, and backward asks the weight itself to be unpacked again. A layer
-that is recomputed therefore stops before its last product, which nothing needs.
+Takes x and a `FrozenWeight`; returns y. One autograd function serves 4, 8 and 16 bits. It saves no
+tensor at all: a frozen weight has no gradient, so x is not needed, and backward unpacks the weight
+again. So the recomputation of a layer stops before its last product, which backward does not need.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 
 
 class TransposedLinear(nn.Linear):
-    """A skeleton's linear layer whose checkpoint holds Wᵀ (D, K), as GPT-2's `Conv1D`."""
+    """A skeleton's linear layer whose checkpoint holds Wᵀ (D, K), such as GPT-2's `Conv1D`."""
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer whose weight never changes; the weight arrives after construction.
+    """A linear layer whose weight never changes. The weight is set after construction.
 
     Args:
         in_features: D.
         out_features: K.
-        bias: whether a bias (K,) will arrive too.
-        is_transposed: whether the checkpoint holds Wᵀ. Here it is W.
+        bias: whether a bias (K,) will be set too.
+        is_transposed: whether the checkpoint holds Wᵀ (D, K). The layer itself holds W (K, D).
     """
 
     weight: FrozenWeight
@@ -54,7 +54,7 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def holding(cls, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
-        """Return a frozen layer of an unquantised weight (K, D) and a bias (K,)."""
+        """Return a frozen layer with an unquantised weight (K, D) and a bias (K,)."""
         layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
         layer.weight, layer.bias = PlainWeight(weight), bias
         return layer

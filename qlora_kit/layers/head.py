@@ -1,10 +1,10 @@
 """The output head: how a model turns its last hidden state into logits.
 
-The loss computes logits chunk by chunk and so needs to know the formula:
-logits = cap · tanh((h Wᵀ + b) · scale / cap). `model.head` reads it from a model.
+The loss computes logits chunk by chunk, and so must know the formula:
+logits = cap · tanh((h Wᵀ + b) · scale / cap). `model.head` reads its numbers from a model.
 
 A head in 8 or 4 bits is held in slices of the vocabulary and unpacked one slice at a time: the
-whole would take as much as it saves.
+whole head unpacked would take as much memory as quantising it saves.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SLICE_ROWS = 8192
 
 
 class SlicedWeight(FrozenWeight):
-    """A weight (V, D) whose slices of rows are quantised each for itself.
+    """A weight (V, D) cut into slices of rows, each quantised by itself.
 
     Args:
         weight: (V, D), on any device.
-        quantization: of each slice.
-        device: where the slices go.
+        quantization: the bits and format of each slice.
+        device: the device that holds the slices.
     """
 
     def __init__(self, weight: Tensor, quantization: Quantization, device: torch.device) -> None:
@@ -41,22 +41,22 @@ class SlicedWeight(FrozenWeight):
         return self.shape[0]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the whole weight; what can use a slice at a time asks `unpacked_slices`."""
+        """Return the whole weight (V, D); `unpacked_slices` needs the memory of one slice only."""
         return torch.cat([part for _, part in self.unpacked_slices(dtype)])
 
     def unpacked_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield each slice (n, D) with its rows."""
+        """Yield each slice of the weight (n, D) after the rows that it covers."""
         for rows, part in zip(_rows(len(self)), self.parts, strict=True):
             yield rows, part.unpacked(dtype)
 
     @property
     def parts(self) -> list[FrozenWeight]:
-        """The slices in their order."""
+        """The slices, in the order of their rows."""
         return [part for part in self.slices if isinstance(part, FrozenWeight)]
 
 
 class SlicedLinear(FrozenLinear):
-    """A head whose weight is sliced: its logits are computed slice by slice too."""
+    """A head whose weight is a `SlicedWeight`; its logits are computed slice by slice too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., V) in the dtype of x; differentiable in x."""
@@ -64,7 +64,7 @@ class SlicedLinear(FrozenLinear):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def products(self, x: Tensor) -> list[Tensor]:
-        """Return x (..., D) times each slice of the weight; a graph keeps none of these."""
+        """Return x (..., D) times each slice of the weight; a graph keeps no unpacked slice."""
         assert isinstance(self.weight, SlicedWeight)
         return [frozen_product(x, part) for part in self.weight.parts]
 
@@ -72,7 +72,7 @@ class SlicedLinear(FrozenLinear):
 def quantize_head(
     head: FrozenLinear, quantization: Quantization, device: torch.device
 ) -> SlicedLinear:
-    """Return a head in fewer bits, approximately the same; the given one is left as it is."""
+    """Return the head in fewer bits, approximately the same; `head` itself is not changed."""
     sliced = SlicedLinear(head.in_features, head.out_features, bias=head.bias is not None)
     sliced.bias = head.bias
     stored = head.weight
@@ -88,12 +88,12 @@ def _rows(count: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Head:
-    """The formula of the logits.
+    """The formula of the logits: softcap · tanh((h Wᵀ + b) · scale / softcap).
 
     Attributes:
         linear: W (V, D) and b (V,) or None.
         scale: factor of the logits.
-        softcap: bound of the logits, or None.
+        softcap: bound of the logits; None leaves the bound and tanh out.
     """
 
     linear: FrozenLinear
@@ -103,8 +103,8 @@ class Head:
     def weight(self, dtype: torch.dtype) -> Tensor | SlicedWeight:
         """Return W (V, D) for hidden states of `dtype`, never upcast as a whole.
 
-        A head stored in 16 bits stays so even where the layers compute in fp32; `fill_logits`
-        and `back_project` cast a slice of the vocabulary at a time.
+        A head stored in 16 bits stays in 16 bits even where the layers compute in fp32:
+        `fill_logits` and `back_project` cast one slice of the vocabulary at a time.
         """
         stored = self.linear.weight
         if isinstance(stored, SlicedWeight):
@@ -121,9 +121,9 @@ class Head:
         """Write the logits of hidden states (n, D) into `out` (n, V), fp32.
 
         Args:
-            hidden: in the compute dtype.
-            weight: what `weight` returned.
-            out: overwritten.
+            hidden: (n, D), in the compute dtype.
+            weight: the result of the method `weight`.
+            out: (n, V), fp32; overwritten.
             capped: (n, V), fp32; receives tanh(…), which the gradient of a softcap needs.
         """
         for columns, part in _slices(weight, hidden.dtype):
@@ -153,7 +153,7 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits (n, V) of hidden states (n, D), differentiable in `hidden`.
 
-        The formula of `fill_logits` for a caller who brings a loss of his own.
+        The same formula as `fill_logits`, for a caller with a loss of its own.
         """
         if isinstance(self.linear, SlicedLinear):
             parts = self.linear.products(hidden)
@@ -171,7 +171,7 @@ class Head:
 
 
 def _slices(weight: Tensor | SlicedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield W whole where it is in `dtype`, else slices of the vocabulary, cast or unpacked."""
+    """Yield W as a whole if it is in `dtype`, or else slices of the vocabulary in `dtype`."""
     if isinstance(weight, SlicedWeight):
         yield from weight.unpacked_slices(dtype)
     elif weight.dtype == dtype:

@@ -1,4 +1,7 @@
-"""A value in force while a block runs, for code that the block reaches without passing it on."""
+"""A value that is in force while a block runs.
+
+Code inside the block asks for the value; no function on the way has to pass it on.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ T = TypeVar("T")
 
 
 class InForce(Generic[T]):
-    """Holds the value of the innermost block, or None outside of all.
+    """Holds the value of the innermost block that runs.
 
     Attributes:
-        value: what is in force now.
+        value: the value in force; None outside of all blocks.
     """
 
     def __init__(self) -> None:
@@ -21,7 +24,7 @@ class InForce(Generic[T]):
 
     @contextlib.contextmanager
     def being(self, value: T) -> Iterator[None]:
-        """Let this value be in force while the block runs; then the one before it."""
+        """Put `value` in force while the block runs; then restore the value before it."""
         before, self.value = self.value, value
         try:
             yield

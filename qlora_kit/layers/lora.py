@@ -1,8 +1,10 @@
 """The LoRA layer: y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ, with W frozen and packed.
 
-One autograd function for 4, 8 and 16 bits. It saves x and the small h = dropout(x) Aᵀ, before
-the product with W, so that a recomputed layer that ends in one does not compute it again;
-backward asks W to be unpacked again, so no unpacked weight outlives its product.
+One autograd function serves 4, 8 and 16 bits. It saves x and the small h = dropout(x) Aᵀ before the
+product with W. So a recomputed layer that ends in that product does not compute it again. Backward
+unpacks W again, so no unpacked weight outlives its product.
+
+Shapes: N tokens, D in, K out, R rank.
 
 Source: LoRA (arXiv:2106.09685), section 4.1; QLoRA (arXiv:2305.14314), equation 5; rsLoRA
 (arXiv:2312.03732) for scaling = alpha / √rank.
@@ -29,10 +31,10 @@ class LowRank:
 
     Attributes:
         a: (R, D), fp32 or wider.
-        b: (K, R), likewise.
-        kept: bool (N, D), which inputs of A dropout kept; None without dropout.
+        b: (K, R), in the dtype of `a`.
+        kept: mask of the inputs of A that dropout kept, bool (N, D); None without dropout.
         scaling: factor of the term.
-        keep_probability: of an input of A; 1 without dropout.
+        keep_probability: probability that dropout keeps an input of A; 1 without dropout.
     """
 
     a: Tensor
@@ -42,7 +44,7 @@ class LowRank:
     keep_probability: float
 
     def rows(self, rows: slice) -> LowRank:
-        """Return the term for some of the rows of x."""
+        """Return the term of some rows of x."""
         return self if self.kept is None else replace(self, kept=self.kept[rows])
 
     def inner(self, x: Tensor) -> Tensor:
@@ -54,19 +56,26 @@ class LowRank:
         _add_product(y, h, self.b.T, self.scaling)
 
     def inner_gradient(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of x Aᵀ (N, R) from that of y (N, K), given in the dtype of A."""
+        """Return the gradient of x Aᵀ (N, R), given the gradient of y (N, K) in the dtype of A."""
         return (grad_y @ self.b).mul_(self.scaling).div_(self.keep_probability)
 
     def gradients(
         self, x: Tensor, h: Tensor, grad_y: Tensor, grad_inner: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of A and B, from that of y in the dtype of A."""
+        """Return the gradients of A (R, D) and B (K, R).
+
+        Args:
+            x: (N, D), the input of the call.
+            h: (N, R), the result of `inner` for x.
+            grad_y: gradient of y (N, K), in the dtype of A.
+            grad_inner: (N, R), the result of `inner_gradient` for `grad_y`.
+        """
         grad_a = grad_inner.T @ _masked(x, self.kept).to(self.a.dtype)
         grad_b = (grad_y.T @ h).mul_(self.scaling)
         return grad_a, grad_b
 
     def add_input_gradient(self, grad_x: Tensor, grad_inner: Tensor) -> None:
-        """Add what the term contributes to the gradient of x (N, D), in place."""
+        """Add the term's share of the gradient of x to `grad_x` (N, D), in place."""
         if self.kept is None:
             _add_product(grad_x, grad_inner, self.a, 1.0)
         else:
@@ -76,17 +85,17 @@ class LowRank:
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank term.
 
-    A (R, D) starts Kaiming-uniform and B (K, R) at zero, so a fresh layer equals the frozen
-    one. Both are fp32 (or wider, with a wider input); their product is cast once, when it is
+    A (R, D) starts Kaiming-uniform and B (K, R) at zero, so a fresh layer computes the same as the
+    frozen layer. Both are fp32, or wider with a wider input. Their product is cast once, when it is
     added to the frozen product.
 
     Args:
-        frozen: the layer it wraps.
+        frozen: the layer that this layer wraps.
         rank: R.
         scaling: factor of the low-rank term.
         dropout: probability that an input of A is zeroed in training.
-        generator: draws A; the global one if None.
-        number: among the layers with LoRA; dropout draws by it.
+        generator: draws A; None takes torch's global generator.
+        number: number among the layers with LoRA, from which dropout draws its masks.
     """
 
     def __init__(
@@ -106,7 +115,7 @@ class LoRALinear(nn.Module):
         self.scaling = scaling
         self.dropout = dropout
         device = frozen.weight.device
-        # Drawn on the CPU: the same seed gives the same A on every device.
+        # A is drawn on the CPU: the same seed gives the same A on every device.
         a = torch.empty(rank, frozen.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(a.to(device))
@@ -132,15 +141,15 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def low_rank(self, kept: Tensor | None) -> LowRank:
-        """Return the trained term of a call with the mask that was drawn for it."""
+        """Return the trained term of a call, given the mask of `draw_kept` for that call."""
         keep_probability = 1.0 if kept is None else 1 - self.dropout
         return LowRank(self.lora_A, self.lora_B, kept, self.scaling, keep_probability)
 
     def draw_kept(self, x: Tensor) -> Tensor | None:
-        """Draw which inputs of A are kept: bool (N, D), or None without dropout.
+        """Draw the mask of the inputs of A that are kept: bool (N, D), or None without dropout.
 
         Args:
-            x: (..., anything), with as many rows as the input has, and on its device.
+            x: the input (..., D), or any tensor on its device that differs in the last size only.
         """
         if not self.training or self.dropout == 0:
             return None
@@ -153,7 +162,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return what the low-rank term adds to the weight: scaling · B A, (K, D), fp32."""
+        """Return the matrix that the low-rank term adds to W: scaling · B A, (K, D), fp32."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:
@@ -202,12 +211,12 @@ class _LoRAProduct(torch.autograd.Function):
 
 
 def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
-    # Exact in any dtype; the division by the probability is left to the small products.
+    # This is exact in any dtype. The small products are divided by the probability instead of x.
     return x if kept is None else x * kept
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """Add factor · left right to y in place, in the wider dtype, rounded once."""
+    """Add factor · left right to y in place, computed in the wider dtype and rounded once."""
     if y.dtype == left.dtype:
         y.addmm_(left, right, alpha=factor)
     else:

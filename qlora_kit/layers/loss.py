@@ -2,8 +2,8 @@
 
 Takes hidden states (N, D) and their targets (N,); returns a sum over the tokens. The logits
 of a few hundred tokens exist at one time, in fp32, and are turned into the gradient in
-place. The head is frozen, so the gradient of the hidden states is all that backward needs
-and is computed in the same pass.
+place. The head is frozen, so backward needs the gradient of the hidden states only, and that is
+computed in the same pass. Never averages and never weighs: the caller does.
 
 Shapes: N tokens, D hidden size, V vocabulary.
 """
@@ -70,15 +70,26 @@ def token_logprobs(
 ) -> Tensor:
     """Return log p(target) of each token, (N,) in fp32, differentiable in `hidden`.
 
-    The primitive of losses that weigh tokens or compare sequences. Backward computes the
-    logits again, so this costs one matmul more than `cross_entropy_sum`.
+    Losses that weigh tokens or compare sequences are built from this. Backward computes the logits
+    again, so it costs one matmul more than `cross_entropy_sum`.
+
+    Args:
+        hidden: (N, D), in the compute dtype.
+        targets: (N,), int64, each in 0 … V−1.
+        head: formula of the logits.
+        chunk_tokens: tokens whose logits exist at one time.
     """
     logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens)
     return logprobs
 
 
 class TokenScores(NamedTuple):
-    """What evaluation needs of each token: both (N,)."""
+    """The scores of tokens that evaluation needs.
+
+    Attributes:
+        logprobs: log p(target), (N,), fp32.
+        is_top: whether the target is the most likely token, (N,), bool.
+    """
 
     logprobs: Tensor
     is_top: Tensor
@@ -88,7 +99,14 @@ class TokenScores(NamedTuple):
 def score_tokens(
     hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS
 ) -> TokenScores:
-    """Return log p(target) of each token, and whether it is the most likely one."""
+    """Return log p(target) of each token, and whether the target is the most likely token.
+
+    Args:
+        hidden: (N, D), in the compute dtype.
+        targets: (N,), int64, each in 0 … V−1.
+        head: formula of the logits.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
     weight = head.weight(hidden.dtype)
     logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     is_top = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -109,7 +127,10 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
 def _walk(
     hidden: Tensor, targets: Tensor, head: Head, weight: Tensor | SlicedWeight, size: int
 ) -> Iterator[tuple[slice, _Chunk]]:
-    """Yield each chunk with its rows; all share one fp32 buffer (size, V), so use up one first."""
+    """Yield the rows of each chunk, and the chunk.
+
+    All chunks share one fp32 buffer (size, V): a chunk is spent once the next one is asked for.
+    """
     shape = (min(size, len(hidden)), len(weight))
     buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     capped = None if head.softcap is None else torch.empty_like(buffer)
@@ -118,9 +139,10 @@ def _walk(
 
 
 class _Chunk:
-    """The logits of a few tokens, first turned into log-probabilities, then into a gradient.
+    """The logits of a few tokens, turned into log-probabilities and then into a gradient.
 
-    All in one fp32 buffer (n, V): each pass over it is a pass over memory.
+    All of it happens in one fp32 buffer (n, V), in few passes: each pass reads and writes the
+    whole buffer.
     """
 
     def __init__(
@@ -143,7 +165,7 @@ class _Chunk:
         return self._values.argmax(dim=1) == self._targets.squeeze(1)
 
     def logprobs(self) -> Tensor:
-        """Return log p(target) (n,); the buffer then holds exp(logit − largest)."""
+        """Return log p(target) (n,). Afterwards the buffer holds exp(logit − largest logit)."""
         self._values -= self._values.amax(dim=1, keepdim=True)
         picked = self._values.gather(1, self._targets)
         self._values.exp_()
@@ -153,12 +175,12 @@ class _Chunk:
     def hidden_grad(self, token_grads: Tensor | float, out: Tensor) -> None:
         """Write the gradient of Σ token_grads · (−log p) into `out` (n, D); after `logprobs`.
 
-        The gradient of the logits is softmax − onehot = (exp − sum · onehot) / sum. The
-        division is left to the product's rows, which are D wide instead of V.
+        The gradient of the logits is softmax − onehot = (exp − sum · onehot) / sum. The division
+        is done after the product with W, whose rows are D wide instead of V.
         """
         grad, factor = self._values, token_grads * self._head.scale / self._sum
         if self._dtype == torch.float16:
-            # Sums reach V, beyond float16's 65504: divide before the cast.
+            # The sums reach V, which is beyond float16's 65504: divide before the cast.
             grad /= self._sum
             factor, self._sum = factor * self._sum, torch.ones_like(self._sum)
         grad.scatter_add_(1, self._targets, -self._sum)

@@ -2,11 +2,11 @@
 
 The largest tensors of a layer are as wide as its MLP. Here they exist for one tile of tokens at
 a time, in forward, in backward and in evaluation. Backward is written by hand; it computes the
-gate and the up projection again, which recomputing the layer would have done. As x is saved
-first, recomputing stops before the MLP where nothing behind it asks for its output. Exact but
-for the order in which floats are summed.
+gate and the up projection again, which recomputation of the layer would have done. x is saved
+first, so recomputation stops before the MLP unless a later operation saves the MLP's output. The
+result is exact, except for the order in which floats are summed.
 
-`TiledMLP` stands in place of a model's own MLP and has its layers, under their names.
+`TiledMLP` takes the place of a model's own MLP, and has the same layers under the same names.
 
 Source: TiledMLP of Arctic Long Sequence Training (arXiv:2506.13996).
 
@@ -31,21 +31,30 @@ _Linear: TypeAlias = FrozenLinear | LoRALinear
 
 _INNER = (("gate_proj", "up_proj"), ("gate_up_proj",))
 _OUTER = "down_proj"
-# With more tiles the weights are unpacked once a pass. One tile asks for the gate's and the up
-# projection's twice in backward, as plain layers do; to keep all three is more memory than one
-# or two tiles save.
+# With more tiles than these, the weights are unpacked once a pass and held. With fewer, each tile
+# unpacks the gate's and the up projection's weight twice in backward, as plain layers do: holding
+# all three weights would take more memory than one or two tiles save.
 _TILES_THAT_UNPACK = 2
 
 
 class Parts(NamedTuple):
-    """What a gated MLP is made of: its linear layers, the outer one last, and act."""
+    """The parts of a gated MLP.
+
+    Attributes:
+        layers: its linear layers: gate and up, or the two fused, and the down projection last.
+        act: the activation.
+    """
 
     layers: tuple[_Linear, ...]
     act: Callable[[Tensor], Tensor]
 
     @classmethod
     def of(cls, module: nn.Module) -> Parts | None:
-        """Return the parts of what looks like a gated MLP, by their names as the hub has them."""
+        """Return the parts of a module whose children have the names and kinds of a gated MLP's.
+
+        Returns:
+            The parts; None if the module is no gated MLP.
+        """
         children = dict(module.named_children())
         for names in ((*inner, _OUTER) for inner in _INNER):
             found = (children.get(name) for name in names)
@@ -57,19 +66,19 @@ class Parts(NamedTuple):
 
     @property
     def frozen(self) -> list[FrozenLinear]:
-        """The frozen layers, without what is trained on them."""
+        """The frozen layers, without the LoRA layers around them."""
         return [each.frozen if isinstance(each, LoRALinear) else each for each in self.layers]
 
 
 class TiledMLP(nn.Module):
-    """A gated MLP that works on some tokens at a time, in place of a model's own.
+    """A gated MLP that computes one tile of tokens at a time, in place of a model's own MLP.
 
-    Its children are those of the module that it replaces: what is put in the place of one, a
-    LoRA layer for example, stands in both.
+    It shares its children with the module that it replaces. A module that is put in the place of a
+    child, a LoRA layer for example, stands in both.
 
     Args:
-        replaced: the model's own.
-        tile_tokens: tokens of a tile.
+        replaced: the model's own MLP.
+        tile_tokens: tokens of a tile, at most.
     """
 
     def __init__(self, replaced: nn.Module, tile_tokens: int) -> None:
@@ -77,19 +86,19 @@ class TiledMLP(nn.Module):
         self._modules = replaced._modules
         self.training = replaced.training
         self.tile_tokens = tile_tokens
-        # In a tuple: registered as a child, it would give every layer a second path.
+        # A tuple keeps it from being a child, which would give every layer a second path.
         self._replaced = (replaced,)
 
     @property
     def replaced(self) -> nn.Module:
-        """The model's own module."""
+        """The model's own MLP."""
         return self._replaced[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., D) to (..., D)."""
+        """Map x (..., D) to (..., D), in the dtype of x."""
         parts = Parts.of(self)
         if parts is None:
-            # Some of its layers are of a kind that multiplies in another way.
+            # A layer was replaced by one of another kind, which multiplies in another way.
             y: Tensor = self.replaced(x)
             return y
         return _gated_mlp(x, _Call(parts, self.tile_tokens)).view(*x.shape[:-1], -1)
@@ -103,7 +112,7 @@ class TiledMLP(nn.Module):
 
 
 class _Projection(NamedTuple):
-    """One linear layer, frozen or with LoRA, for the tokens of one tile."""
+    """A linear layer, frozen or with LoRA, for the tokens of one tile."""
 
     weight: FrozenWeight
     bias: Tensor | None
@@ -117,7 +126,7 @@ class _Projection(NamedTuple):
         return y
 
     def input_gradient(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of x (n, D) from that of y (n, K); x itself is not asked for."""
+        """Return the gradient of x (n, D), given that of y (n, K); x itself is not needed."""
         grad_x = self.weight.product_back(grad_y)
         if self.term is not None:
             wide = grad_y.to(self.term.a.dtype)
@@ -125,7 +134,7 @@ class _Projection(NamedTuple):
         return grad_x
 
     def parameter_gradients(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
-        """Return the gradients of A and B, or none of a frozen layer."""
+        """Return the gradients of A and B; an empty list for a frozen layer."""
         if self.term is None:
             return []
         wide = grad_y.to(self.term.a.dtype)
@@ -134,7 +143,7 @@ class _Projection(NamedTuple):
 
 
 def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return gate and up, computed by two layers or by a fused one."""
+    """Return the outputs of gate and up, which two layers or a fused layer computed."""
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)
     return gate, up
 
@@ -153,9 +162,9 @@ def _tile_gradients(
     act: Callable[[Tensor], Tensor],
     layers: list[_Projection],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the gradients of x and of all A and B, from that of y; of one tile.
+    """Return, for one tile, the gradient of x and those of all A and B, given that of y.
 
-    At most five tensors as wide as the MLP are there at a time, or three and one weight.
+    At most five tensors as wide as the MLP exist at a time, or three of them and one weight.
     """
     *inner, outer = layers
     grad_product = outer.input_gradient(grad_y)
@@ -188,7 +197,7 @@ def _tile_gradients(
 
 
 class _Call(NamedTuple):
-    """One call of an MLP. Holds no activation: a graph would keep it past recomputation."""
+    """One call of an MLP. It holds no activation: a graph would keep that past recomputation."""
 
     parts: Parts
     tile_tokens: int
@@ -196,7 +205,7 @@ class _Call(NamedTuple):
     def tiles(
         self, tokens: int, masks: tuple[Tensor | None, ...]
     ) -> Iterator[tuple[slice, list[_Projection]]]:
-        """Yield tiles of nearly equal size, each with its layers; the weights are the same."""
+        """Yield the rows of each tile with its layers. All tiles are of nearly equal size."""
         count = math.ceil(tokens / self.tile_tokens)
         weights = [layer.weight for layer in self.parts.frozen]
         if count > _TILES_THAT_UNPACK:
@@ -220,7 +229,7 @@ def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
     """Map x (..., D) to (N, D), differentiable in x and in every A and B."""
     rows = x.reshape(-1, x.shape[-1])
     trained = [layer for layer in call.parts.layers if isinstance(layer, LoRALinear)]
-    # All at once and in the order of the layers: the draws are those of the module's own.
+    # All masks are drawn at once, in the order of the layers: the model's own MLP draws the same.
     masks = tuple(
         layer.draw_kept(x) if isinstance(layer, LoRALinear) else None for layer in call.parts.layers
     )

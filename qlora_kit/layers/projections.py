@@ -1,7 +1,8 @@
-"""Which layers of a model can carry LoRA: one view, for everything that asks.
+"""The layers of a model that can carry LoRA: one view for the whole package.
 
-Takes a model of any state: a skeleton on the meta device, loaded and frozen, or with adapters on
-it. Targets, quantisation, plan, merge and reports ask here, and so agree.
+Takes a model in any state: a skeleton on the meta device, loaded and frozen, or with adapters on
+it. Returns its layers as `Projection` records; changes nothing. Targets, quantisation, plan, merge
+and reports ask here, and so agree.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Projection:
-    """A layer y = x Wᵀ + b of a model, the output head left out.
+    """A layer y = x Wᵀ + b of a model; the output head is none.
 
     Attributes:
-        path: of the layer.
-        layer: a skeleton's `nn.Linear` or a loaded base's `FrozenLinear`, never what is around it.
-        group: what it is a part of, if that has a name.
-        is_expert: whether it is one of a stack, which carries no LoRA yet.
+        path: path of the layer in the model.
+        layer: a skeleton's `nn.Linear` or a loaded base's `FrozenLinear`, never a layer around it.
+        group: the part of the model that the layer belongs to; None if its path does not tell.
+        is_expert: whether it is a layer of a `Stack`, which carries no LoRA yet.
     """
 
     path: str
@@ -50,7 +51,7 @@ class Projection:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: (K, D)."""
+        """The shape of the weight: (K, D)."""
         return self.out_features, self.in_features
 
     @property
@@ -63,21 +64,21 @@ class Projection:
 
     @property
     def weight_name(self) -> str:
-        """Of its weight in a state dict."""
+        """The name of the weight in a state dict."""
         return f"{self.path}.weight"
 
     @property
     def frozen(self) -> FrozenLinear:
-        """The layer of a loaded base."""
+        """The layer, for callers that have a loaded base."""
         assert isinstance(self.layer, FrozenLinear), "a skeleton has no frozen layers"
         return self.layer
 
 
 def projections(model: nn.Module) -> dict[str, Projection]:
-    """Return the layers that can carry LoRA by path, in the order of the model.
+    """Return the projections of a model by path, in the order of the model.
 
-    Those of a head are not among them: a language model's is not quantised with the layers, and a
-    classifier's is trained whole.
+    The layers of a head are left out: the head of a language model is not quantised with the
+    projections, and the head of a classifier is trained whole.
     """
     head = _part(model, "get_output_embeddings")
     base = base_prefix(model)
@@ -87,18 +88,18 @@ def projections(model: nn.Module) -> dict[str, Projection]:
         for path, module in model.named_modules()
         if module is not head and path.startswith(base) and (layer := _layer_of(module)) is not None
     }
-    # A layer inside of what is around it was found under the path of that one already.
+    # The frozen layer inside a LoRA layer was found already, under the path of the LoRA layer.
     inner = {f"{path}.frozen" for path in found}
     return {path: each for path, each in found.items() if path not in inner}
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
-    """Return the layers that a checkpoint holds as one tensor, by the path of that tensor."""
+    """Return the stacks of a model, each by the path of the tensor that a checkpoint holds."""
     return {path: each for path, each in model.named_modules() if isinstance(each, Stack)}
 
 
 def projected_weights(model: nn.Module) -> Set[str]:
-    """Return the names of the weights of all projections: those that are quantised."""
+    """Return the names of the weights of all projections, which are the weights to quantise."""
     return {each.weight_name for each in projections(model).values()}
 
 
@@ -115,7 +116,7 @@ def vocabulary_paths(model: nn.Module) -> set[str]:
 
 
 def group_of(path: str) -> Group | None:
-    """Return what the layer at a path is a part of, or None.
+    """Return the group of the layer at a path, or None if no name in the path tells.
 
     The nearest enclosing name decides: `layers.0.self_attn.q_proj` is attention.
     """
@@ -128,7 +129,7 @@ def group_of(path: str) -> Group | None:
 
 
 def _layer_of(module: nn.Module) -> nn.Linear | FrozenLinear | None:
-    """Return the layer that a module is, or that it is around."""
+    """Return the linear layer that a module is or wraps, or None."""
     layer = getattr(module, "frozen", module)
     return layer if isinstance(layer, nn.Linear | FrozenLinear) else None
 
@@ -140,5 +141,5 @@ def base_prefix(model: nn.Module) -> str:
 
 
 def _part(model: nn.Module, getter: str) -> nn.Module | None:
-    """Return what a model of transformers says is its embedding or head; others have none."""
+    """Return the embedding or head that a model of transformers names; None for other models."""
     return getattr(model, getter)() if hasattr(model, getter) else None

@@ -1,8 +1,8 @@
-"""What memory is for: whoever makes a tensor says so, and one listener may hear it.
+"""The purpose of memory: code that makes a tensor names its purpose, and one listener may hear it.
 
-`with purpose("loss chunk"):` names what is made inside; `announce(tensor, "layer checkpoints")`
-names a tensor that is there. Without a listener both do nothing. The plan listens; nothing that
-computes depends on whether anybody does.
+`with purpose("loss chunk"):` gives a purpose to the tensors made inside the block;
+`announce(tensor, "layer checkpoints")` gives one to an existing tensor. Without a listener both do
+nothing. The plan listens. No computation depends on whether there is a listener.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LAYER_CHECKPOINTS = "layer checkpoints"
 
 
 class Listener(Protocol):
-    """Hears what memory is for."""
+    """Hears the purposes of memory."""
 
     def purpose(self, name: str) -> AbstractContextManager[None]:
-        """Return a block in which what is made is for this."""
+        """Return a block; the tensors made inside it have the purpose `name`."""
         ...
 
     def claim(self, tensor: Tensor, purpose: str) -> None:
-        """Hear what a tensor is for."""
+        """Hear the purpose of an existing tensor."""
         ...
 
 
@@ -36,16 +36,16 @@ _listener: InForce[Listener] = InForce()
 
 
 def purpose(name: str) -> AbstractContextManager[None]:
-    """Return a block: what is made inside is for this."""
+    """Return a block; the tensors made inside it have the purpose `name`."""
     return _NOBODY if _listener.value is None else _listener.value.purpose(name)
 
 
 def announce(tensor: Tensor, name: str) -> None:
-    """Say what a tensor is for."""
+    """Give an existing tensor the purpose `name`."""
     if _listener.value is not None:
         _listener.value.claim(tensor, name)
 
 
 def heard_by(listener: Listener) -> AbstractContextManager[None]:
-    """Return a block whose purposes one listener hears; after it, whoever did before."""
+    """Return a block whose purposes `listener` hears; after it the former listener hears again."""
     return _listener.being(listener)

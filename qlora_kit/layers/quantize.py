@@ -1,7 +1,7 @@
-"""From a weight to a frozen one, and between frozen weights and bitsandbytes' own format.
+"""Turns a weight into a frozen weight, and frozen weights from and into bitsandbytes' own format.
 
 `Quantization.freeze` packs with bitsandbytes' kernels; `read_quantized` and `bitsandbytes_parts`
-read and write what a bitsandbytes checkpoint stores.
+read and write the tensors that a bitsandbytes checkpoint stores.
 
 This package and `train/optimizer.py` are the only importers of bitsandbytes.
 """
@@ -34,7 +34,13 @@ _FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the frozen weights of a base are held."""
+    """The bits and the format of the frozen weights of a base.
+
+    Attributes:
+        bits: bits of a weight.
+        quant_type: code book of the weights, at 4 bits.
+        double_quant: whether the absmax values are quantised too, at 4 bits.
+    """
 
     bits: Literal[4, 8, 16] = _DEFAULTS.bits
     quant_type: QuantType = _DEFAULTS.quant_type
@@ -44,7 +50,7 @@ class Quantization:
         """Quantise a weight (K, D) on the device where it lies.
 
         Raises:
-            ModelError: at 8 bits, a value beyond float16, through which int8 goes.
+            ModelError: at 8 bits, a value is beyond the range of float16; the kernel takes float16.
         """
         if self.bits == 16:
             return PlainWeight(weight)
@@ -53,10 +59,10 @@ class Quantization:
         return _freeze_4bit(weight, self.quant_type, self.double_quant)
 
     def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the `quantization_config` that transformers finds such weights by.
+        """Return the `quantization_config` by which transformers recognises these weights.
 
         Args:
-            dtype: what transformers shall compute in.
+            dtype: the dtype that transformers shall compute in.
         """
         named: dict[str, Any] = {"quant_method": "bitsandbytes"}
         if self.bits == 8:
@@ -72,7 +78,7 @@ class Quantization:
         }
 
     def describe(self) -> str:
-        """Return the scheme in a few words, such as "4-bit nf4, double quantisation"."""
+        """Return the bits and the format in words, such as "4-bit nf4, double quantisation"."""
         if self.bits != 4:
             return f"{self.bits}-bit"
         return f"4-bit {self.quant_type}" + (", double quantisation" if self.double_quant else "")
@@ -81,7 +87,7 @@ class Quantization:
 def _freeze_int8(weight: Tensor) -> Int8Weight:
     if weight.dtype != torch.float16 and weight.abs().amax() > _FLOAT16_MAX:
         raise ModelError("a weight beyond 65504 does not fit 8 bits; use --bits 4 or 16")
-    # The kernel of a GPU reads row after row from where the memory begins, whatever the strides.
+    # A GPU's kernel ignores strides: it reads row after row from the beginning of the memory.
     rows = weight.to(torch.float16).contiguous()
     codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
     return Int8Weight(codes, absmax)
@@ -98,7 +104,13 @@ def _freeze_4bit(weight: Tensor, quant_type: QuantType, double_quant: bool) -> F
 def empty_4bit(
     shape: tuple[int, int], quantization: Quantization, device: torch.device
 ) -> FourBitWeight:
-    """Return a weight whose tensors have their sizes and no values yet."""
+    """Return a weight whose tensors have their sizes, and no values yet.
+
+    Args:
+        shape: (K, D).
+        quantization: 4 bits, in either format.
+        device: the device of the tensors.
+    """
     elements = shape[0] * shape[1]
     blocks = -(-elements // BLOCK_SIZE)
 
@@ -130,14 +142,14 @@ def _constants(state: Any) -> dict[str, Tensor]:
 
 
 def bitsandbytes_parts(weight: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what a bitsandbytes checkpoint stores of a weight, see `read_quantized`.
+    """Return the tensors that a bitsandbytes checkpoint stores of a weight; see `read_quantized`.
 
     Args:
-        weight: in 4 or 8 bits.
-        dtype: what it was before, which bitsandbytes unpacks it to.
+        weight: a weight in 4 or 8 bits.
+        dtype: dtype of the weight before it was quantised, to which bitsandbytes unpacks it.
     """
     if isinstance(weight, Int8Weight):
-        # The format is 0: codes by rows.
+        # Format 0 is: codes by rows.
         row_format = torch.zeros((), dtype=torch.uint8)
         return {"weight": weight.codes, "SCB": weight.absmax, "weight_format": row_format}
     assert isinstance(weight, FourBitWeight)
@@ -165,17 +177,17 @@ def bitsandbytes_parts(weight: FrozenWeight, dtype: torch.dtype) -> dict[str, Te
 
 
 def read_quantized(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> FrozenWeight:
-    """Rebuild a frozen weight from what a bitsandbytes checkpoint stores of it.
+    """Rebuild a frozen weight from the tensors that a bitsandbytes checkpoint stores of it.
 
     Args:
-        parts: the stored tensors by the rest of their name: "weight" with "SCB" for 8 bits;
-            "weight" with "weight.absmax", "weight.quant_map",
-            "weight.quant_state.bitsandbytes__nf4" and, double-quantised,
-            "weight.nested_absmax", "weight.nested_quant_map" for 4 bits.
+        parts: the stored tensors, by the end of their name. For 8 bits: "weight" and "SCB". For
+            4 bits: "weight", "weight.absmax", "weight.quant_map" and
+            "weight.quant_state.bitsandbytes__nf4"; with double quantisation also
+            "weight.nested_absmax" and "weight.nested_quant_map".
         shape: (K, D) of the layer.
 
     Raises:
-        ModelError: the parts are neither of the two, or of another shape.
+        ModelError: the parts are those of neither format, or of a weight of another shape.
     """
     codes = parts["weight"]
     if "SCB" in parts:

@@ -1,8 +1,9 @@
-"""Save tensors for backward before the operation that needs them, not after it.
+"""Saves tensors for backward before the operation that needs them, not after it.
 
-torch packs what an autograd function saves when its forward is done. A recomputed layer stops
-as soon as its last tensor is packed: with the usual order it would compute the last product
-only to throw it away. Saved first, by a node of their own, the tensors are there before it.
+torch packs the saved tensors of an autograd function when its forward is done. Recomputation of a
+layer stops as soon as the last tensor of the layer is packed. In the usual order it would compute
+the last product only to throw it away. Here a node of their own saves the tensors before the
+product, so recomputation stops there.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from torch import Tensor
 
 
 class SavedFirst(NamedTuple):
-    """What was saved, to be passed on to the function whose backward needs it.
+    """Arguments for the autograd function whose backward needs the saved tensors.
 
     Attributes:
-        token: an empty tensor; an argument of that function, so that autograd frees what was
-            saved right after its backward and at no other time.
-        node: kept by its `ctx`; `node.saved_tensors` in backward are the tensors.
+        token: an empty tensor, to be an argument of the function: so autograd frees the saved
+            tensors right after the function's backward, and at no other time.
+        node: to be kept in the function's `ctx`; in backward, `node.saved_tensors` are the
+            tensors.
     """
 
     token: Tensor
@@ -30,8 +32,8 @@ def save_first(like: Tensor, *tensors: Tensor | None) -> SavedFirst:
     """Save `like` and `tensors` for backward, now.
 
     Args:
-        like: the first of them; the token is made on its device.
-        tensors: the rest. Where none requires a gradient nothing is saved.
+        like: the first tensor to save; the token is made on its device.
+        tensors: the other tensors. If no tensor requires a gradient, nothing is saved.
     """
     token: Tensor = _Save.apply(like, *tensors)
     return SavedFirst(token, token.grad_fn)
@@ -46,5 +48,5 @@ class _Save(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        # Reached after the function that took the token; the gradients are in its hands.
+        # The backward of the function that took the token ran before, and returned the gradients.
         return tuple(None for _ in range(ctx.count))

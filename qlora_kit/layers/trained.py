@@ -1,7 +1,7 @@
 """A linear layer that is trained whole, such as a classifier's head: y = x Wᵀ + b.
 
-For layers that a base does not have weights for, or that LoRA would not do for. Its own gradient
-and optimiser state are as large as W, so it is for small layers.
+It is for layers whose weights the base does not have, or for which LoRA is not enough. It needs a
+gradient as large as W, and optimiser state for all of W, so only small layers are trained whole.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from qlora_kit.layers.frozen import FrozenLinear
 
 
 class TrainedLinear(nn.Module):
-    """A linear layer with a gradient, fp32, in place of a frozen one.
+    """A linear layer with fp32 weights and a gradient, in place of a frozen layer.
 
     Args:
-        replaced: whose weights it starts with, unpacked; kept to be put back.
+        replaced: the frozen layer; its unpacked weights are the first values, and it is kept so
+            that it can be put back.
     """
 
     bias: nn.Parameter | None
@@ -25,19 +26,19 @@ class TrainedLinear(nn.Module):
     def __init__(self, replaced: FrozenLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = replaced.in_features, replaced.out_features
-        # A copy: a plain weight in fp32 would be trained itself.
+        # A copy, because a plain weight in fp32 is returned as it is, and would itself be trained.
         weight = replaced.weight.dequantize(torch.float32).clone()
         self.weight = nn.Parameter(weight)
         bias = replaced.bias
         self.bias = None if bias is None else nn.Parameter(bias.float().clone())
-        # In a tuple: its packed weight is no part of this module.
+        # A tuple keeps it from being a child: its packed weight is no part of this module.
         self._replaced = (replaced,)
 
     @property
     def replaced(self) -> FrozenLinear:
-        """The frozen layer that was here."""
+        """The frozen layer that this layer replaced."""
         return self._replaced[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., D) to (..., K), computed in fp32, in the dtype of x."""
+        """Map x (..., D) to (..., K): computed in fp32, returned in the dtype of x."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)

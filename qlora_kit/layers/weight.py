@@ -1,8 +1,8 @@
 """A weight that no longer changes, in 4, 8 or 16 bits, as plain tensors that multiply.
 
-The tensors are what bitsandbytes' kernels produce and are read back by bitsandbytes' ops,
-but they are ordinary tensors of a module: no state hides in a tensor subclass, so fake tensors,
-strict state dicts, sharding and recomputation all see the whole weight.
+bitsandbytes' kernels produce the tensors, and bitsandbytes' ops read them back. But they are
+ordinary tensors of a module: no state hides in a tensor subclass, so fake tensors, strict state
+dicts, sharding and recomputation all see the whole weight.
 
 Shapes: D in, K out.
 """
@@ -29,11 +29,11 @@ _INT8_STEP = 1 / 127
 class FrozenWeight(nn.Module):
     """A weight W of shape (K, D) that is stored packed and multiplied unpacked.
 
-    Whoever multiplies asks `product` and `product_back`: where the numbers lie and how they are
-    packed is the weight's own business. An autograd function keeps the weight itself and asks it
-    again in backward, so that nothing holds a packed tensor which a loader may have moved since.
+    Code that multiplies calls `product` and `product_back`, and need not know where the numbers lie
+    and how they are packed. An autograd function keeps the weight object and calls it again in
+    backward. So no graph holds a packed tensor that a loader may have moved since.
 
-    Its tensors are buffers, or parameters without gradient after `as_parameters`.
+    The tensors are buffers; after `as_parameters` they are parameters without gradient.
     """
 
     bits: int
@@ -49,7 +49,7 @@ class FrozenWeight(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x Wᵀ + b (..., K) of x (..., D), in the dtype of x; b (K,) is cast to it.
 
-        One product with its bias, for frozen layers and those with LoRA alike: a fresh adapter
+        Frozen layers and LoRA layers share this one product with its bias, so a fresh adapter
         changes no bit.
         """
         return F.linear(x, self.unpacked(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -59,14 +59,14 @@ class FrozenWeight(nn.Module):
         return grad_y @ self.unpacked(grad_y.dtype)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (K, D) in `dtype` for a product; who listens hears what it is for."""
+        """Return the weight (K, D) in `dtype` for a product, and announce its purpose."""
         with purpose(UNPACKED):
             weight = self.dequantize(dtype)
         announce(weight, UNPACKED)
         return weight
 
     def as_parameters(self) -> Self:
-        """Let the stored tensors be parameters without gradient, as what shards a model asks."""
+        """Make the stored tensors parameters without gradient, as sharding a model requires."""
         for name, tensor in list(self.named_buffers(recurse=False)):
             delattr(self, name)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -79,20 +79,20 @@ class FrozenWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is stored."""
+        """The device that stores the weight."""
         return next(self.stored())[1].device
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes the stored tensors take."""
+        """The bytes of the stored tensors."""
         return sum(tensor.nbytes for _, tensor in self.stored())
 
 
 class HeldWeight(FrozenWeight):
-    """A weight that is unpacked once, by its first product, and held for those that follow.
+    """A weight that is unpacked once, by its first product, and held for the later products.
 
     Args:
-        packed: the weight; all products are in one dtype.
+        packed: the packed weight. All products must be in one dtype.
     """
 
     def __init__(self, packed: FrozenWeight) -> None:
@@ -113,7 +113,7 @@ class HeldWeight(FrozenWeight):
 
 
 class PlainWeight(FrozenWeight):
-    """16 bits: the weight as the checkpoint has it."""
+    """A weight in 16 bits, as the checkpoint has it."""
 
     bits = 16
 
@@ -123,19 +123,19 @@ class PlainWeight(FrozenWeight):
         self.values: Tensor
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the values, cast when the compute dtype is another one."""
+        """Return the values, cast if `dtype` is another dtype."""
         return self.values.to(dtype)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """Return the values themselves where they are in `dtype`: nothing is unpacked."""
+        """Return the values without announcing them: nothing is unpacked."""
         return self.dequantize(dtype)
 
 
 class Int8Weight(FrozenWeight):
-    """8 bits: int8 codes and one scale a row.
+    """A weight in 8 bits: int8 codes, and one scale for each row.
 
-    Dequantised and multiplied, it is more exact than LLM.int8's matmul, which also rounds
-    the activations, and it is what a merge reproduces.
+    To dequantise and multiply is more exact than LLM.int8's matmul, which also rounds the
+    activations; and a merge can reproduce it.
 
     Source: LLM.int8() (arXiv:2208.07339), section 2.2, vector-wise quantisation.
     """
@@ -151,14 +151,16 @@ class Int8Weight(FrozenWeight):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return codes · absmax / 127, computed in fp32 and rounded once."""
-        # Codes are exact in every dtype. One product with both would first cast them into a
-        # temporary of the weight's size on a CPU.
+        # The codes are exact in every dtype. On a CPU, a product of int8 codes and fp32 scales
+        # would first cast the codes into a temporary tensor of the weight's size.
         weight = self.codes.to(dtype)
         return weight.mul_((self.absmax * _INT8_STEP).unsqueeze(1))
 
 
 class FourBitWeight(FrozenWeight):
-    """4 bits: two codes a byte, one absmax a block of 64, itself in 8 bits if `double_quant`.
+    """A weight in 4 bits: two codes a byte, and one absmax for each block of 64 weights.
+
+    With `double_quant` the absmax values themselves are in 8 bits.
 
     Source: QLoRA (arXiv:2305.14314), section 3: NF4 and double quantisation.
     """
@@ -175,11 +177,11 @@ class FourBitWeight(FrozenWeight):
         block_size: int = BLOCK_SIZE,
         constants_block_size: int = ABSMAX_BLOCK_SIZE,
     ) -> None:
-        """Hold what a kernel produced.
+        """Hold the tensors that a kernel produced.
 
         Args:
             shape: (K, D).
-            codes: uint8, two weights a byte.
+            codes: (K · D / 2, 1), uint8, two weights a byte.
             constants: `absmax` alone (fp32), or `absmax` (uint8) with `absmax_scale`,
                 `absmax_code` and `absmax_offset` for double quantisation.
             quant_type: code book of the weights.
@@ -201,7 +203,7 @@ class FourBitWeight(FrozenWeight):
         self.absmax_offset: Tensor
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return code book values · absmax."""
+        """Return value in the code book · absmax, for each weight."""
         absmax = self.absmax
         if self.double_quant:
             absmax = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -217,10 +219,10 @@ class FourBitWeight(FrozenWeight):
         return weight.view(self.shape)
 
     def _block_rows(self) -> tuple[int, int]:
-        """Return a shape of the weight whose rows begin with a block.
+        """Return a shape for the kernel in which every row begins with a block.
 
-        Where D is a multiple of 16 and not of the block size, bitsandbytes' kernel for AVX-512
-        (0.50.2) begins a block with each row, and unpacks values that were never packed.
+        If D is a multiple of 16 and not of the block size, the AVX-512 kernel of bitsandbytes
+        0.50.2 begins a block with each row, and unpacks values that were never packed.
         """
         size = self.shape[0] * self.shape[1]
         whole = size % self.block_size == 0

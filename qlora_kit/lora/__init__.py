@@ -1,1 +1,1 @@
-"""LoRA: the layer, where it is attached, and the files it is kept in."""
+"""LoRA on a base: attaching its layers, and reading and writing the files of an adapter."""

@@ -1,8 +1,8 @@
 """Adapter files: PEFT's exact format, and `qlora_kit.json` beside it.
 
-`save_adapter` writes them, `load_adapter` reads any PEFT LoRA adapter whose features the kit
-has. `qlora_kit.json` says what the adapter was trained on, so that a merge can quantise the
-base in just the same way.
+`save_adapter` writes them; `load_adapter` reads any PEFT LoRA adapter, if the kit has its features.
+`qlora_kit.json` records the base that the adapter was trained on, so that a merge can quantise the
+base in exactly the same way. Never downloads, and never runs code that a file contains.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from qlora_kit.storage import check_no_pointer, load_tensors, save_tensors, writ
 from qlora_kit.time_limit import TimeUp, time_limit
 
 _PREFIX = "base_model.model."
-# PEFT's own keys, with or without the adapter's name, and those of tools that leave the prefix out.
+# The keys that PEFT writes, with or without the adapter's name; some tools leave the prefix out.
 _KEY = re.compile(r"(base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _SAVED_KEY = re.compile(
     r"(base_model\.model\.)?(?P<path>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)"
@@ -52,6 +52,11 @@ _PATTERN_SECONDS = 5.0
 def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     """Write the adapter into an existing folder.
 
+    Args:
+        adapter: the adapter.
+        folder: an existing folder.
+        record: the record of the base that it was trained on.
+
     Raises:
         StorageError: it could not be written.
     """
@@ -62,7 +67,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     for name, tensor in {**adapter.saved, **adapter.whole_parameters()}.items():
         tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     save_tensors(folder / WEIGHTS, tensors)
-    # A base may be named by a folder or an address that has a secret in it.
+    # The name of a base may be a folder or an address, and have a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
     write_json(folder / RECORD, redacted_values(record.model_dump()))
 
@@ -94,7 +99,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
 
 
 def _target_modules(adapter: Adapter) -> list[str]:
-    """Return the last parts of the paths where they name just these layers, else the paths."""
+    """Return the last parts of the paths, or the whole paths if the parts name other layers too."""
     targeted = set(adapter.layers)
     endings = sorted({path.rsplit(".", 1)[-1] for path in targeted})
     every = projections(adapter.base.model)
@@ -107,16 +112,16 @@ def _target_modules(adapter: Adapter) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter as it lies on disk, checked but not attached.
+    """An adapter as it is stored on disk, checked but not attached.
 
     Attributes:
-        folder: where.
+        folder: the folder of its files.
         spec: rank, alpha and patterns; its targets are the paths of the tensors.
-        tensors: (A, B) by path, fp32.
-        base: what `adapter_config.json` names as its base.
-        record: `qlora_kit.json`, or None for an adapter of another tool.
-        saved: parameters that stand in place of the base's, by name (`modules_to_save`).
-        targeted: last parts of the paths of layers that must have tensors.
+        tensors: A (R, D) and B (K, R) by path, fp32.
+        base: the base that `adapter_config.json` names.
+        record: the content of `qlora_kit.json`; None for an adapter of another tool.
+        saved: parameters that replace parameters of the base, by name (`modules_to_save`).
+        targeted: names of layers that must have tensors: whole paths, or their last parts.
     """
 
     folder: Path
@@ -134,17 +139,17 @@ class StoredAdapter:
         return not self.saved and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
 
     def delta(self, path: str) -> Tensor:
-        """Return scaling · B A of one layer, (K, D), fp32."""
+        """Return scaling · B A of the layer at `path`, (K, D), fp32."""
         a, b = self.tensors[path]
         return (b @ a).mul_(self.spec.scaling_of(path))
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
-    """Read an adapter folder and check that it is whole.
+    """Read an adapter folder, and check that the adapter is whole.
 
     Raises:
-        AdapterError: no adapter there; a feature the kit does not have; A without B, ranks
-            that do not fit, or a value that is not finite.
+        AdapterError: there is no adapter; it uses a feature that the kit does not have; an A has
+            no B; a rank does not fit; or a value is not finite.
     """
     check_adapter_folder(folder)
     config = read_peft_config(folder)
@@ -171,7 +176,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read safetensors, or the plain tensors of a `.bin` where there are none."""
+    """Read the safetensors file, or the plain tensors of a `.bin` if there is no such file."""
     check_no_pointer(folder / WEIGHTS, AdapterError)
     try:
         if (folder / WEIGHTS).is_file():
@@ -191,7 +196,7 @@ def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) ->
     for key, tensor in raw.items():
         match = _SAVED_KEY.fullmatch(key)
         path = match["path"] if match else ""
-        # PEFT goes by the end of the path alone: "norm" names every layer norm.
+        # PEFT compares the end of the path only: "norm" names every layer norm.
         if match is None or not path.endswith(modules):
             raise AdapterError(f"{file}: unknown tensor {key}; expected lora_A and lora_B")
         if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
@@ -211,13 +216,13 @@ def _is_named(path: str, name: str) -> bool:
 
 
 def _ranks(folder: Path, spec: LoraSpec) -> dict[str, int]:
-    """Return the rank of every layer; the patterns may be a stranger's, and slow."""
+    """Return the rank of every layer; a stranger's patterns may be slow, and get limited time."""
     line = (
         f"{folder / CONFIG}: rank_pattern or alpha_pattern takes longer than "
         f"{_PATTERN_SECONDS:.0f} s to match; expected names of layers; write them out"
     )
     with raised_as(AdapterError, line, of=TimeUp), time_limit(_PATTERN_SECONDS):
-        # Both kinds of patterns are gone through here, so that later uses are as quick.
+        # Both kinds of patterns are matched here, so no later match can take longer.
         return {path: spec.rank_of(path) for path in spec.targets if spec.scaling_of(path)}
 
 
@@ -252,7 +257,7 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     """Attach a stored adapter to `base`.
 
     Raises:
-        AdapterError: see `read_adapter`; or it does not fit the layers of this base.
+        AdapterError: see `read_adapter` and `check_fits`.
     """
     stored = read_adapter(folder)
     check_fits(stored, base)
@@ -266,8 +271,8 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
     """Check that an adapter was made for this base.
 
     Raises:
-        AdapterError: a layer is missing or of another shape, or the base's weights differ
-            from those it was trained on.
+        AdapterError: a layer is missing or has another shape, or the adapter was trained on other
+            weights than the base has.
     """
     check_layers(stored, projections(base.model), base.spec.source.name)
     if stored.saved:
@@ -285,10 +290,10 @@ def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: s
     Args:
         stored: the adapter.
         found: the projections of the base.
-        base: what to call the base in an error.
+        base: the name of the base in an error.
 
     Raises:
-        AdapterError: a line for each of the first layers that do not fit.
+        AdapterError: layers do not fit; the error has a line for each of the first five.
     """
     shapes = {path: each.shape for path, each in found.items()}
     faults = []

@@ -1,8 +1,8 @@
 """Put LoRA layers on a base, and take them off again.
 
-Takes a loaded base and a `LoraSpec`; returns an `Adapter`, which knows the layers. The
-target names are resolved on paths alone, so that a wrong name is found before any weight is
-read.
+Takes a loaded base and a `LoraSpec`; returns an `Adapter`, which knows the layers. The targets are
+resolved from the paths of layers alone, so that a wrong name is found before any weight is read.
+Trains nothing, and reads and writes no files.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _IS_PATTERN = re.compile(r"[\\*+?()\[\]|^$]")
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What is trained, and where it is attached.
+    """The layers to train, and how.
 
     Attributes:
-        rank: R, where `rank_pattern` names no other.
-        alpha: numerator of the scaling, where `alpha_pattern` names no other.
-        dropout: on the input of A.
+        rank: R of the layers that `rank_pattern` does not name.
+        alpha: numerator of the scaling, for the layers that `alpha_pattern` does not name.
+        dropout: probability that an input of A is zeroed in training.
         targets: groups, names or regular expressions, see `resolve_targets`.
-        rslora: scaling = alpha / √rank instead of alpha / rank.
-        rank_pattern: rank by the end of a path or a regular expression, as in PEFT.
-        alpha_pattern: alpha likewise.
+        rslora: whether scaling is alpha / √rank instead of alpha / rank.
+        rank_pattern: rank by the end of a path or by a regular expression, as in PEFT.
+        alpha_pattern: alpha by the end of a path or by a regular expression, as in PEFT.
         whole: paths of linear layers that are trained whole, without LoRA.
-        task_type: what PEFT calls the task that they are trained for.
+        task_type: PEFT's name for the task that they are trained for.
     """
 
     rank: int = _DEFAULTS.rank
@@ -65,7 +65,7 @@ class LoraSpec:
 
     @classmethod
     def of(cls, options: LoraOptions, task_type: str = TASK_TYPE) -> LoraSpec:
-        """Return what the options ask for, for a task that PEFT calls `task_type`."""
+        """Return the spec that the options ask for, for a task that PEFT calls `task_type`."""
         return cls(
             rank=options.rank,
             alpha=options.alpha,
@@ -110,12 +110,12 @@ class Adapter:
     """The trained part of a model.
 
     Attributes:
-        base: what it is attached to.
-        spec: how.
+        base: the base that it is attached to.
+        spec: the spec that it was attached by.
         layers: the LoRA layers by path.
         whole: the layers that are trained whole, by path.
-        saved: parameters that stand in place of the base's, by name.
-        originals: the base's own, by name, see `lora.saved`.
+        saved: parameters that replace parameters of the base, by name.
+        originals: the replaced parameters of the base, by name, see `lora.saved`.
     """
 
     base: Base
@@ -129,7 +129,12 @@ class Adapter:
     def fill(
         self, tensors: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor]
     ) -> None:
-        """Set every A and B by path, and what is trained whole by name."""
+        """Set the values of the trained parameters.
+
+        Args:
+            tensors: A (R, D) and B (K, R) of each LoRA layer, by path.
+            whole: the parameters of the layers that are trained whole, by name.
+        """
         for path, (a, b) in tensors.items():
             self.layers[path].lora_A.copy_(a)
             self.layers[path].lora_B.copy_(b)
@@ -165,13 +170,12 @@ def resolve_targets(
 
     Args:
         found: all projections of the model.
-        targets: each "attention", "mlp", "all-linear", the last part of a path (`q_proj`), a
-            whole path, or a regular expression of a whole path.
+        targets: each is "attention", "mlp", "all-linear", the last part of a path (`q_proj`), a
+            whole path, or a regular expression that matches whole paths.
         vocabulary: the paths of the input embedding and the head, which carry no LoRA here.
 
     Raises:
-        ConfigError: one of the targets matches nothing that carries LoRA; the layers that do are
-            listed.
+        ConfigError: a target matches no layer that can carry LoRA; the error lists those that can.
     """
     chosen: set[str] = set()
     faults = []
@@ -223,7 +227,7 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
     """Check that every rank and alpha pattern names a targeted layer.
 
     Raises:
-        ConfigError: one fault a pattern that names none.
+        ConfigError: patterns name no targeted layer; the error has a line for each.
     """
     faults = [
         f"--{kind}-pattern: '{pattern}' names no targeted layer; expected one of "
@@ -239,8 +243,13 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """Wrap the targeted layers of `base` in LoRA layers; its output does not change yet.
 
+    Args:
+        base: a loaded base without an adapter, changed in place.
+        spec: the layers to train, and how.
+        seed: the seed that every A is drawn from.
+
     Raises:
-        ConfigError: a target or pattern matches nothing, or LoRA is attached already.
+        ConfigError: a target or pattern matches no layer, or LoRA is attached already.
     """
     check_free(base)
     found = projections(base.model)
@@ -285,7 +294,7 @@ def _train_whole(
 
 
 def check_free(base: Base) -> None:
-    """Check that `base` carries no adapter, of whatever kind.
+    """Check that `base` carries no adapter, neither a trained one nor one of several.
 
     Raises:
         ConfigError: it does.
@@ -295,7 +304,7 @@ def check_free(base: Base) -> None:
 
 
 def detach(adapter: Adapter) -> Base:
-    """Take the LoRA layers off: the base is again what it was, bit for bit."""
+    """Take the adapter off; the base is the same as before, bit for bit."""
     for path, layer in adapter.layers.items():
         adapter.base.model.set_submodule(path, layer.frozen)
     for path, trained in adapter.whole.items():
@@ -308,9 +317,9 @@ def detach(adapter: Adapter) -> Base:
 def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
     """Fold each low-rank term into its weight, which is then held unquantised in `dtype`.
 
-    Inverse of `attach` in effect: the layers are frozen again and the output stays. The
-    weight is dequantised, the delta added in fp32, and the sum rounded once; it is never
-    quantised again.
+    Afterwards the layers are frozen layers again, as before `attach`, and compute the trained
+    output. The weight is dequantised, the delta is added in fp32, and the sum is rounded once. The
+    sum is never quantised again.
     """
     model = adapter.base.model
     for path, layer in adapter.layers.items():

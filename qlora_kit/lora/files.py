@@ -1,8 +1,8 @@
-"""The two JSON files of an adapter, checked field by field before anything is done with them.
+"""The two JSON files of an adapter, checked field by field before they are used.
 
 Takes an adapter folder, perhaps a stranger's; returns `PeftConfig` (adapter_config.json) and
-`BaseRecord` (qlora_kit.json). What the kit does not understand is refused by name rather than
-ignored. Imports no torch: what an adapter says of its base is read before torch is.
+`BaseRecord` (qlora_kit.json). A field that the kit does not understand is refused by name, never
+ignored. Imports no torch: the record of the base is read before torch is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONFIG = "adapter_config.json"
 RECORD = "qlora_kit.json"
 
 UNKNOWN_TEMPLATE = "unknown"
-"""of a record of somebody who did not say which chat template the data went through"""
+"""stands in a record whose author did not say which chat template the data went through"""
 
 MOST_RANK = 65_536
 _MOST_FILE_BYTES = 1 << 24
@@ -47,15 +47,15 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
-    # PiSSA, OLoRA, CorDA, LoftQ … change the base as they start: without that base their
-    # adapter is silently wrong.
+    # PiSSA, OLoRA, CorDA, LoftQ … change the base before training: on the original base their
+    # adapters are silently wrong.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
-# PEFT options that say how the adapter came about, and nothing about what it computes.
+# PEFT options that say how the adapter was made, and do not change what it computes.
 _HARMLESS = {
     "task_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config",
     "layers_pattern",
-    # Whether layers hold their weights transposed is the base's to say, here and in PEFT.
+    # The base decides whether its layers hold their weights transposed, here and in PEFT.
     "fan_in_fan_out",
     "megatron_core", "ensure_weight_tying", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -73,8 +73,12 @@ _MOST_PATTERNS = 64
 
 
 def _check_pattern(pattern: str) -> str:
-    """Refuse a regular expression that could take for ever: its time must be a low power."""
-    bare = re.sub(r"\\[^1-9]", "", pattern)  # an escaped character is only itself
+    """Refuse a regular expression that may never end: its time must be a low power of the length.
+
+    Raises:
+        ValueError: the expression is too complex, or is none.
+    """
+    bare = re.sub(r"\\[^1-9]", "", pattern)  # an escaped character matches only itself
     if (
         len(pattern) > _MOST_PATTERN_LENGTH
         or _REPEATED_GROUP.search(bare)
@@ -104,7 +108,7 @@ def _check_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- what the files may hold
 
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
-# Some tools write "" for what they do not know.
+# Some tools write "" for a value that they do not know.
 _OrAbsent = BeforeValidator(lambda value: None if value == "" else value)
 _Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
 _Alpha = Annotated[float, Field(gt=0)]
@@ -118,7 +122,7 @@ class _File(BaseModel):
 
 
 class PeftConfig(_File):
-    """What the kit uses of `adapter_config.json`, in PEFT's words and with PEFT's defaults."""
+    """The fields of `adapter_config.json` that the kit uses, with PEFT's names and defaults."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -137,9 +141,10 @@ class PeftConfig(_File):
 
     @property
     def targeted_names(self) -> tuple[str, ...]:
-        """Layers that must have tensors: names alone, for a pattern may match more than is meant.
+        """The names of layers that must have tensors, by which missing tensors are found.
 
-        Where the adapter is attached is read off its tensors; this finds those that are missing.
+        Patterns are left out, because a pattern may match more layers than its author meant. The
+        tensors themselves say where the adapter is attached.
         """
         if self.exclude_modules or self.layers_to_transform is not None:
             return ()
@@ -147,18 +152,18 @@ class PeftConfig(_File):
 
 
 class BaseRecord(_File):
-    """What an adapter was trained on: the content of `qlora_kit.json`.
+    """The base that an adapter was trained on: the content of `qlora_kit.json`.
 
     Attributes:
-        base: hub id, known name, or folder.
-        digest: of the base's tensors, see `model.load.Digest`.
-        bits, quant_type, double_quant, block_size: how the base was held.
-        compute_dtype, dequantization_dtype: what activations and unpacked weights were in.
+        base: hub id, known name, or folder of the base.
+        digest: hash of the base's tensors, see `model.load.Digest`.
+        bits, quant_type, double_quant, block_size: the quantisation of the base.
+        compute_dtype, dequantization_dtype: dtype of activations, and of unpacked weights.
         weights: "pretrained" or "random".
-        revision: commit of the hub repository, if it came from there.
-        template_hash: of the chat template the data went through, None if it went through none,
-            or `UNKNOWN_TEMPLATE`.
-        versions: of the kit and what it computes with.
+        revision: commit of the hub repository, if the base came from the hub.
+        template_hash: hash of the chat template that the data went through; None if there was no
+            template; `UNKNOWN_TEMPLATE` if it is not known.
+        versions: versions of the kit and of the libraries it computes with.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -186,10 +191,10 @@ class BaseRecord(_File):
         """Describe a loaded base.
 
         Args:
-            base: what the adapter was trained on.
-            revision: its commit, if it came from the hub.
-            template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses
-                no template; where it is not known, the tokenizer's, if it has one.
+            base: the base that the adapter was trained on.
+            revision: commit of the base, if it came from the hub.
+            template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses no
+                template. With `UNKNOWN_TEMPLATE`, it uses the tokenizer's, if there is one.
         """
         dtype: Any = base.hardware.dtype_name
         return cls(
@@ -228,7 +233,7 @@ def check_adapter_folder(folder: Path) -> None:
     """Check that the files of an adapter are in `folder`, and that no link leads out of it.
 
     Raises:
-        AdapterError: they are not, or one does.
+        AdapterError: a file is missing, or a link leads out of the folder.
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder; expected an adapter or run folder")
@@ -243,8 +248,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        AdapterError: not a LoRA adapter, a feature the kit does not have, or a field that
-            holds what it must not.
+        AdapterError: the file is of no LoRA adapter, sets a feature that the kit does not have, or
+            has a field with a value that it must not have.
     """
     path = folder / CONFIG
     content = _read_object(path)
@@ -266,10 +271,10 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def read_base_record(folder: Path) -> BaseRecord | None:
-    """Read `qlora_kit.json`, or return None where there is none.
+    """Read `qlora_kit.json`; return None if there is none.
 
     Raises:
-        AdapterError: it is there, and not what the kit writes.
+        AdapterError: the file has other fields or values than the kit writes.
     """
     path = folder / RECORD
     if not path.is_file():

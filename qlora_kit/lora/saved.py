@@ -1,6 +1,7 @@
-"""Parameters that stand in place of the base's as a whole: PEFT's `modules_to_save`.
+"""Parameters of an adapter that replace parameters of the base: PEFT's `modules_to_save`.
 
-Takes a loaded model and named tensors; puts them in, and the base's own back. Trains nothing.
+Takes a loaded model and named tensors; puts the tensors in, and later the base's own back. Trains
+nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ def check_saved(saved: Mapping[str, Tensor], skeleton: PreTrainedModel, folder: 
     """Check that saved parameters fit a base.
 
     Args:
-        saved: by the name they have in the base.
-        skeleton: of the base.
-        folder: of the adapter, for the error.
+        saved: the parameters, by their name in the base.
+        skeleton: the skeleton of the base.
+        folder: the folder of the adapter, for the error.
 
     Raises:
-        AdapterError: the base has no such parameter, or one of another shape, or holds it
+        AdapterError: a parameter is missing in the base, or has another shape there, or is stored
             transposed.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
@@ -52,9 +53,13 @@ def check_saved(saved: Mapping[str, Tensor], skeleton: PreTrainedModel, folder: 
 
 
 def put_in_place(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, Original]:
-    """Replace parameters of a loaded model; return its own, for `put_back`.
+    """Replace parameters of a loaded model; return its own parameters, for `put_back`.
 
-    A head that shares the embedding's weights keeps them: only what is saved is replaced.
+    A head that shares the embedding's weights keeps them if only the embedding is replaced.
+
+    Args:
+        model: a loaded model, changed in place.
+        saved: the new parameters, by their name in the model.
     """
     originals: dict[str, Original] = {}
     for name, tensor in saved.items():

@@ -1,7 +1,7 @@
-"""Several adapters on one base: switched at once, or one for each row of a batch.
+"""Several adapters on one base: one for a whole batch, or one for each row of it.
 
-Takes a loaded base and stored adapters; returns an `AdapterSet`. The base is held once, each
-adapter adds its A and B only. For inference: nothing here is trained.
+Takes a loaded base and stored adapters; returns an `AdapterSet`. Memory holds the base once; each
+adapter adds only its A and B. It is for inference: nothing here is trained.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qlora_kit.lora.attach import check_free
 from qlora_kit.model.load import Base
 
 Names = str | None | Sequence[str | None]
-"""One adapter for all rows, none, or one (or none) for each row."""
+"""Name of the adapter of all rows, None for the base alone, or one name or None for each row."""
 
 
 class _Choice:
-    """Which adapter each row has; all switched layers of a base share one."""
+    """The adapter of each row. All switched layers of a base share one `_Choice`."""
 
     def __init__(self) -> None:
         self.names: Names = None
 
     def parts(self, rows: int) -> Iterator[tuple[str, list[int] | None]]:
-        """Yield each adapter in use with its rows; None where it has all of them."""
+        """Yield each adapter in use with its rows; None stands for all rows."""
         if self.names is None:
             return
         if isinstance(self.names, str):
@@ -52,9 +52,9 @@ class SwitchedLinear(nn.Module):
     """A frozen linear layer with the low-rank terms of several adapters.
 
     Args:
-        frozen: the layer it wraps.
-        terms: by name of the adapter; those that do not have this layer are not among them.
-        choice: says which of them a row has.
+        frozen: the layer that this layer wraps.
+        terms: the terms by name of their adapter; adapters without this layer are left out.
+        choice: the adapter of each row.
     """
 
     def __init__(self, frozen: FrozenLinear, terms: Mapping[str, LowRank], choice: _Choice) -> None:
@@ -90,8 +90,8 @@ class AdapterSet:
     """Adapters that share a loaded base.
 
     Attributes:
-        base: what they are on.
-        names: of the adapters, in the order they were given.
+        base: the base that they are on.
+        names: the names of the adapters, in the order of the caller.
         layers: the switched layers by path.
     """
 
@@ -104,7 +104,7 @@ class AdapterSet:
         """Choose an adapter for all rows, None for the base alone, or one for each row.
 
         Raises:
-            ConfigError: there is no adapter of that name.
+            ConfigError: no adapter has a name that is given.
         """
         given = (names,) if names is None or isinstance(names, str) else tuple(names)
         for name in given:
@@ -116,12 +116,12 @@ class AdapterSet:
 
     @property
     def bytes(self) -> int:
-        """What the adapters take beside the base."""
+        """The bytes of all adapters, without the base."""
         terms = (term for layer in self.layers.values() for term in layer.terms.values())
         return sum(term.a.nbytes + term.b.nbytes for term in terms)
 
     def detach(self) -> Base:
-        """Take all adapters off: the base is again what it was, bit for bit."""
+        """Take all adapters off; the base is the same as before, bit for bit."""
         for path, layer in self.layers.items():
             self.base.model.set_submodule(path, layer.frozen)
         return self.base
@@ -129,31 +129,31 @@ class AdapterSet:
 
 @dataclass(frozen=True)
 class PerRow:
-    """An adapter for each row of some data: what `evaluate` and `generate` take.
+    """An adapter for each row of some data, for `evaluate` and `generate`.
 
     Attributes:
-        adapters: loaded.
-        names: of the adapter of each row; None for the base alone.
+        adapters: the loaded adapters.
+        names: name of the adapter of each row; None for the base alone.
     """
 
     adapters: AdapterSet
     names: Sequence[str | None]
 
     def choose(self, rows: Sequence[int]) -> None:
-        """Let the next batch be these rows."""
+        """Choose the adapters of the next batch, given the indices of its rows."""
         self.adapters.set_adapter([self.names[row] for row in rows])
 
 
 def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
-    """Put several stored adapters on a base; none of them is chosen yet.
+    """Put several stored adapters on a base. None of them is chosen yet.
 
     Args:
-        base: loaded, without an adapter.
-        folders: of the adapters, by the name they get.
+        base: a loaded base without an adapter, changed in place.
+        folders: folders of the adapters, by the names that they get.
 
     Raises:
-        AdapterError: see `read_adapter` and `check_fits`; or they were trained on different
-            bases; or one replaces parameters of the base, which others share.
+        AdapterError: see `read_adapter` and `check_fits`; or the adapters were trained on
+            different bases; or one replaces parameters of the base, which the others share.
         ConfigError: the base carries an adapter already.
     """
     check_free(base)
@@ -182,7 +182,7 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
 
 
 def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
-    """Tell adapters of different bases by name, before their layers are compared one by one."""
+    """Refuse adapters of different bases by name, before their layers are compared one by one."""
     bases = {name: each.record for name, each in stored.items() if each.record is not None}
     for name, record in bases.items():
         first, other = next(iter(bases.items()))

@@ -1,7 +1,7 @@
-"""Work that is done again with half the rows at a time where memory runs out.
+"""Work on rows that is repeated with half the rows at a time when memory runs out.
 
-Takes work on rows and the device it is done on; returns what the work returned. Never decides what
-becomes of a step that was begun: that is the caller's, see `train.optimizer_step`.
+Takes the work, the rows and the device; returns the results of the work. Never undoes a step that
+ran out of memory half way: the caller does, see `train.optimizer_step`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Result = TypeVar("Result")
 
 
 def if_it_fits(work: Callable[[], Result], device: torch.device) -> Result | None:
-    """Return what `work` returns, or None where memory ran out; it is given back then."""
+    """Return the result of `work`, or None if memory ran out; that memory is given back."""
     try:
         return work()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    # Here the error is gone, and with it the tensors that its frames held.
+    # Here the error is gone, and so are the tensors that its frames held.
     release_memory(device)
     return None
 
 
 def halved(rows: int, line: str) -> int:
-    """Return half of so many rows, one at least.
+    """Return half of a number of rows, rounded up.
 
     Raises:
-        OutOfMemory: with `line`, where there was one row only.
+        OutOfMemory: there was one row only; `line` is the message.
     """
     if rows == 1:
         raise OutOfMemory(line)
@@ -51,15 +51,15 @@ def batches_that_fit(
     line_of: Callable[[int], str],
     on_halved: Callable[[int], None] = lambda most: None,
 ) -> Iterator[tuple[Sequence[int], Result]]:
-    """Yield each batch of rows and what `work` makes of it; batches shrink where memory ends.
+    """Yield each batch of rows with the result of `work`; batches shrink when memory runs out.
 
     Args:
-        rows: their indices, in the order they are worked on.
+        rows: indices of the rows, in the order of the work.
         most: rows of a batch to begin with.
-        work: takes the indices of a batch.
-        device: that the work is done on.
-        line_of: says of a row that it does not fit even alone.
-        on_halved: told how many rows a batch has from here.
+        work: the work on one batch; takes the indices of its rows.
+        device: the device that the work is done on.
+        line_of: returns the error message for a row that does not fit even alone.
+        on_halved: receives the new number of rows of a batch.
 
     Raises:
         OutOfMemory: even one row does not fit.

@@ -1,7 +1,8 @@
-"""Load a base: frozen, quantised tensor by tensor, every parameter filled exactly once.
+"""Loads a base: frozen, quantised tensor by tensor, every parameter filled exactly once.
 
-`frozen_tensors` is the one stream of weights. `load_base` fills a model from it; the export
-reads it again to merge. Never holds the checkpoint as a whole, never upcasts in bulk.
+Takes a `BaseSpec` and the hardware; returns a `Base`. `frozen_tensors` is the one stream of
+weights: `load_base` fills a model from it, and the export reads it again to merge. Never holds the
+whole checkpoint in memory, and never upcasts more than one tensor at a time.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class BaseSpec:
     """All that decides the bits of a frozen base.
 
     Attributes:
-        source: which model.
-        folder: where its files are; None for random weights of a known architecture.
-        quantization: how its weights are held.
-        random: random weights instead of the stored ones.
-        loads: the class of transformers' that it is loaded as.
-        classes: what the outputs of a classifier mean; None for other models.
+        source: the name of the model, and the place of its files.
+        folder: the folder of its files; None for random weights of a known architecture.
+        quantization: the bits and format of the weights.
+        random: whether to take random weights instead of the stored ones.
+        loads: the class of transformers that the base is loaded as.
+        classes: meaning of the outputs of a classifier; None for other models.
     """
 
     source: ModelSource
@@ -70,7 +71,11 @@ class BaseSpec:
     classes: ClassHead | None = None
 
     def architecture(self) -> PreTrainedConfig:
-        """Return the architecture, from the folder or from `configs/`."""
+        """Return the architecture, from the folder or from `configs/`.
+
+        Raises:
+            ModelError: there is no folder, and `configs/` does not have the architecture.
+        """
         architecture = self._stored_architecture()
         if self.classes is not None:
             self.classes.configure(architecture)
@@ -84,7 +89,11 @@ class BaseSpec:
         return architecture_from(dict(self.source.architecture))
 
     def skeleton(self, layers: int | None = None) -> PreTrainedModel:
-        """Return the model without weights, with fewer decoder layers where that is asked for."""
+        """Return the model without weights.
+
+        Args:
+            layers: number of decoder layers; None: all layers of the architecture.
+        """
         architecture = self.architecture()
         whole = architecture if layers is None else shortened(architecture, layers)
         return build_skeleton(whole, self.loads)
@@ -92,14 +101,15 @@ class BaseSpec:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the parts that are no layers, embedding and head, are held.
+    """The place of the embedding, and the bits of the head.
 
     Attributes:
-        embedding_on_cpu: keep the input embedding in host memory, look up there and move only
-            the rows that were asked for: the same bits. None: where the model runs on a GPU.
-        head_bits: 16: the head as it is stored. Fewer: quantised, which is approximate. A
-            tied embedding keeps its own 16 bits then: what goes in stays exact, and once it
-            is not the head it can be in host memory.
+        embedding_on_cpu: whether to keep the input embedding in host memory, where ids are looked
+            up, so that only their rows are moved; the bits are the same. None: yes, if the model
+            runs on a GPU.
+        head_bits: 16 keeps the head as it is stored; fewer bits quantise it, which is approximate.
+            A tied embedding then keeps a 16-bit copy of its own: the model's input stays exact,
+            and the embedding, no longer the head, can be in host memory.
     """
 
     embedding_on_cpu: bool | None = None
@@ -107,15 +117,15 @@ class Placement:
 
     @classmethod
     def of(cls, options: BaseModelOptions) -> Placement:
-        """Return what the options ask for."""
+        """Return the placement that the options ask for."""
         return cls(options.embedding_on_cpu, options.head_bits)
 
     def resolved(self, device: torch.device, *, tied: bool) -> Placement:
-        """Return what is done for a model on `device`.
+        """Return the placement for a model on `device`, with nothing left open.
 
         Args:
-            device: where the layers run. Beside a CPU there is no other memory to save.
-            tied: whether the head is the embedding; it has to be where the logits are then.
+            device: the device that the layers run on. On a CPU there is no other memory to use.
+            tied: whether the head is the embedding. Then it must be where logits are computed.
         """
         is_head = tied and self.head_bits == 16
         moved = self.embedding_on_cpu is not False and device.type != "cpu" and not is_head
@@ -133,12 +143,12 @@ class Base:
 
     Attributes:
         model: transformers' model; its linear layers are `FrozenLinear`.
-        spec: what it was loaded from.
-        hardware: where and in which dtype it computes.
-        digest: of every stored tensor; two bases with the same digest are the same.
-        parameters: number of weights, tied ones counted once, however they are packed.
-        unquantized_share: of the weights outside embeddings and head.
-        placement: how embedding and head are held.
+        spec: the spec that it was loaded by.
+        hardware: the device and the dtype that it computes with.
+        digest: hash of all stored tensors; two bases with the same digest are the same.
+        parameters: number of weights, whatever their packing; tied weights are counted once.
+        unquantized_share: share of the weights, outside embeddings and head, that stay unquantised.
+        placement: the place of the embedding, and the bits of the head.
         fresh: the parameters of a classifier that its checkpoint has no values for.
     """
 
@@ -153,12 +163,12 @@ class Base:
 
     @property
     def quantization(self) -> Quantization:
-        """How the weights are held."""
+        """The bits and format of the weights."""
         return self.spec.quantization
 
     @contextlib.contextmanager
     def in_evaluation(self) -> Iterator[None]:
-        """Hold the model in evaluation mode; leave it in the mode it was in."""
+        """Put the model in evaluation mode; after the block, in the mode it was in before."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -167,7 +177,7 @@ class Base:
             self.model.train(was_training)
 
     def batch_width(self, tokens: int) -> int:
-        """Return T of a batch whose longest row has so many tokens."""
+        """Return the width T of a batch whose longest row has `tokens` tokens."""
         return batch_width(tokens, self.model.config, self.hardware.device)
 
 
@@ -178,18 +188,24 @@ class Digest:
         self._hashes: dict[str, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Hash one stored tensor (128 bits, about 10 GB/s)."""
+        """Add a stored tensor to the hash (128 bits, about 10 GB/s)."""
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._hashes[name] = xxhash.xxh3_128_hexdigest(raw.data)
 
     def hexdigest(self) -> str:
-        """Return the hash of all that was added."""
+        """Return the hash of all tensors that were added."""
         lines = "\n".join(f"{name} {value}" for name, value in sorted(self._hashes.items()))
         return xxhash.xxh3_128_hexdigest(lines.encode())
 
 
 def open_tensors(spec: BaseSpec, skeleton: PreTrainedModel, device: torch.device) -> TensorSource:
-    """Open the stored or the random tensors of a base."""
+    """Open the tensors of a base, stored or random.
+
+    Args:
+        spec: the base.
+        skeleton: the model without weights, which gives random tensors their shapes.
+        device: the device that draws random tensors.
+    """
     if spec.random:
         return RandomWeights(skeleton, RANDOM_SEED, device)
     assert spec.folder is not None
@@ -197,10 +213,10 @@ def open_tensors(spec: BaseSpec, skeleton: PreTrainedModel, device: torch.device
 
 
 def stored_quantization(architecture: PreTrainedConfig) -> Quantization | None:
-    """Return how a checkpoint is already quantised by bitsandbytes, or None.
+    """Return the quantisation of a checkpoint that bitsandbytes quantised; None of any other.
 
     Raises:
-        ModelError: quantised by something else.
+        ModelError: the checkpoint was quantised by another library.
     """
     stored = getattr(architecture, "quantization_config", None)
     if stored is None:
@@ -229,20 +245,28 @@ def frozen_tensors(
     announce: Announce = silent,
     on_host: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
-    """Yield every parameter of the skeleton once: linear weights frozen, the rest as stored.
+    """Yield every parameter of the skeleton once: linear weights frozen, all others as stored.
 
-    Tied copies are not yielded. What is yielded lies on `device` in memory of its own, but for
-    the names `on_host`, which stay in host memory.
+    Tied copies are not yielded. Each parameter has memory of its own on `device`, or in host memory
+    if `on_host` names it.
+
+    Args:
+        spec: the base.
+        skeleton: the model without weights.
+        device: the device of the parameters, where they are quantised.
+        digest: receives every stored tensor that is read.
+        announce: receives the progress.
+        on_host: names of the parameters that stay in host memory.
 
     Raises:
-        ModelError: a tensor missing, surplus, of another shape, or not finite; all missing
-            and surplus names at once.
+        ModelError: tensors are missing or surplus, and the error names both; or a tensor has
+            another shape, or is not finite.
     """
     source = open_tensors(spec, skeleton, device)
     expected = dict(skeleton.state_dict())
     tied = skeleton.all_tied_weights_keys or {}
     linear = projected_weights(skeleton)
-    # What bitsandbytes left unquantised in a checkpoint of its own stays so.
+    # Weights that bitsandbytes left unquantised in a checkpoint of its own stay unquantised.
     stored = None if spec.random else stored_quantization(skeleton.config)
     quantization = Quantization(bits=16) if stored else spec.quantization
     assemblies = assemble(source.names, skeleton)
@@ -318,10 +342,20 @@ def freeze(
     *,
     is_own: bool = False,
 ) -> FrozenWeight | Tensor:
-    """Bring a stored tensor to its device, quantised where it is the weight of a layer.
+    """Bring a stored tensor to its device, and quantise it if it is the weight of a linear layer.
 
-    What is returned shares no memory with a file: a tensor that is in memory of its own stays
-    there, any other is copied.
+    The result shares no memory with a file.
+
+    Args:
+        name: name of the parameter, for an error.
+        tensor: the tensor as it is stored.
+        is_linear: whether it is the weight of a linear layer.
+        quantization: the bits and format of linear weights.
+        device: the device of the result.
+        is_own: whether the tensor has memory of its own; if not, it is copied.
+
+    Raises:
+        ModelError: the weight does not fit 8 bits.
     """
     if not is_linear or quantization.bits == 16:
         own = tensor.to(device, copy=not is_own)
@@ -363,7 +397,7 @@ def _check_tensor(name: str, tensor: Tensor, expected: dict[str, Tensor]) -> Non
             f"{name}: stored as {dtype_name(tensor.dtype)}; expected float32, bfloat16 or float16; "
             "name an unquantised model"
         )
-    # The extremes of a tensor with NaN are NaN; this needs no temporary of the tensor's size.
+    # If a tensor holds NaN, its extremes are NaN. This check needs no temporary tensor of its size.
     low, high = tensor.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ModelError(
@@ -382,14 +416,14 @@ def load_base(
 ) -> Base:
     """Load a base, frozen and quantised, onto its device.
 
-    Embeddings and head stay in 16 bits: the compute dtype where that has 16 bits, else the
-    checkpoint's. Nothing requires a gradient.
+    Embeddings and head stay in 16 bits: in the compute dtype if that has 16 bits, or else in the
+    checkpoint's dtype. No parameter requires a gradient.
 
     Args:
-        spec: what is loaded.
-        hardware: where it goes and what it computes in.
+        spec: the base to load.
+        hardware: the device that it is loaded onto, and the dtype that it computes in.
         announce: receives the progress.
-        placement: how embedding and head are held; as suits the device if None.
+        placement: the place of the embedding, and the bits of the head; None: as suits the device.
 
     Raises:
         ModelError: the checkpoint does not fit its architecture, or the architecture would
@@ -411,15 +445,15 @@ def load_base(
 
 
 def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | None:
-    """Return how the head is quantised, or None; code book and constants are the base's."""
+    """Return the quantisation of the head, with the base's format; None if it stays as stored."""
     bits = placement.head_bits
     return None if bits == 16 else replace(spec.quantization, bits=bits)
 
 
 def names_on_host(model: PreTrainedModel, placement: Placement) -> frozenset[str]:
-    """Return the parameters of a skeleton that a resolved placement loads into host memory.
+    """Return the names of the parameters that a resolved placement loads into host memory.
 
-    A head that will be quantised is among them: its slices go to the device one by one.
+    A head that will be quantised is one of them: its slices go to the device one by one.
     """
     modules = []
     if placement.embedding_on_cpu:
@@ -439,10 +473,10 @@ def fill(
 
     Args:
         model: a skeleton, changed in place.
-        tensors: every parameter once, see `frozen_tensors`. Each stays where it is: an embedding
+        tensors: every parameter once, see `frozen_tensors`. Each stays on its device: an embedding
             in host memory is looked up there.
-        hardware: where the layers run and what they compute in.
-        head: how the head is quantised; as it is stored if None.
+        hardware: the device that the layers run on, and the dtype that they compute in.
+        head: the quantisation of the head; None keeps it as it is stored.
 
     Raises:
         ModelError: a tensor is missing.
@@ -462,7 +496,7 @@ def fill(
         model.set_submodule(head_path, quantize_head(stored, head, hardware.device))
     _move_buffers(model, hardware.device)
     if hardware.device.type == "cuda":
-        torch.cuda.empty_cache()  # what quantising took counts against small cards
+        torch.cuda.empty_cache()  # small cards need the memory that quantising has used
     model.requires_grad_(False)
     model.config.use_cache = False
     model.config.dtype = hardware.dtype
@@ -490,7 +524,7 @@ def _place(
     elif leaf in own_buffers(module):
         own_buffers(module)[leaf] = value
     elif value.device != hardware.device:
-        # As a buffer: transformers takes the device of the first parameter for the model's.
+        # A buffer, because transformers takes the device of the first parameter for the model's.
         delattr(module, leaf)
         module.register_buffer(leaf, value)
     else:
@@ -498,9 +532,10 @@ def _place(
 
 
 def _stored_dtype(tensor: Tensor, compute: torch.dtype) -> Tensor:
-    # A 16-bit checkpoint on a 16-bit device is stored in what it computes in, or each use of
-    # fp16 norms and biases would promote bf16 activations to fp32. Norms and biases are so on
-    # every device: a layer norm refuses weights of another dtype than its input.
+    # If the model computes in 16 bits, its weights are stored in the compute dtype: otherwise each
+    # use of fp16 norms and biases would promote bf16 activations to fp32. Norms and biases are
+    # always stored in the compute dtype: a layer norm refuses weights of another dtype than its
+    # input.
     is_cast = compute.itemsize == 2 or tensor.dim() == 1
     return tensor.to(compute) if is_cast and tensor.is_floating_point() else tensor
 
@@ -517,7 +552,7 @@ def _share_tied(model: PreTrainedModel, head_path: str) -> None:
 
 
 def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Bring along what no checkpoint stores; every parameter is where it belongs already."""
+    """Move the buffers to their devices; the parameters are in their places already."""
     embedding = model.get_input_embeddings()
     for module in model.modules():
         target = embedding.weight.device if module is embedding else device
@@ -534,7 +569,7 @@ def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
 
 
 def _connect_embedding(embedding: nn.Module, hardware: Hardware) -> None:
-    """Let an embedding take ids from anywhere and give the layers what they compute with.
+    """Let an embedding take ids on any device, and return rows in the device and dtype of layers.
 
     The embedding itself is neither moved nor upcast.
     """
@@ -546,7 +581,7 @@ def _connect_embedding(embedding: nn.Module, hardware: Hardware) -> None:
 
     def give(module: nn.Module, ids: tuple[Tensor, ...], rows: Tensor) -> Tensor:
         if on_host and hardware.device.type == "cuda":
-            rows = rows.pin_memory()  # only from there does a copy not make the processor wait
+            rows = rows.pin_memory()  # the processor waits for copies from any other host memory
         return rows.to(hardware.device, non_blocking=True).to(hardware.dtype)
 
     embedding.register_forward_pre_hook(take)

@@ -1,1 +1,1 @@
-"""Who else computes: sums over all processes, decisions that all take alike, and who writes."""
+"""The processes of a run: sums over all of them, decisions they share, and which of them writes."""

@@ -1,4 +1,4 @@
-"""One process: sums are what they are, and it decides and writes alone."""
+"""The protocol of the processes of a run, and a run of one process, which is all there is yet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Processes(Protocol):
 
     @property
     def is_writer(self) -> bool:
-        """Whether this one saves, logs and prints."""
+        """Whether this process saves, logs and prints."""
         ...
 
     def total(self, value: int) -> int:
@@ -22,12 +22,12 @@ class Processes(Protocol):
         ...
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any of them: what one cannot do, none does."""
+        """Return whether `flag` is set in any process, so that all of them decide the same."""
         ...
 
 
 class OneProcess:
-    """A process by itself."""
+    """A process that trains by itself: every sum is its own number, every decision its own."""
 
     is_writer = True
 
@@ -44,7 +44,7 @@ def processes_of_this_run() -> Processes:
     """Return the processes that were launched.
 
     Raises:
-        EnvironmentFault: several were; each would train on its own.
+        EnvironmentFault: several processes were launched; each would train on its own.
     """
     launched = PartialState().num_processes
     if launched > 1:

@@ -1,9 +1,9 @@
-"""What training would learn from, shown without training."""
+"""Shows the data that training would learn from, without training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_kit.config import (
     CheckConfig,
@@ -26,12 +26,17 @@ from qlora_kit.storage import (
     write_text,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Read and tokenise data as `train` does, and show what would be learnt from it."""
+    """Read and tokenise data as `train` does, and show the tokens that it would learn.
+
+    Args:
+        config: the data, the model, and the rows to show.
+        announce: receives tables, rows and warnings.
+
+    Returns:
+        The survey of the data, for programs.
+    """
     find_model(config.model)
     if config.html is not None:
         _check_page(config.html)
@@ -55,7 +60,11 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
 
 
 def _check_page(path: Path) -> None:
-    """A page may replace an earlier one, and nothing else."""
+    """Check that a page can be written at `path`; it may replace an earlier page and nothing else.
+
+    Raises:
+        ConfigError: `path` names no page, or its folder does not exist.
+    """
     if path.suffix not in (".html", ".htm") or path.is_dir():
         raise ConfigError(f"--html: found {path}; expected a name that ends in .html; correct it")
     if not path.parent.is_dir():

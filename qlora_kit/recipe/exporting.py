@@ -1,4 +1,4 @@
-"""From an adapter to a model that others read; from a model to a quantised one."""
+"""The commands that write models: an adapter merged into its base, and a quantised model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ if TYPE_CHECKING:
 
 
 def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Merge an adapter into its base, verify the merge, and write the model with its report."""
+    """Merge an adapter into its base, verify the merge, and write the model with its report.
+
+    Returns:
+        The facts of the merge and the merge report, for programs.
+    """
     prepare_environment()
     _check_new(config.to, config.overwrite)
     if config.verify_threshold is not None and not config.verify_tokens:
@@ -122,7 +126,7 @@ def _check_new(folder: Path, overwrite: bool) -> None:
 def _verification_rows(
     config: ExportConfig, opened: Opened, announce: Announce
 ) -> VerificationRows | None:
-    """Return rows of the task: those that are named, else the run's own, else built-in prompts."""
+    """Return rows to verify with: from `--data`, or else the run's own, or else built-in ones."""
     from qlora_kit.data.tokens import tokenize
     from qlora_kit.export.rows import built_in_rows, some_rows
 
@@ -142,7 +146,7 @@ def _verification_rows(
 
 
 def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:
-    """Return what an adapter was trained with, or None where its folder is not of a run."""
+    """Return the options an adapter was trained with; None if its folder is not a run's."""
     run = adapter if (adapter / CONFIG).is_file() else None
     try:
         layer = stored_layer(run, str(adapter))
@@ -157,7 +161,7 @@ def _held_out_rows(run: TrainConfig, opened: Opened, announce: Announce) -> Toke
     named = [name for name in (run.data, run.validation) if name is not None]
     try:
         if any(is_hub_id(name) and not Path(name).exists() for name in named):
-            # A folder of somebody else must not make this machine call anywhere.
+            # A folder that came from somebody else must not make this machine use the network.
             raise DataError("they are on the hub; name a file with --data")
         samples, validation = read_data(run, silent)
         _, held_out = tokenize_data(samples, validation, opened, run, silent)
@@ -204,7 +208,11 @@ def _announce_merge(
 
 
 def quantize(config: QuantizeConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Write a model in 4 or 8 bits, as a bitsandbytes checkpoint."""
+    """Write a model in 4 or 8 bits, as a bitsandbytes checkpoint.
+
+    Returns:
+        The facts of the files, for programs.
+    """
     prepare_environment()
     _check_new(config.to, config.overwrite)
     find_model(config.model)

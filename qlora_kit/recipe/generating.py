@@ -1,4 +1,4 @@
-"""Let a model answer; with adapters or without."""
+"""Lets a model answer prompts, with or without adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from qlora_kit.opening import (
 
 
 def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Continue prompts, or answer them where the model has a chat template."""
+    """Answer prompts, or continue them if the model has no chat template.
+
+    Returns:
+        The prompts with the new texts, for programs.
+    """
     prepare_environment()
     config = as_trained(config)
     check_base(config.model, adapter_of(config))
@@ -42,7 +46,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     opened = open_tokenizer(config, announce, first, config.chat_template)
     check_generates(opened.task, "generate")
     record = None if first is None else read_base_record(first)
-    # An adapter without a template was trained on texts as they are.
+    # An adapter whose record has no template was trained on texts as they are.
     on_texts = record is not None and not record.template_hash and config.chat_template is None
     raw = config.raw or not opened.has_template or on_texts
     renderer = Renderer(opened.tokenizer)

@@ -1,4 +1,4 @@
-"""Measure a model on a data file; with adapters or without."""
+"""Measures a model on a data file, with or without adapters."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What is measured, on which rows.
+    """A model to be measured, and the rows that it is measured on.
 
     Attributes:
-        config: what was asked for.
+        config: the options of the command.
         opened: the model's tokenizer and its task.
-        samples: as they were read.
-        rows: tokenised.
-        base: loaded; adapters are put on it as they are measured.
+        samples: the samples as they were read.
+        rows: the tokenised samples.
+        base: the loaded base, which adapters are put on as they are measured.
         announce: receives the events.
     """
 
@@ -51,7 +51,7 @@ class _Measurement:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How rows are run, as `infer.evaluate` takes it."""
+        """The arguments of `infer.evaluate` that say how rows are run."""
         return {
             "batch_size": self.config.batch_size,
             "pad_token_id": self.opened.tokenizer.pad_token_id,
@@ -61,7 +61,7 @@ class _Measurement:
         }
 
     def exactly_right(self, per_row: PerRow | None = None) -> list[bool]:
-        """Say which samples are answered exactly as expected."""
+        """Return whether each sample is answered exactly as expected."""
         from qlora_kit.infer.exact_match import exact_answers
 
         return exact_answers(
@@ -69,7 +69,7 @@ class _Measurement:
         )
 
     def figures(self, found: Evaluation) -> dict[str, Any]:
-        """Return what was measured under the names that it has outside."""
+        """Return the result under the names that programs and people know."""
         task = self.opened.task
         return {
             "loss": found.loss,
@@ -81,7 +81,7 @@ class _Measurement:
         }
 
     def in_words(self, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Return the loss, what follows from it and the metrics as they are printed."""
+        """Return the loss, the figures that follow from it, and the metrics, as printed."""
         task = self.opened.task
         formats = {name: form for name, (_, form) in task.of_loss(figures["loss"]).items()}
         rows = [("loss", f"{figures['loss']:.4f} {task.unit}")]
@@ -100,7 +100,7 @@ class _Measurement:
 
     @property
     def model(self) -> tuple[str, str]:
-        """Which model it is, as it is printed."""
+        """The name and quantisation of the model, as printed."""
         return ("model", f"{self.config.model}, {self.base.quantization.describe()}")
 
 
@@ -109,7 +109,11 @@ def _words(key: str) -> str:
 
 
 def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Measure a model, with or without an adapter, on a data file."""
+    """Measure a model on a data file, with or without adapters.
+
+    Returns:
+        The figures by name, for programs; with several adapters, the figures of each.
+    """
     prepare_environment()
     config = as_trained(config)
     check_base(config.model, adapter_of(config))
@@ -139,7 +143,7 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
 
 
 def _evaluate_one(what: _Measurement) -> dict[str, Any]:
-    """Measure the base with the adapter that was asked for, if any."""
+    """Measure the base with the adapter that the user named, if any."""
     put_on(what.base, what.config, what.announce)
     result = _measured(what)
     weight = f"{result[what.opened.task.weighs]:,} {_words(what.opened.task.weighs)}"
@@ -158,7 +162,7 @@ def _evaluate_one(what: _Measurement) -> dict[str, Any]:
 
 
 def _measured(what: _Measurement) -> dict[str, Any]:
-    """Measure a base with the adapter that is on it, or chosen."""
+    """Return the figures of the base with the adapter that it carries, or that was chosen."""
     from qlora_kit.infer.evaluate import evaluate as measure
 
     result = what.figures(measure(what.base, what.rows.rows, **what.options))
@@ -169,7 +173,7 @@ def _measured(what: _Measurement) -> dict[str, Any]:
 
 
 def _evaluate_several(what: _Measurement) -> dict[str, Any]:
-    """Measure all rows with one adapter after the other, on a base that is loaded once."""
+    """Measure all rows with one adapter after the other; the base is loaded once."""
     adapters = put_several_on(what.base, what.config, what.announce)
     results = {}
     for name in adapters.names:
@@ -186,7 +190,7 @@ def _evaluate_several(what: _Measurement) -> dict[str, Any]:
 
 
 def _evaluate_mixed(what: _Measurement) -> dict[str, Any]:
-    """Measure rows that name their adapter, batches mixed, each row with its own."""
+    """Measure rows that name their adapters, in mixed batches, each row with its own adapter."""
     from qlora_kit.infer.evaluate import evaluate_mixed
     from qlora_kit.lora.several import PerRow
 

@@ -1,4 +1,4 @@
-"""What a run would need, on any machine."""
+"""Says how much memory a run would need, on this or another machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Predict the memory of a run by running its code on fake tensors."""
+    """Predict the memory of a run by running its code on fake tensors.
+
+    Returns:
+        The plan, for programs.
+    """
     source = find_model(config.model)
 
     from qlora_kit.lora.attach import LoraSpec

@@ -1,4 +1,4 @@
-"""From what `--data` names to token rows, as every command that reads data has them."""
+"""From `--data` to token rows, for every command that reads training data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:
-    """Read the training rows, and those of validation where there are some; say what they are."""
+    """Read the training data, and the validation data if there is a file of it.
+
+    Args:
+        config: names the data.
+        announce: receives notices about the data.
+    """
     samples = load_samples(config.data, "train", config)
     if config.data is None:
         announce(
@@ -47,7 +52,22 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
 def token_rows(
     samples: Samples, validation: Samples | None, config: TrainConfig, announce: Announce
 ) -> tuple[Opened, Tokenized, Tokenized | None]:
-    """Return the model's tokenizer, and what it makes of the data, checked for training."""
+    """Open the model, and tokenise and check the data.
+
+    Args:
+        samples: the training data.
+        validation: the validation data; None to hold rows out of the training data.
+        config: names the model, and says how text becomes tokens.
+        announce: receives notices.
+
+    Returns:
+        The opened model, the training rows, and the validation rows if there are any.
+
+    Raises:
+        ConfigError: a row is too long for the model, no row is left to train on, or an option
+            needs validation rows and there are none.
+        ModelError: the tokenizer gives a token that the model does not have.
+    """
     from qlora_kit.data.chat_template import spelled_out_end
 
     opened = open_tokenizer(config, announce, chat_template=config.chat_template)
@@ -72,7 +92,14 @@ def tokenize_data(
     config: TrainConfig,
     announce: Announce,
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Tokenise, hold out validation rows, and say what became of every row."""
+    """Tokenise the data, hold out validation rows, and announce how many rows there are.
+
+    Returns:
+        The training rows, and the validation rows if there are any.
+
+    Raises:
+        ConfigError: every row would be held out.
+    """
     from qlora_kit.data.tokens import split_validation, tokenize
 
     tokenizer, makes = opened.tokenizer, opened.task.makes
@@ -91,7 +118,7 @@ def tokenize_data(
 
 
 def _check_validation(config: TrainConfig, held_out: Tokenized | None, announce: Announce) -> None:
-    """Options that need validation rows must not be silently without effect."""
+    """Refuse or announce options that have no effect without validation rows."""
     if held_out is not None:
         return
     remedy = "give --validation FILE, or 200 rows or more with --validation-fraction above 0"
@@ -110,7 +137,17 @@ def surveyed(
     config: TrainConfig,
     shown_rows: int,
 ) -> Survey:
-    """Return what a survey of the data found, fit to be shown."""
+    """Survey the data, and take secrets out of the result.
+
+    Args:
+        samples: the training data.
+        validation: the validation data, if there is a file of it.
+        rows: the training rows.
+        held_out: the validation rows, if there are any.
+        opened: the model with its tokenizer.
+        config: the options of the run.
+        shown_rows: number of rows to show token by token.
+    """
     from qlora_kit.data.survey import Part, survey
 
     found = survey(
@@ -121,6 +158,6 @@ def surveyed(
         seed=config.seed,
         shown_rows=shown_rows,
     )
-    # It names files, on a page too, and a path may hold a secret.
+    # The survey names files, and is shown on a page; a path may hold a secret.
     redacted: Survey = redacted_values(found)
     return redacted

@@ -1,4 +1,4 @@
-"""One run of training: what it is made of, and its story from there to the report."""
+"""One run of training: its parts, and its story from its preparation to the report."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ class Run:
     """A run that is ready to begin.
 
     Attributes:
-        config: what was asked for, settled by the plan.
-        output: the run folder, claimed.
+        config: the options of the run, with the settings that the plan chose.
+        output: the run folder, claimed for this process.
         announce: receives the events.
-        samples: of training, as they were read.
-        validation: likewise, where a file of its own has them.
-        opened: the tokenizer and where the base is.
-        rows: tokenised, of training.
-        held_out: of validation.
-        plan: of its memory, where it could be made.
-        adapter: attached to the loaded base.
-        record: what the adapter's files say of the base.
-        identity: what must be equal to resume, value by name.
-        resume: the checkpoint it goes on from.
+        samples: the training data as it was read.
+        validation: the validation data as it was read, if there is a file of it.
+        opened: the tokenizer, and the place of the base.
+        rows: the training rows.
+        held_out: the validation rows, if there are any.
+        plan: the plan of the run's memory, if one could be made.
+        adapter: the adapter, attached to the loaded base.
+        record: the record of the base for the adapter's files.
+        identity: the values that must be equal for the run to be resumed, by name.
+        resume: the checkpoint to resume from; None to start from the beginning.
     """
 
     config: TrainConfig
@@ -84,7 +84,15 @@ class Run:
         validation: Samples | None,
         announce: Announce,
     ) -> Run:
-        """Plan the run, load its base and attach its adapter."""
+        """Plan the run, load its base and attach its adapter.
+
+        Args:
+            config: the options of the run.
+            output: the run folder, claimed for this process.
+            samples: the training data.
+            validation: the validation data, if there is a file of it.
+            announce: receives the events.
+        """
         if config.deterministic:
             make_deterministic()
         threads = choose_threads(config.threads)
@@ -117,7 +125,7 @@ class Run:
         )  # fmt: skip
 
     def finished_before(self) -> dict[str, Any] | None:
-        """Return the outcome of a run that has nothing left to do, or None."""
+        """Return the outcome of a run that was finished before; None if it has work left."""
         if self.resume is None or not is_finished(self.output, self.resume, self.config):
             return None
         self.announce(Notice(f"{self.output}: this run is finished; nothing to do"))
@@ -126,7 +134,7 @@ class Run:
     # ------------------------------------------------------------ from its beginning to its end
 
     def taken(self) -> dict[str, Any]:
-        """Train, and write all that a run leaves behind."""
+        """Train, and write all files of the run; return its outcome, for programs."""
         if self.config.overwrite:
             clear_run(self.output)
         facts = header(self.adapter, self.rows, self.held_out, self.samples, self.config)
@@ -159,11 +167,11 @@ class Run:
             self.announce(Notice(warning))
 
     def _samples(self) -> SampleAccount:
-        """Return what writes the samples of the run's page, its first ones written."""
+        """Return the account of the run's samples, with those from before training written."""
         account = SampleAccount(
             self.output, self.adapter.base, self.opened.tokenizer, self.announce
         )
-        # A token in a cache of keys and values takes up to what two take in training.
+        # In a cache of keys and values, a token takes up to as much memory as two in training.
         tokens_at_once = self.config.batch_size * max(self.rows.rows.lengths()) // 2
         count = self.config.samples if self.opened.task.generates else 0
         account.begin(count, (self.held_out or self.rows).rows, tokens_at_once)
@@ -186,7 +194,10 @@ class Run:
             )
 
     def _validation(self) -> Callable[[], float] | None:
-        """Return what measures the held-out rows, with as large a batch as memory has allowed."""
+        """Return a function that measures the validation rows; None if there are none.
+
+        If memory runs out, later measurements begin with the smaller batch that fitted.
+        """
         if self.held_out is None:
             return None
         rows, batch_size = self.held_out.rows, self.config.eval_batch_size
@@ -241,7 +252,8 @@ class Run:
             on_gpu=self.adapter.base.hardware.device.type != "cpu",
             predicted_bytes=self.plan.prediction.peak.bytes if self.plan else None,
         )
-        # Last: a run folder with the weights of its last checkpoint has all the rest.
+        # The adapter is written last: if a run folder has the weights of its last checkpoint, it
+        # has all other files too.
         save_adapter(self.adapter, output, record)
         self.announce(Facts("result", results))
         files = tuple(sorted(str(path) for path in output.glob("[!.]*")))
@@ -252,7 +264,7 @@ class Run:
 def _identity(
     config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, base: Base
 ) -> dict[str, Any]:
-    """Return everything that must be equal for a resumed run to have the same bits."""
+    """Return all values that must be equal for a resumed run to have the same bits, by name."""
     return {
         **config.model_dump(mode="json", include=set(compared(TrainConfig))),
         **rows.origin,
@@ -261,7 +273,7 @@ def _identity(
         "base": base.digest,
         "dtype": base.hardware.dtype_name,
         "device": base.hardware.device.type,
-        # Where a sum is cut depends on them.
+        # The number of threads decides how a sum is divided.
         "threads": config.threads if base.hardware.device.type == "cpu" else None,
     }
 

@@ -17,7 +17,11 @@ from qlora_kit.train.folder import claimed_run
 
 
 def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Train a LoRA adapter, from a data file to an adapter folder."""
+    """Train a LoRA adapter, from a data file to an adapter folder.
+
+    Returns:
+        The outcome of the run, for programs.
+    """
     prepare_environment(deterministic=config.deterministic)
     check_tracker(config.report_to)
     source = find_model(config.model)
@@ -25,7 +29,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         config.output, source.name, resume=config.resume, overwrite=config.overwrite
     ) as output:
         samples, validation = read_data(config, announce)
-        # From here on with torch: all that can be checked without it is.
+        # torch is imported here, after everything that can be checked without it.
         from qlora_kit.recipe.run import Run
 
         run = Run.prepared(config, output, samples, validation, announce)

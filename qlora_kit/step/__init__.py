@@ -1,1 +1,4 @@
-"""One forward and backward pass: hidden states, chunked loss, recomputation. No loop, no files."""
+"""Lowers the memory of a step: recomputation, offloaded checkpoints, MLPs in tiles.
+
+Changes a loaded model in place. Has no loop, and touches no files.
+"""

@@ -1,11 +1,11 @@
 """The inputs of recomputed layers in host memory, between their forward and their backward.
 
-An input is copied out while its layer computes, and copied back while the layer behind it is
-in backward, so that the device holds two of them at most and waits for none. Nothing is
-rounded: what comes back is what went out.
+An input is copied out while its layer computes, and copied back while the next layer is in
+backward. So the device holds at most two inputs, and waits for no copy. Nothing is rounded: an
+input comes back with the same bits.
 
-torch keeps the pinned memory that is freed here and hands it out again (its caching host
-allocator, in powers of two), so it is pinned once and not at every step; and it does so only
+torch's caching host allocator keeps the pinned memory that is freed here (in powers of two) and
+hands it out again. So memory is pinned once, and not at every step. The allocator hands it out only
 after the copies that read or write it are done.
 
 Source: the offloaded activation checkpoints of Arctic Long Sequence Training (arXiv:2506.13996).
@@ -23,23 +23,23 @@ from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, purpose
 
 
 class Lane(Protocol):
-    """Where copies run, beside the computation or in it."""
+    """The place where copies run: beside the computation, or in its order."""
 
     def host_memory(self, like: Tensor) -> Tensor:
         """Return a tensor of the shape and dtype of `like` in host memory."""
         ...
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Begin a copy once all that was computed so far is done; return when it ends."""
+        """Queue a copy behind all computation so far; return its end, for `wait`."""
         ...
 
     def wait(self, end: Any) -> None:
-        """Let what is computed from here on wait for the end of a copy."""
+        """Let all later computation wait for the end of a copy."""
         ...
 
 
 class StreamLane:
-    """Copies on a stream of their own; the processor waits for none of them."""
+    """Copies on a CUDA stream of its own; the processor waits for no copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,9 +51,9 @@ class StreamLane:
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
         """See `Lane`."""
-        # Of the two the one on the device belongs to the computing stream: as a source it must
-        # have been computed; as a target its memory may be that of a tensor which was freed a
-        # moment ago, and which kernels in the queue of that stream still read.
+        # The tensor on the device belongs to the computing stream. As a source, it must have been
+        # computed. As a target, its memory may be that of a tensor that was freed a moment ago,
+        # and that kernels in the queue of the computing stream still read.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -66,10 +66,11 @@ class StreamLane:
 
 
 class InPlaceLane:
-    """Copies at once: what a CPU does, and fake tensors.
+    """Copies at once, for a CPU and for fake tensors.
 
     Args:
-        is_pinned: whether host memory is taken as a GPU's lane takes it, which is simulated.
+        is_pinned: whether to take as much host memory as a GPU's lane would pin; a simulation of
+            a GPU does.
     """
 
     def __init__(self, *, is_pinned: bool = False) -> None:
@@ -86,19 +87,22 @@ class InPlaceLane:
         target.copy_(source)
 
     def wait(self, end: None) -> None:
-        """See `Lane`: what is copied at once is there."""
+        """See `Lane`; there is nothing to wait for, as the copy is done already."""
 
 
 def pinned_bytes(size: int) -> int:
-    """Return what torch pins for a tensor: its caching host allocator rounds to powers of two."""
+    """Return the bytes that torch pins for a tensor of `size` bytes.
+
+    Its caching host allocator rounds up to a power of two.
+    """
     return 1 << (size - 1).bit_length()
 
 
 class _Held:
-    """The input of one layer: in host memory, and for some of the time on the device.
+    """The input of one layer: in host memory, and for some of the time on the device too.
 
-    Belongs to the graph, through autograd's hooks: where a step ends in the middle, the graph
-    goes and this with it.
+    The graph owns it, through autograd's hooks: if a step ends early, the graph is freed and the
+    held input with it.
     """
 
     _is_coming = False
@@ -115,23 +119,23 @@ class _Held:
     def free(self) -> None:
         """Give up the device's copy, if there is one.
 
-        The wait is what makes its memory free for others: what is computed from here on comes
-        after the copy that reads or writes it. Recording the stream on the tensor would do as
-        well, but its memory would come back at a moment that depends on the timing.
+        The wait makes its memory safe to use again: later computation comes after the copy that
+        reads or writes it. Recording the stream on the tensor would be safe too, but then the
+        memory would come back at a moment that depends on timing.
         """
         if self._on_device is not None:
             self._lane.wait(self._end)
             self._on_device, self._is_coming = None, False
 
     def fetch(self) -> None:
-        """Begin to bring it back to the device, unless it is there."""
+        """Begin to copy the input back to the device, unless it is there."""
         if self._on_device is None:
             self._on_device = torch.empty_like(self._on_host, device=self._device)
             self._end = self._lane.copy(self._on_device, self._on_host)
             self._is_coming = True
 
     def take(self) -> Tensor:
-        """Return the device's copy for good, and begin to fetch the one before it."""
+        """Hand the device's copy over, and begin to fetch the input of the layer before."""
         self.fetch()
         taken = self._on_device
         assert taken is not None
@@ -141,16 +145,16 @@ class _Held:
         return taken
 
     def __del__(self) -> None:
-        # Fetched and never taken: the copy may still be writing into memory that is free from
-        # here on. (A copy to the host that nobody will read may be of anything.)
+        # The input was fetched and never taken: the copy may still write into memory that is free
+        # from here on. (A copy to the host may go on: nothing will read its values.)
         if self._is_coming:
             self._lane.wait(self._end)
 
 
 class Offload:
-    """Saved-tensor hooks that hold what they are given in host memory.
+    """Saved-tensor hooks that hold saved tensors in host memory.
 
-    Holds no tensor itself, so it may be used for any number of forwards and backwards, in any
+    It holds no tensor itself, so it may be used for any number of forwards and backwards, in any
     order. The input that was packed last stays on the device as well: backward begins with it.
     """
 
@@ -161,17 +165,20 @@ class Offload:
 
     @classmethod
     def on(cls, device: torch.device) -> Offload:
-        """Return an offload whose copies run beside what a GPU computes."""
+        """Return an offload for `device`; a GPU copies beside its computation.
+
+        A `meta` device stands in for a GPU: its host memory is counted as a GPU's.
+        """
         is_planned = device.type == "meta"
         lane = StreamLane(device) if device.type == "cuda" else InPlaceLane(is_pinned=is_planned)
         return cls(lane, device)
 
     def pack(self, x: Tensor) -> _Held | Tensor:
-        """Begin to copy the input of a layer out, and free that of the layer before.
+        """Begin to copy the input of a layer out, and free the input of the layer before.
 
-        That one's copy has had a whole layer's time; its tensor is no longer in use. What is
-        empty, or on another device, is no such input (torch's checkpoint has one of its own) and
-        stays as it is.
+        The copy of the earlier input had a whole layer's time, and its tensor is no longer in use.
+        A tensor that is empty or on another device is no input of a layer (torch's checkpoint
+        saves an empty one of its own), and is returned as it is.
         """
         if not x.numel() or x.device.type != self._device.type:
             return x
@@ -183,5 +190,5 @@ class Offload:
         return held
 
     def unpack(self, held: _Held | Tensor) -> Tensor:
-        """Return an input to its layer, whose backward begins."""
+        """Return the input of the layer whose backward begins."""
         return held if isinstance(held, Tensor) else held.take()

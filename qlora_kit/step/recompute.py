@@ -1,7 +1,7 @@
 """Recomputation: a decoder layer keeps its input only, and runs again in backward.
 
-Also known as gradient checkpointing. Uses the non-reentrant form, which stops recomputing
-as soon as backward has what it needs and works where no input requires a gradient.
+Also known as gradient checkpointing. It is the non-reentrant form, which stops as soon as the last
+tensor that backward needs is there, and which works even if no input requires a gradient.
 
 Source: Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174), section 4.
 """
@@ -31,9 +31,10 @@ def set_recompute(
     Args:
         model: changed in place.
         enabled: whether layers run again in backward.
-        offload: holds the inputs of the layers meanwhile; they stay on the device if None.
-        keep_layers: layers that keep their activations instead. The last ones: backward begins
-            with them, so what they kept is free again when the others are recomputed.
+        offload: holds the inputs of the layers in between; None leaves them on the device.
+        keep_layers: number of layers that keep their activations instead. They are the last
+            layers: backward begins with them, so their activations are free again when the other
+            layers are recomputed.
 
     Raises:
         ModelError: the architecture has no layers that can be recomputed.
@@ -53,14 +54,14 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _announced(forward: Callable[..., Any], *inputs: Any) -> Any:
-    """Run a layer, now or again in backward, and say what its input is for."""
-    # transformers binds what it passed by name to the forward.
+    """Run a layer, in forward or again in backward, and announce the purpose of its input."""
+    # transformers binds the arguments that it passes by name to the forward.
     hidden = inputs[0] if inputs else forward.keywords["hidden_states"]  # type: ignore[attr-defined]
     announce(hidden, LAYER_CHECKPOINTS)
     return forward(*inputs)
 
 
 def _offloaded(offload: Offload, forward: Callable[..., Any], *inputs: Any) -> Any:
-    # Inside the layer the checkpoint's own hooks are in force: these see its inputs alone.
+    # Inside the layer the checkpoint's own hooks are in force, so these hooks see its inputs only.
     with saved_tensors_hooks(offload.pack, offload.unpack):
         return _recomputed(forward, *inputs)

@@ -1,4 +1,4 @@
-"""What lowers the memory of a step: which of it is on, and switching it on.
+"""The ways to lower the memory of a step: decides which of them are on, and switches them on.
 
 | reducer | same bits | costs |
 |---|---|---|
@@ -7,7 +7,8 @@
 | checkpoints in host memory | yes | copies beside the computation |
 | MLP in tiles | but for the order of sums | nothing where layers are recomputed |
 
-The chunked loss has no switch: it is the loss. 8-bit and paged Adam are optimisers.
+The chunked loss has no switch, because there is no other loss. 8-bit and paged Adam are choices of
+the optimiser, and the embedding is placed when the base is loaded (`model.load.Placement`).
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from qlora_kit.step.offload import Offload
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.step.tiles import set_mlp_tiles
 
-# Of 1,024, 2,048 and 4,096 in the simulation of deepseek-7b. Smaller tiles save no more and
-# unpack the weights more often, or hold three of them unpacked.
+# The best of 1,024, 2,048 and 4,096 in the simulation of deepseek-7b. Smaller tiles save no more
+# memory, and unpack the weights more often or hold three of them unpacked.
 MLP_TILE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Reducers:
-    """What is done in a step to need less memory; nothing is left open.
+    """The decisions on how a step saves memory; none is left open.
 
     Attributes:
         recompute: run each layer again in backward.
-        offload_checkpoints: hold the layers' inputs in host memory meanwhile.
-        mlp_tile_tokens: tokens a gated MLP works on at a time; 0: all, as its model has it.
-        keep_layers: so many of the last layers are not run again.
+        offload_checkpoints: hold the layers' inputs in host memory between forward and backward.
+        mlp_tile_tokens: tokens that a gated MLP computes at a time; 0: all, as its model does.
+        keep_layers: number of the last layers that keep their activations and are not run again.
     """
 
     recompute: bool
@@ -45,11 +46,15 @@ class Reducers:
 
 
 def resolve(options: StepOptions, hardware: Hardware) -> Reducers:
-    """Decide what the options leave open: all that is exact and next to free.
+    """Decide what the options leave open: a reducer is on if it is exact and almost free.
 
-    Beside a CPU there is no other memory for checkpoints. Without recompute whoever asked for
-    it has memory to spare, and tiles would compute a part of the MLP again; with it a layer
-    takes 0.8 to 1.0 times as long in tiles (one CPU thread).
+    On a CPU there is no other memory that could hold the checkpoints. A user who turned recompute
+    off has memory to spare, and tiles would compute a part of the MLP again. With recompute, a
+    layer in tiles takes 0.8 to 1.0 times as long (one CPU thread).
+
+    Args:
+        options: the options of the user; None in a field leaves it open.
+        hardware: the device that the model runs on.
     """
     on_gpu = hardware.device.type != "cpu"
     offload, tile = options.offload_checkpoints, options.mlp_tile_tokens
@@ -67,7 +72,7 @@ def apply(model: nn.Module, reducers: Reducers, hardware: Hardware) -> int:
     """Switch a loaded model to these reducers, whatever was on before.
 
     Returns:
-        How many MLPs work in tiles.
+        The number of MLPs that work in tiles.
 
     Raises:
         ModelError: the architecture has no layers that can be recomputed.
@@ -78,7 +83,13 @@ def apply(model: nn.Module, reducers: Reducers, hardware: Hardware) -> int:
 
 
 def without_effect(options: StepOptions, reducers: Reducers, tiled_mlps: int) -> list[str]:
-    """Say which options ask for what is not done, and why."""
+    """Return a line for each option that has no effect, with the reason.
+
+    Args:
+        options: the options of the user.
+        reducers: the decisions of `resolve`.
+        tiled_mlps: the number that `apply` returned.
+    """
     said = []
     if options.offload_checkpoints and not reducers.offload_checkpoints:
         reason = "the model runs on a CPU" if options.recompute else "nothing is recomputed"

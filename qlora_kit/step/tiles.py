@@ -1,6 +1,7 @@
-"""Which MLPs of a model work in tiles of tokens.
+"""Lets the MLPs of a model work in tiles of tokens.
 
-Found by their parts, then held against their own forward. All others are left as they are.
+A gated MLP is recognised by its parts, and its own forward must agree with that of `TiledMLP`. All
+other MLPs are left as they are.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ _PROBE_TOKENS = 3
 
 
 def set_mlp_tiles(model: nn.Module, tile_tokens: int, dtype: torch.dtype) -> int:
-    """Let the gated MLPs of a model work on so many tokens at a time, or as before if 0.
+    """Let the gated MLPs of a model work in tiles, or on all tokens again.
 
     Args:
-        model: loaded; changed in place.
-        tile_tokens: tokens of a tile.
-        dtype: that the model computes in.
+        model: a loaded model, changed in place.
+        tile_tokens: tokens of a tile; 0 gives the model its own MLPs back.
+        dtype: the compute dtype of the model.
 
     Returns:
-        How many MLPs work so now.
+        The number of MLPs that work in tiles now.
     """
     served = 0
     is_gated: dict[Any, bool] = {}
@@ -36,7 +37,7 @@ def set_mlp_tiles(model: nn.Module, tile_tokens: int, dtype: torch.dtype) -> int
 
 
 def _own_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Put the model's own MLPs back in their places and return what looks gated, by path."""
+    """Put the model's own MLPs back in their places; return those with a gated MLP's parts."""
     for path, module in list(model.named_modules()):
         if isinstance(module, TiledMLP):
             module.replaced.train(module.training)
@@ -54,20 +55,20 @@ def _is_gated(module: nn.Module, dtype: torch.dtype, known: dict[Any, bool]) -> 
 
 
 def _numbers(module: nn.Module) -> list[tuple[str, Any]]:
-    # Two modules of a class may still differ in a number, such as one of a sparse activation.
+    # Two modules of a class may still differ in a number, such as that of a sparse activation.
     plain = (bool, int, float, str)
     return sorted((k, v) for k, v in vars(module).items() if isinstance(v, plain))
 
 
 @torch.no_grad()
 def _computes_the_same(module: nn.Module, parts: Parts, dtype: torch.dtype) -> bool:
-    """Whether a module's own forward and that of tiles agree on random tokens."""
+    """Whether a module's own forward and the forward in tiles agree on random tokens."""
     frozen = parts.frozen[0]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _PROBE_TOKENS, frozen.in_features, generator=generator)
     x = x.to(frozen.weight.device, dtype)
     was_training = module.training
-    module.eval()  # two draws of dropout would differ
+    module.eval()  # in training mode, the dropout masks of the two forwards would differ
     try:
         own, found = module(x).float(), TiledMLP(module, _PROBE_TOKENS - 1)(x).float()
     finally:

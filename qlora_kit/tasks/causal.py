@@ -1,6 +1,7 @@
-"""Causal language modelling: each supervised token is predicted from those before it.
+"""Causal language modelling: each supervised token is predicted from the tokens before it.
 
-Takes a loaded model (with or without LoRA) and a batch; returns sums over supervised tokens.
+Takes a loaded model (with or without LoRA) and a batch; returns sums over supervised tokens, never
+means.
 """
 
 from __future__ import annotations
@@ -32,24 +33,33 @@ from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base
 from qlora_kit.tasks.task import Figures, RowSums, Task
 
-# exp() of more is beyond fp64.
+# exp() of a larger number is beyond fp64.
 _MOST_EXPONENT = 700
 
 
 class Supervised(NamedTuple):
-    """Hidden states and targets of the supervised tokens only: (N, D) and (N,)."""
+    """The supervised tokens of a batch, N in number.
+
+    Attributes:
+        hidden: the hidden states that predict them, (N, D).
+        targets: their ids, (N,), int64.
+    """
 
     hidden: Tensor
     targets: Tensor
 
 
 def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
-    """Run the layers on a batch and pick the states that predict a supervised token.
+    """Run the layers on a batch, and pick the hidden states that predict a supervised token.
 
-    The state at position t predicts the label at t + 1. Tokens without a label never reach
-    the head, which is the larger part of the work of a small model.
+    The state at position t predicts the label at t + 1. Other states never reach the head, which
+    does the larger part of the work of a small model.
+
+    Args:
+        model: with or without LoRA.
+        batch: on the model's device.
     """
-    # No mask: it would keep attention from its fast kernels, and `Batch` needs none.
+    # There is no mask: it would keep attention from its fast kernels, and a `Batch` needs none.
     outputs = model.base_model(input_ids=batch.input_ids, attention_mask=None, use_cache=False)
     hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
     return Supervised(hidden, batch.labels.flatten().index_select(0, batch.positions + 1))
@@ -68,7 +78,7 @@ def loss_sum(
     Args:
         model: with or without LoRA.
         batch: on the model's device.
-        head: formula of its logits.
+        head: formula of the model's logits.
         loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
         chunk_tokens: tokens whose logits exist at one time.
     """
@@ -82,7 +92,14 @@ def loss_sum(
 def scores(
     model: PreTrainedModel, batch: Batch, head: Head, chunk_tokens: int = CHUNK_TOKENS
 ) -> TokenScores:
-    """Return log p and top-1 agreement of every supervised token of a batch."""
+    """Return log p of every supervised token of a batch, and whether it is the most likely one.
+
+    Args:
+        model: with or without LoRA.
+        batch: on the model's device.
+        head: formula of the model's logits.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
     hidden, targets = supervised_states(model, batch)
     return score_tokens(hidden, targets, head, chunk_tokens)
 
@@ -92,10 +109,10 @@ class CausalObjective:
     """Causal language modelling on a loaded base.
 
     Attributes:
-        base: with or without an adapter.
-        pad_token_id: fills short rows of a batch; never seen by the loss.
+        base: the loaded base, with or without an adapter.
+        pad_token_id: id that fills short rows of a batch; the loss never sees it.
         chunk_tokens: tokens whose logits exist at one time.
-        loss: custom loss of a chunk of logits and targets; cross-entropy if None.
+        loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
     """
 
     base: Base
@@ -109,11 +126,11 @@ class CausalObjective:
         return head_of(self.base.model)
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """See `Objective`; padded to a width that suits the device."""
+        """See `Objective`; the batch is padded to a width that suits the device."""
         return collate(rows, self.pad_token_id, self.base.batch_width)
 
     def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> Batch:
-        """See `Objective`: zeros, of which all but the first of each row are targets."""
+        """See `Objective`; all ids are 0, and all but the first of each row can be targets."""
         ids = torch.zeros(rows, self.base.batch_width(tokens), dtype=torch.int64, device="cpu")
         count = weight or rows * (tokens - 1)
         positions = torch.zeros(count, dtype=torch.int64, device="cpu")
@@ -148,7 +165,7 @@ class CausalObjective:
 
 
 def _perplexity(loss: float) -> dict[str, tuple[float, str]]:
-    """Return exp(loss), infinite where that overflows."""
+    """Return the perplexity exp(loss), with its format; it is infinite if exp overflows."""
     return {"perplexity": (math.exp(loss) if loss < _MOST_EXPONENT else math.inf, ".3f")}
 
 

@@ -1,8 +1,9 @@
-"""What every task answers, and what training and evaluation ask it.
+"""The questions that training and evaluation ask a task.
 
-A `Task` is a choice, known before any weight is read. Bound to a loaded base it is an `Objective`:
-rows become batches, batches become a sum to minimise and sums to report. All are sums over what
-the task weighs (supervised tokens, rows, …), never means: who calls knows how much there is in all.
+A `Task` is known before any weight is read. Bound to a loaded base it is an `Objective`, which
+turns rows into batches, and a batch into a sum to minimise and sums to report. They are sums over
+the units that the task weighs (supervised tokens, rows, …), never means: only the caller knows the
+total weight.
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ class Batch(Protocol):
 
     @property
     def weight(self) -> int:
-        """What its loss is a sum over, counted."""
+        """Number of units that the loss is a sum over, such as supervised tokens."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the batch where the model computes."""
+        """Return the batch on `device`."""
         ...
 
 
 class RowSums(NamedTuple):
-    """What was measured of each row of a batch: all (B,), fp64, in host memory.
+    """The sums of each row of a batch; every tensor is (B,), fp64, in host memory.
 
     Attributes:
-        weight: what the row's sums are over, counted.
-        loss: summed.
-        metrics: sums by the names of `Task.metrics`.
-        outputs: what `Objective.figures` asks for of each row, (B, M), of any dtype; or None.
+        weight: number of units that the sums of a row are over, such as supervised tokens.
+        loss: the loss of a row, summed.
+        metrics: the metrics of a row, summed, by the names of `Task.metrics`.
+        outputs: the values of a row that `Objective.figures` works on, (B, M); None if it needs none.
     """
 
     weight: Tensor
@@ -64,7 +65,7 @@ class RowSums(NamedTuple):
 
 
 class Objective(Protocol):
-    """A task on a loaded base; it takes the batches that it makes, and no others."""
+    """A task on a loaded base. It takes the batches that it makes, and no others."""
 
     @property
     def base(self) -> Base:
@@ -76,25 +77,30 @@ class Objective(Protocol):
         ...
 
     def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> Batch:
-        """Return a batch that takes what one of so many rows of so many tokens takes.
+        """Return a batch without data that needs the memory and time of a real one of its size.
 
         Args:
             rows: B.
-            tokens: of each row.
-            weight: of the batch; as much as it can be if None.
+            tokens: tokens of each row.
+            weight: weight of the batch; None: the most that a batch of this size can have.
         """
         ...
 
     def loss_sum(self, batch: Any) -> Tensor:
-        """Return the summed loss of a batch, a scalar; differentiable in what is trained."""
+        """Return the summed loss of a batch, a scalar, differentiable in the trained parameters."""
         ...
 
     def measured(self, batch: Any) -> Any:
-        """Measure a batch, without gradient, where the model computes."""
+        """Measure a batch without gradient; the result stays on the model's device."""
         ...
 
     def row_sums(self, batch: Any, measured: Any) -> RowSums:
-        """Return what was measured of a batch, summed by row."""
+        """Sum the result of `measured` by row.
+
+        Args:
+            batch: the batch that was measured.
+            measured: the result of `measured` for it.
+        """
         ...
 
     def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
@@ -108,22 +114,22 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What a sample means.
+    """The meaning of a sample.
 
     Attributes:
-        name: of the task.
-        loads: the class of transformers' that a base is loaded as.
+        name: the name of the task.
+        loads: the class of transformers that a base is loaded as.
         peft_type: `task_type` of PEFT's adapter_config.json.
         makes: how a sample becomes token rows.
         weighs: the key of what its loss is a mean over, such as "supervised_tokens".
-        unit: of the loss.
-        metrics: what is measured beside the loss, by name, how it is printed: means over the
-            weight, and figures of all rows together.
-        of_loss: figures that follow from the loss: by name, the value and how it is printed.
-        generates: whether its models write text.
-        objective: binds it to a loaded base; takes the token that fills short rows, the tokens
-            whose logits exist at one time, and a custom loss or None.
-        classes: what the outputs of a classifier mean; None for other models.
+        unit: the unit of the loss, in words.
+        metrics: the format of each metric beside the loss, by name. A metric is a mean over the
+            weight, or a figure of all rows together.
+        of_loss: computes the figures that follow from the loss: value and format, by name.
+        generates: whether the models of the task write text.
+        objective: binds the task to a loaded base. Takes the base, the id that fills short rows,
+            the tokens whose logits exist at one time, and a custom loss or None.
+        classes: meaning of the outputs of a classifier; None for other models.
     """
 
     name: str

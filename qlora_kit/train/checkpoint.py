@@ -1,8 +1,9 @@
-"""Checkpoints: all a run needs to continue with the same bits.
+"""Checkpoints: all that a run needs to continue with the same bits.
 
-A checkpoint is a folder `checkpoint-N` with the adapter in PEFT's format, the optimiser's
-tensors, the random states and `state.json`, written whole by `storage.staged_folder`. The
-text files `last` and `best` beside it name checkpoints.
+A checkpoint is a folder `checkpoint-N` with the adapter in PEFT's format, the optimiser's tensors,
+the random states and `state.json`. `storage.staged_folder` writes it as a whole. The text files
+`last` and `best` beside it name checkpoints. Never decides whether a run may continue from a
+checkpoint: `train.resume` does.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ _RANDOM = "random.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands; everything else follows from the configuration.
+    """The state of a run's counters; everything else follows from the configuration.
 
     Attributes:
-        optimizer_step: steps done, skipped ones included.
+        optimizer_step: number of steps done, skipped steps included.
         epoch: index of the current epoch.
         window: optimiser steps done in the current epoch.
-        evaluated_step: the last step after which the validation rows were measured.
-        best_loss: lowest validation loss so far, or None before the first evaluation.
-        best_step: the step it was measured at.
-        evaluations_without_gain: since the best one.
-        skipped_steps: steps whose loss or gradient was not finite.
-        skipped_in_a_row: of these, the latest without a sound step between.
-        overflows_in_a_row: latest steps that the loss scaler skipped to find its scale.
+        evaluated_step: the last step whose evaluation, where one was due, is done.
+        best_loss: lowest validation loss so far; None before the first evaluation.
+        best_step: the step after which it was measured.
+        evaluations_without_gain: number of evaluations since the best one.
+        skipped_steps: number of steps whose loss or gradient was not finite.
+        skipped_in_a_row: number of steps skipped since the last sound step.
+        overflows_in_a_row: number of steps that the loss scaler skipped since it last took one.
         learns: whether every B has been seen to get a gradient.
-        micro_batch_rows: what running out of memory has left of the micro-batch, or None.
+        micro_batch_rows: rows of a micro-batch since memory ran out; None: it never did.
         finished: whether the run reached its end.
     """
 
@@ -80,7 +81,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How many optimiser steps an epoch has, and the whole run."""
+    """The number of optimiser steps of an epoch, and of the whole run."""
 
     per_epoch: int
     total: int
@@ -91,13 +92,13 @@ class StoredState:
     """The content of `state.json`.
 
     Attributes:
-        progress: where the run stood.
-        identity: what decides its bits, value by name, see `train.resume`.
-        total_steps: optimiser steps it was meant to have.
-        optimizer_values: the optimiser's numbers that are no tensors, by parameter.
+        progress: the progress of the run when it was saved.
+        identity: the values that decide the run's bits, by name; see `train.resume`.
+        total_steps: number of optimiser steps that the run was to have.
+        optimizer_values: the optimiser's values that are no tensors, by parameter.
         scaler: state of the loss scaler; empty without one.
-        parent: hash of the manifest of the checkpoint saved before, or None.
-        versions: of the libraries that computed it.
+        parent: hash of the manifest of the checkpoint before it; None for the first.
+        versions: versions of the libraries that computed it.
     """
 
     progress: Progress
@@ -111,7 +112,7 @@ class StoredState:
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a checkpoint holds of a living run, and fills again."""
+    """The objects of a running run that a checkpoint stores, and that it restores."""
 
     adapter: Adapter
     optimizer: torch.optim.Optimizer
@@ -119,7 +120,7 @@ class Trainee:
 
     @property
     def device(self) -> torch.device:
-        """Where it is trained."""
+        """The device that the adapter is trained on."""
         return self.adapter.base.hardware.device
 
 
@@ -133,17 +134,17 @@ def check_room(output: Path, trainable: int, plan: StepPlan, options: TrainConfi
         output: run folder.
         trainable: number of trained parameters.
         plan: steps of the run.
-        options: how often it saves, how many it keeps, what the optimiser's state is.
+        options: how often the run saves, how many checkpoints it keeps, and which optimiser it has.
 
     Raises:
-        StorageError: it has not.
+        StorageError: the disk is too full.
     """
     saves = math.ceil(plan.total / (options.save_steps or plan.per_epoch))
     if options.save_total_limit is not None:
-        # The best one is kept besides, and the newest is written before the oldest goes.
+        # The best checkpoint is kept besides, and the newest is written before the oldest goes.
         saves = min(saves, options.save_total_limit + 2)
     missing = max(1, saves - len(checkpoints(output)))
-    # Weights in fp32, and two moments of four bytes or one.
+    # A parameter takes 4 bytes for its fp32 weight, and 4 bytes or 1 for each of two moments.
     bytes_each = trainable * (4 + (2 if options.optimizer.endswith("8bit") else 8))
     check_space(output, missing * bytes_each + trainable * 4, f"{missing} checkpoint(s)")
 
@@ -156,11 +157,22 @@ def save_checkpoint(
     identity: Mapping[str, Any],
     total_steps: int,
 ) -> Path:
-    """Write `checkpoint-N`, read it back, then point `last` (and `best`, where it is) at it.
+    """Write `checkpoint-N`, read it back, then let `last` name it, and `best` if it is the best.
+
+    Args:
+        output: run folder.
+        trainee: the adapter, the optimiser and the loss scaler.
+        record: the record of the base for the adapter's files.
+        progress: the progress of the run.
+        identity: the values that decide the run's bits, by name.
+        total_steps: number of optimiser steps that the run is to have.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
         StorageError: it could not be written; the previous checkpoint is untouched.
-        OutOfMemory: the host has no memory for it; likewise.
+        OutOfMemory: the host has no memory for it; the previous checkpoint is untouched.
     """
     folder = output / f"checkpoint-{progress.optimizer_step}"
     with (
@@ -188,10 +200,16 @@ def save_checkpoint(
 
 
 def adopt(output: Path, folder: Path, progress: Progress) -> None:
-    """Let `last` and `best` name what a killed process had saved and not yet named.
+    """Let `last` and `best` name the checkpoint that a killed process saved and did not name.
 
-    A run that resumes from its last step has nothing left to save, so it would not name it
-    either, and `delete_old` would take it for one that going back left behind.
+    A run that resumes from its last step has nothing left to save, so it would never name the
+    checkpoint. Then `delete_old` would treat it as one of the later checkpoints that remain when a
+    run goes back to an earlier one.
+
+    Args:
+        output: run folder.
+        folder: the checkpoint that the run resumes from.
+        progress: the progress in that checkpoint.
     """
     if folder.resolve().parent != output.resolve():
         return
@@ -202,7 +220,7 @@ def adopt(output: Path, folder: Path, progress: Progress) -> None:
 
 
 def _point_at_best(output: Path, progress: Progress) -> None:
-    # Not only when it is new: a process may have been killed before it could say so.
+    # Checked at every save: a process may have been killed before it could name the best one.
     best = f"checkpoint-{progress.best_step}"
     if (output / best).is_dir() and _named_by(output / BEST) != best:
         write_text(output / BEST, best + "\n")
@@ -217,10 +235,14 @@ def _last_hash(output: Path) -> str | None:
 
 
 def delete_old(output: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints, the last written and the best one.
+    """Delete all checkpoints but the newest `keep`, the last written one, and the best one.
 
-    Later steps than the last written one's were left behind by going back to an earlier
-    checkpoint, so they count as the oldest.
+    Checkpoints with later steps than the last written one remain from before the run went back to
+    an earlier checkpoint, so they count as the oldest.
+
+    Args:
+        output: run folder.
+        keep: number of checkpoints to keep; None keeps all.
     """
     if keep is None:
         return
@@ -233,7 +255,7 @@ def delete_old(output: Path, keep: int | None) -> None:
 
 
 def _named_by(pointer: Path) -> str | None:
-    """Return the checkpoint that `last` or `best` names, if it names one of this run."""
+    """Return the name of the checkpoint in the file `last` or `best`, if the run has that one."""
     if not pointer.is_file():
         return None
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -245,7 +267,12 @@ def _named_by(pointer: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to resume from, and those passed over because they are damaged."""
+    """A checkpoint to resume from.
+
+    Attributes:
+        folder: the checkpoint; None if the run has none.
+        damaged: a line for each newer checkpoint that was passed over because it is damaged.
+    """
 
     folder: Path | None
     damaged: tuple[str, ...] = ()
@@ -256,11 +283,11 @@ def find_checkpoint(output: Path, wanted: str) -> Found:
 
     Args:
         output: run folder.
-        wanted: "latest" or the path of a checkpoint.
+        wanted: "latest", or the path of a checkpoint.
 
     Raises:
-        InputError: a named checkpoint does not exist.
-        StorageError: a named checkpoint is damaged, or all of the run's are.
+        InputError: the named checkpoint does not exist.
+        StorageError: the named checkpoint is damaged, or all checkpoints of the run are.
     """
     if wanted != "latest":
         folder = Path(wanted)
@@ -283,8 +310,9 @@ def find_checkpoint(output: Path, wanted: str) -> Found:
 def _newest_first(output: Path) -> list[Path]:
     """Return the checkpoints in the order in which to try them.
 
-    First one that was saved just after `last`, by a process that was killed before it could
-    say so; then `last` and what came before it; then what going back left behind.
+    A checkpoint saved right after `last`, by a process that was killed before it could name it,
+    comes first. Then come `last` and the checkpoints before it; and then the later ones, which
+    remain from before the run went back to an earlier checkpoint.
     """
     every = checkpoints(output)
     last = _named_by(output / LAST)
@@ -305,10 +333,10 @@ def _parent(folder: Path) -> str | None:
 
 
 def read_state(folder: Path) -> StoredState:
-    """Verify a checkpoint and read its `state.json`.
+    """Verify a checkpoint, and read its `state.json`.
 
     Raises:
-        StorageError: the checkpoint is not as it was written.
+        StorageError: a file was changed since it was written, or the folder was renamed.
     """
     verify_folder(folder)
     line = f"{folder / _STATE}: not the state of a run; expected one"
@@ -323,10 +351,10 @@ def read_state(folder: Path) -> StoredState:
 
 
 def restore_checkpoint(folder: Path, trainee: Trainee) -> Progress:
-    """Put a run back to where a checkpoint was written, and return where that is.
+    """Put a run back into the state of a checkpoint, and return its progress.
 
     Raises:
-        StorageError: the checkpoint is not as it was written.
+        StorageError: see `read_state`.
     """
     state = read_state(folder)
     stored = read_adapter(folder)

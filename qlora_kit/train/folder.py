@@ -1,7 +1,7 @@
-"""The folder of a run: which one, whose, and its checkpoints by name.
+"""The folder of a run: finds it, claims it for one process, and lists its checkpoints.
 
-Knows names only, reads no tensor and imports no torch, so that a wrong `--output` is found
-at once.
+Knows the names of files only. Reads no tensor and imports no torch, so that a wrong `--output` is
+found at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAST, BEST = "last", "best"
 CONFIG = "training_config.yaml"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RUNS = Path("runs")
-# What is said for one start of a run, and not for the next.
+# Options that hold for one start of a run, and not for the next.
 _OF_ONE_START = ("output", "overwrite", "resume", "allow_change")
 
 
@@ -44,23 +44,23 @@ def step_of(checkpoint: Path) -> int:
 
 
 def run_of(resume: str | None) -> Path | None:
-    """Return the run folder that a named checkpoint belongs to, if it belongs to one."""
+    """Return the folder of the run that a named checkpoint belongs to; None if there is none."""
     folder = Path(resume).parent if resume not in (None, "latest") else None
     return folder if folder is not None and (folder / CONFIG).is_file() else None
 
 
 def stored_layer(output: Path | None, resume: str | None) -> Layer | None:
-    """Return the options of the run that is to be continued, so that none need be repeated.
+    """Return the options of the run to resume, so that the user need not repeat them.
 
     Args:
-        output: its folder, if it is named.
+        output: the folder of the run, if the user named it.
         resume: "latest", a checkpoint, or None.
 
     Returns:
-        The content of its `training_config.yaml`, or None where there is no such run.
+        The content of the run's `training_config.yaml`; None if there is no run to resume.
 
     Raises:
-        ConfigError: it is not readable.
+        ConfigError: the file cannot be read.
     """
     folder = output or run_of(resume)
     if resume is None or folder is None or not (folder / CONFIG).is_file():
@@ -72,22 +72,22 @@ def stored_layer(output: Path | None, resume: str | None) -> Layer | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is one that a run writes to.
+    """Return whether a folder is the folder of a run.
 
-    A configuration alone is none: a user's own may have that name, beside all runs.
+    A configuration alone does not make it one: a user's own file may have that name.
     """
     return all((folder / name).is_file() for name in (CONFIG, "tokenizer_config.json"))
 
 
 def check_outside_runs(folder: Path, flag: str) -> None:
-    """Check that nothing is put into a run, which `--overwrite` would delete with it.
+    """Check that a folder is not inside a run, where `--overwrite` would delete it with the run.
 
     Args:
-        folder: where something is to be written.
-        flag: the option that names it.
+        folder: the folder to be written to.
+        flag: the option that names the folder.
 
     Raises:
-        OutputError: it lies inside a run.
+        OutputError: the folder lies inside a run.
     """
     for parent in folder.resolve().parents:
         if is_run(parent):
@@ -101,22 +101,23 @@ def check_outside_runs(folder: Path, flag: str) -> None:
 def claimed_run(
     output: Path | None, model: str, *, resume: str | None, overwrite: bool
 ) -> Iterator[Path]:
-    """Yield the folder of a run, `runs/<model>-<n>` where none is named, held for us alone.
+    """Yield the folder of a run, which no other process can claim meanwhile.
 
-    What a killed process left half written in it is undone first. A folder that nothing was
-    written to is removed again.
+    Without `output` it is `runs/<model>-<n>`. Files that a killed process left half written are
+    cleaned up first. A new folder that stays empty is removed afterwards.
 
     Args:
-        output: the folder that was asked for.
-        model: names the folder where none was.
+        output: the folder that the user named.
+        model: name of the model, for the name of the folder.
         resume: "latest", a checkpoint, or None.
-        overwrite: an earlier run in the folder may be replaced, see `clear_run`.
+        overwrite: whether an earlier run in the folder may be replaced, see `clear_run`.
 
     Raises:
-        OutputError: it holds something and neither resuming nor overwriting was asked for,
-            both were, it is inside another run, or overwriting would delete what is not a run.
-        EnvironmentFault: another process writes there.
-        StorageError: it cannot be made or written.
+        OutputError: the folder is not empty, and the user asked neither to resume nor to
+            overwrite; or asked for both; or the folder is inside another run; or overwriting
+            would delete more than a run.
+        EnvironmentFault: another process writes to the folder.
+        StorageError: the folder cannot be made or written.
     """
     if resume and overwrite:
         raise OutputError("--resume and --overwrite contradict each other; pass one of them")
@@ -128,7 +129,7 @@ def claimed_run(
     with contextlib.ExitStack() as undo:
         folder = output or _next_run(model, undo)
         _make(folder, undo)
-        # Or a stranger's run would be continued in files outside of it.
+        # Otherwise a stranger's run could have links by which it writes to files outside of it.
         check_confined(folder, OutputError)
         with only_writer(folder):
             clean_up(folder)
@@ -154,7 +155,7 @@ def _next_run(model: str, undo: contextlib.ExitStack) -> Path:
 
 
 def _make(folder: Path, undo: contextlib.ExitStack) -> None:
-    """Make a folder and those it is in; `undo` removes the new ones that stay empty."""
+    """Make a folder and its parents; `undo` removes the new folders that stay empty."""
     if folder.exists():
         return
     _make(folder.parent, undo)
@@ -187,7 +188,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _folders_inside(folder: Path) -> Iterator[Path]:
-    """Yield the folders in a run, at any depth, but its checkpoints."""
+    """Yield the folders in a run at any depth, except its checkpoints."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and not _CHECKPOINT.fullmatch(path.name):
             yield path
@@ -195,7 +196,7 @@ def _folders_inside(folder: Path) -> Iterator[Path]:
 
 
 def _content(folder: Path) -> list[Path]:
-    """Return what a run has written: all but the lock, and what marks it as a run last."""
+    """Return the files and folders of a run without the lock; the file that marks a run is last."""
     content = [path for path in folder.iterdir() if path.name != LOCK]
     return sorted(content, key=lambda path: (path.name == CONFIG, path.name))
 
@@ -204,7 +205,7 @@ def clear_run(folder: Path) -> None:
     """Delete an earlier run that `claimed_run` allowed to be replaced.
 
     Raises:
-        StorageError: something of it cannot be deleted.
+        StorageError: a file or folder of it cannot be deleted.
     """
     with storage_errors(folder):
         for path in _content(folder):

@@ -1,7 +1,8 @@
-"""Whether the adapter learns at all: each B gets a gradient, and moves.
+"""Checks that the adapter learns at all: each B gets a gradient, and moves.
 
-A run that trains nothing looks like one that does: the loss is finite, a file is written.
-Takes an adapter between backward and the optimiser; raises or says nothing.
+A run that trains nothing looks like a run that trains: the loss is finite, and a file is written.
+Takes an adapter between backward and the optimiser; raises an error, or returns nothing. Never
+changes the adapter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qlora_kit.errors import LearningError
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.private_torch import largest_magnitudes
 
-# AdamW moves a weight by about the learning rate in its first step, so a few show it.
+# AdamW moves a weight by about the learning rate in its first step, so a few steps show movement.
 STEPS_TO_MOVE = 10
 _MOST_NAMED = 5
 
@@ -23,10 +24,11 @@ _MOST_NAMED = 5
 def check_gradients(adapter: Adapter) -> None:
     """Check, after the first backward pass, that every B has a gradient that is not zero.
 
-    A's own gradient is zero then, because B starts at zero.
+    Layers that are trained whole are checked too. The gradient of A is zero then, because B starts
+    at zero.
 
     Raises:
-        LearningError: naming the layers without one.
+        LearningError: a gradient is missing or zero; the error names the layers.
     """
     gradients = {path: layer.lora_B.grad for path, layer in adapter.layers.items()}
     gradients |= {path: layer.weight.grad for path, layer in adapter.whole.items()}
@@ -41,8 +43,12 @@ def check_gradients(adapter: Adapter) -> None:
 def check_movement(adapter: Adapter, steps: int) -> None:
     """Check, after some steps, that every B has left zero, where it started.
 
+    Args:
+        adapter: the adapter that is trained.
+        steps: number of steps done.
+
     Raises:
-        LearningError: naming the layers that have not.
+        LearningError: a B is still zero; the error names the layers.
     """
     values = {path: layer.lora_B.detach() for path, layer in adapter.layers.items()}
     if still := _all_zero(values):

@@ -1,10 +1,10 @@
 """The training loop: epochs of windows, one optimiser step each; evaluations and checkpoints.
 
-Takes an adapter and token rows; trains the adapter in place and returns what happened. The
-loss of a window is summed over its supervised tokens and divided once by their number, so
-the gradient does not depend on how the window is cut into micro-batches. However the loop
-ends (a signal, no memory, numbers that are not finite), what was trained is saved first; but for
-weights that were changed in part.
+Takes an adapter and token rows; trains the adapter in place and returns a `TrainResult`. The loss
+of a window is summed over its supervised tokens and divided once by their number, so the gradient
+does not depend on how the window is cut into micro-batches. However the loop ends (a signal, no
+memory, numbers that are not finite), the trained weights are saved first. The one exception are
+weights of which a part was changed when memory ran out.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
 from qlora_kit.train.optimizer_step import OptimizerStep, Taken
 from qlora_kit.train.random_states import seed_everything
 
-# A single bad row is worth going on after; more in a row are a run that has gone wrong.
+# A run can go on after one bad row; several skipped steps in a row show that it has gone wrong.
 _MOST_SKIPPED_IN_A_ROW = 3
-# The loss scale starts at 2¹⁶ and is halved at each overflow; a few are how it settles.
+# The loss scale starts at 2¹⁶ and is halved at each overflow, so a few overflows are normal.
 _MOST_OVERFLOWS_IN_A_ROW = 20
-# One position has nothing but itself to attend to: queries and keys get no gradient from it.
+# The first position can attend to itself only, so queries and keys get no gradient from it.
 _TOKENS_TO_ATTEND = 3
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Where and as what a run saves itself.
+    """The place of a run's checkpoints, and the records in them.
 
     Attributes:
         output: run folder.
-        record: what the adapter files say of the base.
+        record: the record of the base for the adapter's files.
         resume: checkpoint to continue from; the caller has checked that it fits.
-        identity: what must be equal to resume, value by name.
+        identity: the values that must be equal for the run to be resumed, by name.
     """
 
     output: Path
@@ -84,14 +84,15 @@ class Saving:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did.
+    """The outcome of a run.
 
     Attributes:
-        progress: where it ended.
-        reason: why it ended, in words.
-        last_loss: of the last optimiser step, nats per supervised token.
-        seconds: of this process.
-        peak_memory_bytes: allocated on the GPU; on a CPU anonymous, since the run began.
+        progress: its progress at the end.
+        reason: the reason that it ended, in words.
+        last_loss: loss of the last optimiser step, a mean over what the task weighs, such as nats
+            per supervised token.
+        seconds: duration in this process.
+        peak_memory_bytes: peak since the run began: allocated on the GPU, or anonymous on a CPU.
     """
 
     progress: Progress
@@ -102,7 +103,12 @@ class TrainResult:
 
 
 def plan_steps(rows: int, config: TrainConfig) -> StepPlan:
-    """Return how many optimiser steps a run over so many token rows takes."""
+    """Return the number of optimiser steps of a run.
+
+    Args:
+        rows: number of token rows.
+        config: the batch size, the accumulation, and the epochs or steps.
+    """
     micro_batches = math.ceil(rows / config.batch_size)
     per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
     return StepPlan(per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch))
@@ -126,14 +132,15 @@ def train_adapter(
     Args:
         adapter: trained in place.
         rows: tokenised training rows: those of `load_data`, or a list of your own.
-        config: everything else that was asked for.
-        task: what a row means.
-        pad_token_id: fills short rows of a batch; never seen by the loss.
-        evaluate: returns the validation loss; called while training with the adapter in place.
+        config: all other options of the run.
+        task: the meaning of a row.
+        pad_token_id: id that fills short rows of a batch; the loss never sees it.
+        evaluate: returns the validation loss; called while training, with the adapter in place.
         loss: custom loss of a chunk of logits and targets, returning a sum; cross-entropy if
             None.
-        saving: where checkpoints go; without it nothing is written.
-        before_first_step: called with what will take the steps; it must leave all as it was.
+        saving: the place of the checkpoints; without it nothing is written.
+        before_first_step: called with the object that takes the steps; must leave its state as it
+            was.
         announce: receives the events of the run.
 
     Raises:
@@ -141,7 +148,7 @@ def train_adapter(
             weights are those of the last sound step.
         LearningError: a part of the adapter gets no gradient, or does not move.
         OutOfMemory: not even one row at a time fits.
-        TornStep: memory ran out while the weights changed; the last checkpoint is what is left.
+        TornStep: memory ran out while the weights changed; only the last checkpoint remains.
         Stopped: a signal came.
     """
     processes = processes_of_this_run()
@@ -164,7 +171,7 @@ def train_adapter(
 
 @dataclass
 class _Run:
-    """One call of `train_adapter`: its arguments, and what the steps share."""
+    """One call of `train_adapter`: its arguments, and the state that the steps share."""
 
     adapter: Adapter
     rows: TokenRows
@@ -268,7 +275,7 @@ class _Run:
     def _steps(self) -> str:
         """Take optimiser steps until the run ends; return why it ended."""
         if self.progress.evaluated_step < self.progress.optimizer_step and self._after_step():
-            # Stopped after a step and before its evaluation, the run has that still to do.
+            # A run that was stopped between a step and its evaluation still has to evaluate.
             return "validation loss stopped falling"
         for windows in self._epochs():
             for window in windows:
@@ -282,7 +289,7 @@ class _Run:
         raise AssertionError("epochs do not end")
 
     def _epochs(self) -> Iterator[list[tuple[Indices, ...]]]:
-        """Yield the windows of each epoch that are still to be done, without end."""
+        """Yield, epoch after epoch without end, the windows that are still to be done."""
         while True:
             batches = epoch_batches(
                 self.rows, self.config.batch_size, self.config.seed, self.progress.epoch
@@ -325,7 +332,7 @@ class _Run:
         )
 
     def _skip(self, taken: Taken, step: int, epoch: float) -> None:
-        """Count and announce a skipped step; stop where too many come in a row."""
+        """Count and announce a skipped step; end the run if too many come in a row."""
         self.progress.skipped_steps += 1
         self.progress.skipped_in_a_row += 1
         self.announce(StepSkipped(step, epoch, taken.loss, taken.grad_norm, taken.suspect_rows))
@@ -338,7 +345,7 @@ class _Run:
             )
 
     def _count_overflow(self, taken: Taken, step: int) -> None:
-        """Stop where float16 gradients overflow however small the loss scale becomes."""
+        """End the run if float16 gradients overflow however small the loss scale becomes."""
         self.progress.overflows_in_a_row += 1
         if not taken.overflowed:
             self.progress.overflows_in_a_row = 0
@@ -369,11 +376,11 @@ class _Run:
     # ------------------------------------------------------------ between steps
 
     def _after_step(self) -> bool:
-        """Evaluate and save where it is due; return whether the run should stop early."""
+        """Evaluate and save if it is due; return whether the run should stop early."""
         stop_early = self._is_due(self.config.eval_steps) and self._evaluate()
         self.progress.evaluated_step = self.progress.optimizer_step
         is_best = self.progress.best_step == self.progress.optimizer_step
-        # The last step is saved once, as the end of the run.
+        # The last step is saved once, by the end of the run.
         is_last = stop_early or self.progress.optimizer_step >= self.plan.total
         if not is_last and (is_best or self._is_due(self.config.save_steps)):
             self._save()
@@ -381,7 +388,10 @@ class _Run:
         return stop_early
 
     def _is_due(self, every: int | None) -> bool:
-        """Whether something is due after this step: each `every` steps, or at epochs' ends."""
+        """Whether work that is done each `every` steps, or each epoch if None, is due now.
+
+        All work is due after the last step.
+        """
         if self.progress.optimizer_step == self.plan.total:
             return True
         if every:
@@ -413,7 +423,7 @@ class _Run:
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
     def _save(self) -> None:
-        """Save a checkpoint, unless nothing happened since the last one."""
+        """Save a checkpoint, unless there was no progress since the last one."""
         if self.saving is None or not self.processes.is_writer:
             return
         if not self.progress.optimizer_step or self.progress == self.saved:

@@ -1,7 +1,7 @@
 """The optimiser: AdamW with fp32, 8-bit or paged state, and the learning rate of each step.
 
 The learning rate is a function of the step alone, so a resumed run needs no scheduler state.
-This file and `model/quantize.py` are the only importers of bitsandbytes.
+This file and the package `layers/` are the only importers of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW over the trained parameters.
 
+    At 8 bits, bitsandbytes keeps the state of tensors under 4,096 elements in fp32.
+
+    Args:
+        parameters: the trained parameters, all on one device.
+        options: the kind of optimiser, the learning rate and the weight decay.
+
     Source: Decoupled Weight Decay Regularization (arXiv:1711.05101); 8-bit Optimizers via
-    Block-wise Quantization (arXiv:2110.02861). bitsandbytes keeps tensors under 4,096
-    elements in fp32 even at 8 bits.
+    Block-wise Quantization (arXiv:2110.02861).
     """
     common: dict[str, Any] = {
         "lr": options.learning_rate,
@@ -37,12 +42,13 @@ def build_optimizer(
     parameters = list(parameters)
     on_gpu = parameters[0].device.type == "cuda"
     if options.optimizer == "adamw":
-        # Fused: torch's default on a GPU makes several lists of tensors of all parameters' size.
+        # On a GPU, torch's default makes several lists of temporary tensors, each as large as all
+        # parameters together. The fused one makes none.
         return torch.optim.AdamW(parameters, **common, fused=True if on_gpu else None)
     from bitsandbytes import optim
 
     bits = 8 if options.optimizer.endswith("8bit") else 32
-    # Pages move between GPU and host; on a CPU the state is in host memory anyway.
+    # Paged state moves between GPU and host; on a CPU all state is in host memory anyway.
     paged = options.optimizer.startswith("paged") and on_gpu
     adamw: torch.optim.Optimizer = optim.AdamW(
         parameters, optim_bits=bits, is_paged=paged, **common
@@ -51,10 +57,15 @@ def build_optimizer(
 
 
 def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> float:
-    """Return the learning rate of optimiser step `step`, counted from 1.
+    """Return the learning rate of an optimiser step.
 
-    Rises linearly over the warm-up, then stays (constant), falls linearly to zero (linear)
-    or along half a cosine (cosine). The last step still has a rate above zero.
+    It rises linearly over the warm-up. Then it stays (constant), falls linearly to zero (linear),
+    or falls along half a cosine (cosine). The last step still has a rate above zero.
+
+    Args:
+        step: number of the step, counted from 1.
+        total_steps: number of steps of the whole run.
+        options: the highest learning rate, the warm-up, and the scheduler.
     """
     warmup = math.ceil(options.warmup_ratio * total_steps)
     if step <= warmup:
@@ -71,9 +82,9 @@ def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> 
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimiser have the state now that its first step would make.
+    """Make the optimiser's state now, before its first step would make it.
 
-    Memory that is missing for it so is missing before any weight changes.
+    So if memory runs out for the state, it runs out before any weight changes.
     """
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
@@ -85,7 +96,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
             try:
                 optimizer.init_state(group, parameter, group_index, index)
             except BaseException:
-                # What it has made so far would pass for the whole.
+                # A state that is made in part would pass for a whole one.
                 del optimizer.state[parameter]
                 raise
 
@@ -100,12 +111,12 @@ def _fresh_state(parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str,
 
 
 def _device_of_step(parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.device:
-    """Return where torch's AdamW counts its steps: on the CPU, but for the fused one."""
+    """Return the device of AdamW's count of steps: the CPU, or the parameter's if it is fused."""
     return parameter.device if group.get("fused") else torch.device("cpu")
 
 
 def optimizer_copy(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return a copy of the state of each parameter, its tensors in host memory."""
+    """Return a copy of the state of each parameter, with its tensors in host memory."""
     return [
         {
             name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
@@ -117,7 +128,7 @@ def optimizer_copy(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def restore_copy(optimizer: torch.optim.Optimizer, copies: list[dict[str, Any]]) -> None:
-    """Put back what `optimizer_copy` returned; state that was made since goes."""
+    """Put the copies of `optimizer_copy` back, and remove state that was made since."""
     for parameter, kept in zip(_parameters(optimizer), copies, strict=True):
         if not kept:
             optimizer.state.pop(parameter, None)
@@ -146,7 +157,7 @@ def optimizer_tensors(
     for name, parameter in parameters.items():
         for entry, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
-                # Code books are shared between parameters; safetensors wants each its own.
+                # Parameters share their code books, and safetensors refuses shared memory.
                 tensors[f"{name}/{entry}"] = value.detach().cpu().contiguous().clone()
             else:
                 values.setdefault(name, {})[entry] = value
@@ -160,11 +171,11 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Fill a fresh optimiser with what `optimizer_tensors` returned."""
+    """Fill a fresh optimiser with the results of `optimizer_tensors`."""
     for index, (name, parameter) in enumerate(parameters.items()):
         state = optimizer.state[parameter]
         if hasattr(optimizer, "init_state"):
-            # bitsandbytes: let it allocate as it would, in paged memory too, and fill that.
+            # bitsandbytes allocates its state itself, in paged memory too; then it is filled.
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
         prefix = f"{name}/"
         counts = _device_of_step(parameter, optimizer.param_groups[0])

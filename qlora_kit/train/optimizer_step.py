@@ -1,9 +1,9 @@
-"""One optimiser step over a window of rows, and what becomes of one that cannot be taken.
+"""One optimiser step over a window of rows, and the ways in which it can fail.
 
-Out of memory: the micro-batch is halved and the step replayed from the random states it began
-with; the rows of the window, and so the effective batch, stay what they were. All that a step
-takes is there before a weight changes. Not finite: no weight changes and the rows are named.
-Stopped between two micro-batches: the step is undone.
+If memory runs out, the micro-batch is halved, and the step is replayed from the random states that
+it began with. The rows of the window, and so the effective batch, stay the same. All memory of a
+step is allocated before a weight changes. If the loss or the gradient is not finite, no weight
+changes, and the rows are named. If a signal comes between two micro-batches, the step is undone.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _TIMED_PASSES = 3
 
 @dataclass(frozen=True)
 class Taken:
-    """What an optimiser step came to.
+    """The outcome of an optimiser step.
 
     Attributes:
         loss: mean over the window's weight, such as nats per supervised token.
-        grad_norm: before clipping.
-        weight: of the window, what its loss is a mean over.
-        tokens: in the window, padding not counted.
-        suspect_rows: where the step was skipped, the rows of the micro-batches whose loss is
-            not finite, or of all where only the gradient is not; else empty.
+        grad_norm: norm of the gradient before clipping.
+        weight: number of units in the window that the loss is a mean over.
+        tokens: tokens in the window, without padding.
+        suspect_rows: empty, unless the step was skipped. Then the rows of the micro-batches whose
+            loss is not finite; or all rows, if only the gradient is not finite.
         overflowed: whether the loss scaler skipped the step to find its scale.
     """
 
@@ -59,13 +59,13 @@ class Taken:
 
 
 class _Gradients(NamedTuple):
-    """What is known when the gradients of a window are there.
+    """The facts about a window whose gradients are computed.
 
     Attributes:
-        losses: sum of each micro-batch.
+        losses: summed loss of each micro-batch.
         batches: the micro-batches.
-        weight: what the loss is a mean over, in all processes.
-        norm: of the gradient, before clipping.
+        weight: number of units that the loss is a mean over, in all processes.
+        norm: norm of the gradient before clipping.
     """
 
     losses: list[float]
@@ -80,15 +80,15 @@ class OptimizerStep:
 
     Attributes:
         adapter: trained in place.
-        objective: what is minimised.
+        objective: computes the loss to minimise.
         rows: all training rows.
-        optimizer: over the adapter's parameters.
-        scaler: of the loss; disabled where nothing is computed in float16.
-        micro_batch_rows: most rows that go through the model at a time.
-        max_grad_norm: clipped to; 0 is no clipping.
-        seed: dropout draws by it.
-        processes: that take the step together, each with rows of its own.
-        on_halved: told the new `micro_batch_rows` when memory ran out.
+        optimizer: the optimiser of the adapter's parameters.
+        scaler: the loss scaler; disabled unless the model computes in float16.
+        micro_batch_rows: the most rows that go through the model at a time.
+        max_grad_norm: norm that the gradient is clipped to; 0 is no clipping.
+        seed: the seed of the dropout masks.
+        processes: the processes that take the step together, each with rows of its own.
+        on_halved: receives the new `micro_batch_rows` after memory ran out.
     """
 
     adapter: Adapter
@@ -106,7 +106,7 @@ class OptimizerStep:
         self.model = self.adapter.base.model
         self.device = self.adapter.base.hardware.device
         self.parameters = list(self.adapter.parameters().values())
-        # As wide as the widest batch: masks are drawn for all of it, however wide one's own is.
+        # The width of the widest batch: masks are drawn at this width for every batch.
         self.most_tokens = self.adapter.base.batch_width(max(self.rows.lengths()))
 
     def take(
@@ -121,13 +121,13 @@ class OptimizerStep:
         Args:
             window: rows of the step.
             rate: learning rate.
-            step: its number; dropout draws by it.
-            check: called before the weights change, when the gradients are there and finite,
-                with the tokens of the longest row.
+            step: number of the step, from which dropout draws its masks.
+            check: called with the tokens of the longest row, after finite gradients are computed
+                and before the weights change.
 
         Raises:
             OutOfMemory: even one row does not fit. The weights are those before the step.
-            TornStep: memory ran out while the weights changed; they are good for nothing.
+            TornStep: memory ran out while the weights changed. The weights are useless.
             Stopped: a signal came. The weights and random states are those before the step.
         """
         found = self._gradients(window, step)
@@ -153,7 +153,7 @@ class OptimizerStep:
         )
 
     def _gradients(self, window: Window, step: int) -> _Gradients:
-        """Sum the window's gradients and clip them; with fewer rows at a time where memory ends."""
+        """Sum the window's gradients and clip them; halve the micro-batch if memory runs out."""
         states = random_states(self.device)
 
         def attempt() -> _Gradients:
@@ -166,7 +166,7 @@ class OptimizerStep:
 
         while True:
             found = if_it_fits(attempt, self.device)
-            # Where memory ran out in one process, all of them begin again.
+            # If memory ran out in one process, all processes begin again.
             if not self.processes.any(found is None):
                 assert found is not None
                 return found
@@ -174,7 +174,7 @@ class OptimizerStep:
             self._halve(window)
 
     def _forget(self, states: dict[str, Tensor]) -> None:
-        """Be where the step began."""
+        """Drop the gradients, and put the random states back to the beginning of the step."""
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(states, self.device)
 
@@ -194,21 +194,21 @@ class OptimizerStep:
         return _Gradients(losses, batches, weight, self._clip())
 
     def _clip(self) -> float:
-        """Clip the gradients, freed of the loss scale; return their norm before."""
+        """Divide the gradients by the loss scale and clip them; return their norm before that."""
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or math.inf
         try:
             return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         except BaseException:
-            # Or the scaler would refuse to unscale the gradients of the replayed step.
+            # Without this, the scaler would refuse to unscale the gradients of the replayed step.
             self.scaler.update(self.scaler.get_scale())
             raise
 
     def _change_weights(self) -> None:
         """Let the optimiser change the weights.
 
-        The fused optimisers of a GPU take no memory for it (`tests/train/test_reliability.py`);
-        that of a CPU makes temporaries of one parameter after the other.
+        On a GPU, the fused optimisers need no memory for it (`tests/train/test_reliability.py`). On
+        a CPU, the optimiser makes temporary tensors for one parameter after the other.
         """
         try:
             self.scaler.step(self.optimizer)
@@ -239,7 +239,7 @@ class OptimizerStep:
     def undone(self) -> Iterator[None]:
         """Put weights, optimiser, loss scale and random states back after the block, bit for bit.
 
-        The copies are in host memory: the device holds no more than without them.
+        The copies are in host memory, so they take none of the device's.
         """
         make_state(self.optimizer)
         states = random_states(self.device)
@@ -260,8 +260,10 @@ class OptimizerStep:
     def cost_of_determinism(self, window: Window) -> float:
         """Measure how much longer a micro-batch takes with deterministic algorithms.
 
+        Random states and settings are put back afterwards, and no weight changes.
+
         Returns:
-            Its time with them over its time without; nothing else is changed.
+            The time with these algorithms, divided by the time without.
         """
         states = random_states(self.device)
         batch = self._collate(next(cut(window, self.micro_batch_rows)))
@@ -286,13 +288,14 @@ class OptimizerStep:
 
 
 def _differentiate(loss: Tensor) -> None:
-    # On this thread: one of autograd's own would have a second cuBLAS workspace, of 32 MiB.
+    # Backward runs on this thread: autograd's own thread would have a second cuBLAS workspace, of
+    # 32 MiB.
     with torch.autograd.set_multithreading_enabled(False):
         torch.autograd.backward(loss)
 
 
 def cut(window: Window, most_rows: int) -> Iterator[Indices]:
-    """Yield the micro-batches of a window, those with more than `most_rows` rows in parts."""
+    """Yield the micro-batches of a window, cut into parts of at most `most_rows` rows."""
     for indices in window:
         for start in range(0, len(indices), most_rows):
             yield indices[start : start + most_rows]
@@ -301,9 +304,9 @@ def cut(window: Window, most_rows: int) -> Iterator[Indices]:
 def _suspect_rows(
     losses: Sequence[float], norm: float, batches: Sequence[Batch], *, is_scaled: bool
 ) -> Indices:
-    """Return the rows that a step is skipped for; none if it is sound."""
+    """Return the rows that make the step unsound; empty if it is sound."""
     suspect = [b for loss, b in zip(losses, batches, strict=True) if not math.isfinite(loss)]
-    # With loss scaling an infinite gradient is how the scale is found: the scaler skips it.
+    # With loss scaling, infinite gradients are normal: the scaler skips the step to find its scale.
     if not suspect and not math.isfinite(norm) and not is_scaled:
         suspect = list(batches)
     return tuple(sorted({row for batch in suspect for row in batch.rows}))

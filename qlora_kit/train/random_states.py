@@ -1,6 +1,7 @@
 """The random states of a process, as tensors: Python's, numpy's, torch's and the GPU's.
 
-The kit itself draws from torch only (dropout); a custom loss may draw from the others.
+Reads them and puts them back; never draws. The kit itself draws from torch only (dropout), but a
+custom loss may draw from the others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return all random states, those of `device` included."""
+    """Return all random states by name, including the one of `device` if it is a GPU."""
     _, words, gauss = random.getstate()
     legacy: Any = numpy.random.get_state(legacy=True)
     states = {
@@ -38,7 +39,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put every random state back to where `random_states` found it."""
+    """Put every random state back to the value that `random_states` returned."""
     gauss = states["python_gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
     *words, position, has_gauss = states["numpy"].tolist()

@@ -1,7 +1,8 @@
-"""Whether a run may continue from a checkpoint, and with what effect.
+"""Decides whether a run may continue from a checkpoint, and says with what effect.
 
-A run continues with the same bits where all that decides them is the same. What differs is
-listed; some of it may be changed on purpose, by group, with `--allow-change`.
+A run continues with the same bits if all values that decide them are the same. Values that differ
+are listed. With `--allow-change` a user may change some of them on purpose, by group. Takes the
+run's identity and a checkpoint's state; changes neither.
 """
 
 from __future__ import annotations
@@ -26,42 +27,42 @@ from qlora_kit.train.checkpoint import StoredState, find_checkpoint, read_state
 from qlora_kit.train.folder import CONFIG
 from qlora_kit.train.optimizer import learning_rate_at
 
-# What an option decides is known by these as well, that no option names.
+# Values of a run's identity that no option names, by the group of options that decides them.
 _RESULTS: Mapping[str, tuple[str, ...]] = {
     "data": ("rows",), "tokenizer": ("tokenizer", "template"), "base": ("base",),
 }  # fmt: skip
 COVERED: Mapping[str, tuple[str, ...]] = {
     group: (*that_decide(TrainConfig, group), *_RESULTS.get(group, ())) for group in GROUPS
 }
-"""What each name of `--allow-change` covers."""
+"""The values that each name of `--allow-change` covers."""
 
-# What follows from others is a difference of its own only where those are equal.
+# A value that follows from other values counts as a difference only if those are equal.
 _CAUSES = {*COVERED["data"], *COVERED["tokenizer"], "seed"} - {"rows", "validation"}
 _DERIVED: Mapping[str, set[str]] = {
     "template": {"chat_template"}, "rows": {*_CAUSES, "validation"}, "validation": _CAUSES,
 }  # fmt: skip
-# After a change of these the order of the rows is another one.
+# After a change in one of these groups, the rows have another order.
 _REORDERING = ("data", "tokenizer", "batch", "seed")
 
-# Options that older checkpoints do not name, and what was done then.
+# Options that older checkpoints do not name, with the value that they had in effect.
 _BEFORE: Mapping[str, Any] = {"head_bits": 16, "chat_template": None}
 
 
 def differences(
     identity: Mapping[str, Any], stored: Mapping[str, Any], allowed: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Compare what decides a run's bits with what decided them in a checkpoint.
+    """Compare the values that decide the bits of a run with those of a checkpoint.
 
     Args:
-        identity: of the run now, value by name.
-        stored: of the checkpoint.
+        identity: values of the run now, by name.
+        stored: values of the checkpoint, by name.
         allowed: groups of `COVERED` that may differ.
 
     Returns:
-        One line for each difference that is refused; and for each that is allowed, and what
-        follows from it.
+        A line for each difference that is refused; and a line for each difference that is allowed,
+        with a line on the order of the rows if that changes.
     """
-    # Of the threads of older checkpoints nothing is known: those of now are taken for theirs.
+    # Older checkpoints do not name their threads: they are assumed to be the same as now.
     stored = {**_BEFORE, "threads": identity.get("threads"), **stored}
     differing = [name for name, value in identity.items() if stored.get(name) != value]
     for name, causes in _DERIVED.items():
@@ -100,10 +101,15 @@ def _remedy(name: str, group: str | None) -> str:
 def check_resumable(
     identity: Mapping[str, Any], stored: StoredState, allowed: Sequence[str] = ()
 ) -> list[str]:
-    """Return the allowed differences, one line each.
+    """Return a line for each allowed difference.
+
+    Args:
+        identity: values of the run now, by name.
+        stored: the state of the checkpoint.
+        allowed: groups of `COVERED` that may differ.
 
     Raises:
-        ConfigError: a difference that is not allowed; each is listed.
+        ConfigError: a difference is not allowed; the error lists all of them.
     """
     refused, accepted = differences(identity, stored.identity, allowed)
     if refused:
@@ -114,13 +120,13 @@ def check_resumable(
 def effects(
     stored: StoredState, total_steps: int, options: OptimizerOptions, versions: Mapping[str, str]
 ) -> list[str]:
-    """Say what else is not as it was, though it is no reason to refuse.
+    """Return a line for each other difference that is no reason to refuse.
 
     Args:
-        stored: of the checkpoint.
-        total_steps: of the whole run, as it is asked for now.
+        stored: the state of the checkpoint.
+        total_steps: number of steps of the whole run that the user asks for now.
         options: decide the learning rate of each step.
-        versions: of the libraries that compute now.
+        versions: versions of the libraries that compute now.
     """
     found = [schedule_effect(stored, total_steps, options)]
     changed = [
@@ -134,10 +140,15 @@ def effects(
 
 
 def schedule_effect(stored: StoredState, total_steps: int, options: OptimizerOptions) -> str | None:
-    """Say what another number of steps than the stored one does to the learning rate.
+    """Say how a new number of steps changes the learning rate.
+
+    Args:
+        stored: the state of the checkpoint.
+        total_steps: number of steps of the whole run that the user asks for now.
+        options: decide the learning rate of each step.
 
     Returns:
-        A sentence, or None where the number is the same.
+        A sentence; None if the number is the stored one.
     """
     before, step = stored.total_steps, stored.progress.optimizer_step
     if before == total_steps:
@@ -167,18 +178,18 @@ def resume_point(
 
     Args:
         output: run folder.
-        config: says whether to resume at all, from where, and what may differ.
-        identity: what decides the bits of the run now, value by name.
-        total_steps: of the whole run, as it is asked for now.
-        announce: receives what the user should know.
+        config: says whether to resume at all, from which checkpoint, and which groups may differ.
+        identity: the values that decide the bits of the run now, by name.
+        total_steps: number of steps of the whole run that the user asks for now.
+        announce: receives the notices.
 
     Returns:
-        The checkpoint, or None to start from the beginning.
+        The checkpoint; None to start from the beginning.
 
     Raises:
-        ConfigError: a difference that is not allowed; each is listed.
-        InputError: a named checkpoint does not exist.
-        StorageError: a named checkpoint is damaged, or all of the run's are.
+        ConfigError: a difference is not allowed; the error lists all of them.
+        InputError: the named checkpoint does not exist.
+        StorageError: the named checkpoint is damaged, or all checkpoints of the run are.
     """
     if config.resume is None:
         return None
@@ -198,8 +209,14 @@ def resume_point(
 
 
 def is_finished(output: Path, resume: Path, config: TrainConfig) -> bool:
-    """Whether the run ended, wrote its adapter, and is not asked to go further."""
-    # Killed between the last checkpoint and the adapter, a run has its end still to do.
+    """Return whether a run ended, wrote its adapter, and is not asked to train further.
+
+    Args:
+        output: run folder.
+        resume: the run's checkpoint to resume from.
+        config: the options of this start.
+    """
+    # A run that was killed between its last checkpoint and its adapter still has its end to do.
     is_written = (output / WEIGHTS).is_file() and (output / CONFIG).is_file()
     if not is_written or not read_state(resume).progress.finished:
         return False

@@ -126,7 +126,7 @@ def test_every_part_is_rehearsed_with_its_predictions(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_part_that_crashes_and_one_that_hangs_keep_the_others(tmp_path: Path) -> None:
-    """peaks crashes where it imports; ragged hangs there for good; tests runs before both."""
+    """The part peaks crashes in an import, ragged hangs in one for good, and tests runs before."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "bitsandbytes.py").write_text(
@@ -268,11 +268,11 @@ def is_running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    # Where nothing reaps orphans, a killed one stays as a zombie.
+    # If nothing reaps orphans, a killed orphan stays as a zombie.
     return state != "Z"
 
 
-# By what a process does after it has sent something.
+# The cases, by the things that a process does after it has sent something.
 ENDS = {
     "pass": "done",
     "sys.exit(3)": "failed: exit 3",
@@ -307,7 +307,7 @@ def test_an_end_from_outside_leaves_no_process_and_the_file_readable(
     try:
         file = tmp_path / "out" / "ragged.json"
         deadline = time.monotonic() + 200
-        # From its first figure on the part is at work.
+        # The part is at work once its first figure has come.
         while not (file.exists() and json.loads(file.read_text())["machine"]):
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -428,7 +428,7 @@ def test_a_kernel_is_counted_to_its_part(
 
 
 def event(name: str, start: float, parent: Any = None, **other: Any) -> Any:
-    """An event as torch's profiler has it, on the host and in the main thread unless said."""
+    """Return an event as torch's profiler has it, by default on the host, in the main thread."""
     from torch.autograd import DeviceType
 
     usual: dict[str, Any] = {
@@ -444,7 +444,7 @@ def kernel(name: str, micros: float) -> Any:
 
 
 def test_a_kernel_of_the_backward_pass_is_led_back_to_its_module() -> None:
-    """As torch records a GPU: backward runs in a thread of its own, a label shows on the device."""
+    """On a GPU, torch records backward in a thread of its own, and labels on the device too."""
     from step_parts import launches_of, summarise
     from torch.autograd import DeviceType
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, errors of one line, exit codes, torch only late."""
+"""The command line as a user meets it: help, errors of one line, exit codes, no early torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every option has one default and one home, and every fault is told at once."""
+"""Every option has one default and one home, and an error lists all faults at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qlora_kit.config import (
 )
 from qlora_kit.errors import ConfigError
 
-# The names of PEERS.md that mean something the kit has.
+# The names in PEERS.md for features that the kit has.
 PEER_NAMES = {
     "model_name_or_path": "model",
     "bnb_4bit_quant_type": "quant_type",

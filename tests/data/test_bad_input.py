@@ -29,7 +29,7 @@ from qlora_kit.time_limit import time_limit
 SECONDS_A_CASE = 30
 MOST_EXTRA_BYTES = 400_000_000
 
-# Stands in every sample text, never in a name: where it shows in an error, a text has leaked.
+# Every sample text contains it, and no name does: if an error contains it, a text has leaked.
 SECRET = "§"
 
 
@@ -474,7 +474,7 @@ def _as_parquet(records: list[Any]) -> bytes:
     try:
         return _parquet([record for record in records if isinstance(record, dict)])
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):
-        # Of kinds that no column has together.
+        # Values of kinds that no column has together.
         return TABLE
 
 
@@ -506,7 +506,7 @@ def _cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def _damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Cut, overwrite or put something into a file, up to three times; often leave it alone."""
+    """Cut, overwrite or insert bytes, up to three times; often leave the file unchanged."""
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 1, 2, 3]))):
         start = draw(st.integers(0, len(content)))
         end = draw(st.sampled_from([start, start + 1, start + 20, len(content)]))
@@ -515,7 +515,7 @@ def _damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def _check(case: Case, folder: Path) -> None:
-    """A file gives usable samples or lines of fault, in time, and is left alone."""
+    """Check that a file gives usable samples or errors, in time, and is not changed."""
     path = folder / case.name
     path.write_bytes(case.content)
     found = _load(path, case.options)

@@ -1,4 +1,4 @@
-"""Batching: every row once, little padding, nothing supervised that is not a token."""
+"""Batching: every row comes once, padding is little, and only tokens are supervised."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_grouping_by_length_saves_padding() -> None:
     plain = [tuple(order[start : start + 8]) for start in range(0, len(order), 8)]
     assert sum(lengths) / padded(epoch_batches(rows, 8, 0, 0)) > 0.97
     assert sum(lengths) / padded(plain) < 0.65
-    # Long and short batches come mixed, or the loss would swing with the length.
+    # Long and short batches come mixed: otherwise the loss would swing with the length.
     longest = [max(lengths[i] for i in batch) for batch in epoch_batches(rows, 8, 0, 0)]
     assert max(longest[:50]) > 400
     assert min(longest[:50]) < 100

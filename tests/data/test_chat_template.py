@@ -1,4 +1,4 @@
-"""Choosing a chat template: built-in names, files, what is refused, and that it is stored."""
+"""Choosing a chat template: built-in names and files are taken and stored, others refused."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-# A run that is neither rehearsed nor looked at.
+# A run that needs no rehearsal, and whose output no test looks at.
 QUICK: dict[str, Any] = {"max_steps": 1, "rank": 2, "rehearse": False, "samples": 0}
 
 
@@ -161,7 +161,7 @@ def test_an_adapter_keeps_the_template_it_was_trained_with(
     recipe.train(train, said.append)
     notices = [event.text for event in said if isinstance(event, Notice)]
     assert any("8 qa rows" in text and "tokens/s" in text for text in notices), notices
-    # Nothing of the file is needed any more.
+    # The file is no longer needed.
     file.unlink()
     assert (run / "chat_template.jinja").read_text() == "{{ bos_token }}" + PLAIN
 

@@ -1,8 +1,8 @@
-"""Masks, compared with an oracle of characters that knows nothing of how the kit finds them.
+"""Masks, compared with an oracle of characters that shares no code with the kit.
 
-The oracle renders conversations with transformers alone. In them every answer is a text that
-stands nowhere else, so it looks the answer up, adds the end token that it knows the template by,
-and marks those characters. What the kit supervises, token by token, must be the same ones.
+The oracle renders conversations with transformers alone. Every answer in them is a text that stands
+nowhere else. So the oracle looks the answer up, adds the end token of the template, and marks these
+characters. The tokens that the kit supervises must cover exactly the same characters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qlora_kit.data.template import Renderer
 from qlora_kit.data.tokens import tokenize
 from qlora_kit.errors import DataError
 
-# Marks answers as transformers' own masks expect it.
+# Marks answers in the way that transformers' own masks expect.
 GENERATION = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
@@ -40,7 +40,7 @@ _SPECIAL = [
 
 
 class Known(NamedTuple):
-    """What the oracle is told of a template: no more than one reads off its text."""
+    """The facts about a template that the oracle gets; all of them can be read in its text."""
 
     template: str
     end: str
@@ -219,8 +219,8 @@ def test_each_generation_prompt_is_a_prefix_of_what_is_learnt(assets: Path, name
                for i in _answers(sample)]  # fmt: skip
     for number, prompt in enumerate(prompts):
         ids = prompt_ids(tokenizer, prompt)
-        # Where a prompt ends in white space that this tokenizer would join with the answer, both
-        # are encoded apart; as history of a later prompt they are not, and the text is compared.
+        # If a prompt ends in white space that this tokenizer would join with the answer, the kit
+        # encodes both apart. In a later prompt's history they are not apart, so text is compared.
         by_text = number > 0 and prompt[-2:].isspace()
         learnt_after = 0
         for row in made.rows:
@@ -238,7 +238,7 @@ def test_each_generation_prompt_is_a_prefix_of_what_is_learnt(assets: Path, name
         assert ends & {*row["labels"][-2:]}
 
 
-# White space at the edges is the template's to trim; the oracle compares texts that stay whole.
+# A template may trim white space at the edges, so the oracle's texts have none there.
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"], max_codepoint=0x1F700),
                 min_size=1, max_size=12)  # fmt: skip
 
@@ -282,7 +282,7 @@ def _by_ids(tokenizer: Any, learnt: Learnt) -> list[tuple[bool, str]]:
             runs[-1] = (on, runs[-1][1] + character)
         else:
             runs.append((on, character))
-    # White space after the last end token is text of the template's that nobody learns.
+    # White space after the last end token is the template's text, which is not learnt.
     return runs
 
 
@@ -290,7 +290,7 @@ def _by_ids(tokenizer: Any, learnt: Learnt) -> list[tuple[bool, str]]:
 
 
 def _reasoned(name: str, known: Known, tokenizer: Any, sample: Conversation, index: int) -> Learnt:
-    """Return what is learnt of one answer: its generation prompt, and the answer after it."""
+    """Return the generation prompt of one answer, and the answer, which is learnt."""
     prompt = _render(tokenizer, sample.messages[:index], add_generation_prompt=True)
     content = sample.messages[index].content
     thought, _, said = content.rpartition("</think>")
@@ -331,13 +331,13 @@ def test_each_answer_of_a_reasoning_model_is_learnt_after_its_own_prompt(
     assert "1 of these learnt turn by turn" in counts.describe()
     if thoughts == "none":
         return
-    # Everything at once would lose the reasoning that the template strips.
+    # Learnt in one row, the answers would lose the reasoning that the template strips.
     with pytest.raises(DataError, match=r"shortens the answer of turn .*--train-on completion"):
         _learnt(tokenizer, sample, train_on="all")
 
 
 def test_steps_of_one_answer_stay_in_one_row() -> None:
-    """Reasoning that the template keeps, as between the calls for one question, is no reason."""
+    """A row is not divided for reasoning that the template keeps, as between a question's calls."""
     known = Known(QWEN3, "<|im_end|>", bos=None, eos="<|im_end|>")
     thought = "<think>\nIt is {0}.\n</think>\n\nHello {0}x{0}."
     messages = (
@@ -490,7 +490,7 @@ def test_a_prompt_has_the_tools_that_were_learnt(assets: Path, name: str) -> Non
 @pytest.mark.parametrize("number", range(7))
 def test_golden_renderings_are_exact(assets: Path, number: int) -> None:
     entry = json.loads((assets / "templates/golden.json").read_text())[number]
-    # Some have no end token, and here each tokenizer must; it is then in no text.
+    # Some templates have no end token, but every tokenizer here must; then no text contains it.
     tokenizer = make_tokenizer(
         bos_token=entry["bos_token"] or None,
         eos_token=entry["eos_token"] or "<|never|>",

@@ -23,7 +23,7 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Trains:
-    """What a file is read as, with which options, and how many samples it gives."""
+    """The notice on a file that is read, its options, and the number of its samples."""
 
     file: str
     told: str

@@ -430,7 +430,7 @@ def test_columns_that_no_shape_has_are_refused() -> None:
         ({"a": {"b": {"c": {"body": "a"}}}}, ""),
         ({"SECRET x": "a", "answer": "a"}, ""),
         ({"question": 3, "answer": 4}, ""),
-        # What is asked about must not be dropped without a word.
+        # A column with a part of the question must not be dropped without a notice.
         (
             {"instruction": "q", "context": "c", "response": "a", "category": "x"},
             "instruction=instruction,input=context,output=response",

@@ -1,4 +1,4 @@
-"""What --data may name, and what is told about it: files, folders, line-aligned files, the hub."""
+"""The sources that --data may name, and their notices: files, folders, aligned files, the hub."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_file_with_a_plus_in_its_name_is_that_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str | None], Any]:
-    """Data sets by id and configuration, in place of the hub."""
+    """Return data sets by id and configuration, which stand in for the hub."""
     import datasets
 
     sets: dict[tuple[str, str | None], Any] = {}

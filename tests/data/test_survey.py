@@ -1,4 +1,4 @@
-"""`check`: it shows what training does, its figures are right, and it leaves nothing behind."""
+"""`check` shows the tokens that training learns, with correct figures, and leaves no files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_page_of_a_run_is_that_of_check(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What is checked is what is trained on: the same rows and masks, to the byte."""
+    """`check` and training have the same rows and masks, to the byte."""
     monkeypatch.chdir(tmp_path)
     _write(tmp_path / "my.jsonl", *_pairs(240))
     common = ("--data", "my.jsonl", "--max-length", "48", "--seed", "5")
@@ -223,7 +223,7 @@ def test_lengths_are_those_before_any_cut(lengths: list[int], limit: int, how: s
         sum(each.first <= length <= each.last for length in expected) for each in bins
     ]
     assert sum(each.rows for each in bins) == len(expected)
-    # What is cut is never in one bin with what is not.
+    # No bin has both rows that are cut and rows that are not.
     assert all(each.last <= limit or each.first > limit for each in bins)
     ranked = sorted(range(len(items)), key=lambda n: (-expected[n], n))[:5]
     assert [(row.place, row.tokens) for row in found.longest] == [
@@ -293,7 +293,7 @@ def test_prompts_are_tried_with_every_answer_that_is_learnt() -> None:
     assert _survey(talk, chat("e", "f"), train_on="last-turn").prompts.tried == 2
     marked = tuple(replace(turn, is_learnt=turn.content != "b") for turn in talk.messages)
     assert _survey(replace(talk, messages=marked)).prompts.tried == 1
-    # A prompt that fills the row is no prompt of anything.
+    # A prompt that fills its row has no answer, so it does not count as a prompt.
     assert _survey(chat("a " * 90, "b"), chat("c", "d"), max_length=60).prompts.tried == 1
 
 
@@ -478,7 +478,7 @@ class _Reader(HTMLParser):
 
 def _read(html: str) -> _Reader:
     reader = _Reader()
-    # `meta` has no end.
+    # `meta` has no end tag.
     reader.feed(re.sub(r"<meta[^>]*>", "", html))
     assert not [tag for tag in reader.open if tag.strip()]
     return reader

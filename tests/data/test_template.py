@@ -1,4 +1,4 @@
-"""Rendering: the tokenizer's own template, the default one, and which characters are learnt."""
+"""Rendering: the tokenizer's own template, the default template, and the characters to learn."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_model_without_a_template_is_given_one() -> None:
         "### Instruction:\nAnd now?\n\n### Response:\nYes {{ }}</s>"
     )
     assert _supervised(renderer, sample) == [ANSWER + "</s>", "Yes {{ }}</s>"]
-    # What is saved with the tokenizer is what was trained on.
+    # The template saved with the tokenizer gives the text that was trained on.
     turns = [{"role": m.role, "content": m.content} for m in sample.messages]
     assert tokenizer.apply_chat_template(turns, tokenize=False) == rendered.text
 

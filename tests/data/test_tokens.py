@@ -78,8 +78,8 @@ def test_chats_supervise_each_answer_and_its_end(turns: list[tuple[str, str]]) -
     assert learnt == [answer + "<|im_end|>" for _, answer in turns]
     renderer = Renderer(tokenizer)
     assert _decode(tokenizer, row["input_ids"]) == renderer.render(sample)[0].text
-    # An answer divided from its prompt is so in the row; as history of a later prompt it is
-    # encoded whole, so only a first prompt is always a prefix.
+    # In a row, an answer may be encoded apart from its prompt. In a later prompt's history both are
+    # encoded together, so only the first prompt is always a prefix of the row.
     clean = all(answer == answer.lstrip() for _, answer in turns)
     for index in range(1, len(sample.messages) if clean else 2, 2):
         prompt = prompt_ids(tokenizer, renderer.prompt_text(sample.messages[:index]))
@@ -104,7 +104,7 @@ def test_a_prompt_whose_encoding_looks_ahead_is_still_a_prefix() -> None:
     tokenizer = make_tokenizer()
     whole = tokenizer("the\n\n5")
     start = tokenizer("the\n\n")["input_ids"]
-    # No token straddles the border here, and yet the prompt alone has other tokens.
+    # No token straddles the border here, yet the prompt encoded alone has other tokens.
     assert tokenizer.decode(whole["input_ids"][-1:]) == "5"
     assert whole["input_ids"][: len(start)] != start
     items = Pair("the\n\n", "5", "x:1"), Pair("a", "5", "x:2"), Pair("\n\n", "5", "x:3")
@@ -140,7 +140,7 @@ def test_a_boundary_that_cannot_be_divided_is_counted(monkeypatch: pytest.Monkey
 
 
 class _WithoutOffsets:
-    """A tokenizer as those in plain Python are: it encodes and decodes, and no more."""
+    """A tokenizer that only encodes and decodes, as tokenizers in plain Python do."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -329,7 +329,7 @@ def test_counts_always_add_up(
     try:
         made = _rows(tokenizer, *items, max_length=max_length, long_samples=mode)
     except DataError:
-        # Nothing was left: every row was too long to keep, or lost all of its answer.
+        # No row was left: each was too long to keep, or lost its whole answer.
         if mode == "drop":
             assert max_length < min(len(row["input_ids"]) for row in uncut.rows)
         else:
@@ -354,14 +354,14 @@ def test_counts_always_add_up(
             Pair("q", _letters(9), "x:1"),
             "all are longer than --max-length 4; .*; raise --max-length or pass --long-samples",
         ),
-        # One token has none before it that could predict it.
+        # No token precedes a single token, so none could predict it.
         ({}, Text("z", "x:1"), "the mask of --train-on completion covers all; .*--train-on all"),
     ],
 )
 def test_nothing_to_learn_is_an_error_with_its_cause(
     letters: Any, options: dict[str, Any], sample: Sample, cause: str
 ) -> None:
-    # The text is itself the end token, and it is there once.
+    # The text itself is the end token, which the row has once.
     single = make_tokenizer(bos_token=None, eos_token="z")
     with pytest.raises(
         DataError, match="^data.jsonl: no supervised token is left in 1 rows: " + cause

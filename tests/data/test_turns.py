@@ -1,4 +1,4 @@
-"""What turns say beside their words: which call a tool answers, and what is not to be learnt."""
+"""Facts that turns carry beside their text: the call a tool answers, and turns not to learn."""
 
 from __future__ import annotations
 
@@ -364,7 +364,7 @@ FIRST = [
     {"role": "assistant", "content": "say"},
 ]
 TWO = [FIRST[1], FIRST[2], {"role": "assistant", "content": "more"}]
-# Each with the opening of an answer before which nothing stands.
+# Templates, each with the opening of an answer that has no text before it.
 OPENINGS = {
     "alpaca": "<s>### Response:\n",
     "chatml": "<s><|im_start|>assistant\n",
@@ -395,7 +395,7 @@ def test_the_first_turn_may_be_the_assistant_s(tmp_path: Path, name: str) -> Non
     assert _learnt(tokenizer, rows) == [f"{space}hello{end}{space}say{end}"]
 
 
-# What each template writes before the very first answer, in words of its own.
+# Texts of a template's own that it may write before the very first answer.
 OTHERS = {
     "a system of its own": (
         "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
@@ -467,7 +467,7 @@ def test_a_template_without_a_prompt_for_a_second_answer_is_one_line(tmp_path: P
     [
         (CHATML, "system"),
         ("{# knows developer #}" + CHATML, "developer"),
-        # As Qwen's: a role that is none of its own would be left out without a word.
+        # As in Qwen's template, a turn with an unknown role would be left out silently.
         (
             "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
             "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"

@@ -1,4 +1,4 @@
-"""The demo is what its page says: small, disjoint, impossible before and easy after."""
+"""The demo is as its page says: small and disjoint, impossible before training and easy after."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_base_cannot_do_the_task() -> None:
 
 @pytest.mark.slow
 def test_fine_tuning_teaches_the_task_and_the_merged_model_keeps_it(tmp_path: Path) -> None:
-    """What `make train` does."""
+    """The test runs the commands of `make train`."""
     settings = find_model("demo").settings
     output, merged = tmp_path / "run", tmp_path / "merged"
     recipe.train(qk.TrainConfig(output=output, **settings))

@@ -1,4 +1,4 @@
-"""The examples on formats, columns and faults in docs/data.md run and print what they say."""
+"""The examples on formats, columns and faults in docs/data.md run, and print the stated lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECTIONS = ("Formats: what a file may be", "Other names", "What is refused")
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: its language, the file it is, and what is in it."""
+    """A code block: its language, the name of its file, and its content."""
 
     language: str
     file: str
@@ -75,7 +75,7 @@ def test_every_format_has_its_row_and_an_example() -> None:
 def test_every_suffix_has_its_row() -> None:
     from qlora_kit.data.read import is_data_file_name
 
-    named = re.findall(r"`[\w/]*(\.[a-z]+)`", _pages().split("What a record is")[0])
+    named = re.findall(r"`[\w/]*(\.[a-z]+)`", _pages().split("A record is recognised")[0])
     formats = [suffix for suffix in named if suffix != ".gz" and suffix not in (".en", ".de")]
     assert sorted(formats) == [".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt"]
     assert all(is_data_file_name(Path(f"a{suffix}")) for suffix in formats)

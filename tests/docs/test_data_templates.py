@@ -1,4 +1,4 @@
-"""The examples on templates, masks and lengths in docs/data.md give what they say."""
+"""The examples on templates, masks and lengths in docs/data.md give the stated results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation runs."""
+"""The commands and code in the documentation run."""
 
 from __future__ import annotations
 

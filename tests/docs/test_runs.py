@@ -81,7 +81,7 @@ def test_every_file_of_a_run_is_documented() -> None:
     documented = {"checkpoint-N/" if name.startswith("checkpoint") else name for name in named}
     found = {"checkpoint-N/" if name.startswith("checkpoint") else name for name in RUN_FILES}
     assert found <= documented
-    # What only some runs leave.
+    # Files that only some runs leave.
     assert documented - found <= {"tensorboard/", "wandb/", "wandb.json"}
 
 

@@ -1,4 +1,4 @@
-"""The merged model is what was trained, and plain transformers opens it."""
+"""The merged model computes the same as the trained one, and plain transformers opens it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export(adapter: qk.Adapter, folder: Path, **changes: Any) -> Path:
 def test_merged_equals_attached(
     save_tiny: Callable[..., Path], tmp_path: Path, bits: int, dtype: torch.dtype, bound: float
 ) -> None:
-    # Weights of a usual size: the others of these tests are large, which amplifies rounding.
+    # These weights have a usual size; other tests here have large weights, which amplify rounding.
     adapter = train_something(spec_of(save_tiny("tinyllama", initializer_range=0.05), bits))
     merged = plain(export(adapter, tmp_path, dtype=dtype))
     assert difference(adapter, merged) <= bound

@@ -1,4 +1,4 @@
-"""Every export proves itself: the report is right, and what is wrong is caught and named."""
+"""Every export is verified: the report is right, and every fault is caught and named."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def verified(
     tamper: Callable[[Path], None] | None = None,
     **changes: Any,
 ) -> MergeReport:
-    """Merge, let `tamper` change what was written, and verify it."""
+    """Merge, let `tamper` change the written files, and verify them."""
     stored = qk.read_adapter(save(adapter, folder / "adapter"))
     found: list[MergeReport] = []
 
@@ -75,7 +75,7 @@ def verified(
 
 @torch.no_grad()
 def loss_of(model: Any, rows: VerificationRows) -> float:
-    """The mean loss at the supervised tokens, computed by the model itself."""
+    """Return the mean loss at the supervised tokens, computed by the model itself."""
     batch = rows.batch
     logits = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
     logprobs = logits.float().flatten(0, 1)[batch.positions].log_softmax(-1)
@@ -192,7 +192,7 @@ def test_a_large_delta_stays_when_quantised_again(stories: Path, tmp_path: Path)
 
 
 def test_the_base_with_the_lower_loss_on_the_task_is_named(stories: Path, tmp_path: Path) -> None:
-    """Rows that the original base predicts much better than chance make it the better one."""
+    """On rows that it predicts much better than chance, the original base counts as the better."""
     adapter = adapter_of(spec_of(stories), 1e-4)
     tokenizer = load_tokenizer(stories)
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside. "
@@ -213,7 +213,7 @@ def test_the_base_with_the_lower_loss_on_the_task_is_named(stories: Path, tmp_pa
     others = [each for each in report.variants if each is not original]
     assert judge(merge, task, [*others, sure], report.layers).merge_into == "original"
     assert judge(merge, task, [*others, worse], report.layers).merge_into == "quantized"
-    # A lower loss on text that is nobody's task decides nothing.
+    # A lower loss on text of no task decides nothing.
     prompts = replace(task, of_task=False)
     assert judge(merge, prompts, [*others, sure], report.layers).merge_into == "quantized"
 
@@ -298,7 +298,7 @@ def test_a_sabotaged_merge_is_caught_and_named(
 def test_a_merge_that_forgets_a_layer_is_caught(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The defect of a merge loop, not of a disk: one delta is never added."""
+    """One delta is never added, which is a defect of a merge loop and not of a disk."""
     real = merging.merged_tensors
 
     def forgetful(stream: Any, stored: Any, *rest: Any) -> Any:
@@ -314,7 +314,7 @@ def test_a_delta_that_rounding_takes_away_is_refused(
     save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = adapter_of(spec_of(save_tiny()), 1e-6)
-    # A base whose values are those of bfloat16, and a delta below half of their last place.
+    # The base has bfloat16's values, and the delta is below half of their last place.
     stored = qk.read_adapter(save(adapter, tmp_path / "adapter"))
     assert stored.record is not None
     record = stored.record.model_copy(update={"dequantization_dtype": "bfloat16"})

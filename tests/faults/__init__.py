@@ -1,1 +1,1 @@
-"""What the kit promises under faults, shown with figures: `python -m tests.faults`."""
+"""The kit's promises under faults, shown with figures by `python -m tests.faults`."""

@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: all promises, each as a line of the table when it is done."""
+"""`python -m tests.faults`: tests all promises, and prints a line of the table for each."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SEED = 20260
 
 
 SIZES = ("few", "some", "all")
-# A few faults are for every change of the code: their runs leave out what costs most and breaks
-# least, which those of the other sizes have.
+# The smallest size runs at every change of the code, and leaves out the faults that cost most time
+# and rarely find a defect. The other sizes have them.
 OPTIONS = {"few": ("--no-rehearse", "--samples", "0")}
 
 
 def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
-    """Return what makes each row, by its short name; `size` says how many faults of each."""
+    """Return the function that makes each row, by short name; `size` sets the number of faults."""
     from .artefacts import artefacts
     from .corruption import corruption
     from .disk import disk_errors, full_disks
@@ -76,7 +76,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
 
 
 def main() -> int:
-    """Make the rows that were asked for; return 1 if a promise was broken."""
+    """Make the rows that the user asks for; return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--only", help="names of promises, comma-separated")
     parser.add_argument("--size", choices=SIZES, default="all", help="how many faults of each")

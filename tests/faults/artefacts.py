@@ -1,4 +1,4 @@
-"""Hostile artefacts, each opened by a process of its own: none touches the canary."""
+"""Hostile artefacts: each is opened by a process of its own, and none touches the canary."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Children forked from a process that has torch loaded: started, killed, waited for.
 
-A fork takes milliseconds where a fresh interpreter takes seconds to import torch, so that
-hundreds of processes can be killed in minutes. The parent must not have computed anything
-with more than one thread: locks that another thread held would never be let go of.
+A fork takes milliseconds, while a fresh interpreter takes seconds to import torch; so hundreds of
+processes can be killed in minutes. The parent must never have computed with more than one thread:
+a lock that another thread held at the fork would never be released.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _CRASHED = 99
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended.
+    """The end of a child.
 
     Attributes:
         code: its exit code; 128 + n if it died of signal n.
-        errors: what it wrote to standard error.
-        output: what it wrote to standard output.
+        errors: its standard error.
+        output: its standard output.
     """
 
     code: int
@@ -62,7 +62,7 @@ class Child:
             os.kill(self.pid, signum)
 
     def wait(self, seconds: float = _MOST_SECONDS) -> Ended:
-        """Wait for its end; one that hangs is killed."""
+        """Wait for the child's end; kill it if it hangs."""
         hung = not self.ends_within(seconds)
         if hung:
             self.send(signal.SIGKILL)
@@ -74,7 +74,7 @@ class Child:
         return Ended(code, errors, output)
 
     def ends_within(self, seconds: float) -> bool:
-        """Whether it ends in so many seconds; it is not yet reaped then."""
+        """Return whether the child ends in time; it is not reaped yet."""
         descriptor = os.pidfd_open(self.pid)
         try:
             return bool(select.select([descriptor], [], [], seconds)[0])
@@ -83,7 +83,7 @@ class Child:
 
 
 def start(action: Callable[[], Any], streams: Path) -> Child:
-    """Fork a child that does `action`; what it prints goes to `streams`.out and .err."""
+    """Fork a child that does `action`; its output goes to the files `streams`.out and .err."""
     streams.parent.mkdir(parents=True, exist_ok=True)
     for kind in (".out", ".err"):
         streams.with_suffix(kind).write_bytes(b"")
@@ -111,7 +111,7 @@ def _fork() -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
-        # From 3.12 on, Python warns of threads; those of libraries here are idle.
+        # From 3.12 on, Python warns of threads; here, the libraries' threads are idle.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
@@ -144,7 +144,7 @@ def spread(
     """Return `case` of each item, computed in as many children as there are CPUs.
 
     Raises:
-        RuntimeError: a worker crashed: a defect of the harness, not of the kit.
+        RuntimeError: a worker crashed, which is a defect of the harness and not of the kit.
     """
     count = min(len(items), workers or len(os.sched_getaffinity(0)))
     folder.mkdir(parents=True, exist_ok=True)

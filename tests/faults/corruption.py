@@ -1,4 +1,4 @@
-"""Damage to a checkpoint's files: every change is found, and the one before is taken."""
+"""Damage to a checkpoint's files: every change is found, and the checkpoint before it is taken."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _damaged(sample: Sample, seed: int) -> list[str]:
 
 
 def _damage(run: Path, seed: int) -> tuple[Path, str]:
-    """Damage the newest checkpoint; return where it is then, and what was done."""
+    """Damage the newest checkpoint; return its folder afterwards, and the damage in words."""
     chance = random.Random(seed)
     before = _contents(run)
     while True:
@@ -106,7 +106,7 @@ def _contents(run: Path) -> dict[Path, bytes]:
 
 
 def _undetected(run: Path, folder: Path, what: str) -> list[str]:
-    """Return how the damage went unnoticed: asked for by name, or as the latest."""
+    """Return how the damage stayed undetected: in a checkpoint that is named, or as the latest."""
     from qlora_kit.errors import StorageError
     from qlora_kit.train.checkpoint import find_checkpoint
 

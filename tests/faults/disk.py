@@ -33,9 +33,9 @@ _SIZES_PROMISE = "a disk that becomes full: exit 3, one line, nothing lost"
 _KINDS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 _STORAGE_EXIT = 3
 _KILLED_AT = TOTAL_STEPS - 3
-# What clears up behind a write that succeeded: the kit goes on where that fails.
+# Functions that clean up after a write that succeeded: if they fail, the kit goes on.
 _CLEARING = ("unlink", "rmdir")
-# Where this fails on a folder that is there already, Python sees that all is well.
+# If this fails on a folder that exists already, Python notices that, and goes on.
 _HARMLESS = (*_CLEARING, "mkdir")
 
 
@@ -47,9 +47,9 @@ class Case:
     """An error in place of one call to the disk.
 
     Attributes:
-        call: its number, counted from the start of the process.
-        name: of the function.
-        number: of the error.
+        call: number of the call, counted from the start of the process.
+        name: the name of the function.
+        number: the number of the error.
     """
 
     call: int
@@ -61,7 +61,7 @@ class Case:
 
 
 def disk_errors(sample: Sample, count: int) -> Row:
-    """Let the calls of a resumed run fail, `count` of them, evenly spread over all."""
+    """Let `count` calls of a resumed run fail, one in each run, spread evenly over all calls."""
     folder = sample.folder / "disk"
     before = _half_a_run(sample, folder / "before")
     calls = _rehearsed(sample, before, folder / "rehearsal")
@@ -72,7 +72,7 @@ def disk_errors(sample: Sample, count: int) -> Row:
 
 
 def _half_a_run(sample: Sample, output: Path) -> Path:
-    """Make a run folder with a checkpoint, of a process that was killed."""
+    """Make the run folder of a process that was killed after a checkpoint."""
 
     def do() -> None:
         at_event(StepFinished, _KILLED_AT, lambda: os.kill(os.getpid(), 9))
@@ -106,7 +106,7 @@ def _with_error(sample: Sample, before: Path, case: Case) -> list[str]:
     saved, streams = highest_whole(output)[0], output.with_suffix(".streams")
 
     def fault(call: DiskCall) -> None:
-        # A full disk stays full; but what is there can still be deleted.
+        # A full disk stays full, but its files can still be deleted.
         is_full = case.number == errno.ENOSPC and call.index > case.call
         if call.index == case.call or (is_full and call.name not in (*_CLEARING, "rename")):
             if call.halve and case.number == errno.ENOSPC:
@@ -187,7 +187,7 @@ def _never_check_space() -> None:
 
 
 def _why_no_mounts(folder: Path) -> str | None:
-    """Return why this machine lets no process have a disk of its own, or None if it does."""
+    """Return why a process cannot have a disk of its own on this machine; None if it can."""
 
     def attempt() -> None:
         _leave_the_mounts_of_others()
@@ -199,7 +199,7 @@ def _why_no_mounts(folder: Path) -> str | None:
 
 
 def _leave_the_mounts_of_others() -> None:
-    """Give this process mounts of its own; it need not be root where the system allows it."""
+    """Give this process mounts of its own; on some systems this needs no root."""
     user, group = os.getuid(), os.getgid()
     if user == 0:
         _call("unshare", _NEW_MOUNTS)
@@ -212,7 +212,7 @@ def _leave_the_mounts_of_others() -> None:
     _call("mount", b"none", b"/", None, _RECURSIVE | _PRIVATE, None)
 
 
-# One process may not enter a second user's place from its first.
+# Remembers that this process has its user namespace: it cannot enter a second one from there.
 _has_own_mounts: list[bool] = []
 
 

@@ -1,8 +1,8 @@
-"""Artefacts that attack whoever opens them, each opened as a user would.
+"""Artefacts that attack the user who opens them, each opened as a user would open it.
 
-`attacks()` names them. An attack makes its artefact in a folder, runs the command line on it
-and raises `AssertionError` where the kit does what the artefact wants: touches the canary,
-shows a traceback, ends with an internal error, or takes it as if nothing were wrong.
+`attacks()` returns them. An attack makes its artefact in a folder, and runs the command line on it.
+It raises `AssertionError` if the attack succeeds: the kit touches the canary, shows a traceback,
+ends with an internal error, or accepts the artefact as if it had no fault.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def attacks() -> Mapping[str, Attack]:
 
 
 def _attack(make: Attack) -> Attack:
-    """Register an attack, and look at the canary after it."""
+    """Register an attack, and check the canary after it."""
 
     @functools.wraps(make)
     def attempt(folder: Path, canary: Path) -> None:
@@ -60,7 +60,7 @@ def _state(canary: Path) -> tuple[bytes | None, int, list[str]]:
 
 
 class _NoAnswer(io.StringIO):
-    """A terminal at which nobody sits: whoever asks it is found out."""
+    """A terminal without a user: code that asks it a question is detected."""
 
     def readline(self, size: int | None = -1, /) -> str:
         raise AssertionError("a question was asked on the terminal")
@@ -87,7 +87,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def refused(says: str, *arguments: object) -> None:
-    """Assert that a command refuses what it is given, in one line that says why."""
+    """Assert that a command refuses its input, in one line that gives the reason."""
     code, out, err = run(*arguments)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     shown = f"exit {code}: {err[:_MOST_SHOWN]}"
@@ -102,7 +102,7 @@ def refused(says: str, *arguments: object) -> None:
 
 
 class _Opens:
-    """Pickled, it makes the canary when it is loaded."""
+    """An object whose pickle makes the canary when it is loaded."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -196,7 +196,7 @@ def pickled_weights(folder: Path, canary: Path) -> None:
 
 @_attack
 def pickled_weights_of_old(folder: Path, canary: Path) -> None:
-    """A `.bin` shard that is a bare pickle, and one in the format before torch 1.6."""
+    """A `.bin` shard that is a bare pickle, and a shard in the format before torch 1.6."""
     import torch
 
     model = _model(folder)
@@ -269,7 +269,7 @@ def script_in_a_data_folder(folder: Path, canary: Path) -> None:
 
 @_attack
 def archive_as_data(folder: Path, canary: Path) -> None:
-    """A zip whose entry climbs out; nothing is ever unpacked."""
+    """A zip with an entry outside of its folder; the kit never unpacks archives."""
     with zipfile.ZipFile(folder / "rows.zip", "w") as archive:
         archive.writestr(os.path.relpath(canary, folder), "breached")
     refused("expected one of", "train", "--data", folder / "rows.zip", "--output", folder / "run")
@@ -298,7 +298,7 @@ def model_with_its_own_code(folder: Path, canary: Path) -> None:
 
 @_attack
 def known_model_with_code_beside_it(folder: Path, canary: Path) -> None:
-    """`auto_map` of an architecture that transformers has: its own is used."""
+    """`auto_map` of an architecture that transformers has; transformers' own is used."""
     classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "owner/repo--evil.Evil"}
     model = _own_code(folder, canary, auto_map=classes)
     code, _, err = run(*_evaluate(model))
@@ -307,7 +307,7 @@ def known_model_with_code_beside_it(folder: Path, canary: Path) -> None:
 
 @_attack
 def tokenizer_with_its_own_code(folder: Path, canary: Path) -> None:
-    """`auto_map` of a tokenizer, alone and in a class transformers does not have."""
+    """`auto_map` of a tokenizer, alone, and with a class that transformers does not have."""
     model = _own_code(folder, canary)
     settings = model / "tokenizer_config.json"
     _change_json(settings, auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
@@ -318,7 +318,7 @@ def tokenizer_with_its_own_code(folder: Path, canary: Path) -> None:
 
 @_attack
 def kernels_of_the_hub(folder: Path, canary: Path) -> None:
-    """Attention by a repository that transformers would download and run."""
+    """Attention from a repository that transformers would download and run."""
     from qlora_kit.model.architecture import read_architecture
 
     for key in ("attn_implementation", "_attn_implementation"):
@@ -370,7 +370,7 @@ def links_out_of_a_model(folder: Path, canary: Path) -> None:
 
 @_attack
 def a_cache_that_links_out(folder: Path, canary: Path) -> None:
-    """A folder made like one of the hub's cache, whose blobs are not its own."""
+    """A folder like one of the hub's cache, whose folder of blobs is a link to the root."""
     repository = folder / "models--owner--name"
     model = _model(repository / "snapshots")
     (repository / "blobs").symlink_to("/")
@@ -380,7 +380,7 @@ def a_cache_that_links_out(folder: Path, canary: Path) -> None:
 
 @_attack
 def pipes_in_a_model(folder: Path, canary: Path) -> None:
-    """A pipe that would be waited for without end."""
+    """A pipe, on which a reader would wait for ever."""
     model = _model(folder)
     os.mkfifo(model / "special_tokens_map.json")
     refused("a pipe, socket or device", *_evaluate(model))
@@ -430,7 +430,7 @@ def tokenizer_files_outside(folder: Path, canary: Path) -> None:
 
 @_attack
 def revision_named_like_a_path(folder: Path, canary: Path) -> None:
-    """An adapter whose recorded commit climbs out of the hub's cache."""
+    """An adapter whose recorded commit is a path that leads out of the hub's cache."""
     adapter = _adapter(folder)
     _record(adapter, base="owner/name", revision="../../../../evil")
     refused("expected a commit, branch or tag", *_use(adapter))
@@ -474,7 +474,7 @@ _ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{%
 
 @_attack
 def templates_without_end(folder: Path, canary: Path) -> None:
-    """Loops that no user would wait for, at once and for one row only."""
+    """Loops too long for any user to wait, in every row and in a single row."""
     with mock.patch("qlora_kit.data.chat_template.PROBE_SECONDS", 0.3):
         refused("does not finish", *_with_template(folder / "all", _ENDLESS))
     written = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -485,7 +485,7 @@ def templates_without_end(folder: Path, canary: Path) -> None:
 
 @_attack
 def templates_that_eat_memory(folder: Path, canary: Path) -> None:
-    """Text without end, while it is folded and while it is rendered."""
+    """Text of endless length, made when constants are folded and when a row is rendered."""
     for number, template in enumerate(
         ("{{ 'a' * 10**12 }}", "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}")
     ):
@@ -532,7 +532,7 @@ def models_with_impossible_numbers(folder: Path, canary: Path) -> None:
 
 @_attack
 def settings_of_generation_that_are_none(folder: Path, canary: Path) -> None:
-    """End tokens that are no numbers, and settings of the wrong kind."""
+    """End tokens that are not numbers, and settings of the wrong kind."""
     from qlora_kit.errors import ModelError
     from qlora_kit.model.architecture import read_generation_config
 
@@ -547,7 +547,7 @@ def settings_of_generation_that_are_none(folder: Path, canary: Path) -> None:
 
 @_attack
 def broken_json(folder: Path, canary: Path) -> None:
-    """JSON nested without end, with a key twice, or none at all."""
+    """JSON that is nested very deeply, or has a key twice; and files that are no JSON."""
     deep = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
     for number, text in enumerate((deep, '{"a": 1, "a": 2}', "[]", "", "\x00", '{"a": ')):
         model = _model(folder / f"config{number}", config=text)
@@ -562,7 +562,7 @@ def broken_json(folder: Path, canary: Path) -> None:
 
 @_attack
 def broken_tokenizers(folder: Path, canary: Path) -> None:
-    """Tokenizers that end the Rust code behind them, or give tokens no model has."""
+    """Tokenizers that crash the Rust code behind them, or give tokens that no model has."""
     from qlora_kit.model.names import find_model
 
     source = find_model("demo").folder
@@ -630,7 +630,7 @@ def adapters_with_impossible_values(folder: Path, canary: Path) -> None:
 
 @_attack
 def adapters_with_unknown_features(folder: Path, canary: Path) -> None:
-    """What the kit would otherwise ignore, and compute something else without it."""
+    """Features without which the kit would compute another model, if it ignored them."""
     adapter = _adapter(folder)
     good = (adapter / "adapter_config.json").read_text()
     features = {"use_dora": True, "use_mora": True, "monteclora_config": {"a": 1},
@@ -660,7 +660,7 @@ def adapters_with_endless_patterns(folder: Path, canary: Path) -> None:
 
 @_attack
 def adapters_with_impossible_tensors(folder: Path, canary: Path) -> None:
-    """Tensors without two sides, without two dimensions, or of no layer."""
+    """Tensors that lack their other side, have not two dimensions, or belong to no layer."""
     import torch
     from safetensors.torch import save_file
 
@@ -731,7 +731,7 @@ def configurations_that_grow(folder: Path, canary: Path) -> None:
 
 @_attack
 def names_that_write_on_the_terminal(folder: Path, canary: Path) -> None:
-    """File names with line ends, escape sequences and marks that turn the line around."""
+    """File names with line ends, escape sequences, and marks that reverse the text."""
     name = "a\nerror: all is well\x1b[2J\u202e.jsonl"
     code, out, err = run("train", "--data", folder / name, "--output", folder / "run")
     assert code == 2
@@ -744,7 +744,7 @@ def names_that_write_on_the_terminal(folder: Path, canary: Path) -> None:
 
 @_attack
 def runs_that_link_out(folder: Path, canary: Path) -> None:
-    """A stranger's run to be resumed, whose log is a file of this machine."""
+    """A stranger's run to resume, whose log is a link to a file of this machine."""
     output = folder / "run"
     output.mkdir()
     (output / "training_config.yaml").write_text("model: demo\n")
@@ -754,7 +754,7 @@ def runs_that_link_out(folder: Path, canary: Path) -> None:
 
 @_attack
 def checkpoints_that_are_pickles(folder: Path, canary: Path) -> None:
-    """A stranger's checkpoint with the states that other trainers unpickle."""
+    """A stranger's checkpoint with the state files that other trainers unpickle."""
     checkpoint = folder / "run" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin",

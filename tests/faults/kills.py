@@ -1,4 +1,4 @@
-"""SIGKILL: at random times, at every write, fsync and rename of a save, through the shell."""
+"""SIGKILL: at random times, at every write, fsync and rename of a save, and through the shell."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from .table import Row, row_of
 _PROMISE = "SIGKILL: no checkpoint lost or partial, resume is bit-equal"
 _KILLS_A_CHAIN = 4
 _MOST_SURVIVED = 20
-# The step whose save is hit, by kind: one among others; one that replaces what a stop in its
-# evaluation has saved, and that is the best so far; the last, with the end of the run.
+# The step whose save is hit, by kind: an ordinary step; a step that is the best so far, and whose
+# save replaces one that was made when its evaluation was stopped; and the last step, with the end
+# of the run.
 _SAVES = {"save": 28, "replacing save": 15, "last save": TOTAL_STEPS}
 _SCORES_OF_AN_EVALUATION = 2
 _EVALUATIONS_UNTIL_IT = 3
@@ -48,9 +49,9 @@ class Case:
     """One run that is killed, once or several times.
 
     Attributes:
-        kind: how.
-        seed: of the moments that are random.
-        kills: number of times.
+        kind: the kind of kill.
+        seed: the seed of random moments.
+        kills: number of kills.
         call: number of the call to the disk, counted from the start of a save.
         is_half: whether the call, a write, is half done.
     """
@@ -74,12 +75,12 @@ def kills(
     """Kill runs `count` times or more.
 
     Args:
-        sample: what is run.
-        count: least number of kills; those at random times fill up what the others leave.
-        seed: of the random times.
-        in_shell: number of them that hit `python -m qlora_kit` in a process of its own.
-        stride: every how manieth call of a save is hit; 1 is each.
-        saves: which kinds of saves are hit.
+        sample: the run to kill.
+        count: least number of kills; kills at random times are added to reach it.
+        seed: the seed of the random times.
+        in_shell: number of kills that hit `python -m qlora_kit` in a process of its own.
+        stride: distance between the calls of a save that are hit; 1 hits every call.
+        saves: the kinds of saves that are hit.
     """
     cases = [*_at_each_call(sample, stride, saves), *_chains("shell", in_shell, seed)]
     left = count - sum(case.kills for case in cases)
@@ -111,7 +112,7 @@ def _chains(kind: str, count: int, seed: int) -> list[Case]:
 
 
 def _killed(sample: Sample, seconds: dict[str, float], case: Case) -> list[list[str]]:
-    """Do a case; return what was wrong, for each kill of it."""
+    """Do a case; return the faults of each kill."""
     label = f"{case.kind}-{case.seed}-{case.call}-{case.is_half}".replace(" ", "-")
     output = sample.folder / "kills" / label
     if case.kind in _BEGIN:
@@ -145,7 +146,7 @@ _BEGIN: dict[str, Callable[[list[str], Path], Child]] = {
 
 
 def _seconds_of(sample: Sample, begin: Callable[[list[str], Path], Child]) -> float:
-    """Return how long the run takes when nothing happens to it."""
+    """Return how many seconds the run takes without a fault."""
     output = sample.folder / "kills" / "timed"
     output.parent.mkdir(exist_ok=True)
     started = time.perf_counter()
@@ -162,7 +163,7 @@ def _killed_at_random(sample: Sample, case: Case, output: Path, seconds: float) 
     while len(results) < case.kills and survived < _MOST_SURVIVED:
         child = _BEGIN[case.kind](sample.arguments(output, "--resume"), streams)
         if child.ends_within(times.uniform(0, 1.2) * seconds):
-            # It was through before its time came: it counts as no kill.
+            # The run ended before the time of the kill, so this counts as no kill.
             wrong = _end_of(child.wait(), output, sample)
             if wrong:
                 return [*results, wrong]
@@ -188,7 +189,7 @@ def _end_of(ended: Ended, output: Path, sample: Sample) -> list[str]:
 
 
 def _at_each_call(sample: Sample, stride: int, saves: Sequence[str]) -> list[Case]:
-    """Count the calls of a save in a rehearsal, and make a case of each."""
+    """Count the calls of a save in a rehearsal, and return a case for each."""
     found = spread(partial(_cases_of, sample, stride), saves, sample.folder / "kills")
     return [case for cases in found for case in cases]
 
@@ -206,7 +207,7 @@ def _half_a_run(sample: Sample, kind: str) -> Path:
 
 
 def _prepare_save(sample: Sample, kind: str) -> None:
-    """Make the run folder that lies there when the process with the save starts."""
+    """Make the run folder that exists when the process with the save starts."""
     output = _half_a_run(sample, kind)
 
     def do() -> None:
@@ -236,7 +237,7 @@ def _stop() -> None:
 def _from_the_save_on(
     sample: Sample, kind: str, output: Path, fault: Callable[[DiskCall], None]
 ) -> Disk:
-    """Resume a run, and watch the disk during one of its saves; to be called in a child."""
+    """Resume a run, and watch the disk during one of its saves; called in a child."""
     from qlora_kit.train import loop
 
     disk, real, step = Disk(output, fault), loop.save_checkpoint, _SAVES[kind]
@@ -276,7 +277,7 @@ def _rehearsed(sample: Sample, kind: str) -> list[str]:
 
 
 def _killed_in_a_save(sample: Sample, case: Case, output: Path) -> list[str]:
-    """Kill a process just before one call of a save (and so just after the one before it)."""
+    """Kill a process right before one call of a save, and so right after the call before it."""
     copy_run(_half_a_run(sample, case.kind), output)
     saved = highest_whole(output)[0]
 

@@ -1,4 +1,4 @@
-"""The training loop alone, on rows made up here, for faults inside of a step."""
+"""The training loop by itself, on made-up rows, for faults inside of a step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_rows(count: int = ROWS, longest: int = 24) -> list[dict[str, Any]]:
     for row in range(count):
         length = int(torch.randint(longest // 2, longest, (), generator=generator))
         ids = torch.randint(3, _VOCABULARY, (length,), generator=generator).tolist()
-        # Numbered as if every other sample had been left out: `row` is not the index.
+        # Numbered as if every other sample had been left out, so that `row` is not the index.
         rows.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:], "row": 2 * row})
     return rows
 

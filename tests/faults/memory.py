@@ -31,7 +31,7 @@ _PROMISE = "out of memory: same rows and loss a step, or exit 3 and nothing lost
 _EXIT = 3
 _MOST_RELATIVE_ERROR = 1e-4
 
-# What torch, Python and the allocator of the CPU raise.
+# The errors that torch, Python and the allocator of the CPU raise.
 _ERRORS: tuple[Callable[[], Exception], ...] = (
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     lambda: MemoryError(),
@@ -43,9 +43,9 @@ def memory(sample: Sample, per_phase: int, limits: int) -> Row:
     """Let memory run out.
 
     Args:
-        sample: what is run.
-        per_phase: shortages made up in each of training, evaluating, saving and merging.
-        limits: number of runs that are given too little memory for real.
+        sample: the run that memory runs out in.
+        per_phase: number of faked shortages in each of training, evaluating, saving and merging.
+        limits: number of runs that really have too little memory.
     """
     makers = (_in_training, _in_evaluation, _in_a_save, _in_a_merge)
     tasks = [partial(make, sample, number) for make in makers for number in range(per_phase)]
@@ -59,7 +59,7 @@ def memory(sample: Sample, per_phase: int, limits: int) -> Row:
 
 
 def _in_training(sample: Sample, number: int) -> list[str]:
-    """A micro-batch of more rows than fit fails, forward or backward, early or late."""
+    """Let micro-batches of too many rows fail, in forward or backward, early or late."""
     most_rows, place = (1, 2, 3)[number % 3], ("forward", "backward")[number % 2]
     expected = _trained(sample, None)
     found = _trained(sample, partial(_fail, number, most_rows, place, first=3 * number))
@@ -107,7 +107,7 @@ def _trained(sample: Sample, fail: Callable[..., Tensor] | None) -> _Trained:
 def _fail(
     number: int, most_rows: int, place: str, summed: Tensor, rows: int, call: int, *, first: int
 ) -> Tensor:
-    """Fail with too many rows, from call `first` on: what ran before it must be undone."""
+    """Fail with too many rows from call `first` on; the calls before it must be undone."""
 
     def refuse(gradient: Tensor | None = None) -> None:
         raise _ERRORS[number % len(_ERRORS)]()
@@ -219,7 +219,7 @@ _SMALLEST_ROOM_BYTES = 8_000_000
 
 
 def _for_real(sample: Sample, number: int) -> list[str]:
-    """Take the memory away that the micro-batch needs: the allocator itself refuses."""
+    """Take away the memory that the micro-batch needs, so that the allocator itself refuses."""
 
     def do() -> None:
         adapter = make_adapter(sample.model)

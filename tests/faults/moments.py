@@ -1,6 +1,6 @@
 """Moments of a program at which a fault happens: a call, an event, a call to the disk.
 
-All of it replaces functions of this process, so it is done in a child that is thrown away.
+This module replaces functions of its process, so it is used only in a child that ends afterwards.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 from qlora_kit.events import Event, announce_to
 
-# What changes a disk, at the lowest level that Python shows. Path methods and shutil end here.
+# The functions that change a disk, at Python's lowest level. Path methods and shutil call them.
 DISK_CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
 def at_call(target: str, nth: int, act: Callable[[], None], *, after: bool = False) -> None:
-    """Let `act` happen just before (or after) the nth call of a function, counted from 1.
+    """Call `act` right before (or after) the nth call of a function, counted from 1.
 
     Args:
-        target: "module:name" or "module:Class.name", as it is looked up when it is called.
-        nth: which call.
-        act: what happens.
-        after: when the call has returned.
+        target: "module:name" or "module:Class.name", by which callers look the function up.
+        nth: number of the call.
+        act: the fault.
+        after: whether to wait until the call has returned.
     """
     owner, name = _owner(target)
     real = getattr(owner, name)
@@ -70,7 +70,7 @@ def on_events(listen: Callable[[Event], None]) -> None:
 
 
 def at_event(kind: type[Event], nth: int, act: Callable[[], None]) -> None:
-    """Let `act` happen at the nth event of a kind, counted from 1."""
+    """Call `act` at the nth event of a kind, counted from 1."""
     seen = 0
 
     def listen(event: Event) -> None:
@@ -91,9 +91,9 @@ class DiskCall:
     """A call that changes the disk, about to happen.
 
     Attributes:
-        index: its number, from 0.
+        index: number of the call, counted from 0.
         name: fsync, rename, open, write, save_file, ...
-        halve: does half of it, where it can be half done: a write; else None.
+        halve: does half of the call, if it is a write; else None.
     """
 
     index: int
@@ -105,8 +105,8 @@ class Disk:
     """Watches the calls that change a folder on the disk, and lets a fault happen at any.
 
     Args:
-        folder: only calls about it and what is in it count; an fsync always does.
-        fault: hears of each call before it happens; may raise in its place.
+        folder: only calls on this folder and its content count; an fsync always counts.
+        fault: receives each call before it happens; may raise an error in its place.
     """
 
     def __init__(self, folder: Path, fault: Callable[[DiskCall], None]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the tests would notice: each safeguard is taken out of a copy, and a test must fail."""
+"""Checks the tests themselves: each safeguard is taken out of a copy, and a test must fail."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _LOG = "pytest.log"
 
 @dataclass(frozen=True)
 class Change:
-    """An expression of a function, and what stands in its place.
+    """An expression of a function, and its replacement.
 
     Attributes:
-        function: with the name of its class, if it has one.
-        found: the expression as Python; `f(...)` is a call of f with whatever arguments. It stands
-            once in the function, however its lines are broken.
-        replaced: what is computed instead.
+        function: name of the function, after the name of its class, if it has one.
+        found: the expression as Python; `f(...)` is a call of f with any arguments. The function
+            must have it once, in whatever lines.
+        replaced: the expression in its place.
     """
 
     function: str
@@ -40,13 +40,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A safeguard, how to take it out, and a test that must notice.
+    """A safeguard, the changes that take it out, and a test that must notice.
 
     Attributes:
-        safeguard: what is taken out.
-        module: of the package.
-        changes: what takes it out.
-        test: what to run, as pytest names it.
+        safeguard: the safeguard, in words.
+        module: its module in the package.
+        changes: the changes that take it out.
+        test: the test, as pytest names it.
     """
 
     safeguard: str
@@ -176,7 +176,7 @@ def without(project: Path, mutation: Mutation) -> str:
     """Return the source of a module without a safeguard.
 
     Raises:
-        RuntimeError: a function, or what is to be replaced in it, is not there once.
+        RuntimeError: a function, or the expression to replace, is missing or there twice.
     """
     tree = ast.parse(file_of(project, mutation).read_text(encoding="utf-8"))
     for change in mutation.changes:
@@ -202,7 +202,7 @@ def _function(tree: ast.AST, module: str, path: str) -> ast.AST:
 
 
 class _Exchange(ast.NodeTransformer):
-    """Puts what replaces it in the place of an expression, and counts how often."""
+    """Puts a replacement in the place of an expression, and counts how often."""
 
     def __init__(self, change: Change) -> None:
         self.found = ast.parse(change.found, mode="eval").body
@@ -217,7 +217,7 @@ class _Exchange(ast.NodeTransformer):
 
 
 def _matches(pattern: Any, node: Any) -> bool:
-    """Whether a part of a syntax tree is that of the pattern, wherever it stands."""
+    """Return whether a part of a syntax tree equals the pattern, wherever it stands."""
     if isinstance(pattern, list):
         return len(pattern) == len(node) and all(map(_matches, pattern, node))
     if not isinstance(pattern, ast.AST):

@@ -1,4 +1,4 @@
-"""NaN and infinity in losses and gradients: skipped, logged, and in no weight."""
+"""NaN and infinity in losses and gradients: skipped, logged, and never in a weight."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Case:
 
     Attributes:
         value: the number.
-        place: of the loss of a micro-batch, or of its gradient.
-        first_step: the first step it comes in.
-        in_a_row: number of steps.
-        micro_batch: which of the step.
-        seed: part of the name of its folder.
+        place: the loss of a micro-batch, or its gradient.
+        first_step: the first step with the number.
+        in_a_row: number of steps with it.
+        micro_batch: number of the micro-batch in the step.
+        seed: part of the name of the case's folder.
     """
 
     value: float
@@ -60,7 +60,7 @@ class Case:
 
 
 def numerics(sample: Sample, count: int, seed: int) -> Row:
-    """Make `count` runs with numbers that are not finite, and those that cannot learn."""
+    """Make `count` runs with numbers that are not finite, and runs that cannot learn."""
     cases = [_case(seed + n, n) for n in range(count)]
     tasks: list[Callable[[], list[str]]] = [partial(_injected, sample, case) for case in cases]
     tasks += [partial(_not_learning, sample, how) for how in _NOT_LEARNING]
@@ -136,7 +136,7 @@ def _hit(case: Case) -> dict[int, list[int]]:
         summed = _REAL_LOSS_SUM(self, batch)
         if step not in case.steps:
             return summed
-        # Whose gradient it is cannot be told from the norm: all rows of the step are named.
+        # The norm does not tell which rows the gradient is from, so all rows of the step are named.
         if micro_batch == case.micro_batch or case.place == "gradient":
             rows.setdefault(step, []).extend(batch.rows)
         if micro_batch != case.micro_batch:
@@ -174,7 +174,7 @@ def _wrong_log(case: Case, output: Path, hit_rows: dict[int, list[int]]) -> list
 
 
 def _wrong_checkpoint(output: Path, weights: dict[str, Tensor]) -> list[str]:
-    """The checkpoint at the end must load, with the weights the run ended with."""
+    """Return the faults of the last checkpoint: it must load, with the run's last weights."""
     from qlora_kit.lora.adapter import read_adapter
 
     folder = find_checkpoint(output, "latest").folder

@@ -1,4 +1,4 @@
-"""Resuming at every step, for every kind of base: the same bits as never having stopped."""
+"""Resuming at every step, for every kind of base, gives the same bits as an unbroken run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _unbroken(sample: Sample, bits: int, accumulation: int) -> Path:
 
 
 def _arguments(sample: Sample, output: Path, bits: int, accumulation: int) -> list[str]:
-    # The same number of steps in an epoch, so that the epochs end at the same step.
+    # All kinds have the same number of steps in an epoch, so that epochs end at the same step.
     data = sample.folder / "resumes" / f"{_ROWS_BY_ACCUMULATION[accumulation]}.jsonl"
     if not data.is_file():
         lines = sample.data.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -64,7 +64,7 @@ def _do_unbroken(sample: Sample, kind: tuple[int, int]) -> None:
 def _resumed(sample: Sample, case: Case) -> list[str]:
     unbroken = _unbroken(sample, case.bits, case.accumulation)
     output = unbroken.with_name(f"{unbroken.name}-at-{case.step}")
-    # Only what the resumed part writes: a folder of its own, and few checkpoints.
+    # The resumed part writes to a folder of its own, with few checkpoints.
     resume = ("--resume", str(unbroken / f"checkpoint-{case.step}"), "--save-steps", "100")
     arguments = [*_arguments(sample, output, case.bits, case.accumulation), *resume]
     ended = kit(arguments, output.with_suffix(".streams"))

@@ -1,8 +1,9 @@
-"""A small run to break: its model and data, and what must be as if nothing had happened.
+"""A small run to break: its model, its data, and the results that no fault may change.
 
-30 optimiser steps of three micro-batches in two epochs over rows of unequal length, with
-dropout, validation rows, and checkpoints every other step: some two seconds. The learning rate
-is so high that the lowest validation loss comes in the middle: the best checkpoint must stay.
+It has 30 optimiser steps of three micro-batches, in two epochs over rows of unequal length, with
+dropout, validation rows, and a checkpoint every other step, and takes some two seconds. The
+learning rate is so high that the lowest validation loss comes in the middle, and the best
+checkpoint must be kept.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _VALIDATION_ROWS = 6
 
 @dataclass(frozen=True)
 class Sample:
-    """A tiny model with data, and a folder for all that is made with them.
+    """A tiny model with data, and a folder for all runs with them.
 
     Attributes:
-        folder: where all of it is.
+        folder: the folder of model, data and runs.
         options: more options of every run.
-        seconds: how long the unbroken run took.
+        seconds: duration of the unbroken run.
     """
 
     folder: Path
@@ -54,7 +55,7 @@ class Sample:
 
     @property
     def unbroken(self) -> Path:
-        """The run that nothing happened to."""
+        """The folder of the unbroken run."""
         return self.folder / "unbroken"
 
     def arguments(self, output: Path, *more: object) -> list[str]:
@@ -72,7 +73,7 @@ class Sample:
 
 
 def make_sample(folder: Path, options: tuple[str, ...] = ()) -> Sample:
-    """Make the model and its data, and do the run once without a fault."""
+    """Make the model and its data, and do the run once, without a fault."""
     sample = Sample(folder, options)
     folder.mkdir(parents=True, exist_ok=True)
     _save_model(sample.model)
@@ -116,8 +117,8 @@ def _write_rows(sample: Sample) -> None:
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Do a command as the shell would; ends in `SystemExit`."""
-    # Looked up here: a child may have replaced parts of the kit.
+    """Do a command as a shell would; it ends in `SystemExit`."""
+    # Imported here, because a child may have replaced parts of the kit.
     from qlora_kit.cli import main
 
     main(list(arguments))
@@ -162,9 +163,9 @@ def last_logged_step(output: Path) -> int:
 
 
 def highest_whole(output: Path) -> tuple[int, list[str]]:
-    """Return the highest step a whole checkpoint holds (0 without), and what is wrong with any.
+    """Return the highest step of a whole checkpoint (0 if there is none), and all faults.
 
-    A folder under its final name must be whole, at every moment.
+    A folder with its final name must be whole at every moment.
     """
     from qlora_kit.errors import StorageError
     from qlora_kit.train.checkpoint import checkpoints, read_state, step_of
@@ -180,11 +181,11 @@ def highest_whole(output: Path) -> tuple[int, list[str]]:
 
 
 def after_a_crash(output: Path, at_least: int = 0) -> list[str]:
-    """Return what is wrong with a run folder that its process left at any moment.
+    """Return the faults of a run folder whose process was killed at any moment.
 
     Args:
         output: run folder.
-        at_least: a step that was known to be saved before.
+        at_least: a step that is known to be saved.
     """
     from qlora_kit.storage import clean_up
     from qlora_kit.train.checkpoint import find_checkpoint
@@ -192,7 +193,7 @@ def after_a_crash(output: Path, at_least: int = 0) -> list[str]:
     if not output.is_dir():
         return [] if not at_least else ["the run folder is gone"]
     _, wrong = highest_whole(output)
-    # What every start of a run does first: a folder caught between two renames gets its name.
+    # Every start of a run does this first: a folder caught between two renames gets its name.
     clean_up(output)
     highest, more = highest_whole(output)
     wrong += more
@@ -208,18 +209,18 @@ def after_a_crash(output: Path, at_least: int = 0) -> list[str]:
 
 
 def _known_saved(output: Path) -> int:
-    """Return the last step whose checkpoint must be there: a later step was logged."""
+    """Return the last step whose checkpoint must exist, because a later step was logged."""
     last = last_logged_step(output)
     return max((step for step in range(SAVE_STEPS, last, SAVE_STEPS)), default=0)
 
 
 def differences(output: Path, unbroken: Path, logged_after: int = 0) -> list[str]:
-    """Return how the end of a run differs from that of the unbroken one: not in a bit.
+    """Return how the end of a run differs from the end of the unbroken run; no bit may differ.
 
     Args:
         output: run folder.
-        unbroken: of the run that nothing happened to.
-        logged_after: the step after which the log began; its best checkpoint may then be in
+        unbroken: folder of the unbroken run.
+        logged_after: the step after which the log began; the run's best checkpoint may then be in
             another folder.
     """
     wrong = []
@@ -253,7 +254,7 @@ def _progress(checkpoint: Path) -> Any:
 
 
 def resumed(sample: Sample, output: Path, streams: Path, *more: object) -> list[str]:
-    """Resume a run to its end; return what is not as in the unbroken one."""
+    """Resume a run to its end; return the differences from the unbroken run."""
     ended = kit(sample.arguments(output, "--resume", *more), streams)
     if ended.code:
         last = ended.errors.strip().splitlines()[-1:]
@@ -274,7 +275,7 @@ def prepare(folder: Path) -> None:
 
     import qlora_kit
 
-    # All of them now: a child that imports one late would pay for it, each time.
+    # All modules are imported now: otherwise every child would spend time on importing them.
     for module in pkgutil.walk_packages(qlora_kit.__path__, "qlora_kit."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)

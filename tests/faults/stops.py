@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in every phase: the right exit, one line, a step lost at most."""
+"""SIGTERM and SIGINT in every phase: the right exit code, one line, at most one step lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MOST_ATTEMPTS = 5
 _LOOK_SECONDS = 0.005
 _Act = Callable[[], None]
 
-# Where in each phase the signal comes; the number is which call or event of that kind.
+# The moments of each phase at which the signal comes; the number counts calls or events of a kind.
 _PHASES: dict[str, tuple[Callable[[_Act], None], ...]] = {
     "loading": (
         partial(at_event, LoadProgress, 1),
@@ -83,10 +83,10 @@ class Case:
     """A signal at a moment of a phase.
 
     Attributes:
-        phase: of `_PHASES`, or "random".
-        moment: index in it, or a seed.
-        signum: which signal.
-        twice: whether a second one follows at once.
+        phase: a key of `_PHASES`, or "random".
+        moment: index in the phase, or a seed.
+        signum: number of the signal.
+        twice: whether a second signal follows at once.
     """
 
     phase: str
@@ -103,10 +103,10 @@ def stops(sample: Sample, at_random: int, seed: int, stride: int = 1) -> Row:
     """Send signals.
 
     Args:
-        sample: what is run.
+        sample: the run to stop.
         at_random: number of signals at random times, beside those at known moments.
-        seed: of the random times.
-        stride: every how manieth of the known moments is taken; 1 is each.
+        seed: the seed of the random times.
+        stride: distance between the known moments that are taken; 1 takes all.
     """
     cases = [
         Case(phase, moment, signum)
@@ -152,7 +152,7 @@ def _stop_command(case: Case, arguments: list[str], streams: Path) -> Ended:
 
 
 def _wrong_end(case: Case, ended: Ended) -> list[str]:
-    """Return what is wrong with how a stopped process ended."""
+    """Return the faults in the end of a stopped process."""
     if ended.code != 128 + case.signum:
         return [f"exit {ended.code}: {ended.errors.strip()[-200:]}"]
     expected = [f"error: stopped by {signal.Signals(case.signum).name}"]
@@ -171,7 +171,7 @@ def _stopped_training(sample: Sample, case: Case, output: Path) -> list[str]:
 
 
 def _lost_steps(output: Path) -> list[str]:
-    """The last step that was finished must be in a checkpoint: only the one begun is lost."""
+    """Return a fault if a finished step is in no checkpoint; only the step begun may be lost."""
     finished, (saved, _) = last_logged_step(output), highest_whole(output)
     return [f"step {finished} was finished, {saved} is saved"] if saved < finished else []
 
@@ -181,11 +181,11 @@ def _stopped_at_random(sample: Sample, case: Case, output: Path) -> list[str]:
     for attempt in range(_MOST_ATTEMPTS):
         shutil.rmtree(output, ignore_errors=True)
         child = start(lambda: command(sample.arguments(output)), streams)
-        # From its first sign on: before, nobody handles signals yet.
+        # The time counts from when the child makes its folder; before, it handles no signals yet.
         while not output.exists() and not child.ends_within(_LOOK_SECONDS):
             pass
-        # On a machine with more to do than before, a run may be through sooner than it was
-        # measured; then the next attempt is earlier.
+        # The machine's load may have changed, so the run may end sooner than measured; then the
+        # next attempt is earlier.
         if not child.ends_within(chance.uniform(0, sample.seconds) / (attempt + 1)):
             break
         child.wait()
@@ -201,13 +201,13 @@ def _stopped_at_random(sample: Sample, case: Case, output: Path) -> list[str]:
 
 
 def _stopped_merging(sample: Sample, case: Case, output: Path) -> list[str]:
-    """A merge that is stopped leaves nothing; done again, it is whole."""
+    """Stop a merge, which must leave no files; then do it again, and it must be whole."""
     adapter = copy_run(sample.unbroken, output / "run")
     arguments = ["export", str(adapter), "--to", str(output / "merged"), "--device", "cpu"]
     streams = output.with_suffix(".streams")
     wrong = _wrong_end(case, _stop_command(case, arguments, streams))
     left = sorted(path.name for path in output.iterdir() if path != adapter)
-    # A process that dies at once leaves its staging folder; the next start removes it.
+    # A process that dies at once leaves its staging folder, which the next start removes.
     if case.twice and all(name.startswith(".") for name in left):
         left = []
     if left:

@@ -17,14 +17,14 @@ _WIDTH = 11
 
 @dataclass(frozen=True)
 class Row:
-    """How often a promise was put to the test, and how often it held.
+    """How often a promise was tested, and how often it held.
 
     Attributes:
-        promise: what was promised.
-        tried: number of faults that were made; 0 where the machine did not allow any.
-        held: number of them after which all was as promised.
-        detail: what was counted, and the first faults that broke the promise.
-        seconds: how long it took.
+        promise: the promise, in words.
+        tried: number of faults that were made; 0 if this machine allows none.
+        held: number of faults after which the promise was kept.
+        detail: the counts in words, and the first faults that broke the promise.
+        seconds: duration of all faults.
     """
 
     promise: str
@@ -39,7 +39,7 @@ class Row:
 
 
 def row_of(promise: str, results: Sequence[Sequence[str]], detail: str) -> Row:
-    """Return the row of so many cases, each with what was wrong in it: nothing, if it held."""
+    """Return the row of all cases, given the faults of each; a case without faults has held."""
     wrong = [fault for faults in results for fault in faults]
     shown = [detail, *wrong[:_MOST_SHOWN]]
     if len(wrong) > _MOST_SHOWN:
@@ -62,7 +62,7 @@ def line(row: Row) -> str:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, and what they were measured with: no name of a machine, no path of it."""
+    """Write the rows with the versions they were measured with, and no machine's name or path."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Samples before and after training: which prompts, and that a run does not notice them."""
+"""Samples before and after training: the prompts chosen, and a run that they leave unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IGNORED = -100
 
 
 def row(prompt: int, answer: int) -> dict[str, list[int]]:
-    """A token row with so many prompt and answer tokens."""
+    """Return a token row with `prompt` prompt tokens and `answer` answer tokens."""
     ids = list(range(10, 10 + prompt + answer))
     return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
 

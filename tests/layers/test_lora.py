@@ -1,4 +1,4 @@
-"""One linear layer: exact gradients, packed bases equal their unpacked twins, nothing else kept."""
+"""One LoRA layer: exact gradients, packed bases that equal unpacked ones, and no other memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_layer(
 
 
 def plain_lora(x: Tensor, weight: Tensor, layer: LoRALinear, kept: Tensor | None = None) -> Tensor:
-    """The layer's equation in plain autograd, on an unpacked weight."""
+    """Compute the layer's equation with plain autograd, on an unpacked weight."""
     dropped = x if kept is None else x * kept / (1 - layer.dropout)
     delta = (dropped @ layer.lora_A.T) @ layer.lora_B.T
     y = x @ weight.T + SCALING * delta
@@ -303,7 +303,7 @@ def test_8_bits_are_those_of_bitsandbytes() -> None:
 
 
 class _Strides(TorchDispatchMode):
-    """Notes whether what the 8-bit kernel is given lies row after row."""
+    """Records whether the rows of the 8-bit kernel's argument are contiguous in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ class _Strides(TorchDispatchMode):
 
 
 def test_a_transposed_weight_is_laid_in_rows_for_the_8_bit_kernel() -> None:
-    """On a GPU it reads a raw pointer; a CPU would not show it."""
+    """The kernel of a GPU reads a raw pointer; on a CPU the fault would not show."""
     weight = random(123, 252).half()
     expected = SCHEMES["int8"].freeze(weight.T.contiguous())
     with _Strides() as strides:

@@ -1,4 +1,4 @@
-"""The chunked head-and-loss equals torch's on the full matrix, which itself never exists."""
+"""The chunked head and loss equals torch's loss of the full logits, which the kit never has."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_head(
 
 
 def full_logits(hidden: Tensor, head: Head) -> Tensor:
-    """All logits at once, in the dtype of `hidden`."""
+    """Return all logits at once, in the dtype of `hidden`."""
     logits = hidden @ head.linear.weight.dequantize(hidden.dtype).T
     if head.linear.bias is not None:
         logits = logits + head.linear.bias.to(hidden.dtype)
@@ -69,7 +69,7 @@ def tokens(dtype: torch.dtype = torch.float32, n: int = N, v: int = V) -> tuple[
 
 
 def exact(hidden: Tensor, head: Head, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Value and gradient of a loss of the full logits, in fp64."""
+    """Return value and gradient of a loss of the full logits, in fp64."""
     wide = hidden.detach().double().requires_grad_()
     value = loss(full_logits(wide, head))
     (grad,) = torch.autograd.grad(value, wide)
@@ -77,7 +77,7 @@ def exact(hidden: Tensor, head: Head, loss: Callable[[Tensor], Tensor]) -> tuple
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
+    """Records the size of the largest tensor that any operation returns."""
 
     numel = 0
 
@@ -317,7 +317,7 @@ def test_no_more_logits_than_a_chunk_exist(run: Callable[..., Any], formula: str
     targets = torch.randint(0, v, (400,))
     with LargestTensor() as largest:
         full_logits(hidden, head)
-    assert largest.numel == 400 * v  # the tracker sees what it should
+    assert largest.numel == 400 * v  # so the tracker does see a full matrix
     with LargestTensor() as largest:
         run(hidden, targets, head)
     assert largest.numel == chunk * v

@@ -1,4 +1,4 @@
-"""A packed weight is unpacked to what was packed, whatever its width."""
+"""A packed weight is unpacked to the values that were packed, whatever its width."""
 
 from __future__ import annotations
 

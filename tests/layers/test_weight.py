@@ -1,4 +1,4 @@
-"""A frozen weight multiplies, however it is packed and whatever holds its tensors."""
+"""A frozen weight multiplies correctly, packed in any way, as buffers or as parameters."""
 
 from __future__ import annotations
 

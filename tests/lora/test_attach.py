@@ -1,4 +1,4 @@
-"""Putting LoRA on a base, taking it off, merging it; which layers a target names."""
+"""Attaching LoRA to a base, taking it off, and merging it; and the layers that a target names."""
 
 from __future__ import annotations
 

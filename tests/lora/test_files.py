@@ -1,4 +1,4 @@
-"""Adapter files: what is written, what is read back, and what is refused by name."""
+"""Adapter files: they are written, read back, and refused by name if they have a fault."""
 
 from __future__ import annotations
 

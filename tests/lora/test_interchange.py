@@ -1,4 +1,4 @@
-"""Adapters go both ways between PEFT and the kit, and are merged whoever trained them."""
+"""PEFT and the kit read each other's adapters, and the kit merges adapters of both."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def peft_adapter(base: Path, folder: Path, **options: Any) -> tuple[Path, torch.Tensor]:
-    """Save an adapter with PEFT that is no longer at its start; return it and its logits."""
+    """Save an adapter with PEFT, with a B that is not zero; return it and its logits."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     defaults = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM",
                 "target_modules": ["q_proj", "k_proj", "down_proj", "up_proj"]}  # fmt: skip
@@ -75,7 +75,7 @@ def test_an_adapter_of_peft_computes_and_merges_as_in_peft(
         dtype=torch.float32, check=lambda merge, made: verify_merge(merge, made) and None,
     )  # fmt: skip
     assert relative_error(logits(plain(tmp_path / "merged")), expected) <= 1e-5
-    # And back: what the kit writes of it is the same to PEFT.
+    # And back: PEFT computes the same with the adapter that the kit writes.
     (tmp_path / "ours").mkdir()
     qk.save_adapter(adapter, tmp_path / "ours", qk.BaseRecord.of(loaded))
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -192,7 +192,7 @@ def test_missing_and_surplus_tensors_are_named(
 def test_a_quantised_checkpoint_is_the_same_model_here_and_in_transformers(
     save_tiny: Callable[..., Path], tmp_path: Path, quantization: qk.Quantization
 ) -> None:
-    # bitsandbytes' own layers unpack other widths than multiples of 64 wrongly on AVX-512.
+    # On AVX-512, bitsandbytes' own layers unpack widths that are no multiple of 64 wrongly.
     base = save_tiny("tinyllama", initializer_range=0.05, intermediate_size=128)
     target = tmp_path / "quantised"
     done = qk.quantize_to(target, spec_of(base, 16), quantization, make_tokenizer())
@@ -241,7 +241,7 @@ def test_a_merge_that_is_quantised_again_opens_in_transformers(
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
     ours = load_folder(tmp_path / "merged", bits)
-    # Quantising again is not exact; that it is no other model is all that is claimed here.
+    # Quantising again is not exact; this test claims only that it gives no other model.
     assert relative_error(logits(ours.model), expected) < 0.5
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     bound = 0.05 if bits == 8 else 1e-5

@@ -113,7 +113,7 @@ def test_our_adapter_loads_in_peft(
     fill_lora(adapter)
     save_adapter(adapter, tmp_path, BaseRecord.of(adapter.base))
     theirs = PeftModel.from_pretrained(transformers_model(stories, bits), tmp_path)
-    # In evaluation bitsandbytes repacks its 4-bit weights and computes in bf16 on some CPUs.
+    # In evaluation, bitsandbytes repacks its 4-bit weights on some CPUs, and computes in bf16.
     theirs.train(bits == 4)
     inputs = {"input_ids": batches[1].input_ids, "attention_mask": mask_of(batches[1])}
     with torch.no_grad():

@@ -297,7 +297,7 @@ def test_rows_that_name_their_adapter_are_measured_with_it(
     tokens = [part["supervised_tokens"] for part in parts.values()]
     losses = [part["loss"] * part["supervised_tokens"] for part in parts.values()]
     assert found["total"]["loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-6)
-    # A file whose rows name adapters is not taken for another where only its first are measured.
+    # A file whose rows name adapters is still such a file if only its first rows are measured.
     late = write_rows(tmp_path, [ROWS[2], ROWS[0]], "late.jsonl")
     few = ("evaluate", *several, "--data", late, "--max-rows", "1", "--json")
     code, out, err = run(*few, capsys=capsys)

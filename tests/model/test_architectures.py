@@ -33,7 +33,7 @@ def plain_model(folder: Path) -> Any:
 
 
 def padded_batch() -> Batch:
-    """Two rows of 21 and 13 tokens, part of them not supervised."""
+    """Return two rows of 21 and 13 tokens, part of them not supervised."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 96, (2, 21), generator=generator)
     labels = ids.clone()
@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_those_of_transformers(
 def test_padding_needs_no_mask(
     folder_of: Callable[[str], Path], name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shorter and longer than the window of 16, and than the 32 positions that are not scaled."""
+    """Rows are shorter and longer than the window of 16, and than the 32 unscaled positions."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 96, (3, tokens), generator=generator)
     lengths = (tokens, tokens - 4, 5)

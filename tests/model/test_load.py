@@ -1,4 +1,4 @@
-"""Loading a base: every form of checkpoint, every fault by name, little memory."""
+"""Loading a base: every form of checkpoint loads, every fault is named, and memory stays small."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_bin_files_from_before_zip_archives_are_read(tiny: Path, tmp_path: Path)
 
 
 class Canary:
-    """Unpickling it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -162,7 +162,7 @@ def test_a_checkpoint_quantised_by_bitsandbytes_loads_as_it_is(
 ) -> None:
     import bitsandbytes.functional as bnb
 
-    # bitsandbytes itself unpacks other widths than multiples of 64 wrongly on AVX-512.
+    # On AVX-512, bitsandbytes itself unpacks widths that are no multiple of 64 wrongly.
     tiny = save_tiny(intermediate_size=128)
     config = (
         BitsAndBytesConfig(load_in_8bit=True)

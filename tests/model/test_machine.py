@@ -1,4 +1,4 @@
-"""Names, downloads and devices: what a model is, where its files are, what it runs on."""
+"""Names, downloads and devices: the model, the place of its files, and the device it runs on."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_a_gpu_computes_in_bfloat16_where_it_can(
     assert choose_hardware("cpu").device.type == "cpu"
 
 
-# What torch and cuBLAS find when torch is first imported, and what torch may do afterwards.
+# Prints the settings that torch and cuBLAS find when torch is first imported, then torch's flags.
 _SEEN = """
 import os, sys
 
@@ -261,7 +261,7 @@ except SystemExit as end:
 
 
 def seen_by(*arguments: str) -> tuple[str, str]:
-    """Return what `_SEEN` prints at first and at last while a command runs."""
+    """Return the first and the last line that `_SEEN` prints while a command runs."""
     names = {"CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
@@ -297,7 +297,7 @@ print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), environment.has_tight_heap(
     ],
 )
 def test_a_process_begins_again_with_a_tight_heap(own: str | None, found: str) -> None:
-    """Once, as the same process, with all its arguments; what the user set stays."""
+    """It begins again once, with the same id and arguments; the user's settings stay."""
     environ = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     environ |= {"GLIBC_TUNABLES": own} if own else {}
     process = subprocess.Popen(

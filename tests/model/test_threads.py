@@ -1,4 +1,4 @@
-"""How many threads compute: the user's number, the run's, or as many as there are free cores."""
+"""The number of threads that compute: the user's, the run's, or the number of free cores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def threads_as_before() -> object:
 
 @contextlib.contextmanager
 def teller(**environment: str) -> Iterator[Callable[[], str]]:
-    """A fresh process with everything imported; yields what makes it look and tell."""
+    """Start a process with all imports; yield a function that makes it count and report."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
     with subprocess.Popen(
         [sys.executable, "-c", TELL], env={**inherited, **environment},

@@ -1,4 +1,4 @@
-"""Tokenizers give back the text they were given, or are refused."""
+"""Tokenizers give back the text that they encoded, or are refused."""
 
 from __future__ import annotations
 

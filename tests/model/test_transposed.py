@@ -28,7 +28,7 @@ C_PROJ = "transformer.h.1.attn.c_proj"
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random GPT-2; its widths are multiples of 64, as bitsandbytes' own layers want them."""
+    """A random GPT-2; its widths are multiples of 64, which bitsandbytes' own layers need."""
     return save_model(tmp_path_factory.mktemp("gpt2"), {**OTHERS["gpt2"], "n_inner": 128})
 
 
@@ -96,7 +96,7 @@ def test_random_weights_are_those_of_a_checkpoint_of_this_kind() -> None:
 
 @pytest.mark.parametrize("name", [f"{C_PROJ}.weight", "transformer.h.1.mlp.c_fc.weight"])
 def test_a_transposed_layer_saved_whole_is_refused(gpt2: Path, tmp_path: Path, name: str) -> None:
-    """A square one would fit either way round, and be wrong in one."""
+    """A square weight would fit as it is and transposed, and be wrong in one of the two."""
     folder = save(adapter_on(gpt2, 16), tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     path = name.removesuffix(".weight")

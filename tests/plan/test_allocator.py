@@ -30,7 +30,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: a known architecture scaled down, and how it is trained."""
+    """A configuration: a known architecture scaled down, and the options of its training."""
 
     model: str
     bits: Any
@@ -48,7 +48,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Name the test: the model, and each thing that is not as it would be."""
+        """Name the test: the model, and each field that differs from its usual value."""
         usual = Case(self.model, 4, 0)
         changed = [
             f"{name}={value}"
@@ -162,7 +162,7 @@ def predicted(case: Case) -> dict[str, int]:
 
 # ---------------------------------------------------------------- configurations
 
-# Each line has something that none above it has.
+# Each line has a feature that no line above it has.
 QUICK = (
     Case("deepseek-7b", 4, 256, accumulation=2),
     Case("llama-3.1-8b", 8, 160, rows=2, targets="all-linear"),  # heads in groups
@@ -183,7 +183,7 @@ QUICK = (
     Case("gemma-2-9b", 4, 96, rows=2, shorter=30, recompute=False),  # scores of T × T
 )  # fmt: skip
 
-# The grid: what everyone turns, against each other.
+# The grid: the options that most users change, in combination.
 GRID = tuple(
     Case(
         model, bits, tokens, rows=rows, accumulation=1 + index % 2, recompute=recompute,
@@ -221,7 +221,7 @@ _SLOW = (
     Case("qwen3-8b", 4, 128, rows=2, dtype="bfloat16", options={"keep_layers": 1}),
     Case("gemma-2-9b", 4, 64, dtype="bfloat16", recompute=False),
 )  # fmt: skip
-# With a layer more than by default: one has another before it and another behind it.
+# With one layer more than by default, so that one layer has a layer before it and one after it.
 SLOW = tuple(replace(case, layers=max(3, case.layers)) for case in (*QUICK, *_SLOW))
 
 
@@ -247,7 +247,7 @@ def test_random_weights_are_in_memory_once(bits: int) -> None:
     gpu = Hardware(torch.device("meta"), torch.float32, "stands in for a GPU")
     for hardware in (case.hardware, gpu):
         found = predict(case.subject(hardware), case.config)
-        # The optimiser's phase has the same weights, and beside them LoRA and its state.
+        # The optimiser's phase has the same weights, and LoRA and its state besides.
         parts = ("base weights", "quantisation constants", "norms and biases", "embeddings", "head")
         rest = sum(found.device["optimizer"].by_purpose.get(part, 0) for part in parts)
         assert found.device["load"].bytes < rest + head / 4
@@ -259,7 +259,7 @@ def test_there_are_enough_configurations_and_none_twice() -> None:
 
 
 def test_a_wrong_prediction_would_be_seen() -> None:
-    """The record moves with each thing that a case turns, by more than the tolerance."""
+    """Each option of a case changes the record by more than the tolerance."""
     base = Case("tinyllama", 4, 128)
     peak = measured(base)["step"]
     for other in (

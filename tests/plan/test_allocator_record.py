@@ -1,4 +1,4 @@
-"""The record of the CPU's allocator that a rehearsal keeps, and what the process takes."""
+"""The record of the CPU's allocator that a rehearsal keeps, and the memory of the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_kit.private_torch import begin_memory_record
 
 
 def work() -> None:
-    """More operations than one piece of the record holds, the largest in the middle of one."""
+    """Do more operations than a piece of the record holds, the largest in the middle of a piece."""
     layers = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(200)))
     x = torch.randn(16, 64)
     for _ in range(3):
@@ -29,7 +29,7 @@ def work() -> None:
 
 def test_it_sees_what_the_profiler_sees() -> None:
     torch.manual_seed(0)
-    work()  # What torch makes once, it makes here.
+    work()  # The objects that torch makes only once are made here.
     with AllocatorRecord(1_000) as record:
         work()
     assert record.peak_bytes == pytest.approx(1_000 + recorded_peak(work), abs=1_000)
@@ -44,7 +44,7 @@ def test_what_is_freed_in_another_piece_of_the_record_is_no_longer_counted() -> 
 
 
 def test_nothing_that_runs_is_in_the_record() -> None:
-    """What begins in one record and ends after it writes its end into freed memory."""
+    """An operation that begins in a record and ends after it writes its end into freed memory."""
     begin_memory_record()
     with torch.profiler.record_function("as torch.optim names its step"):
         torch.ones(3).add_(1)
@@ -54,7 +54,7 @@ def test_nothing_that_runs_is_in_the_record() -> None:
 
 @pytest.mark.slow
 def test_the_process_takes_what_the_plan_says(tmp_path: Path) -> None:
-    """SmolLM2's shape at 2 × 256 in 4 bits, the process with all that its heap keeps."""
+    """The model has SmolLM2's shape, 2 × 256 tokens and 4 bits; the process includes its heap."""
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "a cat", "completion": " sat on the mat and" * 60}
     rows.write_text("\n".join(json.dumps(row) for _ in range(8)))

@@ -1,4 +1,4 @@
-"""What attention holds on a GPU, seen on the tensors of a plan."""
+"""The memory of attention on a GPU, seen in the tensors of a plan."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 256
 
 
 class _Shapes(TorchDispatchMode):
-    """Notes the dtype and shape of every tensor that is made."""
+    """Records the dtype and shape of every tensor that is made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Shapes(TorchDispatchMode):
 
 
 def made_in(name: str, what: str, **numbers: Any) -> set[tuple[torch.dtype, tuple[int, ...]]]:
-    """Return what is made in a step or an evaluation of three rows, simulated for a GPU."""
+    """Return the tensors made in a step or evaluation of three rows, simulated for a GPU."""
     numbers = {**tiny_numbers(name), "max_position_embeddings": 4096, **numbers}
     source = ModelSource(name, architecture=numbers)
     spec = qk.BaseSpec(source, None, qk.Quantization(4), random=True)
@@ -62,7 +62,7 @@ def take(run: SimulatedRun, what: str, config: TrainConfig) -> None:
 
 
 def squares(made: set[tuple[torch.dtype, tuple[int, ...]]]) -> set[torch.dtype]:
-    """Return the dtypes of what has an entry for each pair of tokens of a row."""
+    """Return the dtypes of the tensors with an entry for each pair of tokens of a row."""
     return {
         dtype for dtype, shape in made if shape[-2:] in ((TOKENS, TOKENS), (WIDTH, WIDTH))
     }  # fmt: skip
@@ -71,7 +71,7 @@ def squares(made: set[tuple[torch.dtype, tuple[int, ...]]]) -> set[torch.dtype]:
 @pytest.mark.parametrize("what", ["step", "evaluation"])
 @pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"gemma-2-9b"}))
 def test_no_attention_of_padded_rows_holds_a_mask(name: str, what: str) -> None:
-    """But for Gemma-2, which caps its scores as no kernel does, and so holds them."""
+    """Gemma-2 is left out: no kernel caps scores as it does, so it holds them all."""
     made = made_in(name, what, sliding_window=None)
     assert squares(made) == set()
     widths = {shape[1] for _, shape in made if len(shape) == 3 and math.prod(shape[:2]) > 3}

@@ -1,4 +1,4 @@
-"""The `plan` command says what a run needs, and what fits."""
+"""The `plan` command says how much memory a run needs, and which settings fit."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_the_rehearsal_takes_the_longest_rows_and_tells_what_is_what(
     (rehearsal,) = found
     assert (rehearsal.rows, rehearsal.tokens) == (2, 30)
     largest = max(rehearsal.timeline, key=sum)
-    # The allocator sees besides what operations take for themselves meanwhile.
+    # The allocator also counts the temporary memory of operations.
     assert 0.7 * rehearsal.peak_bytes < sum(largest) <= rehearsal.peak_bytes
     shown = {name for name, size in zip(PURPOSES, largest, strict=True) if size}
     assert {"base weights", "LoRA", "gradients", "optimizer", "activations"} <= shown

@@ -1,4 +1,4 @@
-"""With a budget the plan chooses settings that fit, do the least work, and keep what was asked."""
+"""With a budget, the plan chooses settings that fit, do the least work, and keep the user's own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def plan_of(config: TrainConfig, card_bytes: int, **rows: Any) -> Plan:
 SMALL = PlanConfig(model="smollm2-135m", bits=4, max_length=512, eval_batch_size=1)
 
 
-# Running the whole model is what costs here: by default the first choice, the last and one between.
+# Simulating the whole model takes long, so by default only three choices are tested: the first, the
+# last, and one between.
 @pytest.mark.parametrize(
     ("device", "recompute", "parts"),
     [("auto", True, 2), ("cpu", True, 2),

@@ -20,7 +20,7 @@ from qlora_kit.storage import staged_folder, write_text
 pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu")
-# For runs that are neither rehearsed nor looked at.
+# Options of runs that need no rehearsal, and whose output no test looks at.
 PLAIN = ("--no-rehearse", "--samples", "0")
 
 
@@ -109,7 +109,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(
     assert code == 0
     rows = rows_of(own_run / "trainer_log.jsonl")
     assert [row["optimizer_step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    # Back to what the other tests of this module expect.
+    # Put back the state that the other tests of this module expect.
     run("train", "--output", str(own_run), *SHORT, "--overwrite", capsys=capsys)
 
 
@@ -208,8 +208,8 @@ def test_evaluate_measures_a_run(short_run: Path, capsys: pytest.CaptureFixture[
 def test_evaluate_takes_base_and_bits_from_the_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Neither is what it would be without the adapter's record: the demo, in 4 bits. The demo
-    # itself would be refused, for its weights are other ones.
+    # Without the adapter's record, the model would be the demo, in 4 bits; and the demo would be
+    # refused, because it has other weights.
     base, output = tmp_path / "base", tmp_path / "run"
     save_changed_demo(base)
     trained = ("train", "--model", str(base), "--bits", "8", "--output", str(output),
@@ -256,7 +256,7 @@ def test_generate_answers(short_run: Path, capsys: pytest.CaptureFixture[str]) -
     assert warm != greedy
     assert answer("--temperature", "2", "--seed", "1") == warm
     assert answer("--temperature", "2", "--seed", "2") not in (warm, greedy)
-    # So small a share leaves the likeliest token only.
+    # A share this small keeps only the likeliest token.
     assert answer("--temperature", "2", "--seed", "1", "--top-p", "0.001") == greedy
 
 

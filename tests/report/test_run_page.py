@@ -63,7 +63,7 @@ def write(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> str:
 
 
 class Page(HTMLParser):
-    """Collects what a browser would open, and whether every tag is closed."""
+    """Collects the tags of a page with their attributes, and checks that every tag is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ SECRET = "hf_" + "abcDEF123" * 4
 
 @dataclass
 class Received:
-    """What a stand-in was given."""
+    """The calls that a stand-in received."""
 
     started: list[dict[str, Any]] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Received:
 
 @pytest.fixture
 def tensorboard(monkeypatch: pytest.MonkeyPatch) -> Received:
-    """A stand-in for the writer of TensorBoard, whether or not that is installed."""
+    """A stand-in for the writer of TensorBoard, which need not be installed."""
     received = Received()
 
     class SummaryWriter:
@@ -166,7 +166,7 @@ def test_a_run_sends_what_its_log_has_and_nothing_of_the_data(
     (settings,) = received.settings
     assert (settings["rank"], settings["targets"]) == (16, "all-linear")
     assert "a-secret-of-mine" not in json.dumps(settings)
-    # Line by line: written out, a line's end is two characters that no prompt has.
+    # Compared line by line: in the file, a line's end is written as two other characters.
     samples = json.loads((output / "samples.json").read_text())["samples"]
     lines = [line for sample in samples for line in sample["prompt"].splitlines()]
     assert lines

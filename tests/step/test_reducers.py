@@ -1,4 +1,4 @@
-"""Each exact reducer leaves loss and gradients as they are, and lowers the predicted peak."""
+"""Each exact reducer keeps loss and gradients the same, and lowers the predicted peak."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ Gradients = dict[str, Tensor]
 
 
 def padded_batch(vocabulary: int = 96) -> Batch:
-    """Rows of 21, 13 and 4 tokens, the first with a prompt."""
+    """Return a batch with rows of 21, 13 and 4 tokens, the first with a prompt."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for row, length in enumerate((21, 13, 4)):
@@ -71,7 +71,7 @@ def padded_batch(vocabulary: int = 96) -> Batch:
 
 
 def step(adapter: Adapter, batch: Batch) -> tuple[float, Gradients]:
-    """One forward and backward in training, always with the same draws of dropout."""
+    """Run one forward and backward in training, always with the same masks of dropout."""
     model = adapter.base.model.train()
     torch.manual_seed(5)
     loss: Any = loss_sum(model, batch, head_of(model), chunk_tokens=7)
@@ -95,7 +95,7 @@ def make_adapter(folder: Path, bits: int, targets: str, dropout: float = 0.0) ->
 
 
 def assert_equal_steps(adapter: Adapter, batch: Batch) -> None:
-    """Every combination in `REDUCED` against none of them, on one model, in any order."""
+    """Compare every combination in `REDUCED` with a step without reducers, on one model."""
     model = adapter.base.model
     apply(model, PLAIN, CPU)
     loss, grads = step(adapter, batch)
@@ -124,7 +124,7 @@ def test_reducers_change_no_loss_and_no_gradient_on_real_weights(
 
 
 def own_step(adapter: Adapter, batch: Batch) -> tuple[float, Gradients]:
-    """A step as anyone would write it: the model's own logits, all of them, and torch's loss."""
+    """Run a step in the usual way: with all logits of the model itself, and torch's loss."""
     model = adapter.base.model.train()
     torch.manual_seed(5)
     logits = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
@@ -190,7 +190,7 @@ def test_reducers_are_equal_at_8_bits_too(save_tiny: Callable[..., Path]) -> Non
 
 
 def test_bfloat16_rounds_no_more_in_tiles(save_tiny: Callable[..., Path]) -> None:
-    """A model in bfloat16 computes nearly what it does without, far nearer than its rounding."""
+    """In bfloat16, the gradients in tiles are within 2 % of the gradients without tiles."""
     base = load_folder(save_tiny("tinyllama"), 4, dtype="bfloat16")
     adapter = attach(base, LoraSpec(rank=3, targets=("all-linear",)))
     fill_lora(adapter, std=0.05)
@@ -213,7 +213,7 @@ def test_scores_are_the_same_in_tiles(save_tiny: Callable[..., Path]) -> None:
 
 @pytest.fixture
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes each time that a 4-bit weight is unpacked."""
+    """Record each time that a 4-bit weight is unpacked."""
     noted: list[str] = []
     real = FourBitWeight.dequantize
 
@@ -231,9 +231,9 @@ def test_a_recomputed_layer_stops_before_its_last_product(
 ) -> None:
     """Seven weights a layer: 7 in forward, 6 when it runs again, 7 in backward.
 
-    The second time the down projection is left out: nothing behind it saves its output, and a
-    LoRA layer saves its input before it multiplies. In backward the first layer leaves out q, k
-    and v where its input needs no gradient.
+    The second forward leaves out the down projection: no later operation saves its output, and a
+    LoRA layer saves its input before it multiplies. In backward, the first layer leaves out q, k
+    and v if its input needs no gradient.
     """
     adapter = make_adapter(stories, 4, targets)
     layers = adapter.base.model.config.num_hidden_layers
@@ -247,9 +247,10 @@ def test_a_recomputed_layer_stops_before_its_last_product(
 
 
 def test_a_tiled_mlp_is_not_run_a_third_time(stories: Path, unpacked: list[str]) -> None:
-    """Again 20 a layer: recomputing stops before the MLP, whose backward needs gate and up.
+    """A layer unpacks 20 weights here too: recomputing stops before the MLP.
 
-    Forward 7; again q, k, v and o; backward 4 of those, and gate and up twice beside down.
+    Forward unpacks 7; the second forward q, k, v and o; backward these 4, and for the MLP down once
+    and gate and up twice.
     """
     adapter = make_adapter(stories, 4, "attention")
     layers = adapter.base.model.config.num_hidden_layers
@@ -305,7 +306,7 @@ def test_what_was_saved_first_is_freed_after_backward_and_not_before(
 def test_few_tiles_hold_one_unpacked_weight_at_a_time(
     stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three of deepseek-7b are 0.27 GB, more than two tiles save."""
+    """Three weights of an MLP of deepseek-7b are 0.27 GB, which is more than two tiles save."""
     adapter = make_adapter(stories, 4, "all-linear")
     layer = adapter.base.model.base_model.layers[0]
     made: list[weakref.ref[Tensor]] = []
@@ -333,7 +334,7 @@ def test_few_tiles_hold_one_unpacked_weight_at_a_time(
 
 
 class _Twisted(LlamaMLP):
-    """Looks like a gated MLP and is none."""
+    """Has the parts of a gated MLP, and computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
@@ -378,7 +379,7 @@ def test_a_tiled_mlp_dies_with_its_last_user(save_tiny: Callable[..., Path]) -> 
 
 
 class _Late:
-    """Copies as late as a stream may, in order; finds memory given up before its copy is done."""
+    """Copies as late as a stream may, in order; detects memory freed before its copy is done."""
 
     def __init__(self) -> None:
         self.queue: list[tuple[object, weakref.ref[Tensor], weakref.ref[Tensor], bool]] = []
@@ -456,7 +457,7 @@ def assert_equal(found: Gradients, expected: Gradients) -> None:
 def test_checkpoints_go_out_and_come_back_in_time(
     offloaded: tuple[Adapter, _Late], held: Callable[[], int]
 ) -> None:
-    """The last layer's input is still there; each of the others is fetched a layer ahead."""
+    """The input of the last layer is still there; every other input is fetched a layer ahead."""
     adapter, lane = offloaded
     expected = expected_of(adapter, padded_batch(), lane)
     model = adapter.base.model.train()
@@ -522,7 +523,7 @@ def test_only_what_holds_memory_of_the_device_is_copied_out(held: Callable[[], i
 
 @contextmanager
 def raising_in(adapter: Adapter, where: str) -> Iterator[None]:
-    """Let a forward or a backward end in the middle of the model."""
+    """Let a forward or a backward raise an error in the middle of the model."""
 
     def stop(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
@@ -554,7 +555,7 @@ def test_a_step_that_ends_in_the_middle_leaves_nothing(
         parameter.grad = None
     _, grads = step(adapter, padded_batch())
     assert_equal(grads, expected)
-    # What a backward had still to do when it failed is in torch's queue until the next one.
+    # The rest of a backward that failed stays in torch's queue until the next backward.
     gc.collect()
     assert held() == lane.alive() == 0
     assert lane.faults == []
@@ -623,7 +624,7 @@ def summed_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def measured(base: Base, head: Head, batch: Batch) -> tuple[Tensor, ...]:
-    """Losses, gradients of the hidden states, and scores through a head."""
+    """Return losses, gradients of the hidden states, and scores through a head."""
     states = supervised_states(base.model, batch)
     hidden = states.hidden.detach().requires_grad_()
     found = cross_entropy_sum(hidden, states.targets, head, 7)
@@ -636,7 +637,7 @@ def measured(base: Base, head: Head, batch: Batch) -> tuple[Tensor, ...]:
 SLICED = ("tinyllama", "gemma-2-9b", "cohere", "phi", "qwen2-tied")
 
 
-# The number of bits is the weight's business, the formula the head's: by default each once.
+# The bits belong to the weight and the formula to the head, so by default each is tested once.
 @pytest.mark.parametrize(
     ("name", "head_bits"),
     [*((name, 4) for name in SLICED), (SLICED[0], 8), *slow(*((name, 8) for name in SLICED[1:]))],
@@ -680,7 +681,7 @@ def test_a_tied_embedding_keeps_its_16_bits(save_tiny: Callable[..., Path]) -> N
 def test_a_head_in_fewer_bits_changes_the_loss_a_little(
     stories: Path, bits: Any, limit: float
 ) -> None:
-    """On text the model wrote itself, so that its loss is a language model's."""
+    """The text is the model's own, so that its loss is as low as that of a real language model."""
     base, packed = load_folder(stories), with_head(stories, bits)
     model: Any = base.model
     ids = model.generate(torch.tensor([[1]]), max_new_tokens=120, do_sample=False)[0].tolist()

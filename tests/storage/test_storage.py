@@ -1,4 +1,4 @@
-"""Whole files or none, hashes that find every change, and lines with their right numbers."""
+"""Files are written whole or not at all, hashes find every change, and lines have right numbers."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_an_interrupt_between_the_two_renames_leaves_the_old_folder(
 
 @pytest.fixture
 def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """The flushes and renames that happen from here on, each with the path it is about."""
+    """Record the flushes and renames of a test, each with its path."""
     calls: list[tuple[str, str]] = []
 
     def watch(name: str, path_of: Callable[[Any], str]) -> None:

@@ -1,4 +1,4 @@
-"""From a batch to its loss: which tokens count, that padding does not, and recomputation."""
+"""From a batch to its loss: supervised tokens count, padding does not; and recomputation."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_loss(adapter: Adapter) -> None:
 
 
 def step(adapter: Adapter, *, recompute: bool) -> tuple[float, dict[str, Tensor], int]:
-    """One forward and backward in training: loss, gradients, bytes autograd kept."""
+    """Run a forward and backward in training; return loss, gradients, and bytes autograd kept."""
     model = adapter.base.model.train()
     set_recompute(model, recompute)
     kept: dict[int, int] = {}
@@ -142,7 +142,7 @@ def test_dropout_differs_between_seeds_and_is_off_in_evaluation(adapter: Adapter
 
 
 def test_gradients_of_a_batch_with_dropout_match_finite_differences(adapter: Adapter) -> None:
-    """The mask of forward is the mask of backward, also where the layer runs again."""
+    """Backward uses the mask of forward, even if the layer runs again."""
     name, parameter = list(adapter.parameters().items())[3]
     _, grads, _ = step(adapter, recompute=True)
     direction = grads[name] / grads[name].norm()
@@ -163,7 +163,7 @@ def test_a_model_without_such_layers_is_refused() -> None:
 
 
 def test_quantised_layers_train_like_their_unpacked_twin(save_tiny: Callable[..., Path]) -> None:
-    """A whole model: NF4 weights against the same weights merged back to 16 bits."""
+    """A whole model with NF4 weights equals one with the same weights merged back to 16 bits."""
     from qlora_kit.layers.weight import PlainWeight
 
     results = []

@@ -1,4 +1,4 @@
-"""What a task cannot do is refused by name before a weight is read."""
+"""A command that a task cannot do is refused by name, before a weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training: weighing by tokens, resuming bit for bit, what is saved and what is announced."""
+"""Training: weighing by tokens, resuming bit for bit, saving, and announcing."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_one_row_eight_times_equals_eight_rows_once(save_tiny: Callable[..., Pat
     for other_losses, other_weights in found[1:]:
         assert other_losses == pytest.approx(found[0][0], rel=1e-6)
         for name, weight in found[0][1].items():
-            # In norm: Adam moves an element by the sign of its gradient at first, and the order of
-            # a sum decides the sign of one next to zero.
+            # Compared in norm: Adam first moves an element by the sign of its gradient, and if that
+            # is nearly zero, the order of a sum decides its sign.
             assert relative_error(other_weights[name], weight) < 2e-5, name
 
 
@@ -74,7 +74,7 @@ def test_the_learning_rate_warms_up_and_never_reaches_zero(scheduler: str) -> No
         assert all(later < earlier for earlier, later in pairwise(rates[4:]))
 
 
-# The state of an optimiser does not depend on the bits of the base: by default each of both once.
+# The optimiser's state does not depend on the base's bits, so by default each is tested once.
 @pytest.mark.parametrize(
     ("optimizer", "bits"),
     [
@@ -170,7 +170,7 @@ def test_a_custom_loss_is_what_is_minimised(save_tiny: Callable[..., Path]) -> N
         )
 
     def always_seven(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # Falls only where another loss than that of the rows' own tokens is minimised.
+        # This falls only if the custom loss is minimised, and not the loss of the rows' own tokens.
         return plain(logits, torch.full_like(targets, 7))
 
     def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -269,7 +269,7 @@ def test_without_save_steps_a_run_saves_at_each_epochs_end(
 def test_a_last_checkpoint_not_yet_named_is_named_by_resuming(
     save_tiny: Callable[..., Path], tmp_path: Path, unnamed: str
 ) -> None:
-    """Killed just after its last save, a run has nothing left to save when it is resumed."""
+    """A run that was killed right after its last save has nothing left to save when resumed."""
     adapter = make_adapter(save_tiny())
     record = qk.BaseRecord.of(adapter.base)
     measured = iter([3.0, 2.0, 1.0])
@@ -288,7 +288,7 @@ def test_a_last_checkpoint_not_yet_named_is_named_by_resuming(
 
 
 def test_a_fused_optimizer_goes_on_where_it_was() -> None:
-    """What is built for a GPU counts its steps on the device; a CPU can fuse as well."""
+    """A fused optimiser, as used on a GPU, counts its steps on the device; it runs on CPUs too."""
     from qlora_kit.train.optimizer import optimizer_tensors, restore_optimizer
 
     def stepped(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A step that cannot be taken, a run that is stopped, a run that is continued.
 
-The promises of docs/reliability.md at the size of a unit; tests/faults shows them with counts.
+These are unit tests of the promises in docs/reliability.md; tests/faults counts them in many runs.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def test_rows_too_short_to_attend_do_not_look_like_a_dead_layer(save_tiny: Tiny)
 
 
 class ShortOfMemory:
-    """Stands in for `loss_sum` and has no memory for more than `most` rows."""
+    """Replaces `loss_sum`, and runs out of memory with more than `most` rows."""
 
     def __init__(self, most: int, error: Exception) -> None:
         self.most, self.error, self.rows = most, error, []
@@ -218,7 +218,7 @@ def test_a_step_is_taken_again_with_fewer_rows_at_a_time(
         monkeypatch.setattr(causal, "loss_sum", short)
         result = qk.train_adapter(adapter, rows, config, announce=record(events))
         monkeypatch.setattr(causal, "loss_sum", short.real)
-        # A step that ran out went through some of its rows twice; the last times count.
+        # A step that ran out of memory went through some of its rows twice; the last pass counts.
         taken = [row for batch in short.rows for row in batch][-16:]
         found.append((losses(events), weights_of(adapter), sorted(taken)))
     assert result.progress.micro_batch_rows == 2
@@ -227,13 +227,14 @@ def test_a_step_is_taken_again_with_fewer_rows_at_a_time(
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
     assert found[1][2] == found[0][2] == list(range(16)), "the effective batch is what it was"
     for name, weight in found[0][1].items():
-        # In norm: Adam's first steps move an element by the sign of its gradient, which of one next
-        # to zero is decided by the order of a sum. Another batch would be off by 1e-3 and more.
+        # Compared in norm: Adam first moves an element by the sign of its gradient, and if that is
+        # nearly zero, the order of a sum decides its sign. Another batch would be off by 1e-3 or
+        # more.
         assert relative_error(found[1][1][name], weight) < 2e-5, name
 
 
 def noisy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """A loss of somebody who draws random numbers of their own."""
+    """A custom loss that draws random numbers of its own."""
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return (loss * torch.rand(len(targets))).sum()
 
@@ -242,13 +243,13 @@ def noisy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def test_a_replayed_step_draws_the_same_numbers(
     save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch, loss: Any
 ) -> None:
-    """Two rows of which the second fails once: the replay at one row equals one row asked for."""
+    """A micro-batch of two rows does not fit; its replay equals a step with one row at a time."""
     rows, found = make_rows(6), []
     for batch_size, most in ((1, 1), (2, 1)):
         adapter, events = make_adapter(save_tiny(), dropout=0.0 if loss else 0.3), []
         short = ShortOfMemory(most, MemoryError())
         monkeypatch.setattr(causal, "loss_sum", short)
-        # Windows of two rows that stand in the same order however they are batched.
+        # The windows have two rows, in the same order whatever the batch size.
         monkeypatch.setattr(
             "qlora_kit.train.loop.epoch_batches",
             lambda rows, size, seed, epoch: [
@@ -268,7 +269,7 @@ def test_a_replayed_step_draws_the_same_numbers(
 def test_masks_are_drawn_for_the_widest_batch_however_wide_their_own_is(
     save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU batches are wider than their rows, and a mask depends on how much is drawn."""
+    """On a GPU batches are wider than their rows, and a mask depends on the width of the draw."""
     drawn: list[int] = []
 
     def noted(seed: int, step: int, samples: Any, tokens: int) -> Draws:
@@ -297,7 +298,7 @@ def test_a_resumed_run_draws_what_the_unbroken_one_draws(save_tiny: Tiny, tmp_pa
 
 @contextmanager
 def short_at(where: str, times: int, skip: int = 0) -> Iterator[list[str]]:
-    """Let memory run out in a part of a step, after some passes; yield what was refused."""
+    """Let memory run out in a part of a step, after some passes; yield the refused calls."""
     owner, name = {
         "state": (optimizer_step, "make_state"),
         "clipping": (torch.nn.utils, "clip_grad_norm_"),
@@ -309,7 +310,7 @@ def short_at(where: str, times: int, skip: int = 0) -> Iterator[list[str]]:
         if next(calls) < skip or len(refused) == times:
             return real(*args, **kwargs)
         if where == "update":
-            # As where it runs out between two parameters.
+            # As if memory ran out between two parameters.
             args[0].param_groups[0]["params"][0].data.fill_(torch.nan)
         refused.append(where)
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -326,7 +327,7 @@ def short_at(where: str, times: int, skip: int = 0) -> Iterator[list[str]]:
 def test_a_shortage_before_the_weights_change_replays_the_step(
     save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch, where: str, is_scaled: bool
 ) -> None:
-    """With a loss scaler, which unscales the gradients of a step only once."""
+    """The step has a loss scaler, which unscales the gradients of a step only once."""
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, enabled=is_scaled)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler())
     found = []
@@ -385,7 +386,7 @@ def test_a_torn_step_of_a_rehearsal_is_undone(save_tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("optimizer", ["fused", "adamw8bit", "paged-adamw"])
 def test_an_update_on_a_gpu_takes_no_memory(optimizer: str) -> None:
-    """But for its state, which is there before; the kernels of a GPU are fused ones."""
+    """Its state is made before the update, and the optimisers of a GPU are fused."""
     parameters = [torch.nn.Parameter(torch.randn(8192, 8)) for _ in range(3)]
     if optimizer == "fused":
         made: torch.optim.Optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -451,7 +452,7 @@ def test_state_that_could_not_be_made_is_made_later(
 def test_backward_stays_on_the_thread_that_asks_for_it(
     save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread of autograd's own has a second cuBLAS workspace, which no plan knows."""
+    """A thread of autograd's own would have a second cuBLAS workspace, which no plan counts."""
     allowed, real = [], causal.loss_sum
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -544,7 +545,7 @@ def test_loss_scaling_finds_its_scale_and_resumes_with_the_same_bits(
     adapter, events = half_adapter(), []
     saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
     config = options(max_steps=8, save_steps=4)
-    # A first gradient of 2¹⁶ times a large loss overflows: the scaler has something to find.
+    # The first gradient, 2¹⁶ times that of a large loss, overflows, so the scaler must act.
     large = SpoilingLoss(set(range(100)), 50.0)
     result = qk.train_adapter(
         adapter, make_rows(8), config, saving=saving, loss=large, announce=record(events)
@@ -567,7 +568,7 @@ def test_loss_scaling_finds_its_scale_and_resumes_with_the_same_bits(
 
 @pytest.fixture
 def handled() -> Iterator[None]:
-    # Started in the background, the tests would inherit that SIGINT is ignored.
+    # If the tests are started in the background, they inherit that SIGINT is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with signals.stop_on_signals():
         yield
@@ -714,7 +715,7 @@ def test_every_group_is_an_allowed_name_and_stands_in_the_documentation() -> Non
 
 
 def test_the_identity_of_a_run_is_every_option_that_decides_its_bits() -> None:
-    """Of each option a run that changes it is refused, or known by what came of it."""
+    """Each such option is compared when a run is resumed, or is known by its result."""
     named = set(compared(qk.TrainConfig))
     for name in that_decide(qk.TrainConfig, "shape", *COVERED):
         assert name in named or declared(qk.TrainConfig, name)["known_by_result"], name
@@ -782,7 +783,7 @@ def test_a_resumed_log_has_each_row_once(tmp_path: Path) -> None:
         log(step(number))
         log(Evaluated(number, 0.0, 1.0, True, 1.0))
     log(StepSkipped(3, 0.0, math.nan, math.inf, (4,)))
-    # Stopped in the evaluation after step 2, which the resumed run does again.
+    # The run stops in the evaluation after step 2, which the resumed run does again.
     log(RunStarted(first_step=3, total_steps=4, epochs=1.0, evaluated_step=1))
     rows = read_log(tmp_path / "trainer_log.jsonl")
     assert [(row["optimizer_step"], "eval_loss" in row) for row in rows] == [
