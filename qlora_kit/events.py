@@ -6,8 +6,8 @@ progress bar, a log and a plot. Stages never print.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,11 @@ class Evaluated(Event):
     optimizer_step: int
     epoch: float
     loss: float
-    """nats per supervised token"""
+    """mean over the weight, such as nats per supervised token"""
     is_best: bool
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """what else was measured, by name"""
 
 
 @dataclass(frozen=True)

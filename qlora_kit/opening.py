@@ -38,6 +38,7 @@ from qlora_kit.model.names import ModelSource, find_model, known_models
 from qlora_kit.train.folder import stored_layer
 
 if TYPE_CHECKING:
+    from qlora_kit.data.labels import Labels
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.lora.several import AdapterSet
@@ -106,6 +107,10 @@ class Opened:
     tokenizer: Any
     has_template: bool
     task: Task
+
+    def classifying(self, labels: Labels) -> Opened:
+        """Return the same model, opened as a classifier with these labels."""
+        return replace(self, task=_classifier(labels, self.tokenizer.pad_token_id))
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
@@ -177,9 +182,32 @@ class Opened:
 
 def asked_task() -> Task:
     """Return the task of every command. No other place names a task."""
-    from qlora_kit.tasks import TASKS
+    from qlora_kit.tasks import CAUSAL
 
-    return TASKS["causal"]
+    return CAUSAL
+
+
+def _classifier(labels: Labels, pad_token_id: int | None) -> Task:
+    from qlora_kit.data.labelled_rows import LabelledRows
+    from qlora_kit.model.class_head import ClassHead
+    from qlora_kit.tasks.classify import classify
+
+    head = ClassHead(labels.kind, labels.names, pad_token_id)
+    return classify(head, LabelledRows(labels), labels.weights)
+
+
+def _stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None) -> Task:
+    """Return the task that an adapter, or else a model, was trained for."""
+    from qlora_kit.data.labels import Labels
+    from qlora_kit.lora.adapter import stored_labels
+    from qlora_kit.model.class_head import ClassHead
+
+    if adapter is not None and (found := stored_labels(adapter)) is not None:
+        return _classifier(Labels(*found), pad_token_id)
+    head = ClassHead.of(spec.architecture())
+    if head is not None:
+        return _classifier(Labels(head.kind, head.names), pad_token_id)
+    return asked_task()
 
 
 def check_generates(task: Task, asked: str) -> None:
@@ -213,7 +241,8 @@ def base_spec(
     from qlora_kit.model.load import BaseSpec, stored_quantization
 
     asked = Quantization(options.bits, options.quant_type, options.double_quant)
-    spec = BaseSpec(source, folder, asked, options.weights == "random", loads=task.loads)
+    is_random = options.weights == "random"
+    spec = BaseSpec(source, folder, asked, is_random, task.loads, task.classes)
     stored = stored_quantization(spec.architecture())
     if stored is None or spec.random:
         return spec
@@ -258,7 +287,9 @@ def open_tokenizer(
     choose_template(tokenizer, chat_template)
     if adapter is not None:
         _compare_templates(tokenizer, adapter, announce)
-    opened = Opened(source, fetched, tokenizer, has_template, asked_task())
+    bare = base_spec(source, fetched.folder, options, asked_task())
+    task = _stored_task(bare, adapter, tokenizer.pad_token_id)
+    opened = Opened(source, fetched, tokenizer, has_template, task)
     _tell_ids_beyond(opened, options, announce)
     return opened
 

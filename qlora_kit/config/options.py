@@ -472,6 +472,11 @@ class RunOptions(Options):
         ge=1,
         decides="memory",
     )
+    best_metric: str = option(
+        "loss", "what the best checkpoint and early stopping go by: loss, or a metric of the task, "
+        "such as accuracy or macro_f1",
+        also=["metric_for_best_model"],
+    )  # fmt: skip
     early_stopping_patience: int | None = option(
         None, "evaluations without improvement before the run stops", ge=1
     )

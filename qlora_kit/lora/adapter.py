@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
-from qlora_kit.layers.projections import Projection, projections
+from qlora_kit.layers.projections import Projection, base_prefix, projections
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.lora.files import (
     CONFIG,
@@ -43,6 +43,8 @@ _SAVED_KEY = re.compile(
     r"(base_model\.model\.)?(?P<path>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)"
 )
 _MOST_FAULTS = 5
+# PEFT's word for the classification of whole texts.
+_CLASSIFIER = "SEQ_CLS"
 _PATTERN_SECONDS = 5.0
 
 
@@ -69,7 +71,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     save_tensors(folder / WEIGHTS, tensors)
     # The name of a base may be a folder or an address, and have a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
-    write_json(folder / RECORD, redacted_values(record.model_dump()))
+    write_json(folder / RECORD, redacted_values(record.as_json()))
 
 
 def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
@@ -90,12 +92,22 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "target_modules": _target_modules(adapter),
         "bias": "none",
         "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
-        "modules_to_save": sorted(
-            {name.rpartition(".")[0] for name in (*adapter.saved, *adapter.whole_parameters())}
-        )
-        or None,
+        "modules_to_save": _modules_to_save(adapter) or None,
         "inference_mode": True,
     }
+
+
+def _modules_to_save(adapter: Adapter) -> list[str]:
+    """Return the modules that are saved whole; of a head that has several layers, the head.
+
+    PEFT itself saves the head of a classifier by the name of its outermost module.
+    """
+    prefix = base_prefix(adapter.base.model)
+    paths = {name.rpartition(".")[0] for name in (*adapter.saved, *adapter.whole_parameters())}
+    in_head = {path for path in paths if prefix and not path.startswith(prefix)}
+    is_classifier = adapter.base.spec.classes is not None
+    heads = {path.partition(".")[0] for path in in_head} if is_classifier else in_head
+    return sorted((paths - in_head) | heads)
 
 
 def _target_modules(adapter: Adapter) -> list[str]:
@@ -197,18 +209,23 @@ def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) ->
         match = _SAVED_KEY.fullmatch(key)
         path = match["path"] if match else ""
         # PEFT compares the end of the path only: "norm" names every layer norm.
-        if match is None or not path.endswith(modules):
+        if match is None or not any(_is_within(path, module) for module in modules):
             raise AdapterError(f"{file}: unknown tensor {key}; expected lora_A and lora_B")
         if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinity; train it again")
         saved[f"{path}.{match['leaf']}"] = tensor
     for module in modules:
-        if not any(name.rpartition(".")[0].endswith(module) for name in saved):
+        if not any(_is_within(name.rpartition(".")[0], module) for name in saved):
             raise AdapterError(
                 f"{file}: modules_to_save names {module} and there is no tensor of it; expected "
                 "its weights; save the adapter again"
             )
     return saved
+
+
+def _is_within(path: str, module: str) -> bool:
+    """Whether a path is one that PEFT means by the name of a module, or leads into it."""
+    return path.endswith(module) or f"{module}." in path
 
 
 def _is_named(path: str, name: str) -> bool:
@@ -251,6 +268,31 @@ def _check_pair(folder: Path, path: str, a: Tensor, b: Tensor, rank: int) -> Non
         )
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise AdapterError(f"{folder}: {path} holds NaN or infinity; train it again")
+
+
+def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
+    """Return the kind and the names of the labels of a stored classifier; None of other adapters.
+
+    Without a record the names are those that transformers gives: LABEL_0, LABEL_1 …
+
+    Raises:
+        AdapterError: a classifier of another tool without its head.
+    """
+    record = read_base_record(folder)
+    if record is not None:
+        return None if record.labels is None else (record.label_kind, record.labels)
+    if read_peft_config(folder).task_type != _CLASSIFIER:
+        return None
+    saved = read_adapter(folder).saved
+    outputs = [len(tensor) for name, tensor in saved.items() if name.endswith(".weight")]
+    if not outputs:
+        raise AdapterError(
+            f"{folder}: a classifier without its head; expected modules_to_save with the layer "
+            "that gives the labels; save the adapter again"
+        )
+    # The last layer of a head is its narrowest.
+    names = tuple(f"LABEL_{number}" for number in range(min(outputs)))
+    return ("single" if len(names) > 1 else "regression"), names
 
 
 def load_adapter(base: Base, folder: Path) -> Adapter:

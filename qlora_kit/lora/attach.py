@@ -64,7 +64,9 @@ class LoraSpec:
     task_type: str = TASK_TYPE
 
     @classmethod
-    def of(cls, options: LoraOptions, task_type: str = TASK_TYPE) -> LoraSpec:
+    def of(
+        cls, options: LoraOptions, task_type: str = TASK_TYPE, whole: tuple[str, ...] = ()
+    ) -> LoraSpec:
         """Return the spec that the options ask for, for a task that PEFT calls `task_type`."""
         return cls(
             rank=options.rank,
@@ -74,6 +76,7 @@ class LoraSpec:
             rslora=options.rslora,
             rank_pattern=options.rank_pattern,
             alpha_pattern=options.alpha_pattern,
+            whole=whole,
             task_type=task_type,
         )
 

@@ -53,7 +53,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 # PEFT options that say how the adapter was made, and do not change what it computes.
 _HARMLESS = {
-    "task_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config",
+    "peft_version", "auto_mapping", "inference_mode", "runtime_config",
     "layers_pattern",
     # The base decides whether its layers hold their weights transposed, here and in PEFT.
     "fan_in_fan_out",
@@ -138,6 +138,7 @@ class PeftConfig(_File):
     exclude_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[_Text] | None = None
+    task_type: Any = None
 
     @property
     def targeted_names(self) -> tuple[str, ...]:
@@ -163,6 +164,8 @@ class BaseRecord(_File):
         revision: commit of the hub repository, if the base came from the hub.
         template_hash: hash of the chat template that the data went through; None if there was no
             template; `UNKNOWN_TEMPLATE` if it is not known.
+        labels: names of a classifier's labels in the order of its outputs; None for other models.
+        label_kind: "single", "multi" or "regression"; None for other models.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -179,6 +182,8 @@ class BaseRecord(_File):
     block_size: Literal[64] = 64
     revision: _Text | None = None
     template_hash: _Text | None = None
+    labels: tuple[_Text, ...] | None = None
+    label_kind: Literal["single", "multi", "regression"] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
@@ -197,6 +202,7 @@ class BaseRecord(_File):
                 template. With `UNKNOWN_TEMPLATE`, it uses the tokenizer's, if there is one.
         """
         dtype: Any = base.hardware.dtype_name
+        classes = base.spec.classes
         return cls(
             base=base.spec.source.identity,
             digest=base.digest,
@@ -208,8 +214,17 @@ class BaseRecord(_File):
             dequantization_dtype=dtype,
             revision=revision,
             template_hash=template_hash,
+            labels=classes.names if classes else None,
+            label_kind=classes.kind if classes else None,
             versions=library_versions(),
         )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of the file; labels are there where the model has some."""
+        content = self.model_dump(mode="json")
+        if self.labels is None:
+            del content["labels"], content["label_kind"]
+        return content
 
 
 def library_versions() -> dict[str, str]:

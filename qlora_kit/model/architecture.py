@@ -28,7 +28,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.layers.experts import Stack, run_experts
 from qlora_kit.layers.frozen import TransposedLinear
 from qlora_kit.layers.projections import projections, vocabulary_paths
-from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION
+from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, is_encoder, outside_of_base
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
     as_list,
@@ -144,6 +144,11 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
             than `_BUILD_SECONDS` to build.
     """
     name = architecture.model_type
+    if loads == CAUSAL_LM and is_encoder(architecture):
+        raise ModelError(
+            f"{name}: reads whole texts and writes none; expected a causal language model; pass "
+            "--task classify, or choose another model"
+        )
     try:
         with (
             time_limit(_BUILD_SECONDS),
@@ -242,7 +247,7 @@ def unquantized_share(skeleton: PreTrainedModel) -> float:
     sizes = {
         name: parameter.numel()
         for name, parameter in skeleton.named_parameters()
-        if not name.startswith(skipped)
+        if not name.startswith(skipped) and not outside_of_base(skeleton, name)
     }
     left = {name: size for name, size in sizes.items() if not name.startswith(linear)}
     share: float = sum(left.values()) / max(1, sum(sizes.values()))

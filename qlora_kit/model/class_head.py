@@ -99,13 +99,15 @@ def head_layers(skeleton: PreTrainedModel, fresh: Collection[str]) -> tuple[str,
     )
 
 
-def fresh_value(skeleton: PreTrainedModel, name: str) -> torch.Tensor:
-    """Return the value of a parameter that no checkpoint has, before it is trained.
+def fresh_value(name: str, like: torch.Tensor, *, is_linear: bool) -> torch.Tensor:
+    """Return the value of a parameter that no checkpoint has, before it is trained, fp32.
 
-    The weights of a norm are one; all else is zero. `lora.attach` draws what is trained.
+    The scale of a norm is one; all else is zero. `lora.attach` draws the layers that are trained.
+
+    Args:
+        name: of the parameter.
+        like: has its shape.
+        is_linear: whether it belongs to a linear layer.
     """
-    path, _, leaf = name.rpartition(".")
-    meta = skeleton.get_parameter(name)
-    is_scale = leaf == "weight" and not isinstance(skeleton.get_submodule(path), nn.Linear)
-    fill = torch.ones if is_scale and meta.dim() == 1 else torch.zeros
-    return fill(meta.shape, dtype=torch.float32, device="cpu")
+    is_scale = name.endswith(".weight") and not is_linear and like.dim() == 1
+    return torch.full(like.shape, 1.0 if is_scale else 0.0, dtype=torch.float32, device="cpu")

@@ -297,7 +297,9 @@ def frozen_tensors(
                 yield name, freeze(name, tensor, name in linear, quantization, where, is_own=is_own)
         announce(LoadProgress(done, len(assemblies)))
     for name in fresh:
-        own = fresh_value(skeleton, name).to(device)
+        layer = skeleton.get_submodule(name.rpartition(".")[0])
+        is_linear = isinstance(layer, nn.Linear | FrozenLinear)
+        own = fresh_value(name, expected[name], is_linear=is_linear).to(device)
         yield name, PlainWeight(own) if name in linear else own
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.hardware import make_deterministic
-from qlora_kit.model.load import Base
+from qlora_kit.model.load import Base, trained_whole
 from qlora_kit.model.threads import choose_threads
 from qlora_kit.opening import Opened
 from qlora_kit.plan.planning import Plan
@@ -35,7 +35,7 @@ from qlora_kit.signals import Stopped
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
-from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
+from qlora_kit.train.loop import Measure, Saving, TrainResult, plan_steps, train_adapter
 from qlora_kit.train.resume import is_finished, resume_point
 
 
@@ -98,7 +98,8 @@ class Run:
         threads = choose_threads(config.threads)
         config = config.model_copy(update={"threads": threads.count})
         opened, rows, held_out = token_rows(samples, validation, config, announce)
-        lora = LoraSpec.of(config, opened.task.peft_type)
+        whole = trained_whole(opened.spec(config))
+        lora = LoraSpec.of(config, opened.task.peft_type, whole)
         trainable = opened.trainable(config, lora)
         goes_on = config.resume is not None and bool(checkpoints(output))
         plan = plan_run(
@@ -193,7 +194,7 @@ class Run:
                 announce=announce_to((written, tracking, self.announce)),
             )
 
-    def _validation(self) -> Callable[[], float] | None:
+    def _validation(self) -> Measure | None:
         """Return a function that measures the validation rows; None if there are none.
 
         If memory runs out, later measurements begin with the smaller batch that fitted.
@@ -202,7 +203,7 @@ class Run:
             return None
         rows, batch_size = self.held_out.rows, self.config.eval_batch_size
 
-        def validation_loss() -> float:
+        def measured_now() -> Mapping[str, float]:
             nonlocal batch_size
             measured = evaluate(
                 self.adapter.base,
@@ -214,9 +215,9 @@ class Run:
                 announce=self.announce,
             )
             batch_size = measured.batch_size
-            return measured.loss
+            return {"loss": measured.loss, **measured.metrics}
 
-        return validation_loss
+        return measured_now
 
     def _say_how_to_go_on(self, end: BaseException) -> None:
         if checkpoints(self.output):
@@ -237,7 +238,11 @@ class Run:
         output = self.output
         rows = log.read_log(output / log.NAME)
         plot.draw_loss(rows, output / plot.NAME)
-        results = (*_results(result), *speed(rows), *memory.close(result.peak_memory_bytes))
+        results = (
+            *_results(result, self.config),
+            *speed(rows),
+            *memory.close(result.peak_memory_bytes),
+        )
         commands = _next_commands(output, self.config)
         record = self.record
         summary = RunSummary.of(self.config, record.base, facts, results, record.versions, commands)
@@ -291,7 +296,7 @@ def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:
     return commands
 
 
-def _results(result: TrainResult) -> tuple[tuple[str, str], ...]:
+def _results(result: TrainResult, config: TrainConfig) -> tuple[tuple[str, str], ...]:
     progress = result.progress
     rows = [
         ("optimiser steps", f"{progress.optimizer_step} ({result.reason})"),
@@ -300,6 +305,10 @@ def _results(result: TrainResult) -> tuple[tuple[str, str], ...]:
     if progress.best_loss is not None:
         best = f"{progress.best_loss:.4f} at best, step {progress.best_step}"
         rows.append(("validation loss", best))
+    if progress.best_metric is not None:
+        rows.append(
+            (config.best_metric.replace("_", " "), f"{progress.best_metric:.4f} in that step")
+        )
     if progress.skipped_steps:
         rows.append(("skipped steps", f"{progress.skipped_steps} (not finite; see the log)"))
     if progress.micro_batch_rows is not None:

@@ -56,8 +56,7 @@ class Log:
             if is_logged(event.optimizer_step, self._every):
                 self._append(_step_row(event))
         elif isinstance(event, Evaluated):
-            named = {"loss": "eval_loss"}
-            self._append({named.get(name, name): value for name, value in asdict(event).items()})
+            self._append(_evaluation_row(event))
 
     def _append(self, row: dict[str, Any]) -> None:
         # JSON has no NaN or infinity, so their names are written.
@@ -82,6 +81,14 @@ def _step_row(event: StepFinished) -> dict[str, Any]:
     row = asdict(event)
     del row["weighs"]
     return {event.weighs if name == "weight" else name: value for name, value in row.items()}
+
+
+def _evaluation_row(event: Evaluated) -> dict[str, Any]:
+    """Return the row of an evaluation, whose figures have names of their own."""
+    row = asdict(event)
+    metrics = row.pop("metrics")
+    row = {"eval_loss" if name == "loss" else name: value for name, value in row.items()}
+    return row | {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def is_logged(step: int, every: int) -> bool:

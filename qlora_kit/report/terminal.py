@@ -100,8 +100,11 @@ class Terminal:
             self._show_step(event)
         elif isinstance(event, Evaluated):
             best = " (best so far)" if event.is_best else ""
+            metrics = "".join(
+                f", {name.replace('_', ' ')} {value:.4f}" for name, value in event.metrics.items()
+            )
             self.console.print(
-                f"step {event.optimizer_step}: validation loss {event.loss:.4f}{best}, "
+                f"step {event.optimizer_step}: validation loss {event.loss:.4f}{metrics}{best}, "
                 f"{event.seconds:.1f} s"
             )
         elif isinstance(event, CheckpointSaved):

@@ -202,7 +202,9 @@ def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, flo
     if isinstance(event, StepSkipped):
         return event.optimizer_step, {"train/skipped": 1}
     if isinstance(event, Evaluated):
-        return event.optimizer_step, {"eval/loss": event.loss, "eval/seconds": event.seconds}
+        metrics = {f"eval/{name}": value for name, value in event.metrics.items()}
+        own = {"eval/loss": event.loss, "eval/seconds": event.seconds}
+        return event.optimizer_step, {**own, **metrics}
     return None
 
 

@@ -55,7 +55,7 @@ class RowSums(NamedTuple):
         weight: number of units that the sums of a row are over, such as supervised tokens.
         loss: the loss of a row, summed.
         metrics: the metrics of a row, summed, by the names of `Task.metrics`.
-        outputs: the values of a row that `Objective.figures` works on, (B, M); None if it needs none.
+        outputs: (B, M), what `Objective.figures` works on; None if it needs nothing.
     """
 
     weight: Tensor

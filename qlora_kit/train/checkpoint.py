@@ -53,7 +53,8 @@ class Progress:
         epoch: index of the current epoch.
         window: optimiser steps done in the current epoch.
         evaluated_step: the last step whose evaluation, where one was due, is done.
-        best_loss: lowest validation loss so far; None before the first evaluation.
+        best_loss: validation loss of the best evaluation so far; None before the first one.
+        best_metric: value of `--best-metric` in that evaluation; None where it is the loss.
         best_step: the step after which it was measured.
         evaluations_without_gain: number of evaluations since the best one.
         skipped_steps: number of steps whose loss or gradient was not finite.
@@ -69,6 +70,7 @@ class Progress:
     window: int = 0
     evaluated_step: int = 0
     best_loss: float | None = None
+    best_metric: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
     skipped_steps: int = 0

@@ -22,11 +22,12 @@ import torch
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, Row, TokenRows, epoch_batches, plan_windows
-from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
+from qlora_kit.errors import ConfigError, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
     CheckpointSaved,
     Evaluated,
+    Event,
     MicroBatchHalved,
     Notice,
     RunFinished,
@@ -42,6 +43,7 @@ from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes, resta
 from qlora_kit.parallel.one import Processes, processes_of_this_run
 from qlora_kit.step.reducers import apply, resolve, without_effect
 from qlora_kit.tasks.causal import CAUSAL
+from qlora_kit.tasks.classify import RowLoss
 from qlora_kit.tasks.task import Task
 from qlora_kit.train.checkpoint import (
     Progress,
@@ -63,6 +65,13 @@ _MOST_SKIPPED_IN_A_ROW = 3
 _MOST_OVERFLOWS_IN_A_ROW = 20
 # The first position can attend to itself only, so queries and keys get no gradient from it.
 _TOKENS_TO_ATTEND = 3
+
+
+# All other metrics are better the higher they are.
+_LOWER_IS_BETTER = ("loss", "rmse", "mae")
+
+Measure = Callable[[], float | Mapping[str, float]]
+"""Returns the validation loss, alone or as "loss" among other metrics."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,18 @@ class TrainResult:
     peak_memory_bytes: int
 
 
+def _falls(metric: str) -> bool:
+    """Whether a metric falls where a model gets better."""
+    return metric in _LOWER_IS_BETTER
+
+
+def _loss_and_metrics(found: float | Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """Take a validation loss, alone or with metrics beside it, apart."""
+    if not isinstance(found, Mapping):
+        return float(found), {}
+    return found["loss"], {name: value for name, value in found.items() if name != "loss"}
+
+
 def plan_steps(rows: int, config: TrainConfig) -> StepPlan:
     """Return the number of optimiser steps of a run.
 
@@ -121,8 +142,9 @@ def train_adapter(
     *,
     task: Task = CAUSAL,
     pad_token_id: int = 0,
-    evaluate: Callable[[], float] | None = None,
-    loss: ChunkLoss | None = None,
+    evaluate: Measure | None = None,
+    loss: ChunkLoss | RowLoss | None = None,
+    stop_when: Callable[[Event], bool] | None = None,
     saving: Saving | None = None,
     before_first_step: Callable[[OptimizerStep], None] | None = None,
     announce: Announce = silent,
@@ -135,9 +157,12 @@ def train_adapter(
         config: all other options of the run.
         task: the meaning of a row.
         pad_token_id: id that fills short rows of a batch; the loss never sees it.
-        evaluate: returns the validation loss; called while training, with the adapter in place.
-        loss: custom loss of a chunk of logits and targets, returning a sum; cross-entropy if
-            None.
+        evaluate: returns the validation loss, or a mapping with "loss" and metrics of your own, see
+            `config.best_metric`; called while training, with the adapter in place.
+        loss: custom loss, returning a sum: of a chunk of logits and targets, or, where the task
+            classifies, of the logits of rows and their targets. The task's own if None.
+        stop_when: hears every finished step and evaluation; the run ends after one for which it
+            returns True.
         saving: the place of the checkpoints; without it nothing is written.
         before_first_step: called with the object that takes the steps; must leave its state as it
             was.
@@ -160,6 +185,7 @@ def train_adapter(
         pad_token_id,
         evaluate,
         loss,
+        stop_when,
         saving,
         before_first_step,
         announce if processes.is_writer else silent,
@@ -178,8 +204,9 @@ class _Run:
     config: TrainConfig
     task: Task
     pad_token_id: int
-    evaluate: Callable[[], float] | None
-    loss: ChunkLoss | None
+    evaluate: Measure | None
+    loss: ChunkLoss | RowLoss | None
+    stop_when: Callable[[Event], bool] | None
     saving: Saving | None
     before_first_step: Callable[[OptimizerStep], None] | None
     announce: Announce
@@ -212,6 +239,7 @@ class _Run:
         self.progress = Progress()
         self.saved: Progress | None = None
         self.last_loss = math.nan
+        self.is_asked_to_stop = False
 
     def run(self) -> TrainResult:
         start = time.perf_counter()
@@ -274,17 +302,18 @@ class _Run:
 
     def _steps(self) -> str:
         """Take optimiser steps until the run ends; return why it ended."""
-        if self.progress.evaluated_step < self.progress.optimizer_step and self._after_step():
-            # A run that was stopped between a step and its evaluation still has to evaluate.
-            return "validation loss stopped falling"
+        # A run that was stopped between a step and its evaluation still has to evaluate.
+        is_behind = self.progress.evaluated_step < self.progress.optimizer_step
+        if is_behind and (reason := self._after_step()):
+            return reason
         for windows in self._epochs():
             for window in windows:
                 if self.progress.optimizer_step >= self.plan.total:
                     return "all steps done"
                 signals.safe_point()
                 self._take(window)
-                if self._after_step():
-                    return "validation loss stopped falling"
+                if reason := self._after_step():
+                    return reason
             self.progress.epoch, self.progress.window = self.progress.epoch + 1, 0
         raise AssertionError("epochs do not end")
 
@@ -316,7 +345,7 @@ class _Run:
         self.progress.skipped_in_a_row = 0
         self._count_overflow(taken, step)
         self._check_movement(step)
-        self.announce(
+        self._tell(
             StepFinished(
                 optimizer_step=step,
                 epoch=epoch,
@@ -373,11 +402,22 @@ class _Run:
         step = self.progress.optimizer_step + 1
         self.announce(MicroBatchHalved(step, self.config.batch_size, rows_now))
 
+    def _tell(self, event: Event) -> None:
+        """Announce an event, and ask the stop rule about it."""
+        self.announce(event)
+        if self.stop_when is not None and self.stop_when(event):
+            self.is_asked_to_stop = True
+
     # ------------------------------------------------------------ between steps
 
-    def _after_step(self) -> bool:
-        """Evaluate and save if it is due; return whether the run should stop early."""
-        stop_early = self._is_due(self.config.eval_steps) and self._evaluate()
+    def _after_step(self) -> str:
+        """Evaluate and save if it is due; return the reason to stop early, or nothing."""
+        stop_early = ""
+        if self._is_due(self.config.eval_steps) and self._evaluate():
+            name = self.config.best_metric
+            stop_early = f"validation {name} stopped {'falling' if _falls(name) else 'rising'}"
+        if self.is_asked_to_stop:
+            stop_early = "the stop rule was met"
         self.progress.evaluated_step = self.progress.optimizer_step
         is_best = self.progress.best_step == self.progress.optimizer_step
         # The last step is saved once, by the end of the run.
@@ -404,23 +444,43 @@ class _Run:
             return False
         start = time.perf_counter()
         self.model.eval()
-        loss = self.evaluate()
+        loss, metrics = _loss_and_metrics(self.evaluate())
         self.model.train()
-        step, best = self.progress.optimizer_step, self.progress.best_loss
+        step = self.progress.optimizer_step
         if not math.isfinite(loss):
             raise NumericsError(
                 f"step {step}: the validation loss is {loss}; expected a finite number; lower "
                 "--learning-rate, or look at the validation rows"
             )
-        is_best = best is None or loss < best
+        is_best = self._is_best(loss, metrics)
         if is_best:
             self.progress.best_loss, self.progress.best_step = loss, step
+            self.progress.best_metric = metrics.get(self.config.best_metric)
             self.progress.evaluations_without_gain = 0
         else:
             self.progress.evaluations_without_gain += 1
-        self.announce(Evaluated(step, self._epoch(), loss, is_best, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        self._tell(Evaluated(step, self._epoch(), loss, is_best, seconds, metrics))
         patience = self.config.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
+
+    def _is_best(self, loss: float, metrics: Mapping[str, float]) -> bool:
+        """Compare an evaluation with the best one by `--best-metric`.
+
+        Raises:
+            ConfigError: it was not measured.
+        """
+        name, best = self.config.best_metric, self.progress.best_metric
+        if name == "loss":
+            return self.progress.best_loss is None or loss < self.progress.best_loss
+        if name not in metrics:
+            raise ConfigError(
+                f"--best-metric {name}: is not measured here; expected loss"
+                f"{''.join(f', {each}' for each in sorted(metrics))}; correct it"
+            )
+        if best is None:
+            return True
+        return metrics[name] < best if _falls(name) else metrics[name] > best
 
     def _save(self) -> None:
         """Save a checkpoint, unless there was no progress since the last one."""
