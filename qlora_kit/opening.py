@@ -146,13 +146,12 @@ class Opened:
         Raises:
             ConfigError: a target or pattern names no layer.
         """
-        from qlora_kit.layers.projections import projections, vocabulary_paths
-        from qlora_kit.lora.attach import check_patterns, resolve_targets
+        from qlora_kit.layers.projections import projections
+        from qlora_kit.lora.attach import targeted_paths
 
         skeleton = self.spec(options).skeleton()
         layers = projections(skeleton)
-        paths = resolve_targets(layers, lora.targets, vocabulary_paths(skeleton))
-        check_patterns(paths, lora)
+        paths = targeted_paths(skeleton, lora)
         shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
         count: int = sum(width * lora.rank_of(path) for width, path in shapes)
         for path in lora.whole:

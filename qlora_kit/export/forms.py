@@ -24,8 +24,9 @@ from qlora_kit.layers.projections import projected_weights
 from qlora_kit.layers.quantize import read_quantized
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
+from qlora_kit.model.class_head import fresh_value
 from qlora_kit.model.convert import Assembly, assemble
-from qlora_kit.model.load import freeze, open_tensors
+from qlora_kit.model.load import freeze, fresh_parameters, open_tensors
 
 
 class Variant(StrEnum):
@@ -169,6 +170,11 @@ class Parameters:
         self._base = _Reader(open_tensors(merge.spec, skeleton, merge.device), skeleton)
         self._written = _Reader(open_checkpoint(folder), skeleton)
         self.has_original = has_original(merge.spec, skeleton)
+        shapes = skeleton.state_dict()
+        self._fresh = {
+            name: fresh_value(name, shapes[name], is_linear=_is_linear(skeleton, name))
+            for name in fresh_parameters(merge.spec, skeleton)
+        }
 
     def missing_and_surplus(self, tied: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Return the parameters that were not written, and the written ones the base lacks.
@@ -176,7 +182,8 @@ class Parameters:
         Args:
             tied: copies that may be written but need not be.
         """
-        expected, found = self._base.names - tied.keys(), self._written.names
+        expected = (self._base.names | self._fresh.keys()) - tied.keys()
+        found = self._written.names
         return sorted(expected - found), sorted(found - expected - tied.keys())
 
     def stored(self, name: str) -> Stored | None:
@@ -192,6 +199,9 @@ class Parameters:
         written = dict(self._written.under(path, self._merge.device))
         for name, stored in self._base.under(path, self._merge.device):
             yield Forms(name, self._merge, stored, self._frozen(name, stored), written.get(name))
+        for name, value in self._fresh.items():
+            if name.startswith(f"{path}."):
+                yield Forms(name, self._merge, value, self._frozen(name, value), written.get(name))
 
     def _frozen(self, name: str, stored: Stored) -> FrozenWeight | None:
         if isinstance(stored, FrozenWeight):
@@ -204,6 +214,10 @@ class Parameters:
         frozen = freeze(name, stored, True, self._merge.spec.quantization, self._merge.device)
         assert isinstance(frozen, FrozenWeight)
         return frozen
+
+
+def _is_linear(skeleton: nn.Module, name: str) -> bool:
+    return isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Linear)
 
 
 class _Reader:
@@ -238,7 +252,7 @@ class _Reader:
             yield name, tensor.to(device)
 
 
-def units_of(skeleton: nn.Module, head: nn.Module) -> dict[str, nn.Module]:
+def units_of(skeleton: nn.Module, head: nn.Module | None) -> dict[str, nn.Module]:
     """Return the units that a model is run in, by path: decoder layers and the modules beside them.
 
     Together they hold every parameter except those of the head.

@@ -5,12 +5,15 @@ Takes token rows or a tokenizer; returns one padded batch of a bounded number of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.data.batch import Batch, collate
+from qlora_kit.data.batch import collate
 from qlora_kit.data.encode import IGNORED, prompt_ids
+from qlora_kit.model.class_head import is_encoder
+from qlora_kit.model.load import BaseSpec
+from qlora_kit.tasks.classify import collate_labelled
 
 _MOST_ROW_TOKENS = 256
 _PROMPTS = (
@@ -31,19 +34,23 @@ class VerificationRows:
     """Rows that a merge is verified on.
 
     Attributes:
-        batch: the rows, padded.
+        batch: the rows, padded: a batch of the task.
         source: the source of the rows, in words.
         of_task: whether the rows are of the task that the adapter was trained for, so that a
             lower loss on them is better.
     """
 
-    batch: Batch
+    batch: Any
     source: str
     of_task: bool
 
 
 def some_rows(
-    rows: Iterable[Mapping[str, Any]], tokens: int, pad_token_id: int, source: str
+    rows: Iterable[Mapping[str, Any]],
+    tokens: int,
+    pad_token_id: int,
+    source: str,
+    classifier: BaseSpec | None = None,
 ) -> VerificationRows:
     """Return the first rows of the task that together have `tokens` tokens.
 
@@ -52,22 +59,37 @@ def some_rows(
         tokens: the number of tokens after which no further row is taken.
         pad_token_id: pads shorter rows.
         source: the source of the rows, in words.
+        classifier: the base, where the rows are labelled texts.
     """
-    taken: list[dict[str, Any]] = []
+    taken: list[Mapping[str, Any]] = []
     count = 0
     for row in rows:
-        taken.append(_cut_row(row))
+        taken.append(row if classifier else _cut_row(row))
         count += len(taken[-1]["input_ids"])
         if count >= tokens:
             break
-    return VerificationRows(collate(taken, pad_token_id), source, of_task=True)
+    return VerificationRows(_batch(taken, pad_token_id, classifier), source, of_task=True)
 
 
-def built_in_rows(tokenizer: Any) -> VerificationRows:
+def built_in_rows(tokenizer: Any, classifier: BaseSpec | None = None) -> VerificationRows:
     """Return built-in prompts. They belong to no task: they only show how far apart models are."""
     encoded = [prompt_ids(tokenizer, prompt) for prompt in _PROMPTS]
-    rows = [{"input_ids": ids, "labels": ids, "row": row} for row, ids in enumerate(encoded)]
-    return VerificationRows(collate(rows, tokenizer.pad_token_id), "built-in prompts", False)
+    labels = encoded if classifier is None else [[0]] * len(encoded)
+    rows = [
+        {"input_ids": ids, "labels": label, "row": row}
+        for row, (ids, label) in enumerate(zip(encoded, labels, strict=True))
+    ]
+    batch = _batch(rows, tokenizer.pad_token_id, classifier)
+    return VerificationRows(batch, "built-in prompts", False)
+
+
+def _batch(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, classifier: BaseSpec | None
+) -> Any:
+    if classifier is None or classifier.classes is None:
+        return collate(rows, pad_token_id)
+    masks = is_encoder(classifier.architecture())
+    return collate_labelled(rows, classifier.classes, pad_token_id, masks=masks)
 
 
 def _cut_row(row: Mapping[str, Any]) -> dict[str, Any]:

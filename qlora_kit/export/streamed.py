@@ -50,6 +50,7 @@ class StreamedModel:
     ) -> None:
         self._model, self._read, self._variants = skeleton, read, variants
         self._device = device
+        self._rows = 0
         self._running = variants[0]
         self._forms: Mapping[str, Forms] = {}
         skeleton.eval()
@@ -70,13 +71,30 @@ class StreamedModel:
         Args:
             input_ids: (B, T), padded on the right.
         """
+        outputs = self._run(self._model.base_model, {"input_ids": input_ids, "use_cache": False})
+        return self._by_variant(outputs.last_hidden_state)
+
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Tensor]) -> dict[Variant, Tensor]:
+        """Return the logits (B, K) of every variant of a classifier, fp32.
+
+        Args:
+            inputs: arguments of the model, (B, T) each.
+        """
+        return self._by_variant(self._run(self._model, inputs).logits)
+
+    def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """Run a model on the rows of all variants, one variant after the other."""
+        self._rows = len(inputs["input_ids"])
         count = len(self._variants)
-        outputs = self._model.base_model(
-            input_ids=input_ids.repeat(count, 1).to(self._device),
-            use_cache=False,
-        )
-        parts = outputs.last_hidden_state.chunk(count)
-        return dict(zip(self._variants, parts, strict=True))
+        repeated = {
+            name: value.repeat(count, 1).to(self._device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        return model(**repeated)
+
+    def _by_variant(self, outputs: Tensor) -> dict[Variant, Tensor]:
+        return dict(zip(self._variants, outputs.chunk(len(self._variants)), strict=True))
 
     # ------------------------------------------------------------ one unit
 
@@ -90,12 +108,15 @@ class StreamedModel:
         def forward(*inputs: Any, **named: Any) -> Any:
             self._forms = {form.name: form for form in self._read(path)}
             rows = _row_count(inputs, named)
+            # Positions are looked up once for all rows.
+            is_shared = rows != self._rows * len(self._variants)
+            slices = _row_slices(rows, self._variants)
             results = []
-            for variant, part in zip(
-                self._variants, _row_slices(rows, self._variants), strict=True
-            ):
+            for variant, part in zip(self._variants, slices, strict=True):
                 self._running = variant
-                given, given_named = _part_of((inputs, named), rows, part)
+                given, given_named = inputs, named
+                if not is_shared:
+                    given, given_named = _part_of((inputs, named), rows, part)
                 if is_embedding:
                     parameters = self._looked_up(path, given[0])
                     given = (torch.unique(given[0], return_inverse=True)[1], *given[1:])
@@ -103,7 +124,8 @@ class StreamedModel:
                     parameters = self._small_parameters(path)
                 unit.forward = own  # type: ignore[method-assign]
                 try:
-                    results.append(functional_call(unit, parameters, given, given_named))
+                    result = functional_call(unit, parameters, given, given_named)
+                    results.append(result.expand(self._rows, -1, -1) if is_shared else result)
                 finally:
                     unit.forward = forward  # type: ignore[method-assign]
             self._forms = {}

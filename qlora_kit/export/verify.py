@@ -38,6 +38,8 @@ _CHUNK_TOKENS = 128
 _SLICE_ROWS = 8192
 _MOST_FAULTS = 5
 _MOSTLY = 0.5
+# Predicted numbers that agree are this close.
+_CLOSE = 0.01
 
 
 @torch.no_grad()
@@ -68,8 +70,9 @@ def verify_merge(
     for copy, source in untied_copies(merge.stored, skeleton).items():
         stored = _found(parameters.stored(source))
         weigher.weigh(Forms(copy, merge, stored, None, parameters.written(copy)))
-    head_path = _path_of_module(skeleton, skeleton.get_output_embeddings())
-    units = units_of(skeleton, skeleton.get_submodule(head_path))
+    output = skeleton.get_output_embeddings()
+    head_path = None if output is None else _path_of_module(skeleton, output)
+    units = units_of(skeleton, output)
     done = 0
 
     def read(path: str) -> Sequence[Forms]:
@@ -84,19 +87,23 @@ def verify_merge(
 
     remedy = "pass --device cpu, or fewer --verify-tokens"
     with out_of_memory_while("verifying the merge", remedy), memory_returned():
+        measures: tuple[VariantMeasure, ...] = ()
         if rows is None:
-            for path in units:
+            for path in (*units, *([head_path] if head_path else [])):
                 read(path)
-            read(head_path)
             weigher.raise_faults()
-            measures: tuple[VariantMeasure, ...] = ()
         else:
             model = StreamedModel(skeleton, units, read, variants, merge.stored, merge.device)
-            hidden = model.hidden_states(rows.batch.input_ids)
-            read(head_path)
-            weigher.raise_faults()
-            heads = _heads(skeleton, head_path, parameters, merge, variants)
-            measures = _measure_variants(hidden, heads, rows)
+            if head_path is None:
+                logits = model.logits(rows.batch.inputs)
+                weigher.raise_faults()
+                measures = _measure_classes(logits, rows, merge)
+            else:
+                hidden = model.hidden_states(rows.batch.input_ids)
+                read(head_path)
+                weigher.raise_faults()
+                heads = _heads(skeleton, head_path, parameters, merge, variants)
+                measures = _measure_variants(hidden, heads, rows)
     layers = tuple(sorted(weigher.layers, key=lambda layer: -layer.ratio))
     return MergeReport(
         base=merge.spec.source.identity,
@@ -107,7 +114,7 @@ def verify_merge(
         merged_over=merge.over,
         is_requantized=merge.requantize,
         rows=rows.source if rows else None,
-        tokens=len(rows.batch.positions) if rows else 0,
+        tokens=rows.batch.weight if rows else 0,
         variants=measures,
         layers=layers,
         verdict=judge(merge, rows, measures, layers),
@@ -321,6 +328,36 @@ def _measure_variants(
     return tuple(tally.measure(variant, losses) for variant, tally in tallies.items())
 
 
+def _measure_classes(
+    logits: Mapping[Variant, Tensor], rows: VerificationRows, merge: Merge
+) -> tuple[VariantMeasure, ...]:
+    """Compare the logits (B, K) of every variant of a classifier with the adapter's."""
+    assert merge.spec.classes is not None
+    kind, reference = merge.spec.classes.kind, logits[Variant.ADAPTER]
+    # Without labels the adapter's own answers are what the others are measured by.
+    targets = rows.batch.targets.to(reference.device) if rows.of_task else None
+    tallies = {variant: _Tally() for variant in logits}
+    for variant, tally in tallies.items():
+        found = logits[variant]
+        if kind == "single":
+            wanted = reference.argmax(1) if targets is None else targets
+            tally.add(found, reference, wanted)
+        elif kind == "multi":
+            wanted = reference > 0 if targets is None else targets > 0
+            tally.add(_yes_or_no(found), _yes_or_no(reference), wanted.flatten().long())
+        else:
+            numbers = reference.squeeze(1) if targets is None else targets
+            tally.add_numbers(found.squeeze(1), reference.squeeze(1), numbers)
+    losses = torch.cat(tallies[Variant.ADAPTER].losses)
+    return tuple(tally.measure(variant, losses) for variant, tally in tallies.items())
+
+
+def _yes_or_no(logits: Tensor) -> Tensor:
+    """Return the logits (B, K) of several labels as a choice of two for each, (B · K, 2)."""
+    flat = logits.flatten().unsqueeze(1)
+    return torch.cat([torch.zeros_like(flat), flat], 1)
+
+
 @dataclass
 class _Tally:
     """Sums over the tokens, for one variant."""
@@ -339,6 +376,15 @@ class _Tally:
         self.divergences.append(divergence.clamp_min_(0).double().cpu())
         self.agreements += int((logits.argmax(-1) == reference.argmax(-1)).sum())
         self.error += float((logits - reference).double().square().sum())
+        self.size += float(reference.double().square().sum())
+
+    def add_numbers(self, numbers: Tensor, reference: Tensor, targets: Tensor) -> None:
+        """Count predicted numbers (n,), taken for means of normal distributions of variance 1."""
+        self.losses.append((numbers - targets).square().double().cpu())
+        self.divergences.append((numbers - reference).square().div(2).double().cpu())
+        close = torch.isclose(numbers, reference, rtol=_CLOSE, atol=_CLOSE)
+        self.agreements += int(close.sum())
+        self.error += float((numbers - reference).double().square().sum())
         self.size += float(reference.double().square().sum())
 
     def measure(self, variant: Variant, reference_losses: Tensor) -> VariantMeasure:

@@ -243,6 +243,18 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
         raise ConfigError(*faults)
 
 
+def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
+    """Return the paths of the layers of a model that get LoRA: those trained whole get none.
+
+    Raises:
+        ConfigError: a target or a pattern names no layer.
+    """
+    found = {path: each for path, each in projections(model).items() if path not in spec.whole}
+    paths = resolve_targets(found, spec.targets, vocabulary_paths(model))
+    check_patterns(paths, spec)
+    return paths
+
+
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """Wrap the targeted layers of `base` in LoRA layers; its output does not change yet.
 
@@ -256,8 +268,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """
     check_free(base)
     found = projections(base.model)
-    paths = resolve_targets(found, spec.targets, vocabulary_paths(base.model))
-    check_patterns(paths, spec)
+    paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for number, path in enumerate(paths):

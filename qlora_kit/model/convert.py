@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.projections import stacks, transposed_weights
+from qlora_kit.model.class_head import may_be_fresh
 from qlora_kit.private_transformers import left_out_of_checkpoints
 
 # The parts that bitsandbytes stores beside a packed weight. Its `weight_format` only says "row",
@@ -110,7 +111,7 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
         name, pattern = rename_source_key(
             stored, renamings, converters, skeleton.base_model_prefix, state
         )
-        if name not in state and _is_ignored(name, skeleton):
+        if name not in state and (_is_ignored(name, skeleton) or _is_of_other_head(name, skeleton)):
             continue
         target = _QUANTIZED_PARTS.sub(".weight", name)
         fresh = Assembly(target, is_transposed=target in transposed, stack=stacked.get(target))
@@ -150,6 +151,17 @@ def as_stored(
             in_order = [parts[each] for each, (of, _) in stack_of.items() if of == whole]
             yield whole, stack.together(in_order).contiguous()
             del waiting[whole]
+
+
+def _is_of_other_head(name: str, skeleton: PreTrainedModel) -> bool:
+    """Whether a tensor is of a head that a classifier does not have, as a language model's."""
+    if skeleton.get_output_embeddings() is not None or not may_be_fresh(skeleton, name):
+        return False
+    try:
+        skeleton.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return True
+    return False
 
 
 def _is_ignored(name: str, skeleton: PreTrainedModel) -> bool:

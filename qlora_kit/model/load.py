@@ -270,10 +270,7 @@ def frozen_tensors(
     stored = None if spec.random else stored_quantization(skeleton.config)
     quantization = Quantization(bits=16) if stored else spec.quantization
     assemblies = assemble(source.names, skeleton)
-    fresh: list[str] = []
-    if spec.classes is not None:
-        assemblies = [each for each in assemblies if _is_of(each, skeleton)]
-        fresh = [name for name in _missing(assemblies, skeleton) if may_be_fresh(skeleton, name)]
+    fresh = [] if spec.classes is None else _fresh(assemblies, skeleton)
     _check_names(assemblies, expected.keys() - set(fresh), tied, spec)
 
     def read(name: str) -> Tensor:
@@ -303,19 +300,11 @@ def frozen_tensors(
         yield name, PlainWeight(own) if name in linear else own
 
 
-def _is_of(assembly: Assembly, skeleton: PreTrainedModel) -> bool:
-    """Whether a classifier has the part that a tensor belongs to: it has no language head."""
-    path = assembly.target.rpartition(".")[0]
-    try:
-        skeleton.get_submodule(path)
-    except AttributeError:
-        return not may_be_fresh(skeleton, assembly.target)
-    return True
-
-
-def _missing(assemblies: list[Assembly], skeleton: PreTrainedModel) -> list[str]:
+def _fresh(assemblies: list[Assembly], skeleton: PreTrainedModel) -> list[str]:
+    """Return the parameters of a classifier's head that no tensor makes up."""
     found = {name for assembly in assemblies for name in assembly.parameters}
-    return [name for name, _ in skeleton.named_parameters() if name not in found]
+    missing = [name for name, _ in skeleton.named_parameters() if name not in found]
+    return [name for name in missing if may_be_fresh(skeleton, name)]
 
 
 def fresh_parameters(spec: BaseSpec, skeleton: PreTrainedModel) -> frozenset[str]:
@@ -323,8 +312,7 @@ def fresh_parameters(spec: BaseSpec, skeleton: PreTrainedModel) -> frozenset[str
     if spec.classes is None or spec.random:
         return frozenset()
     assemblies = assemble(open_tensors(spec, skeleton, torch.device("cpu")).names, skeleton)
-    missing = _missing(assemblies, skeleton)
-    return frozenset(name for name in missing if may_be_fresh(skeleton, name))
+    return frozenset(_fresh(assemblies, skeleton))
 
 
 def trained_whole(spec: BaseSpec) -> tuple[str, ...]:

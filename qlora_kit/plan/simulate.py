@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.layers.draws import Draws, drawn_from
-from qlora_kit.layers.projections import projected_weights, projections, vocabulary_paths
+from qlora_kit.layers.projections import projected_weights, projections
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
-from qlora_kit.lora.attach import attach, resolve_targets
+from qlora_kit.lora.attach import attach, targeted_paths
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.load import (
     Base,
@@ -362,7 +362,7 @@ def _simulate_merge(
     """
     lora = subject.lora
     layers = projections(skeleton)
-    targets = resolve_targets(layers, lora.targets, vocabulary_paths(skeleton))
+    targets = targeted_paths(skeleton, lora)
     with ledger.purpose("LoRA"):
         tensors = {
             path: (

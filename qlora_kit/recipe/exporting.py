@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from qlora_kit.export.merge import Merged
     from qlora_kit.export.merge_report import MergeReport
     from qlora_kit.export.rows import VerificationRows
+    from qlora_kit.model.load import BaseSpec
     from qlora_kit.opening import Opened
 
 
@@ -85,7 +86,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     adapter = read_adapter(config.adapter)
     opened = open_tokenizer(options, announce, config.adapter)
     spec = opened.spec(options)
-    rows = _verification_rows(config, opened, announce)
+    rows = _verification_rows(config, opened, spec, announce)
     reports: list[MergeReport] = []
 
     def check(merge: Merge, folder: Path) -> None:
@@ -124,7 +125,7 @@ def _check_new(folder: Path, overwrite: bool) -> None:
 
 
 def _verification_rows(
-    config: ExportConfig, opened: Opened, announce: Announce
+    config: ExportConfig, opened: Opened, spec: BaseSpec, announce: Announce
 ) -> VerificationRows | None:
     """Return rows to verify with: from `--data`, or else the run's own, or else built-in ones."""
     from qlora_kit.data.tokens import tokenize
@@ -134,15 +135,18 @@ def _verification_rows(
         return None
     tokenizer, makes = opened.tokenizer, opened.task.makes
     pad = tokenizer.pad_token_id
+    classifier = spec if spec.classes is not None else None
     run = _config_of_run(config.adapter, announce)
     if config.data is not None:
         samples, options = load_samples(config.data, "test", run), run or TokenOptions()
         named = tokenize(samples, tokenizer, options, makes=makes)
-        return some_rows(named.rows, config.verify_tokens, pad, Path(config.data).name)
+        source = Path(config.data).name
+        return some_rows(named.rows, config.verify_tokens, pad, source, classifier)
     held_out = None if run is None else _held_out_rows(run, opened, announce)
     if held_out is None:
-        return built_in_rows(tokenizer)
-    return some_rows(held_out.rows, config.verify_tokens, pad, "validation rows of the run")
+        return built_in_rows(tokenizer, classifier)
+    source = "validation rows of the run"
+    return some_rows(held_out.rows, config.verify_tokens, pad, source, classifier)
 
 
 def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:

@@ -49,6 +49,13 @@ class LabelledBatch:
     """(B, T) int64, which of two texts a token is of; None where the model does not ask"""
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The arguments of a classifier's forward."""
+        named = {"attention_mask": self.mask, "token_type_ids": self.token_types}
+        given = {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {"input_ids": self.input_ids, **given}
+
+    @property
     def tokens(self) -> int:
         """Tokens without padding."""
         return sum(self.lengths)
@@ -107,30 +114,9 @@ class ClassifyObjective:
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> LabelledBatch:
         """See `Objective`; padded to a width that suits the device."""
-        lengths = tuple(len(row["input_ids"]) for row in rows)
-        width = self.base.batch_width(max(lengths))
-        types = _padded([row.get("token_types") for row in rows], width, 0)
-        ids = _padded([row["input_ids"] for row in rows], width, self.pad_token_id)
-        assert ids is not None
-        targets = self._targets([row["labels"] for row in rows])
-        sources = tuple(int(row["row"]) for row in rows)
-        return LabelledBatch(ids, lengths, sources, targets, self._mask(lengths, width), types)
-
-    def _mask(self, lengths: Sequence[int], width: int) -> Tensor | None:
-        """Return which tokens are none of the padding; None where nothing would see it."""
-        if min(lengths) == width or not is_encoder(self.base.model.config):
-            return None
-        return (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
-
-    def _targets(self, labels: Sequence[Sequence[float]]) -> Tensor:
-        if self.classes.kind == "single":
-            return torch.tensor([int(label) for (label,) in labels])
-        if self.classes.kind == "regression":
-            return torch.tensor([float(number) for (number,) in labels])
-        targets = torch.zeros(len(labels), len(self.classes.names))
-        for row, chosen in enumerate(labels):
-            targets[row, [int(label) for label in chosen]] = 1.0
-        return targets
+        masks = is_encoder(self.base.model.config)
+        width = self.base.batch_width
+        return collate_labelled(rows, self.classes, self.pad_token_id, masks=masks, width=width)
 
     def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> LabelledBatch:
         """See `Objective`: as padded as a batch can be, which takes the most."""
@@ -147,10 +133,7 @@ class ClassifyObjective:
         return LabelledBatch(ids, (tokens,) * rows, tuple(range(rows)), targets, mask)
 
     def _logits(self, batch: LabelledBatch) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.mask}
-        if batch.token_types is not None:
-            inputs["token_type_ids"] = batch.token_types
-        logits: Tensor = self.base.model(**inputs).logits
+        logits: Tensor = self.base.model(**batch.inputs).logits
         return logits.float()
 
     def loss_sum(self, batch: LabelledBatch) -> Tensor:
@@ -186,12 +169,59 @@ class ClassifyObjective:
 
     def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
         """See `Objective`; the outputs are the logits of each row, (rows, K)."""
-        targets = self._targets([row["labels"] for row in rows])
+        targets = targets_of([row["labels"] for row in rows], self.classes)
         if self.classes.kind == "regression":
             return number_figures(outputs.squeeze(1), targets)
         if self.classes.kind == "multi":
             return class_figures((outputs > 0).long(), targets.long(), self.classes.names)
         return class_figures(outputs.argmax(1), targets, self.classes.names)
+
+
+def collate_labelled(
+    rows: Sequence[Mapping[str, Any]],
+    classes: ClassHead,
+    pad_token_id: int,
+    *,
+    masks: bool,
+    width: Callable[[int], int] = lambda tokens: tokens,
+) -> LabelledBatch:
+    """Pad rows on the right to the longest of them, or further.
+
+    Args:
+        rows: with `input_ids`, `labels` (see `targets_of`), `row`, and `token_types` where a model
+            tells two texts apart.
+        classes: meaning of the labels.
+        pad_token_id: fills `input_ids`.
+        masks: whether tokens would see the padding, so that it has to be masked.
+        width: returns T for the tokens of the longest row.
+    """
+    lengths = tuple(len(row["input_ids"]) for row in rows)
+    wide = width(max(lengths))
+    ids = _padded([row["input_ids"] for row in rows], wide, pad_token_id)
+    assert ids is not None
+    mask = None
+    if masks and min(lengths) < wide:
+        mask = (torch.arange(wide) < torch.tensor(lengths).unsqueeze(1)).long()
+    targets = targets_of([row["labels"] for row in rows], classes)
+    types = _padded([row.get("token_types") for row in rows], wide, 0)
+    return LabelledBatch(ids, lengths, tuple(int(row["row"]) for row in rows), targets, mask, types)
+
+
+def targets_of(labels: Sequence[Sequence[float]], classes: ClassHead) -> Tensor:
+    """Return the targets of rows, see `LabelledBatch`.
+
+    Args:
+        labels: of each row: its class, its classes, or its number, in a list.
+        classes: meaning of the labels.
+    """
+    if classes.kind == "single":
+        return torch.tensor([int(label) for (label,) in labels])
+    if classes.kind == "regression":
+        return torch.tensor([float(number) for (number,) in labels])
+    targets = torch.zeros(len(labels), len(classes.names))
+    for row, chosen in enumerate(labels):
+        targets[row, [int(label) for label in chosen]] = 1.0
+    return targets
 
 
 def classify(classes: ClassHead, makes: MakesRows, class_weights: tuple[float, ...] = ()) -> Task:
