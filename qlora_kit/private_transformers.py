@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -26,6 +27,12 @@ def initialize(model: PreTrainedModel, module: nn.Module) -> None:
 def recompute_by(layer: GradientCheckpointingLayer, run: Callable[..., Any]) -> None:
     """Let a decoder layer that is recomputed call `run(forward, *inputs)` in place of forward."""
     layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+
+
+def run_experts_by(model: PreTrainedModel, name: str, run: Callable[..., Tensor]) -> None:
+    """Let the experts of a model run `run(experts, hidden, top_k_index, top_k_weights)`."""
+    ALL_EXPERTS_FUNCTIONS.register(name, run)
+    model.set_experts_implementation(name)
 
 
 def gated(experts: nn.Module, gate_up: Tensor) -> Tensor:

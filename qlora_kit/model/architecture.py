@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.errors import ModelError
@@ -39,7 +38,7 @@ from qlora_kit.model.config_file import (
 )
 from qlora_kit.model.faults import model_errors
 from qlora_kit.private_torch import own_buffers
-from qlora_kit.private_transformers import drop_kernels, initialize
+from qlora_kit.private_transformers import drop_kernels, initialize, run_experts_by
 from qlora_kit.time_limit import TimeUp, time_limit
 
 # The class that a base is loaded as, unless its task names another.
@@ -193,8 +192,7 @@ def _take_stacks_apart(skeleton: PreTrainedModel) -> None:
                 delattr(experts, f"{name}_bias")
             experts.add_module(name, stack)
     if found:
-        ALL_EXPERTS_FUNCTIONS.register(_ONE_BY_ONE, run_experts)
-        skeleton.set_experts_implementation(_ONE_BY_ONE)
+        run_experts_by(skeleton, _ONE_BY_ONE, run_experts)
 
 
 def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:

@@ -77,7 +77,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
 
 
 def _asked_prompts(config: GenerateConfig) -> list[PromptRecord]:
-    """Return what is to be continued; once by each adapter where no prompt asks for one."""
+    """Return the prompts to continue; each once for every adapter if none of them names one."""
     if bool(config.prompt) is (config.prompts is not None):
         found = "both are given" if config.prompt else "missing"
         raise ConfigError(
@@ -95,7 +95,7 @@ def _asked_prompts(config: GenerateConfig) -> list[PromptRecord]:
 
 
 def _as_turns(prompt: PromptRecord, raw: bool) -> str | tuple[Message, ...]:
-    """Return what the chat template makes a text of, or the text as it is."""
+    """Return the turns that the chat template renders, or the text as it is."""
     if not isinstance(prompt.content, str):
         if raw:
             raise DataError(
