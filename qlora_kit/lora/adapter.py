@@ -25,6 +25,7 @@ from qlora_kit.lora.files import (
     RECORD,
     WEIGHTS,
     BaseRecord,
+    PeftConfig,
     check_adapter_folder,
     read_base_record,
     read_peft_config,
@@ -45,6 +46,7 @@ _SAVED_KEY = re.compile(
 _MOST_FAULTS = 5
 # PEFT's word for the classification of whole texts.
 _CLASSIFIER = "SEQ_CLS"
+_HEADS = ("classifier", "score")
 _PATTERN_SECONDS = 5.0
 
 
@@ -66,7 +68,11 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     for path, layer in adapter.layers.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    for name, tensor in {**adapter.saved, **adapter.whole_parameters()}.items():
+    for name, tensor in {
+        **_rest_of_heads(adapter),
+        **adapter.saved,
+        **adapter.whole_parameters(),
+    }.items():
         tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     save_tensors(folder / WEIGHTS, tensors)
     # The name of a base may be a folder or an address, and have a secret in it.
@@ -108,6 +114,18 @@ def _modules_to_save(adapter: Adapter) -> list[str]:
     is_classifier = adapter.base.spec.classes is not None
     heads = {path.partition(".")[0] for path in in_head} if is_classifier else in_head
     return sorted((paths - in_head) | heads)
+
+
+def _rest_of_heads(adapter: Adapter) -> dict[str, Tensor]:
+    """Return the parameters of a classifier's head that nothing trains, such as those of a norm.
+
+    They are those of the base; PEFT wants a head that it replaces to be complete.
+    """
+    if adapter.base.spec.classes is None:
+        return {}
+    prefix = base_prefix(adapter.base.model)
+    named = adapter.base.model.named_parameters()
+    return {name: each for name, each in named if prefix and not name.startswith(prefix)}
 
 
 def _target_modules(adapter: Adapter) -> list[str]:
@@ -170,6 +188,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
     saved = _saved(others, tuple(config.modules_to_save or ()), folder)
+    _check_all_saved(saved, config, folder)
     tensors = _pair(lora, folder)
     spec = LoraSpec(
         rank=config.r,
@@ -214,13 +233,19 @@ def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) ->
         if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinity; train it again")
         saved[f"{path}.{match['leaf']}"] = tensor
-    for module in modules:
-        if not any(_is_within(name.rpartition(".")[0], module) for name in saved):
-            raise AdapterError(
-                f"{file}: modules_to_save names {module} and there is no tensor of it; expected "
-                "its weights; save the adapter again"
-            )
     return saved
+
+
+def _check_all_saved(saved: Mapping[str, Tensor], config: PeftConfig, folder: Path) -> None:
+    paths = {name.rpartition(".")[0] for name in saved}
+    for module in config.modules_to_save or ():
+        # PEFT names every head that a classifier may have, whichever this one has.
+        is_other_head = config.task_type == _CLASSIFIER and module in _HEADS and bool(saved)
+        if not is_other_head and not any(_is_within(path, module) for path in paths):
+            raise AdapterError(
+                f"{folder / WEIGHTS}: modules_to_save names {module} and there is no tensor of it; "
+                "expected its weights; save the adapter again"
+            )
 
 
 def _is_within(path: str, module: str) -> bool:

@@ -182,7 +182,7 @@ class BaseRecord(_File):
     block_size: Literal[64] = 64
     revision: _Text | None = None
     template_hash: _Text | None = None
-    labels: tuple[_Text, ...] | None = None
+    labels: Annotated[tuple[_Text, ...], Field(strict=False, min_length=1)] | None = None
     label_kind: Literal["single", "multi", "regression"] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -472,16 +472,16 @@ def fill(
         ModelError: a tensor is missing.
     """
     output = model.get_output_embeddings()
+    head_path = None if output is None else _path_of(model, output)
     empty = set(model.state_dict(keep_vars=True)) - set(model.all_tied_weights_keys or {})
     for name, value in tensors:
         _place(model, name, value, hardware)
         empty.discard(name)
     if empty:
         raise ModelError(f"not filled by the checkpoint: {', '.join(sorted(empty)[:5])}")
-    if output is not None:
-        head_path = _path_of(model, output)
+    if head_path is not None:
         _share_tied(model, head_path)
-    if output is not None and head is not None:
+    if head_path is not None and head is not None:
         stored = model.get_submodule(head_path)
         model.set_submodule(head_path, quantize_head(stored, head, hardware.device))
     _move_buffers(model, hardware.device)
