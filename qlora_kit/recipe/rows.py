@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import (
@@ -20,13 +21,13 @@ from qlora_kit.redact import redacted_values
 
 if TYPE_CHECKING:
     from qlora_kit.data.survey import Survey
-    from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.data.tokens import MakesRows, Tokenized
     from qlora_kit.opening import Opened
 
 
 def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:
     """Read the training rows, and those of validation where there are some; say what they are."""
-    samples = load_samples(config.data, "train", config)
+    samples = load_samples(config.data, "train", config, task=config.task)
     if config.data is None:
         announce(
             Notice(
@@ -35,9 +36,9 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
             )
         )
     validation = (
-        load_samples(config.validation, "validation", config)
+        load_samples(config.validation, "validation", config, task=config.task)
         if config.validation
-        else load_held_out(config.data, config)
+        else load_held_out(config.data, config, config.task)
     )
     for text in (*samples.notices, *(validation.notices if validation else ())):
         announce(Notice(text))
@@ -48,21 +49,34 @@ def token_rows(
     samples: Samples, validation: Samples | None, config: TrainConfig, announce: Announce
 ) -> tuple[Opened, Tokenized, Tokenized | None]:
     """Return the model's tokenizer, and what it makes of the data, checked for training."""
-    from qlora_kit.data.chat_template import spelled_out_end
-
     opened = open_tokenizer(config, announce, chat_template=config.chat_template)
-    if end := spelled_out_end(opened.tokenizer):
-        announce(
-            Notice(
-                f"the chat template ends answers with {end!r}, which is no token of the "
-                "tokenizer: it is spelled out, and the EOS token learnt after it; expected an end "
-                "token; correct the template"
-            )
-        )
+    for text in (
+        _notices_of_text(config) if config.task == "classify" else _template_notices(opened)
+    ):
+        announce(Notice(text))
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
     return opened, rows, held_out
+
+
+def _template_notices(opened: Opened) -> Iterator[str]:
+    from qlora_kit.data.chat_template import spelled_out_end
+
+    if end := spelled_out_end(opened.tokenizer):
+        yield (
+            f"the chat template ends answers with {end!r}, which is no token of the "
+            "tokenizer: it is spelled out, and the EOS token learnt after it; expected an end "
+            "token; correct the template"
+        )
+
+
+def _notices_of_text(config: TrainConfig) -> Iterator[str]:
+    """Options of text that is learnt must not be silently without effect on labelled texts."""
+    for name in ("train_on", "chat_template"):
+        if name in config.model_fields_set:
+            flag = name.replace("_", "-")
+            yield f"--{flag} has no effect: a labelled text is given to the model as it is"
 
 
 def tokenize_data(
@@ -75,7 +89,7 @@ def tokenize_data(
     """Tokenise, hold out validation rows, and say what became of every row."""
     from qlora_kit.data.tokens import split_validation, tokenize
 
-    tokenizer, makes = opened.tokenizer, opened.task.makes
+    tokenizer, makes = opened.tokenizer, _row_maker(samples, opened, config, announce)
     rows = tokenize(samples, tokenizer, config, makes=makes)
     announce(Notice(f"data: {rows.describe()}"))
     if validation is not None:
@@ -87,7 +101,34 @@ def tokenize_data(
         raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
     if split is not None:
         announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
+        for text in _held_out_labels(rows, kept):
+            announce(Notice(text))
     return kept, split
+
+
+def _row_maker(
+    samples: Samples, opened: Opened, config: TrainConfig, announce: Announce
+) -> MakesRows:
+    """Return what makes rows of the task; labels are those of the training samples."""
+    if config.task != "classify":
+        return opened.task.makes
+    from qlora_kit.data.labelled_rows import LabelledRows
+    from qlora_kit.data.labels import class_counts, labels_of, missing_from
+
+    labels = labels_of(samples, config)
+    announce(Notice(f"labels: {labels.describe()}"))
+    for text in missing_from(labels, class_counts(labels, samples), samples.source):
+        announce(Notice(text))
+    return LabelledRows(labels)
+
+
+def _held_out_labels(rows: Tokenized, kept: Tokenized) -> Iterator[str]:
+    """Yield a notice where all rows of a label were held out."""
+    if rows.labels is None:
+        return
+    from qlora_kit.data.labels import held_out_whole
+
+    yield from held_out_whole(rows.labels, rows.label_counts(), kept.label_counts())
 
 
 def _check_validation(config: TrainConfig, held_out: Tokenized | None, announce: Announce) -> None:
@@ -111,7 +152,8 @@ def surveyed(
     shown_rows: int,
 ) -> Survey:
     """Return what a survey of the data found, fit to be shown."""
-    from qlora_kit.data.survey import Part, survey
+    from qlora_kit.data.row_arrays import Part
+    from qlora_kit.data.survey import survey
 
     found = survey(
         Part(samples, rows),
