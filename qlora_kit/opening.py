@@ -188,11 +188,12 @@ def asked_task() -> Task:
 
 def _classifier(labels: Labels, pad_token_id: int | None) -> Task:
     from qlora_kit.data.labelled_rows import LabelledRows
-    from qlora_kit.model.class_head import ClassHead
+    from qlora_kit.model.class_head import VALUE, ClassHead
     from qlora_kit.tasks.classify import classify
 
-    head = ClassHead(labels.kind, labels.names, pad_token_id)
-    return classify(head, LabelledRows(labels), labels.weights)
+    head = ClassHead(labels.kind, labels.names or (VALUE,), pad_token_id)
+    weights = labels.weights if len(set(labels.weights)) > 1 else ()
+    return classify(head, LabelledRows(labels), weights)
 
 
 def _stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None) -> Task:
@@ -201,12 +202,35 @@ def _stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None)
     from qlora_kit.lora.adapter import stored_labels
     from qlora_kit.model.class_head import ClassHead
 
-    if adapter is not None and (found := stored_labels(adapter)) is not None:
-        return _classifier(Labels(*found), pad_token_id)
+    found = None if adapter is None else stored_labels(adapter)
     head = ClassHead.of(spec.architecture())
-    if head is not None:
-        return _classifier(Labels(head.kind, head.names), pad_token_id)
-    return asked_task()
+    if found is None and head is not None:
+        found = head.kind, head.names
+    if found is None:
+        return asked_task()
+    kind, names = found
+    return _classifier(Labels(kind, () if kind == "regression" else names), pad_token_id)
+
+
+def stored_task_name(model: str, adapter: Path | None) -> str:
+    """Return the name of the task that an adapter, or else a model, was trained for.
+
+    Reads text files only, before torch is imported.
+
+    Args:
+        model: name, folder or hub id.
+        adapter: folder of an adapter, or None.
+    """
+    if adapter is not None:
+        record = read_base_record(adapter)
+        is_classifier = read_peft_config(adapter).task_type == "SEQ_CLS"
+        return "classify" if is_classifier or (record and record.labels) else "causal"
+    folder = find_model(model).folder
+    if folder is None or not (folder / "config.json").is_file():
+        return "causal"
+    named = read_model_config(folder / "config.json").get("architectures") or ()
+    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in named)
+    return "classify" if is_classifier else "causal"
 
 
 def check_generates(task: Task, asked: str) -> None:

@@ -3,14 +3,20 @@
     samples.py        --data         -> Samples, all of one shape; the door to the next three
       read.py         file           -> Record (place, content)
       recognise.py    Records        -> shape and samples
-      convert.py      record         -> sample, by its texts and turns
+        labelled_fields.py  record   -> which column is the text, which the label
+      convert.py      record         -> sample, by its texts, turns and labels
     template.py       sample         -> Rendered (text, supervised spans)
       chat_template.py  tokenizer    -> the chat template it is used with
       chat_text.py      turns        -> text, through that template
     encode.py         Rendered       -> ids and labels; ids and labels -> text for a reader
-    tokens.py         Samples        -> Tokenized (TokenRows, counts), through the two above
+    labels.py         Samples        -> Labels: kind, names, weights; a sample's target
+    tokens.py         Samples        -> Tokenized (TokenRows, counts), through one of
+      text_rows.py    texts to learn -> rows, through template.py and encode.py
+      labelled_rows.py  labelled texts -> rows, with the labels of the whole
     batch.py          TokenRows      -> Batch
-    survey.py         Samples, rows  -> Survey of everything a model would learn
+    row_arrays.py     Samples, rows  -> arrays of all tokens and labels
+    survey.py         the arrays     -> Survey of everything a model would learn
+      label_survey.py                -> of its labels
 
 samples.py and the modules under it import neither torch nor transformers, so wrong data is
 reported before either is loaded. shapes.py defines records and samples, fields.py checks the

@@ -32,8 +32,8 @@ class TokenRows:
     """Token rows by their index, kept in any sequence.
 
     Args:
-        rows: each has `input_ids`, `labels` (the id at the same position, or -100) and `row`,
-            the index of its source sample.
+        rows: each has `input_ids`, `labels` (the id at the same position, or -100; of a row that
+            is classified, see `Labels.target`) and `row`, the index of its source sample.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -122,11 +122,13 @@ class TokenTable(TokenRows):
         return found
 
     def content_hash(self) -> str:
-        """Return a hash of all ids and labels; the source of the rows is not part of it."""
+        """Return a hash of all that a model is given; the source of the rows is not part of it."""
         import pyarrow.compute
 
         digest = xxhash.xxh3_128()
-        for name in ("input_ids", "labels"):
+        for name in ("input_ids", "labels", "token_types"):
+            if name not in self.table.column_names:
+                continue
             column = self.column(name).combine_chunks()
             digest.update(pyarrow.compute.list_value_length(column).to_numpy().tobytes())
             digest.update(column.flatten().to_numpy().tobytes())

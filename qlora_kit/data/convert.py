@@ -7,13 +7,24 @@ read. A fault is raised as one line that names it. Never drops or joins a turn.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from qlora_kit.data.fields import clean, filled, is_plain, kind_of, not_empty, optional, string
-from qlora_kit.data.shapes import ROLES, Conversation, Message, Pair, Sample, Shape, Text
+from qlora_kit.data.shapes import (
+    ROLES,
+    Conversation,
+    LabelledText,
+    Message,
+    Pair,
+    Sample,
+    Shape,
+    Text,
+)
 from qlora_kit.errors import DataError
 from qlora_kit.storage import parse_json
 
@@ -36,6 +47,12 @@ _PARTS = ("text", "reasoning", "tool_call")
 """The parts of a content that are read; the last two are LLaMA-Factory's, in assistant turns."""
 
 _DEEPEST = 64
+
+_LONGEST_LABEL = 200
+# In a table a list is a text. Only what is quoted, or a whole number, is an item of one: a label
+# such as "[spam]" is a text with brackets.
+_ITEM = r"""\s*("[^"]*"|'[^']*'|-?\d+)\s*"""
+_LIST = re.compile(rf"\[(?:\s*|{_ITEM}(?:,{_ITEM})*)\]")
 
 _TOOL_KEYS = ("tool_call_id", "name")
 _LEARNT_KEYS = ("weight", "train", "loss_weight")
@@ -138,6 +155,15 @@ def _from_text(record: RecordFields, where: str) -> Sample:
     return Text(filled(record, "text", where), where)
 
 
+def _from_labelled(record: RecordFields, where: str) -> Sample:
+    return LabelledText(filled(record, "text", where), where, label=_label(record, where))
+
+
+def _from_labelled_pair(record: RecordFields, where: str) -> Sample:
+    text, second = (filled(record, key, where) for key in ("text_a", "text_b"))
+    return LabelledText(text, where, second, _label(record, where))
+
+
 _CONVERT: dict[Shape, Callable[[RecordFields, str], Sample]] = {
     Shape.CHAT: partial(_from_turns, "messages"),
     Shape.SHAREGPT: partial(_from_turns, "conversations"),
@@ -146,7 +172,65 @@ _CONVERT: dict[Shape, Callable[[RecordFields, str], Sample]] = {
     Shape.PAIR: _from_pair,
     Shape.QA: _from_qa,
     Shape.TEXT: _from_text,
+    Shape.CLASSIFY_PAIR: _from_labelled_pair,
+    Shape.CLASSIFY: _from_labelled,
 }
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _label(record: RecordFields, where: str) -> str | float | tuple[str, ...]:
+    """Return the label of a record: a name, a number, or the names in a list."""
+    value = record["label"]
+    if isinstance(value, str) and _LIST.fullmatch(value.strip()):
+        value = [item.strip("'\"") for item in re.findall(_ITEM, value)]
+    if isinstance(value, list):
+        names = tuple(_label_name(item, where, "a label in its list") for item in value)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            named = f'"{twice}"' if is_plain(twice) or twice.isdecimal() else "a label"
+            raise DataError(
+                f"{where}: the list of labels names {named} twice; expected the name of each label "
+                'that applies, once; write it as ["a", "b"]'
+            )
+        return names
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _label_number(value, where)
+    return _label_name(value, where, '"label"')
+
+
+def _label_number(value: float, where: str) -> float:
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:
+        is_finite = False
+    if not is_finite:
+        raise DataError(
+            f'{where}: "label" is no finite number; expected a label; fill it in, or pass '
+            "--skip-bad-lines"
+        )
+    return value
+
+
+def _label_name(value: Any, where: str, what: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(_label_number(value, where)))
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: {what} is {kind_of(value)}; expected a name or a number; write one, or "
+            "pass --skip-bad-lines"
+        )
+    name = clean(value, f"{where}: {what}").strip()
+    if not name or len(name) > _LONGEST_LABEL:
+        found = f"has {len(name):,} characters" if name else "is empty"
+        raise DataError(
+            f"{where}: {what} {found}; expected a name of {_LONGEST_LABEL} characters at most; "
+            "correct it, or pass --skip-bad-lines"
+        )
+    return name
 
 
 # ---------------------------------------------------------------- turns

@@ -33,12 +33,17 @@ WITHHELD = "[not shown: this row holds what looks like a secret]"
 
 
 class Labelled(NamedTuple):
-    """Token ids and their labels: the id itself at the same position, or `IGNORED`."""
+    """Token ids and their labels: the id itself at the same position, or `IGNORED`.
+
+    A row that is classified has the labels of the whole row instead, see `Labels.target`.
+    """
 
     ids: list[int]
-    labels: list[int]
+    labels: list[Any]
     aligned: bool
     """whether no token straddles the end of a prompt"""
+    token_types: list[int] | None = None
+    """the text that each token is of, where the model is told that"""
 
 
 class _Encoded(NamedTuple):

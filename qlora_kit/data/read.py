@@ -31,6 +31,10 @@ from qlora_kit.storage import (
 from qlora_kit.storage.reading import MOST_LINE_BYTES
 
 ALIGNED_FIELDS = ("question", "answer")
+
+NamesOfColumns = Callable[[list[str], str], list[str] | None]
+"""Names the columns of a table from the fields of its first line and its file; None: it is a header
+that names them itself."""
 _ROWS_AT_A_TIME = 1024
 
 
@@ -44,8 +48,12 @@ class Record:
     """the parsed record; a `DataError` where only this record of the file cannot be read"""
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, names: NamesOfColumns | None = None) -> Iterator[Record]:
     """Yield the records of a data file. Its suffix tells the format; `.gz` may follow the suffix.
+
+    Args:
+        path: the file.
+        names: names the columns of a .csv or .tsv that may have no header; if None, it has one.
 
     Raises:
         DataError: the file is missing, a folder, of unknown format, damaged, or empty.
@@ -59,18 +67,21 @@ def read_records(path: Path) -> Iterator[Record]:
             "two line-aligned ones as FILE+FILE"
         )
     record = None
-    for record in reader(path):
+    for record in reader(path, names):
         yield record
     if record is None:
         raise _nothing_in(path)
 
 
-def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
-    """Yield one record for each line of two aligned files, with the fields `ALIGNED_FIELDS`.
+def read_aligned(
+    asked: Path, answered: Path, names: tuple[str, str] = ALIGNED_FIELDS
+) -> Iterator[Record]:
+    """Yield one record for each line of two aligned files.
 
     Args:
         asked: file of the first field.
         answered: file of the second field.
+        names: of the two fields.
 
     Raises:
         DataError: a file is missing, damaged or empty, or the files have different numbers of
@@ -85,7 +96,7 @@ def read_aligned(asked: Path, answered: Path) -> Iterator[Record]:
             continue  # counts on, because the error gives the number of lines of both
         for line in (one, other):
             _check_no_nul(line.record, f"{line.file}:{line.line}")
-        fields = zip(ALIGNED_FIELDS, (one.record, other.record), strict=True)
+        fields = zip(names, (one.record, other.record), strict=True)
         yield Record(f"{asked}:{one.line}", dict(fields))
     if counts[0] != counts[1]:
         raise DataError(
@@ -179,23 +190,26 @@ def _check_no_nul(text: str, where: str) -> None:
 # ---------------------------------------------------------------- tables
 
 
-def _records_in_csv(path: Path) -> Iterator[Record]:
+def _records_in_csv(path: Path, names: NamesOfColumns | None) -> Iterator[Record]:
     # Where the comma is the decimal mark, spreadsheets separate fields by semicolons.
     header = next((line for line in _text_lines(path) if line.strip()), "")
-    return _records_in_table(path, ";" if ";" in header and "," not in header else ",")
+    return _records_in_table(path, ";" if ";" in header and "," not in header else ",", names)
 
 
-def _records_in_tsv(path: Path) -> Iterator[Record]:
-    return _records_in_table(path, "\t")
+def _records_in_tsv(path: Path, names: NamesOfColumns | None) -> Iterator[Record]:
+    return _records_in_table(path, "\t", names)
 
 
-def _records_in_table(path: Path, delimiter: str) -> Iterator[Record]:
+def _records_in_table(path: Path, delimiter: str, names: NamesOfColumns | None) -> Iterator[Record]:
     header: list[str] | None = None
     for file, number, fields in _read_fields(path, delimiter):
         if header is None:
-            header = [name.strip() for name in fields]
-            _check_header(header, f"{file}:{number}")
-        elif len(fields) != len(header):
+            header = names(fields, file) if names else None
+            if header is None:
+                header = [name.strip() for name in fields]
+                _check_header(header, f"{file}:{number}")
+                continue
+        if len(fields) != len(header):
             fault = DataError(
                 f"{file}:{number}: {len(fields)} fields; expected {len(header)} as in the "
                 "first line; quote fields that hold a separator, a quote or a line end"
@@ -283,11 +297,11 @@ def _without_inner_nulls(value: Any) -> Any:
     return [_without_inner_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _records_in_json_lines,
-    ".json": _records_in_json,
+_READERS: dict[str, Callable[[Path, NamesOfColumns | None], Iterator[Record]]] = {
+    ".jsonl": lambda path, _: _records_in_json_lines(path),
+    ".json": lambda path, _: _records_in_json(path),
     ".csv": _records_in_csv,
     ".tsv": _records_in_tsv,
-    ".parquet": _records_in_parquet,
-    ".txt": _records_in_text,
+    ".parquet": lambda path, _: _records_in_parquet(path),
+    ".txt": lambda path, _: _records_in_text(path),
 }

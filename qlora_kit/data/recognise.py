@@ -15,8 +15,17 @@ from typing import Any
 from qlora_kit.config import RecordOptions
 from qlora_kit.data.convert import to_sample, unread_keys
 from qlora_kit.data.fields import Faults, RowAdapters, is_plain, kind_of, list_names
+from qlora_kit.data.labelled_fields import find_columns
 from qlora_kit.data.read import Record
-from qlora_kit.data.shapes import FIELD_NAMES, FIELDS, Conversation, Pair, Sample, Shape
+from qlora_kit.data.shapes import (
+    FIELDS,
+    SHAPES,
+    Conversation,
+    LabelledText,
+    Pair,
+    Sample,
+    Shape,
+)
 from qlora_kit.errors import ConfigError, DataError
 
 _WITH_TURNS = ("messages", "conversations", "prompt", "completion")
@@ -40,6 +49,8 @@ class Recognised:
     samples: Sequence[Sample]
     fields: tuple[str, ...]
     """the fields that were read, in the order of the shape"""
+    columns: Mapping[str, str]
+    """fields that have another name in the data, with that name"""
     unread: tuple[str, ...]
     """fields of the records that are not used; a turn's field is written `messages.weight`"""
     skipped: int
@@ -53,18 +64,17 @@ class Recognised:
     placeholders: tuple[str, ...]
     """the plain names in those placeholders"""
 
-    def notices(self, name: str, columns: Mapping[str, str]) -> Iterator[str]:
+    def notices(self, name: str) -> Iterator[str]:
         """Yield the notices that the user should read once, one line each.
 
         Args:
             name: name of the source.
-            columns: fields that have another name in the data, with that name.
         """
         count = len(self.samples)
         fields = ", ".join(
             field if column == field else f"{field} from {column}"
             for field in self.fields
-            for column in [columns.get(field, field)]
+            for column in [self.columns.get(field, field)]
         )
         unread = f"; not read: {list_names(self.unread)}" if self.unread else ""
         records = "record" if count == 1 else "records"
@@ -89,18 +99,25 @@ class Recognised:
             )
 
 
-def recognise(record: Mapping[str, Any], options: RecordOptions | None = None) -> Shape | None:
+def recognise(
+    record: Mapping[str, Any], options: RecordOptions | None = None, task: str = "causal"
+) -> Shape | None:
     """Return the shape whose required fields a record has, or None.
 
     A null field counts as missing; it counts as present only where no shape is found otherwise.
     With `options.columns`, only shapes that have all of the named fields are considered.
+
+    Args:
+        record: its fields.
+        options: a shape or columns that the user gives.
+        task: the task whose shapes are considered, see `SHAPES`.
     """
     options = options or RecordOptions()
-    if options.format != "auto":
+    if not _is_open(options, task):
         shape = Shape(options.format)
         return shape if _has(record, shape) else None
     wanted = options.columns.keys()
-    known = [shape for shape in Shape if wanted <= {*FIELDS[shape].all}]
+    known = [shape for shape in SHAPES[task] if wanted <= {*FIELDS[shape].all}]
     filled = {key: value for key, value in record.items() if value is not None}
     for fields in (filled, record):
         for shape in known:
@@ -108,6 +125,11 @@ def recognise(record: Mapping[str, Any], options: RecordOptions | None = None) -
             if _has(fields, shape) and not is_pair:
                 return shape
     return None
+
+
+def _is_open(options: RecordOptions, task: str) -> bool:
+    """Return whether a record may have any shape of the task: a format may stand for all."""
+    return options.format in ("auto", task)
 
 
 def _has(record: Mapping[str, Any], shape: Shape) -> bool:
@@ -122,6 +144,7 @@ def to_samples(
     records: Iterable[Record],
     options: RecordOptions | None = None,
     adapters: RowAdapters | None = None,
+    task: str = "causal",
 ) -> Recognised:
     """Turn the records of one source into samples.
 
@@ -130,11 +153,12 @@ def to_samples(
         options: a shape or columns that the user gives, so that they need not be recognised; and
             whether records with a fault are left out.
         adapters: the adapters that a record may name; if None, no record is asked for one.
+        task: the task whose shapes are considered, see `SHAPES`.
 
     Raises:
         DataError: all faults found, one a line, see `Faults`; or no sample is left.
     """
-    work = _Recognition(options or RecordOptions(), adapters)
+    work = _Recognition(options or RecordOptions(), adapters, task)
     try:
         for record in records:
             work.take(record)
@@ -147,9 +171,14 @@ def to_samples(
 class _Recognition:
     """One pass over the records of a source."""
 
-    def __init__(self, options: RecordOptions, adapters: RowAdapters | None) -> None:
+    def __init__(self, options: RecordOptions, adapters: RowAdapters | None, task: str) -> None:
         self.options = options
         self.adapters = adapters
+        self.task = task
+        self.found: Mapping[str, str] = {}
+        """columns that were found by their names, in the first record"""
+        self.columns: Mapping[str, str] = options.columns
+        """these, and the columns that the user names"""
         self.faults = Faults()
         self.samples: list[Sample] = []
         self.shape: Shape | None = None
@@ -185,9 +214,7 @@ class _Recognition:
                 f"{record.place}: {kind_of(record.content)}; expected an object with named "
                 'fields; write the record as {"...": ...}'
             )
-        columns = self.options.columns.items()
-        named = {name: _look_up(record.content, path, record.place) for name, path in columns}
-        fields = {**record.content, **named}
+        fields = self._fields(record.content, record.place)
         shape = self._shape_of(fields, record)
         sample = to_sample(shape, fields, record.place)
         if self.adapters is not None:
@@ -195,11 +222,21 @@ class _Recognition:
         self._note_fields(shape, fields, record.content)
         return sample
 
+    def _fields(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """Return a record with its fields under their own names as well."""
+        given = self.options.columns
+        named = {name: _look_up(content, path, place) for name, path in given.items()}
+        if self.shape is None and self.task == "classify":
+            self.found = find_columns(content, given)
+            self.columns = {**given, **self.found}
+        found = {name: content[path] for name, path in self.found.items() if path in content}
+        return {**content, **named, **found}
+
     def _shape_of(self, fields: Mapping[str, Any], record: Record) -> Shape:
-        shape = recognise(fields, self.options)
+        shape = recognise(fields, self.options, self.task)
         if self.shape is None:
             if shape is None:
-                raise DataError(_unknown(fields, record, self.options))
+                raise DataError(_unknown(fields, record, self.options, self.task))
             self.shape, self.first_place = shape, record.place
             return shape
         if shape is self.shape:
@@ -207,9 +244,11 @@ class _Recognition:
         if shape is not None:
             raise DataError(
                 f"{record.place}: a record of shape {shape}; expected {self.shape} as in "
-                f"{self.first_place}; keep one shape a file, or say which with --format"
+                f"{self.first_place}; keep one shape a file, or say which with "
+                f"{'--columns' if self.task == 'classify' else '--format'}"
             )
         missing = next(name for name in FIELDS[self.shape].required if name not in fields)
+        missing = self.columns.get(missing, missing)
         raise DataError(
             f'{record.place}: no "{missing}"; expected it as in the {self.shape} record '
             f"{self.first_place}; give one, or pass --skip-bad-lines"
@@ -220,7 +259,7 @@ class _Recognition:
     ) -> None:
         known = FIELDS[shape].all
         self.used.update(name for name in known if fields.get(name) is not None)
-        columns = self.options.columns.values()
+        columns = self.columns.values()
         read = {*known, *columns, *(path.partition(".")[0] for path in columns)}
         if self.adapters is not None:
             read.add(self.adapters.field)
@@ -249,6 +288,7 @@ class _Recognition:
             self.shape,
             self.samples,
             tuple(name for name in FIELDS[self.shape].all if name in self.used),
+            self.columns,
             tuple(sorted(self.unread)),
             self.skipped,
             self.first_skipped,
@@ -278,20 +318,23 @@ def _texts(sample: Sample) -> Iterator[str]:
         return (message.content for message in sample.messages)
     if isinstance(sample, Pair):
         return iter((sample.prompt, sample.completion))
+    if isinstance(sample, LabelledText):
+        return iter((sample.text, sample.second or ""))
     return iter((sample.text,))
 
 
-def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions) -> str:
+def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions, task: str) -> str:
     """Return the error for a record of no known shape, with columns that would give it one."""
     found = f"keys {list_names(fields)}" if fields else "no keys"
-    if options.format != "auto":
+    if not _is_open(options, task):
         needs = " + ".join(FIELDS[Shape(options.format)].required)
         return (
             f"{record.place}: {found}; expected {needs} of --format {options.format}; rename the "
             "fields, or name them with --columns"
         )
-    known = ", ".join(dict.fromkeys(" + ".join(each.required) for each in FIELDS.values()))
-    remedy = suggest_columns(record.content)
+    known = ", ".join(dict.fromkeys(" + ".join(FIELDS[each].required) for each in SHAPES[task]))
+    # The columns of labelled texts have been looked for under every name that is known.
+    remedy = "" if task == "classify" else suggest_columns(record.content)
     asks = (
         f", or pass --columns {remedy}" if remedy else ", or name them with --columns FIELD=COLUMN"
     )
@@ -301,23 +344,40 @@ def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions) 
 # ---------------------------------------------------------------- columns
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Check that there is a shape with all of the fields that `--columns` names.
+def check_columns(columns: Mapping[str, str], task: str = "causal") -> None:
+    """Check that a task has a shape with all of the fields that `--columns` names.
 
     Raises:
         ConfigError: there is none.
     """
-    unknown = [name for name in columns if name not in FIELD_NAMES]
+    shapes = [FIELDS[shape] for shape in SHAPES[task]]
+    names = {name for fields in shapes for name in fields.all}
+    unknown = [name for name in columns if name not in names]
     if unknown:
         raise ConfigError(
             f"--columns: no field {unknown[0]}; expected FIELD=COLUMN with a field of "
-            f"{', '.join(sorted(FIELD_NAMES))}; correct it"
+            f"{', '.join(sorted(names))}; correct it"
         )
-    if not any(columns.keys() <= {*fields.all} for fields in FIELDS.values()):
+    if not any(columns.keys() <= {*fields.all} for fields in shapes):
         raise ConfigError(
             f"--columns: no format has {' and '.join(columns)} together; expected the fields of "
             "one format; leave some out"
         )
+
+
+def check_format(options: RecordOptions, task: str) -> None:
+    """Check that the format that `--format` names is one of the task's.
+
+    Raises:
+        ConfigError: it is another task's.
+    """
+    if _is_open(options, task) or options.format in SHAPES[task]:
+        return
+    has = "classify" if task == "classify" else ", ".join(SHAPES[task])
+    raise ConfigError(
+        f"--format {options.format}: no format of --task {task}; expected auto, {has}; pass one of "
+        "these, or another --task"
+    )
 
 
 def _look_up(record: Mapping[str, Any], path: str, where: str) -> Any:

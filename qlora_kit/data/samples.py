@@ -20,7 +20,10 @@ from typing import Any, Literal
 from qlora_kit.config import RecordOptions
 from qlora_kit.data.convert import read_turns
 from qlora_kit.data.fields import Faults, RowAdapters, filled, kind_of, list_names
+from qlora_kit.data.labelled_fields import TablesWithoutHeader
 from qlora_kit.data.read import (
+    ALIGNED_FIELDS,
+    NamesOfColumns,
     Record,
     is_data_file_name,
     read_aligned,
@@ -28,9 +31,9 @@ from qlora_kit.data.read import (
     without_gzip,
     without_nulls,
 )
-from qlora_kit.data.recognise import check_columns, to_samples
+from qlora_kit.data.recognise import check_columns, check_format, to_samples
 from qlora_kit.data.shapes import Message, Sample, Shape
-from qlora_kit.errors import DataError, HubError
+from qlora_kit.errors import ConfigError, DataError, HubError
 from qlora_kit.storage.faults import reason
 
 Split = Literal["train", "validation", "test"]
@@ -88,6 +91,7 @@ def load_samples(
     split: Split = "train",
     options: RecordOptions | None = None,
     adapters: RowAdapters | None = None,
+    task: str = "causal",
 ) -> Samples:
     """Load the samples that `--data` names.
 
@@ -98,35 +102,57 @@ def load_samples(
         options: a shape or columns that the user gives, so that they need not be recognised; and
             whether records with a fault are left out.
         adapters: the adapters that a record may name; if None, no record is asked for one.
+        task: the task that the samples are for: it decides what a record may be.
 
     Raises:
-        ConfigError: `options.columns` names a field that no shape has.
+        ConfigError: `options` names a field or a format that the task has not, or the task needs
+            data of its own.
         DataError: there is nothing of that name, there is no such split, or records are not
             usable, see `read_records` and `to_samples`.
         HubError: the hub has no such data set, or is out of reach.
     """
-    if data is None:
-        found = to_samples(_built_in_records(BUILT_IN[split]), adapters=adapters)
-        return Samples(found.samples, found.shape, "built-in sample data")
     options = options or RecordOptions()
-    check_columns(options.columns)
-    name, path = str(data), Path(data)
+    if data is None:
+        return _built_in(split, adapters, task)
+    check_format(options, task)
+    check_columns(options.columns, task)
+    tables = TablesWithoutHeader(options.columns)
+    source = _source(str(data), split, tables.columns if task == "classify" else None, task)
+    found = to_samples(source.records, options, adapters, task)
+    notices = (*tables.notices(), *found.notices(source.name))
+    return Samples(found.samples, found.shape, str(data), notices, found.skipped)
+
+
+def _built_in(split: Split, adapters: RowAdapters | None, task: str) -> Samples:
+    if task == "classify":
+        raise ConfigError(
+            "--data: none is given, and the built-in sample data has no labels; expected labelled "
+            "texts for --task classify; pass --data FILE"
+        )
+    found = to_samples(_built_in_records(BUILT_IN[split]), adapters=adapters)
+    return Samples(found.samples, found.shape, "built-in sample data")
+
+
+def _source(name: str, split: Split, names: NamesOfColumns | None, task: str) -> _Source:
+    """Return the records of what has this name; `names` is for tables, see `read_records`."""
+    path = Path(name)
     asked, plus, answered = name.partition("+")
     if os.path.isdir(path):
-        source = _in_folder(path, split)
-    elif not os.path.exists(path) and plus and os.path.isfile(asked):
-        source = _Source(name, read_aligned(Path(asked), Path(answered)))
-    elif not os.path.exists(path) and is_hub_id(name):
-        source = _on_hub(name, split)
-    else:
-        source = _Source(name, read_records(path))
-    found = to_samples(source.records, options, adapters)
-    notices = tuple(found.notices(source.name, options.columns))
-    return Samples(found.samples, found.shape, name, notices, found.skipped)
+        return _in_folder(path, split, names)
+    if not os.path.exists(path) and plus and os.path.isfile(asked):
+        fields = ("text", "label") if task == "classify" else ALIGNED_FIELDS
+        return _Source(name, read_aligned(Path(asked), Path(answered), fields))
+    if not os.path.exists(path) and is_hub_id(name):
+        return _on_hub(name, split)
+    return _Source(name, read_records(path, names))
 
 
-def load_held_out(data: str | Path | None, options: RecordOptions | None = None) -> Samples | None:
+def load_held_out(
+    data: str | Path | None, options: RecordOptions | None = None, task: str = "causal"
+) -> Samples | None:
     """Load the validation samples of a folder or of a data set of the hub; None without any.
+
+    Takes what `load_samples` takes.
 
     Raises:
         DataError: the samples are not usable.
@@ -141,7 +167,7 @@ def load_held_out(data: str | Path | None, options: RecordOptions | None = None)
         has_some = False
     else:
         has_some = _name_of_split("validation", _hub_splits(str(data))) is not None
-    return load_samples(data, "validation", options) if has_some else None
+    return load_samples(data, "validation", options, task=task) if has_some else None
 
 
 @dataclass(frozen=True)
@@ -161,13 +187,14 @@ def _built_in_records(path: Path) -> Iterator[Record]:
 # ---------------------------------------------------------------- folders
 
 
-def _in_folder(folder: Path, split: Split) -> _Source:
+def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None) -> _Source:
     for part in _INSTEAD[split]:
         files = _split_files(folder, part)
         if files:
             _check_one_set(folder, part, files)
             name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files)"
-            return _Source(name, chain.from_iterable(map(read_records, files)))
+            records = chain.from_iterable(read_records(path, names) for path in files)
+            return _Source(name, records)
     raise DataError(_no_split(folder, split))
 
 

@@ -1,7 +1,8 @@
 """The shapes of records, and the samples that records become.
 
-`Conversation`, `Pair` and `Text` are frozen, know their place in the data, and can be sent to
-another process. Never reads or converts anything, and imports neither torch nor transformers.
+`Conversation`, `Pair`, `Text` and `LabelledText` are frozen, know their place in the data, and can
+be sent to another process. Never reads or converts anything, and imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -66,11 +67,29 @@ class Text:
     adapter: str | None = None
 
 
-Sample = Conversation | Pair | Text
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text, or a pair of texts, and what is to be said of it.
+
+    `label` is as the data has it: the name or number of a class, a value, or the names of several
+    classes; None where it is asked for.
+    """
+
+    text: str
+    place: str
+    second: str | None = None
+    label: str | float | tuple[str, ...] | None = None
+    adapter: str | None = None
+
+
+Sample = Conversation | Pair | Text | LabelledText
 
 
 class Shape(StrEnum):
-    """The shape of a record. Recognition takes the first in this order whose fields are there."""
+    """The shape of a record. Recognition takes the first in this order whose fields are there.
+
+    A task knows some of them only, see `SHAPES`.
+    """
 
     CHAT = "chat"
     SHAREGPT = "sharegpt"
@@ -79,6 +98,8 @@ class Shape(StrEnum):
     PAIR = "pair"
     QA = "qa"
     TEXT = "text"
+    CLASSIFY_PAIR = "classify-pair"
+    CLASSIFY = "classify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +125,14 @@ FIELDS: Mapping[Shape, Fields] = {
     Shape.PAIR: Fields(("prompt", "completion")),
     Shape.QA: Fields(("system", "question", "answer"), ("system",)),
     Shape.TEXT: Fields(("text",)),
+    Shape.CLASSIFY_PAIR: Fields(("text_a", "text_b", "label")),
+    Shape.CLASSIFY: Fields(("text", "label")),
 }
 """`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is read as a turn."""
 
-FIELD_NAMES = frozenset(name for fields in FIELDS.values() for name in fields.all)
+LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY)
+SHAPES: Mapping[str, tuple[Shape, ...]] = {
+    "causal": tuple(shape for shape in Shape if shape not in LABELLED),
+    "classify": LABELLED,
+}
+"""The shapes that a task knows, by its name. No shape is of two: a field means one thing to one."""

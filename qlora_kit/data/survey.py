@@ -14,28 +14,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy
-import xxhash
 
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.batch import first_tokens
-from qlora_kit.data.encode import Piece, pieces_of, prompt_ids
-from qlora_kit.data.samples import Samples
+from qlora_kit.data.encode import IGNORED, Piece, pieces_of, prompt_ids
+from qlora_kit.data.label_survey import LabelFigures, RepeatedTexts, label_figures, repeated_texts
+from qlora_kit.data.labels import Labels
+from qlora_kit.data.row_arrays import Part, RowArrays, hash_of_ids
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
 from qlora_kit.data.template import Renderer, end_tokens
-from qlora_kit.data.tokens import Counts, Tokenized
+from qlora_kit.data.tokens import Counts
 from qlora_kit.errors import DataError
 from qlora_kit.time_limit import many_limits
 
 _MOST_LISTED = 5
 _SAMPLES_TRIED = 100
-
-
-@dataclass(frozen=True)
-class Part:
-    """Samples, and the token rows made of all of them or of some."""
-
-    samples: Samples
-    tokenized: Tokenized
 
 
 @dataclass(frozen=True)
@@ -115,11 +107,16 @@ class ShownRow:
     supervised_tokens: int
     uncut_tokens: int
     pieces: tuple[Piece, ...]
+    label: str | None = None
+    """the label in words, where rows are classified"""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A survey of the rows that a model would learn from and be measured on."""
+    """A survey of the rows that a model would learn from and be measured on.
+
+    Texts to be learnt have `ends` and `prompts`, labelled texts have `labels`.
+    """
 
     source: str
     max_length: int
@@ -127,11 +124,12 @@ class Survey:
     validation: Counts | None
     lengths: Lengths
     longest: tuple[LongRow, ...]
-    ends: Ends
-    prompts: PromptTest
-    repeats: Repeats
+    ends: Ends | None
+    prompts: PromptTest | None
+    labels: LabelFigures | None
+    repeats: Repeats | RepeatedTexts
     """within the training rows"""
-    overlap: Repeats | None
+    overlap: Repeats | RepeatedTexts | None
     """of the validation rows with the training rows"""
     shown: tuple[ShownRow, ...]
 
@@ -141,17 +139,34 @@ class Survey:
         return self.training.weight / self.training.tokens
 
     def as_json(self) -> dict[str, Any]:
-        """Return the figures, without any text of the data."""
-        figures = {name: value for name, value in asdict(self).items() if name != "shown"}
+        """Return the figures, without any text of the data but the names of labels."""
+        of_others = ("labels",) if self.labels is None else ("ends", "prompts")
+        figures = {
+            name: value for name, value in asdict(self).items() if name not in ("shown", *of_others)
+        }
         counts = {
             "training": self.training.as_json(),
             "validation": self.validation.as_json() if self.validation else None,
         }
-        share = {"supervised_share": round(self.supervised_share, 4)}
+        share = {"supervised_share": round(self.supervised_share, 4)} if self.ends else {}
         return {**figures, **counts, **share, "warnings": list(self.warnings())}
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each thing that looks wrong, though the data can be trained on."""
+        yield from self._of_lengths()
+        if self.labels is not None:
+            yield from self.labels.warnings()
+        if self.ends is not None and not self.ends.rows and self.training.shape is not Shape.TEXT:
+            yield "no row ends with an end token; the model does not learn to stop"
+        if self.prompts is not None and self.prompts.differing:
+            yield (
+                "prompts whose tokens are others in generation than in training: "
+                f"{self.prompts.differing:,} of {self.prompts.tried:,} tried, the first in "
+                f"{self.prompts.places[0]}"
+            )
+        yield from self._of_repeats()
+
+    def _of_lengths(self) -> Iterator[str]:
         counts, lengths = self.training, self.lengths
         if counts.rows_truncated:
             yield (
@@ -160,18 +175,13 @@ class Survey:
                 f"95 % whole, {lengths.longest:,} all"
             )
         if counts.rows_dropped:
+            why = "with nothing to learn within" if self.labels is None else "longer than"
             yield (
-                f"rows left out, with nothing to learn within --max-length {self.max_length:,}: "
+                f"rows left out, {why} --max-length {self.max_length:,}: "
                 f"{counts.rows_dropped:,} of {counts.rows_read:,}"
             )
-        if not self.ends.rows and counts.shape is not Shape.TEXT:
-            yield "no row ends with an end token; the model does not learn to stop"
-        if self.prompts.differing:
-            yield (
-                "prompts whose tokens are others in generation than in training: "
-                f"{self.prompts.differing:,} of {self.prompts.tried:,} tried, the first in "
-                f"{self.prompts.places[0]}"
-            )
+
+    def _of_repeats(self) -> Iterator[str]:
         for repeats, what, remedy in (
             (self.repeats, "training rows that repeat another", "or they count twice"),
             (
@@ -185,6 +195,13 @@ class Survey:
                 yield (
                     f"{what}: {repeats.rows:,}, the first {place}, as {earlier}; remove them, "
                     f"{remedy}"
+                )
+            if isinstance(repeats, RepeatedTexts) and repeats.contradictions:
+                place, earlier = repeats.contradictions[0]
+                longer = ", or raise --max-length" if self.training.rows_truncated else ""
+                yield (
+                    f"{what}, with another label: {repeats.contradicting:,}, the first {place}, as "
+                    f"{earlier}; correct one of the labels{longer}: no model can learn both"
                 )
 
 
@@ -207,9 +224,11 @@ def survey(
         seed: draws the rows that are shown and the prompts that are tried.
         shown_rows: number of rows that are cut into pieces for a reader.
     """
-    rows, counts = _RowArrays(training), training.tokenized.counts
-    known = _Known({}, set())
+    rows, counts = RowArrays(training), training.tokenized.counts
+    measured = None if validation is None else RowArrays(validation)
     lengths = [tokens for _, tokens in rows.sample_lengths()]
+    labels = training.tokenized.labels
+    repeats, overlap = (_repeats if labels is None else repeated_texts)(rows, measured)
     return Survey(
         source=training.samples.source,
         max_length=options.max_length,
@@ -217,60 +236,13 @@ def survey(
         validation=None if validation is None else validation.tokenized.counts,
         lengths=_lengths(lengths, options.max_length),
         longest=tuple(_longest(rows, counts, options.max_length)),
-        ends=_ends(rows, tokenizer),
-        prompts=_try_prompts(rows, tokenizer, options, seed),
-        repeats=_count_repeats(rows, known, remember=True),
-        overlap=None
-        if validation is None
-        else _count_repeats(_RowArrays(validation), known, remember=False),
-        shown=tuple(_rows_to_show(rows, tokenizer, seed, shown_rows)),
+        ends=None if labels else _ends(rows, tokenizer),
+        prompts=None if labels else _try_prompts(rows, tokenizer, options, seed),
+        labels=label_figures(labels, rows, measured) if labels else None,
+        repeats=repeats,
+        overlap=overlap,
+        shown=tuple(_rows_to_show(rows, tokenizer, labels, seed, shown_rows)),
     )
-
-
-# ---------------------------------------------------------------- the rows, as arrays
-
-
-class _RowArrays:
-    """Token rows in flat arrays: the tokens of row i are `ids[starts[i] : starts[i + 1]]`."""
-
-    def __init__(self, part: Part) -> None:
-        rows = part.tokenized.rows
-        ids, labels = (rows.column(name).combine_chunks() for name in ("input_ids", "labels"))
-        self.starts = first_tokens(ids)
-        self.ids = ids.flatten().to_numpy()
-        self.labels = labels.flatten().to_numpy()
-        self.uncut_tokens = rows.column("uncut_tokens").to_numpy()
-        self.sample_of_row = rows.column("row").to_numpy()
-        self.samples = part.samples.items
-        self.dropped = part.tokenized.dropped
-        self.supervised = numpy.flatnonzero(rows.is_supervised())
-        """positions of all supervised tokens, in order; every row has at least one"""
-
-    def __len__(self) -> int:
-        return len(self.sample_of_row)
-
-    def span(self, row: int) -> slice:
-        """Return the positions of a row's tokens."""
-        return slice(int(self.starts[row]), int(self.starts[row + 1]))
-
-    def of_sample(self, index: int) -> range:
-        """Return the rows made of a sample."""
-        first, last = numpy.searchsorted(self.sample_of_row, [index, index + 1])
-        return range(int(first), int(last))
-
-    def place(self, row: int) -> str:
-        """Return the place of a row's sample, with the row's number if the sample has several."""
-        index = int(self.sample_of_row[row])
-        several = len(self.of_sample(index)) > 1
-        return self.samples[index].place + (f" (token row {row + 1:,})" if several else "")
-
-    def sample_lengths(self) -> list[tuple[int, int]]:
-        """Return each sample's index and its number of tokens before it was cut."""
-        names, which = numpy.unique(self.sample_of_row, return_inverse=True)
-        longest = numpy.zeros(len(names), dtype=numpy.int64)
-        numpy.maximum.at(longest, which, self.uncut_tokens)
-        kept = zip(names.tolist(), longest.tolist(), strict=True)
-        return [*kept, *self.dropped.items()]
 
 
 # ---------------------------------------------------------------- lengths
@@ -294,7 +266,7 @@ def _histogram(tokens: Sequence[int], max_length: int) -> Iterator[Bin]:
     return iter(bins[shortest:])
 
 
-def _longest(rows: _RowArrays, counts: Counts, max_length: int) -> Iterator[LongRow]:
+def _longest(rows: RowArrays, counts: Counts, max_length: int) -> Iterator[LongRow]:
     lengths = sorted(rows.sample_lengths(), key=lambda each: (-each[1], each[0]))
     for index, tokens in lengths[:_MOST_LISTED]:
         if index in rows.dropped:
@@ -309,7 +281,7 @@ def _longest(rows: _RowArrays, counts: Counts, max_length: int) -> Iterator[Long
 # ---------------------------------------------------------------- ends and prompts
 
 
-def _ends(rows: _RowArrays, tokenizer: Any) -> Ends:
+def _ends(rows: RowArrays, tokenizer: Any) -> Ends:
     last = numpy.searchsorted(rows.supervised, rows.starts[1:]) - 1
     found = Counter(rows.ids[rows.supervised[last]].tolist())
     texts = end_tokens(tokenizer)
@@ -318,7 +290,7 @@ def _ends(rows: _RowArrays, tokenizer: Any) -> Ends:
     return Ends(sum(tokens.values()), len(rows), tokens)
 
 
-def _try_prompts(rows: _RowArrays, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
+def _try_prompts(rows: RowArrays, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
     """Encode prompts as generation does, and look for the rows that begin with them."""
     renderer = Renderer(tokenizer, options.train_on)
     names = numpy.unique(rows.sample_of_row).tolist()
@@ -359,17 +331,24 @@ class _Known(NamedTuple):
     prompts: set[bytes]
 
 
-def _count_repeats(rows: _RowArrays, known: _Known, *, remember: bool) -> Repeats:
+def _repeats(rows: RowArrays, measured: RowArrays | None) -> tuple[Repeats, Repeats | None]:
+    """Return the repeats within the rows, and those of the measured rows with them."""
+    known = _Known({}, set())
+    within = _count_repeats(rows, known, remember=True)
+    return within, None if measured is None else _count_repeats(measured, known, remember=False)
+
+
+def _count_repeats(rows: RowArrays, known: _Known, *, remember: bool) -> Repeats:
     """Compare rows with the known ones, by the ids that the model sees: after any cut."""
     places: list[tuple[str, str]] = []
     repeated = prompts = 0
     first = rows.supervised[numpy.searchsorted(rows.supervised, rows.starts[:-1])]
     for row in range(len(rows)):
         span = rows.span(row)
-        whole = _hash_of_ids(rows.ids[span])
+        whole = hash_of_ids(rows.ids[span])
         # A single token before the answer is no prompt: it can only be a BOS token.
         asked = (
-            _hash_of_ids(rows.ids[span.start : first[row]]) if first[row] - span.start > 1 else None
+            hash_of_ids(rows.ids[span.start : first[row]]) if first[row] - span.start > 1 else None
         )
         if whole in known.rows:
             repeated += 1
@@ -383,23 +362,22 @@ def _count_repeats(rows: _RowArrays, known: _Known, *, remember: bool) -> Repeat
     return Repeats(repeated, len(rows), prompts, tuple(places))
 
 
-def _hash_of_ids(ids: Any) -> bytes:
-    return xxhash.xxh3_128_digest(ids.tobytes())
-
-
 # ---------------------------------------------------------------- rows to look at
 
 
-def _rows_to_show(rows: _RowArrays, tokenizer: Any, seed: int, count: int) -> Iterator[ShownRow]:
+def _rows_to_show(
+    rows: RowArrays, tokenizer: Any, labels: Labels | None, seed: int, count: int
+) -> Iterator[ShownRow]:
     picked = random.Random(f"shown {seed}").sample(range(len(rows)), min(count, len(rows)))
     for row in sorted(picked):
         span = rows.span(row)
-        pieces = pieces_of(tokenizer, rows.ids[span].tolist(), rows.labels[span].tolist())
-        supervised = numpy.searchsorted(rows.supervised, [span.start, span.stop])
+        ids = rows.ids[span].tolist()
+        learnt = [IGNORED] * len(ids) if labels else rows.labels[span].tolist()
         yield ShownRow(
             rows.place(row),
-            tokens=span.stop - span.start,
-            supervised_tokens=int(supervised[1] - supervised[0]),
+            tokens=len(ids),
+            supervised_tokens=0 if labels else rows.supervised_within(span),
             uncut_tokens=int(rows.uncut_tokens[row]),
-            pieces=pieces,
+            pieces=pieces_of(tokenizer, ids, learnt),
+            label=labels.name_of(rows.labels_of(row)) if labels else None,
         )

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow
+
 from qlora_kit.config import LongSamples, TokenOptions
 from qlora_kit.data.encode import IGNORED, Encoder, Labelled
 from qlora_kit.data.fields import Faults
+from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.template import Rendered, Renderer
 from qlora_kit.errors import DataError
@@ -26,6 +29,9 @@ class TextRows:
     """Makes rows of conversations, pairs and texts, see `tokens.RowMaker`."""
 
     weighs: str = SUPERVISED_TOKENS
+    label_type = pyarrow.int32()
+    has_token_types = False
+    labels: Labels | None = None
 
     def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
         self.samples = samples
@@ -79,7 +85,7 @@ class TextRows:
                 chunks.append(Labelled(ids, labels, row.aligned))
         return chunks
 
-    def weight(self, labels: list[int]) -> int:
+    def weight(self, labels: list[Any]) -> int:
         """Return the number of supervised tokens."""
         return len(labels) - labels.count(IGNORED) - (bool(labels) and labels[0] != IGNORED)
 

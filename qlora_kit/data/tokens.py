@@ -29,6 +29,7 @@ from qlora_kit.config import LongSamples, TokenOptions
 from qlora_kit.data.batch import TokenTable
 from qlora_kit.data.encode import Labelled
 from qlora_kit.data.fields import Faults
+from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Shape
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
@@ -39,14 +40,6 @@ MIN_ROWS_FOR_VALIDATION = 200
 # A part of the fingerprint: raise it when the code begins to make other rows of the same samples.
 _ROWS_VERSION = 3
 _BATCH_ROWS = 1000
-_SCHEMA = pyarrow.schema(
-    [
-        ("input_ids", pyarrow.list_(pyarrow.int32())),
-        ("labels", pyarrow.list_(pyarrow.int32())),
-        ("row", pyarrow.int64()),
-        ("uncut_tokens", pyarrow.int32()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -105,8 +98,12 @@ class Counts:
         parts.append(f"lost: {self._lost()}")
         return "; ".join(parts)
 
+    @property
+    def _is_text(self) -> bool:
+        return self.weighs == SUPERVISED_TOKENS
+
     def _supervised(self) -> str:
-        if self.weighs != SUPERVISED_TOKENS:
+        if not self._is_text:
             return ""
         return f", {self.weight / max(self.tokens, 1):.0%} supervised"
 
@@ -116,7 +113,8 @@ class Counts:
             f"{count:,} {word}{'' if count == 1 else 's'}"
             for count, word in (
                 (self.rows_dropped, "row"),
-                (self.weight_lost, self.weighs.removesuffix("s").replace("_", " ")),
+                # A row that is lost takes its label along.
+                (self.weight_lost if self._is_text else 0, "supervised token"),
             )
             if count
         ]
@@ -139,11 +137,19 @@ class Tokenized:
     seconds: float | None = None
     dropped: Mapping[int, int] = field(default_factory=dict)
     """number of tokens of each sample of which no row is left, by the index of the sample"""
+    labels: Labels | None = None
+    """what a row's labels stand for, where rows are classified"""
 
     @property
     def template_hash(self) -> str | None:
         """Hash of the chat template that rendered the rows; None for pairs and texts."""
         return None if self.counts.shape in (Shape.PAIR, Shape.TEXT) else self.origin["template"]
+
+    def label_counts(self) -> tuple[int, ...]:
+        """Return how many rows have each label, in the order of their names; () for text."""
+        if self.labels is None:
+            return ()
+        return self.labels.counts(self.rows.column("labels").combine_chunks().flatten().to_pylist())
 
     def describe(self) -> str:
         """Return one line for people: what became of the rows, and how fast."""
@@ -220,16 +226,28 @@ def _from_cache(file: Path, fingerprint: str, maker: RowMaker) -> Tokenized | No
         DataError, StorageError, OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException,
     ):  # fmt: skip
         return None
-    return Tokenized(rows, counts, fingerprint, maker.origin, dropped=dropped)
+    return Tokenized(rows, counts, fingerprint, maker.origin, dropped=dropped, labels=maker.labels)
 
 
 class _TableRow(NamedTuple):
-    """A row of the table, with the columns of `_SCHEMA`."""
+    """A row of the table, with the columns of `_schema`."""
 
     ids: list[int]
-    labels: list[int]
+    labels: list[Any]
     sample: int
     uncut_tokens: int
+    token_types: list[int] | None
+
+
+def _schema(maker: RowMaker) -> pyarrow.Schema:
+    columns = [
+        ("input_ids", pyarrow.list_(pyarrow.int32())),
+        ("labels", pyarrow.list_(maker.label_type)),
+        ("row", pyarrow.int64()),
+        ("uncut_tokens", pyarrow.int32()),
+        ("token_types", pyarrow.list_(pyarrow.int8())),
+    ]
+    return pyarrow.schema(columns if maker.has_token_types else columns[:-1])
 
 
 class RowMaker(Protocol):
@@ -239,11 +257,17 @@ class RowMaker(Protocol):
         weighs: the name of what a loss is a sum over.
         origin: hashes of what decides the rows beside the settings: data, tokenizer, template.
         settings: what else decides them.
+        label_type: pyarrow's type of a label.
+        has_token_types: whether a row says of which text each token is.
+        labels: what the labels of a row stand for, where rows are classified.
     """
 
     weighs: str
     origin: Mapping[str, str | None]
     settings: Sequence[Any]
+    label_type: pyarrow.DataType
+    has_token_types: bool
+    labels: Labels | None
 
     def rows(self, indices: Sequence[int], faults: Faults) -> Iterator[tuple[int, Labelled]]:
         """Yield the rows of samples, each with the index of its sample, however long."""
@@ -253,7 +277,7 @@ class RowMaker(Protocol):
         """Return what is left of a row that is too long, truncated or split."""
         ...
 
-    def weight(self, labels: list[int]) -> int:
+    def weight(self, labels: list[Any]) -> int:
         """Return the weight of a row with these labels."""
         ...
 
@@ -271,6 +295,7 @@ class _Tokenizing:
     def __init__(self, samples: Samples, maker: RowMaker, options: TokenOptions) -> None:
         self.samples = samples
         self.maker = maker
+        self.schema = _schema(maker)
         self.max_length = options.max_length
         self.long_samples: LongSamples = options.long_samples
         if self.long_samples == "auto":
@@ -299,7 +324,7 @@ class _Tokenizing:
                 batched=True,
                 batch_size=_BATCH_ROWS,
                 remove_columns=["sample"],
-                features=datasets.Features.from_arrow_schema(_SCHEMA),
+                features=datasets.Features.from_arrow_schema(self.schema),
                 load_from_cache_file=False,
                 keep_in_memory=file is None,
                 cache_file_name=str(file) if file else None,
@@ -312,20 +337,29 @@ class _Tokenizing:
             raise DataError(self.maker.nothing_left(counts.weight_lost, self.long_samples))
         seconds = time.perf_counter() - started
         made = TokenTable(rows)
-        return Tokenized(made, counts, fingerprint, self.maker.origin, seconds, self.dropped)
+        return Tokenized(
+            made,
+            counts,
+            fingerprint,
+            self.maker.origin,
+            seconds,
+            self.dropped,
+            self.maker.labels,
+        )
 
     def _table(self, indices: Sequence[int]) -> pyarrow.Table:
         rows: list[_TableRow] = []
         made = self.maker.rows(indices, self.faults)
         for index, of_one in itertools.groupby(made, key=lambda pair: pair[0]):
             rows += self._fit(index, [row for _, row in of_one])
-        columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
-        return pyarrow.table(list(map(list, columns)), schema=_SCHEMA)
+        width = len(self.schema)
+        columns = [*zip(*rows, strict=True)][:width] or [()] * width
+        return pyarrow.table(list(map(list, columns)), schema=self.schema)
 
     def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
         """Shorten the rows of one sample to the allowed length, and count what is lost."""
         left = [
-            _TableRow(part.ids, part.labels, index, len(row.ids))
+            _TableRow(part.ids, part.labels, index, len(row.ids), part.token_types)
             for row in rows
             for part in self._shorten(index, row)
             if self.maker.weight(part.labels)

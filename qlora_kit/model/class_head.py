@@ -20,6 +20,9 @@ from qlora_kit.layers.projections import base_prefix
 
 SEQUENCE_CLASSIFICATION = "AutoModelForSequenceClassification"
 
+# The name of the output of a classifier that gives a number.
+VALUE = "value"
+
 Kind = Literal["single", "multi", "regression"]
 # transformers' words for them.
 _PROBLEM_TYPES: dict[Kind, str] = {

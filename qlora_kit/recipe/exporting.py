@@ -138,7 +138,8 @@ def _verification_rows(
     classifier = spec if spec.classes is not None else None
     run = _config_of_run(config.adapter, announce)
     if config.data is not None:
-        samples, options = load_samples(config.data, "test", run), run or TokenOptions()
+        samples = load_samples(config.data, "test", run, task=opened.task.name)
+        options = run or TokenOptions()
         named = tokenize(samples, tokenizer, options, makes=makes)
         source = Path(config.data).name
         return some_rows(named.rows, config.verify_tokens, pad, source, classifier)

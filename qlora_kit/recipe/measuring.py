@@ -19,6 +19,7 @@ from qlora_kit.opening import (
     open_tokenizer,
     put_on,
     put_several_on,
+    stored_task_name,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     config = as_trained(config)
     check_base(config.model, adapter_of(config))
     named = RowAdapters(config.adapter_field, tuple(config.adapters)) if config.adapters else None
-    samples = load_samples(config.data, "test", config, named)
+    task = stored_task_name(config.model, adapter_of(config))
+    samples = load_samples(config.data, "test", config, named, task=task)
     by_row = any(sample.adapter for sample in samples.items)
     samples = samples.first(config.max_rows)
     for text in samples.notices:

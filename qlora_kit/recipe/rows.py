@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import (
@@ -19,6 +20,7 @@ from qlora_kit.opening import open_tokenizer
 from qlora_kit.redact import redacted_values
 
 if TYPE_CHECKING:
+    from qlora_kit.data.labels import Labels
     from qlora_kit.data.survey import Survey
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.opening import Opened
@@ -31,7 +33,7 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
         config: names the data.
         announce: receives notices about the data.
     """
-    samples = load_samples(config.data, "train", config)
+    samples = load_samples(config.data, "train", config, task=config.task)
     if config.data is None:
         announce(
             Notice(
@@ -40,9 +42,9 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
             )
         )
     validation = (
-        load_samples(config.validation, "validation", config)
+        load_samples(config.validation, "validation", config, task=config.task)
         if config.validation
-        else load_held_out(config.data, config)
+        else load_held_out(config.data, config, config.task)
     )
     for text in (*samples.notices, *(validation.notices if validation else ())):
         announce(Notice(text))
@@ -68,21 +70,37 @@ def token_rows(
             needs validation rows and there are none.
         ModelError: the tokenizer gives a token that the model does not have.
     """
-    from qlora_kit.data.chat_template import spelled_out_end
-
     opened = open_tokenizer(config, announce, chat_template=config.chat_template)
-    if end := spelled_out_end(opened.tokenizer):
-        announce(
-            Notice(
-                f"the chat template ends answers with {end!r}, which is no token of the "
-                "tokenizer: it is spelled out, and the EOS token learnt after it; expected an end "
-                "token; correct the template"
-            )
-        )
+    if config.task == "classify":
+        opened = opened.classifying(_labels(samples, config, announce))
+        notices = _notices_of_text(config)
+    else:
+        notices = _template_notices(opened)
+    for text in notices:
+        announce(Notice(text))
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
     return opened, rows, held_out
+
+
+def _template_notices(opened: Opened) -> Iterator[str]:
+    from qlora_kit.data.chat_template import spelled_out_end
+
+    if end := spelled_out_end(opened.tokenizer):
+        yield (
+            f"the chat template ends answers with {end!r}, which is no token of the "
+            "tokenizer: it is spelled out, and the EOS token learnt after it; expected an end "
+            "token; correct the template"
+        )
+
+
+def _notices_of_text(config: TrainConfig) -> Iterator[str]:
+    """Options of text that is learnt must not be silently without effect on labelled texts."""
+    for name in ("train_on", "chat_template"):
+        if name in config.model_fields_set:
+            flag = name.replace("_", "-")
+            yield f"--{flag} has no effect: a labelled text is given to the model as it is"
 
 
 def tokenize_data(
@@ -114,7 +132,29 @@ def tokenize_data(
         raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
     if split is not None:
         announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
+        for text in _held_out_labels(rows, kept):
+            announce(Notice(text))
     return kept, split
+
+
+def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels:
+    """Return the labels, which are those of the training samples, and announce them."""
+    from qlora_kit.data.labels import class_counts, labels_of, missing_from
+
+    labels = labels_of(samples, config)
+    announce(Notice(f"labels: {labels.describe()}"))
+    for text in missing_from(labels, class_counts(labels, samples), samples.source):
+        announce(Notice(text))
+    return labels
+
+
+def _held_out_labels(rows: Tokenized, kept: Tokenized) -> Iterator[str]:
+    """Yield a notice where all rows of a label were held out."""
+    if rows.labels is None:
+        return
+    from qlora_kit.data.labels import held_out_whole
+
+    yield from held_out_whole(rows.labels, rows.label_counts(), kept.label_counts())
 
 
 def _check_validation(config: TrainConfig, held_out: Tokenized | None, announce: Announce) -> None:
@@ -148,7 +188,8 @@ def surveyed(
         config: the options of the run.
         shown_rows: number of rows to show token by token.
     """
-    from qlora_kit.data.survey import Part, survey
+    from qlora_kit.data.row_arrays import Part
+    from qlora_kit.data.survey import survey
 
     found = survey(
         Part(samples, rows),

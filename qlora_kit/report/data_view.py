@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from qlora_kit.data.label_survey import RepeatedTexts, ValueFigures
 from qlora_kit.report.mask import left_out, shown, visible
 from qlora_kit.report.page import render
 from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
     from qlora_kit.data.encode import Piece
-    from qlora_kit.data.survey import Bin, Repeats, ShownRow, Survey
+    from qlora_kit.data.label_survey import ClassCount, LabelFigures, Values
+    from qlora_kit.data.survey import Bin, Ends, Repeats, ShownRow, Survey
 
 NAME = "data.html"
 """name of the page in a run's folder"""
@@ -23,6 +25,8 @@ ROWS = 20
 
 _BAR_WIDTH = 40
 _MOST_OF_A_RUN = 600
+_MOST_CLASSES = 20
+_LONGEST_NAME = 40
 
 
 # ---------------------------------------------------------------- tables
@@ -30,8 +34,10 @@ _MOST_OF_A_RUN = 600
 
 def tables(survey: Survey) -> tuple[tuple[str, Rows], ...]:
     """Return the tables of a survey, each with its title."""
+    labels = survey.labels and ((_label_title(survey.labels), label_rows(survey.labels)),)
     return (
         (f"data: {survey.source}", summary_rows(survey)),
+        *(labels or ()),
         ("tokens of a row, before any is cut", length_rows(survey)),
         ("longest rows", longest_rows(survey)),
     )
@@ -40,39 +46,147 @@ def tables(survey: Survey) -> tuple[tuple[str, Rows], ...]:
 def summary_rows(survey: Survey) -> Rows:
     """Return what became of the data, one row for each figure."""
     counts, lengths, ends = survey.training, survey.lengths, survey.ends
-    pieces = f" in {ends.of:,} token rows" if ends.of != counts.rows_kept else ""
     held_out = survey.validation
     rows = [
-        ("training", f"{counts.rows_kept:,} {counts.shape} rows{pieces}"),
+        ("training", f"{counts.rows_kept:,} {counts.shape} rows{_in_pieces(survey)}"),
         ("validation", f"{held_out.rows_kept:,} rows" if held_out else "none"),
-        ("tokens", f"{counts.tokens:,}, {survey.supervised_share:.1%} supervised"),
+        ("tokens", f"{counts.tokens:,}{_supervised(survey)}"),
         ("lengths", f"median {lengths.median:,}, 95 % up to {lengths.p95:,}, "
                     f"longest {lengths.longest:,}; --max-length {survey.max_length:,}"),
-        ("cut", f"{counts.rows_truncated:,} truncated, {counts.rows_split:,} split, "
-                f"{counts.rows_dropped:,} dropped; lost: {counts.weight_lost:,} "
-                "supervised tokens"),
-        ("end token", f"{' or '.join(map(visible, ends.tokens)) or 'none'} at the end of what is "
-                      f"learnt in {ends.rows:,} of {ends.of:,} token rows"),
-        ("prompts", _prompt_text(survey)),
-        ("repeated", _repeat_text(survey.repeats)),
+        ("cut", _cut(survey)),
     ]  # fmt: skip
+    if ends is not None:
+        rows += [("end token", _end_text(ends)), ("prompts", _prompt_text(survey))]
+    if survey.labels is not None:
+        rows.append(_label_summary(survey.labels))
+    rows.append(("repeated", _repeat_text(survey.repeats)))
     if survey.overlap is not None:
         rows.append(("in both parts", _repeat_text(survey.overlap)))
     return tuple(rows)
 
 
+def _in_pieces(survey: Survey) -> str:
+    ends = survey.ends
+    if ends is None or ends.of == survey.training.rows_kept:
+        return ""
+    return f" in {ends.of:,} token rows"
+
+
+def _supervised(survey: Survey) -> str:
+    return f", {survey.supervised_share:.1%} supervised" if survey.labels is None else ""
+
+
+def _cut(survey: Survey) -> str:
+    counts = survey.training
+    if survey.labels is not None:
+        return f"{counts.rows_truncated:,} truncated, {counts.rows_dropped:,} dropped"
+    return (
+        f"{counts.rows_truncated:,} truncated, {counts.rows_split:,} split, "
+        f"{counts.rows_dropped:,} dropped; lost: {counts.weight_lost:,} supervised tokens"
+    )
+
+
+def _end_text(ends: Ends) -> str:
+    return (
+        f"{' or '.join(map(visible, ends.tokens)) or 'none'} at the end of what is learnt in "
+        f"{ends.rows:,} of {ends.of:,} token rows"
+    )
+
+
 def _prompt_text(survey: Survey) -> str:
-    tried, right = survey.prompts.tried, survey.prompts.tried - survey.prompts.differing
-    if not tried:
+    prompts = survey.prompts
+    if prompts is None or not prompts.tried:
         return "none to try"
-    return f"{right:,} of {tried:,} tried are what generation is given, token by token"
+    right = prompts.tried - prompts.differing
+    return f"{right:,} of {prompts.tried:,} tried are what generation is given, token by token"
 
 
-def _repeat_text(repeats: Repeats) -> str:
+def _repeat_text(repeats: Repeats | RepeatedTexts) -> str:
+    if isinstance(repeats, RepeatedTexts):
+        others = f"{repeats.contradicting:,} of them with another label"
+        return f"{repeats.rows:,} of {repeats.of:,} texts, {others}" if repeats.rows else "nothing"
     if not repeats.rows and not repeats.prompts:
         return "nothing"
     whole = f"{repeats.rows:,} of {repeats.of:,} token rows"
     return f"{whole}, and the prompt of {repeats.prompts:,} with another answer"
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _label_title(labels: LabelFigures) -> str:
+    return (
+        "values of the training rows"
+        if isinstance(labels, ValueFigures)
+        else "labels of the training rows"
+    )
+
+
+def _label_summary(labels: LabelFigures) -> tuple[str, str]:
+    if isinstance(labels, ValueFigures):
+        parts = [_spread(labels.training)]
+        if labels.validation is not None:
+            parts.append(f"validation {_spread(labels.validation)}")
+        return "values", "; ".join(parts)
+    how = "one" if labels.kind == "single" else "none, one or several"
+    return "labels", f"{how} of {len(labels.classes):,} each"
+
+
+def _spread(values: Values) -> str:
+    return f"{values.smallest:.4g} to {values.largest:.4g}, mean {values.mean:.4g}"
+
+
+class _LabelBar(NamedTuple):
+    name: str
+    rows: int
+    note: str
+
+
+def label_rows(labels: LabelFigures) -> Rows:
+    """Return the rows of each class, of the largest ones where they are many; or of each value."""
+    bars = [*_label_bars(labels)]
+    most = max(bar.rows for bar in bars)
+    return tuple(
+        (bar.name, f"{'█' * _width(bar.rows, most)} {bar.rows:,} {bar.note}".strip())
+        for bar in bars
+    )
+
+
+def _label_bars(labels: LabelFigures) -> Iterator[_LabelBar]:
+    if isinstance(labels, ValueFigures):
+        for value in labels.training.histogram:
+            yield _LabelBar(f"{value.first:.4g} to {value.last:.4g}", value.rows, "")
+        return
+    largest = sorted(labels.classes, key=lambda each: -each.training)[:_MOST_CLASSES]
+    in_all = sum(each.training for each in labels.classes)
+    for each in labels.classes:
+        if each in largest:
+            yield _LabelBar(_short(each.name), each.training, _label_note(each, in_all))
+    if others := len(labels.classes) - len(largest):
+        rows = in_all - sum(each.training for each in largest)
+        yield _LabelBar(f"{others:,} others", rows, f"({rows / in_all:.1%})")
+
+
+def _short(name: str) -> str:
+    text = visible(" ".join(name.split()))
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…"
+
+
+def _label_note(each: ClassCount, in_all: int) -> str:
+    parts = [f"{each.training / in_all:.1%}"]
+    if each.validation is not None:
+        parts.append(f"{each.validation:,} in validation")
+    if each.weight != 1:
+        parts.append(f"weight {each.weight:.4g}")
+    return f"({', '.join(parts)})"
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def _width(rows: int, most: int) -> int:
+    """Return the width of a bar; rounded up, so that what is not 0 has a bar."""
+    return -(-_BAR_WIDTH * rows // most)
 
 
 def length_rows(survey: Survey) -> Rows:
@@ -81,10 +195,8 @@ def length_rows(survey: Survey) -> Rows:
     most = max(each.rows for each in bins)
     rows = []
     for each in bins:
-        # Rounded up, so that every bin that is not empty has a bar.
-        width = -(-_BAR_WIDTH * each.rows // most)
         block = "░" if each.first > survey.max_length else "█"
-        rows.append((_range(each), f"{block * width} {each.rows:,}".strip()))
+        rows.append((_range(each), f"{block * _width(each.rows, most)} {each.rows:,}".strip()))
     return tuple(rows)
 
 
@@ -100,7 +212,12 @@ def longest_rows(survey: Survey) -> Rows:
 def shown_title(row: ShownRow) -> str:
     """Return the title of a sampled row."""
     cut = f" of {row.uncut_tokens:,}" if row.uncut_tokens > row.tokens else ""
-    return f"{row.place}: {row.tokens:,} tokens{cut}, {row.supervised_tokens:,} supervised"
+    learnt = f"{row.supervised_tokens:,} supervised" if row.label is None else _label_of(row.label)
+    return f"{row.place}: {row.tokens:,} tokens{cut}, {learnt}"
+
+
+def _label_of(label: str) -> str:
+    return f"label {_short(label)}"
 
 
 # ---------------------------------------------------------------- the page
@@ -113,6 +230,8 @@ def data_page(survey: Survey) -> str:
         title=f"Data: {survey.source}",
         summary=summary_rows(survey),
         warnings=[*survey.warnings()],
+        labels_title=survey.labels and _label_title(survey.labels),
+        labels=[*_page_label_bars(survey.labels)] if survey.labels else [],
         max_length=f"{survey.max_length:,}",
         bars=[*_bars(survey)],
         longest=longest_rows(survey),
@@ -136,14 +255,29 @@ def _bars(survey: Survey) -> Iterator[_Bar]:
         yield _Bar(_range(each), f"{each.rows:,}", width, each.first > survey.max_length)
 
 
+def _page_label_bars(labels: LabelFigures) -> Iterator[_Bar]:
+    bars = [*_label_bars(labels)]
+    most = max(bar.rows for bar in bars)
+    for bar in bars:
+        width = f"{100 * bar.rows / most:.2f}%"
+        yield _Bar(bar.name, f"{bar.rows:,} {bar.note}".strip(), width, is_cut=False)
+
+
 def _repeated(survey: Survey) -> Iterator[tuple[str, Rows, str]]:
     for heading, repeats in (
         ("Training rows that repeat another", survey.repeats),
         ("Validation rows that are also trained on", survey.overlap),
     ):
-        if repeats is not None and repeats.places:
-            first = f"The first of {repeats.rows:,}." if repeats.rows > 1 else "The only one."
-            yield heading, repeats.places, first
+        if repeats is None or not repeats.places:
+            continue
+        yield heading, repeats.places, _first_of(repeats.rows)
+        if isinstance(repeats, RepeatedTexts) and repeats.contradictions:
+            others = f"{heading}, with another label"
+            yield others, repeats.contradictions, _first_of(repeats.contradicting)
+
+
+def _first_of(rows: int) -> str:
+    return f"The first of {rows:,}." if rows > 1 else "The only one."
 
 
 class _Span(NamedTuple):

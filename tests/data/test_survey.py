@@ -24,9 +24,10 @@ from qlora_kit.config import TokenOptions
 from qlora_kit.data.batch import TokenTable
 from qlora_kit.data.chat_template import built_in_templates, spelled_out_end
 from qlora_kit.data.encode import IGNORED, WITHHELD, pieces_of
+from qlora_kit.data.row_arrays import Part
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Pair, Sample, Text
-from qlora_kit.data.survey import Part, Survey, survey
+from qlora_kit.data.survey import Survey, survey
 from qlora_kit.data.tokens import split_validation, tokenize
 from qlora_kit.errors import DataError
 from qlora_kit.report.data_view import data_page, length_rows, summary_rows, tables
