@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from qlora_kit.model.threads import Threads
     from qlora_kit.tasks import Task
 
+# Models whose first position is the one behind the number of their padding token.
+_COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
+
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 
 
@@ -116,6 +119,14 @@ class Opened:
         """Return the specification of the frozen base; see `base_spec`."""
         return base_spec(self.source, self.fetched.folder, options, self.task)
 
+    def positions(self, options: BaseModelOptions) -> int | None:
+        """Return how many tokens of a row the model has positions for; None if it does not say."""
+        text = self.spec(options).architecture().get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        if positions is not None and text.model_type in _COUNTED_FROM_PADDING:
+            return int(positions) - (text.pad_token_id or 0) - 1
+        return positions
+
     def check_positions(self, options: BaseModelOptions, rows: Tokenized) -> None:
         """Check that the model has a position and an embedding for every token of every row.
 
@@ -124,7 +135,7 @@ class Opened:
             ModelError: the tokenizer gives a token that the model has no embedding for.
         """
         text = self.spec(options).architecture().get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
+        positions = self.positions(options)
         longest = max(rows.rows.lengths())
         if positions is not None and longest > positions:
             raise ConfigError(
@@ -292,6 +303,7 @@ def open_tokenizer(
         chat_template: see `choose_template`; None for the tokenizer's own.
     """
     from qlora_kit.data.chat_template import choose_template
+    from qlora_kit.model.class_head import is_encoder
     from qlora_kit.model.doctor import too_old
     from qlora_kit.model.fetch import fetch
     from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
@@ -300,17 +312,20 @@ def open_tokenizer(
         announce(Notice(text))
     source = find_model(options.model)
     fetched = fetch(source, random=options.weights == "random", revision=options.revision)
+    bare = base_spec(source, fetched.folder, options, asked_task())
+    writes = not is_encoder(bare.architecture())
     has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(adapter if adapter and has_own else fetched.tokenizer_folder)
-    if lost := lossy_characters(tokenizer):
+    folder = adapter if adapter and has_own else fetched.tokenizer_folder
+    tokenizer = load_tokenizer(folder, writes=writes)
+    if writes and (lost := lossy_characters(tokenizer)):
         announce(Notice(f"the tokenizer does not give these letters back: {lost}"))
     if options.weights == "random" and fetched.folder is None:
         announce(Notice("random weights: the demo's tokenizer stands in for the model's own"))
     has_template = chat_template is not None or tokenizer.chat_template is not None
-    choose_template(tokenizer, chat_template)
-    if adapter is not None:
-        _compare_templates(tokenizer, adapter, announce)
-    bare = base_spec(source, fetched.folder, options, asked_task())
+    if writes:
+        choose_template(tokenizer, chat_template)
+        if adapter is not None:
+            _compare_templates(tokenizer, adapter, announce)
     task = _stored_task(bare, adapter, tokenizer.pad_token_id)
     opened = Opened(source, fetched, tokenizer, has_template, task)
     _tell_ids_beyond(opened, options, announce)

@@ -150,6 +150,15 @@ def open_checkpoint(folder: Path) -> TensorSource:
     return PickledShards(files)
 
 
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Return the dtype of the matrices of a checkpoint; None where there is none to look at."""
+    try:
+        source = open_checkpoint(folder)
+    except ModelError:
+        return None
+    return next((t.dtype for t in map(source.read, source.names) if t.dim() > 1), None)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     for index, single in zip(_INDEXES, _SINGLES, strict=True):
         if (folder / index).is_file():

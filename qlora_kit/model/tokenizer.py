@@ -31,22 +31,27 @@ _ROUND_TRIP_TEXTS = (
 _MOST_TOKENS = 1 << 31
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, writes: bool = True) -> PreTrainedTokenizerBase:
     """Load and check the tokenizer of a model folder.
 
     The padding token is the tokenizer's own, or else its unknown token, or else its end token.
     Padding is masked by position and never by value, so an end token stays supervised.
 
+    Args:
+        folder: of the model.
+        writes: whether the model writes text. The tokenizer of a model that only reads needs no
+            end, and may lose what it does not tell apart, such as upper case.
+
     Raises:
-        ModelError: there is no tokenizer, it has no end-of-sequence token, or it fails
-            `check_round_trip`.
+        ModelError: there is no tokenizer, it has no token to pad with, or, where the model writes,
+            it has no end-of-sequence token or fails `check_round_trip`.
     """
     check_tokenizer_files(folder)
     with model_errors(f"{folder}: no usable tokenizer", "the files of one; restore them"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        if tokenizer.eos_token_id is None:
+        if writes and tokenizer.eos_token_id is None:
             raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token")
         if max(tokenizer.get_vocab().values(), default=0) >= _MOST_TOKENS:
             raise ModelError(
@@ -55,8 +60,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise ModelError(f"{folder}: the tokenizer has no token to pad with; set pad_token")
         tokenizer.padding_side = "right"
-        check_round_trip(tokenizer, str(folder))
+        if writes:
+            check_round_trip(tokenizer, str(folder))
     return tokenizer
 
 

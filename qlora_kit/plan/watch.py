@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.layers.projections import projections
+from qlora_kit.layers.projections import base_prefix, projections
 from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, LOSS_CHUNK, UNPACKED, heard_by
 from qlora_kit.plan.ledger import Ledger
 
@@ -40,10 +40,15 @@ def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
     for projection in projections(model).values():
         for name, tensor in projection.frozen.weight.stored():
             ledger.claim(tensor, purpose_of_part(name))
-    for _, tensor in model.get_output_embeddings().weight.stored():
-        ledger.claim(tensor, "head")
-    # The embedding comes last, because it may be the head as well.
-    ledger.claim(model.get_input_embeddings().weight, "embeddings")
+    prefix = base_prefix(model)
+    for name, module in model.named_modules():
+        if name and prefix and not f"{name}.".startswith(prefix):
+            for tensor in [*module.parameters(), *module.buffers()]:
+                ledger.claim(tensor, "head")
+    # Embeddings come last, because one may be the head as well.
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            ledger.claim(module.weight, "embeddings")
 
 
 def claim_trained(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:

@@ -22,6 +22,7 @@ from qlora_kit.opening import (
     put_on,
     put_several_on,
 )
+from qlora_kit.recipe.labelling import labelled
 
 
 def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
 
     first = adapter_of(config)
     opened = open_tokenizer(config, announce, first, config.chat_template)
+    if opened.task.classes is not None:
+        return labelled(config, opened, asked, announce)
     check_generates(opened.task, "generate")
     record = None if first is None else read_base_record(first)
     # An adapter whose record has no template was trained on texts as they are.

@@ -132,6 +132,14 @@ class ClassifyObjective:
         mask = torch.ones(rows, width, dtype=torch.int64, device="cpu") if is_padded else None
         return LabelledBatch(ids, (tokens,) * rows, tuple(range(rows)), targets, mask)
 
+    def logits(self, batch: LabelledBatch) -> Tensor:
+        """Return the logits of a batch, (B, K), fp32.
+
+        Args:
+            batch: in host memory.
+        """
+        return self._logits(batch.to(self.base.hardware.device))
+
     def _logits(self, batch: LabelledBatch) -> Tensor:
         logits: Tensor = self.base.model(**batch.inputs).logits
         return logits.float()

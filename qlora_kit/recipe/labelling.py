@@ -1,0 +1,108 @@
+"""Let a classifier label texts: what `generate` does where a model writes none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import GenerateConfig
+from qlora_kit.data.samples import PromptRecord
+from qlora_kit.errors import DataError
+from qlora_kit.events import Announce, Answered, Notice
+from qlora_kit.opening import put_on, put_several_on
+
+if TYPE_CHECKING:
+    from qlora_kit.model.class_head import ClassHead
+    from qlora_kit.opening import Opened
+
+# Of a model that does not say how many positions it has.
+_MOST_TOKENS = 1024
+_MOST_SHOWN = 5
+_OF_TEXT = ("raw", "max_new_tokens", "temperature", "top_p", "seed", "chat_template")
+
+
+def labelled(
+    config: GenerateConfig, opened: Opened, asked: Sequence[PromptRecord], announce: Announce
+) -> dict[str, Any]:
+    """Label texts.
+
+    Args:
+        config: the options.
+        opened: the classifier.
+        asked: the texts.
+        announce: receives the events.
+
+    Returns:
+        The labels of the texts and how likely they are, for programs.
+
+    Raises:
+        DataError: a prompt is made of turns.
+    """
+    from qlora_kit.data.labelled_rows import TextEncoder
+    from qlora_kit.infer.labels import likelihoods
+    from qlora_kit.lora.several import PerRow
+    from qlora_kit.model.threads import choose_threads
+
+    for name in _OF_TEXT:
+        if name in config.model_fields_set:
+            flag = name.replace("_", "-")
+            announce(Notice(f"--{flag} has no effect: a classifier labels a text and writes none"))
+    most = opened.positions(config) or _MOST_TOKENS
+    encoder = TextEncoder(opened.tokenizer, min(most, opened.tokenizer.model_max_length))
+    encoded = [encoder.encode(_text(prompt)) for prompt in asked]
+    base = opened.load(config, announce, choose_threads(config.threads))
+    put_on(base, config, announce)
+    per_row = None
+    if config.adapters:
+        adapters = put_several_on(base, config, announce)
+        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
+    objective: Any = opened.task.objective(base, opened.tokenizer.pad_token_id, 1, None)
+    no_label: list[float] = [0.0] if objective.classes.kind != "multi" else []
+    rows = [
+        {"input_ids": each.ids, "token_types": each.token_types, "labels": no_label, "row": row}
+        for row, each in enumerate(encoded)
+    ]
+    answers = []
+    for prompt, values in zip(asked, likelihoods(objective, rows, per_row=per_row), strict=True):
+        answers.append(_answer(objective.classes, values))
+        announce(Answered(_line(config, prompt, answers[-1])))
+    given = list(zip(asked, answers, strict=True))
+    if config.prompts is not None:
+        listed = [{"place": p.place, "adapter": p.adapter, **answer} for p, answer in given]
+        return {"prompts": str(config.prompts), "answers": listed}
+    if config.adapters:
+        return {"prompt": config.prompt, "answers": {p.adapter: answer for p, answer in given}}
+    return {"prompt": config.prompt, **answers[0]}
+
+
+def _text(prompt: PromptRecord) -> str:
+    if not isinstance(prompt.content, str):
+        raise DataError(
+            f"{prompt.place}: turns, and a classifier labels one text; expected a text; write the "
+            "prompt as one"
+        )
+    return prompt.content
+
+
+def _answer(classes: ClassHead, values: Sequence[float]) -> dict[str, Any]:
+    """Return the label, labels or number of a text, and how likely each label is."""
+    if classes.kind == "regression":
+        return {"value": values[0]}
+    by_name = dict(zip(classes.names, values, strict=True))
+    if classes.kind == "multi":
+        chosen = [name for name, value in by_name.items() if value > 0.5]
+        return {"labels": chosen, "probabilities": by_name}
+    return {"label": max(by_name, key=by_name.__getitem__), "probabilities": by_name}
+
+
+def _line(config: GenerateConfig, prompt: PromptRecord, answer: dict[str, Any]) -> str:
+    if "value" in answer:
+        found = f"{answer['value']:.4f}"
+    else:
+        likely = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:_MOST_SHOWN]
+        shares = ", ".join(f"{name} {value:.3f}" for name, value in likely)
+        chosen = answer["label"] if "label" in answer else ", ".join(answer["labels"]) or "none"
+        found = f"{chosen}  ({shares})"
+    labels = [prompt.place] if config.prompts is not None else []
+    labels += [prompt.adapter or "the base alone"] if config.adapters else []
+    return f"{', '.join(labels)}: {found}" if labels else found
