@@ -49,7 +49,7 @@ class LoraSpec:
         rslora: whether scaling is alpha / √rank instead of alpha / rank.
         rank_pattern: rank by the end of a path or by a regular expression, as in PEFT.
         alpha_pattern: alpha by the end of a path or by a regular expression, as in PEFT.
-        whole: paths of linear layers that are trained whole; they get no LoRA, whatever is targeted.
+        whole: paths of linear layers that are trained whole; they get no LoRA, targeted or not.
         task_type: PEFT's name for the task that they are trained for.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
-from qlora_kit.infer.evaluate import evaluate
 from qlora_kit.infer.samples import SampleAccount
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
@@ -27,15 +26,17 @@ from qlora_kit.opening import Opened
 from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.run import PICTURE, MemoryAccount, plan_run
 from qlora_kit.recipe.rows import surveyed, token_rows
+from qlora_kit.recipe.validation import Validation
 from qlora_kit.redact import redacted_values
 from qlora_kit.report import card, data_view, log, plot, run_page
 from qlora_kit.report.facts import RunSummary, header, speed
+from qlora_kit.report.labels import write_labels
 from qlora_kit.report.trackers import Tracking
 from qlora_kit.signals import Stopped
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
-from qlora_kit.train.loop import Measure, Saving, TrainResult, plan_steps, train_adapter
+from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
 from qlora_kit.train.resume import is_finished, resume_point
 
 
@@ -146,11 +147,13 @@ class Run:
         memory = MemoryAccount(self.output, self.plan, self.announce)
         samples = self._samples()
         try:
-            result = self._trained(memory)
+            validation = self._validation()
+            result = self._trained(memory, validation)
         except (Stopped, NumericsError, OutOfMemory) as end:
             self._say_how_to_go_on(end)
             raise
-        return self._finished(result, memory, samples, facts)
+        last = validation.last if validation else None
+        return self._finished(result, memory, samples, facts, last.details if last else {})
 
     def _save_inputs(self) -> None:
         settings = redacted_values(self.config.model_dump(mode="json"))
@@ -178,7 +181,7 @@ class Run:
         account.begin(count, (self.held_out or self.rows).rows, tokens_at_once)
         return account
 
-    def _trained(self, memory: MemoryAccount) -> TrainResult:
+    def _trained(self, memory: MemoryAccount, validation: Validation | None) -> TrainResult:
         first_step = 1 if self.resume is None else step_of(self.resume) + 1
         with Tracking(self.config, self.output, first_step, self.announce) as tracking:
             written = log.Log(self.output, self.config.logging_steps)
@@ -188,36 +191,18 @@ class Run:
                 self.config,
                 task=self.opened.task,
                 pad_token_id=self.opened.tokenizer.pad_token_id,
-                evaluate=self._validation(),
+                evaluate=validation,
                 saving=Saving(self.output, self.record, self.resume, self.identity),
                 before_first_step=memory.rehearse if self.config.rehearse else None,
                 announce=announce_to((written, tracking, self.announce)),
             )
 
-    def _validation(self) -> Measure | None:
-        """Return a function that measures the validation rows; None if there are none.
-
-        If memory runs out, later measurements begin with the smaller batch that fitted.
-        """
+    def _validation(self) -> Validation | None:
+        """Return what measures the validation rows; None if there are none."""
         if self.held_out is None:
             return None
-        rows, batch_size = self.held_out.rows, self.config.eval_batch_size
-
-        def measured_now() -> Mapping[str, float]:
-            nonlocal batch_size
-            measured = evaluate(
-                self.adapter.base,
-                rows,
-                batch_size=batch_size,
-                pad_token_id=self.opened.tokenizer.pad_token_id,
-                chunk_tokens=self.config.loss_chunk_tokens,
-                task=self.opened.task,
-                announce=self.announce,
-            )
-            batch_size = measured.batch_size
-            return {"loss": measured.loss, **measured.metrics}
-
-        return measured_now
+        base, rows = self.adapter.base, self.held_out.rows
+        return Validation(base, self.opened, rows, self.config, self.announce)
 
     def _say_how_to_go_on(self, end: BaseException) -> None:
         if checkpoints(self.output):
@@ -233,11 +218,14 @@ class Run:
         memory: MemoryAccount,
         samples: SampleAccount,
         facts: tuple[tuple[str, str], ...],
+        labels: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Write the plot, the card, the page and the adapter; say what to do next."""
         output = self.output
         rows = log.read_log(output / log.NAME)
-        plot.draw_loss(rows, output / plot.NAME)
+        plot.draw_loss(rows, output / plot.NAME, self.opened.task.unit)
+        if labels:
+            write_labels(output, labels)
         results = (
             *_results(result, self.config),
             *speed(rows),
@@ -245,7 +233,11 @@ class Run:
         )
         commands = _next_commands(output, self.config)
         record = self.record
-        summary = RunSummary.of(self.config, record.base, facts, results, record.versions, commands)
+        summary = replace(
+            RunSummary.of(self.config, record.base, facts, results, record.versions, commands),
+            labels=record.labels or (),
+            pad_token_id=self.opened.tokenizer.pad_token_id,
+        )
         card.write_card(output, summary)
         run_page.write_run_page(
             output,
@@ -256,6 +248,7 @@ class Run:
             step_picture=output / PICTURE,
             on_gpu=self.adapter.base.hardware.device.type != "cpu",
             predicted_bytes=self.plan.prediction.peak.bytes if self.plan else None,
+            labels=labels,
         )
         # The adapter is written last: if a run folder has the weights of its last checkpoint, it
         # has all other files too.

@@ -21,11 +21,20 @@ NAME = "README.md"
 
 def write_card(folder: Path, summary: RunSummary) -> None:
     """Write the model card into a run folder."""
-    write_rendered_card(folder, "card.md.jinja", summary.base, "peft", "lora", summary=summary)
+    kind = "text-classification" if summary.labels else "text-generation"
+    write_rendered_card(
+        folder, "card.md.jinja", summary.base, "peft", "lora", kind, summary=summary
+    )
 
 
 def write_rendered_card(
-    folder: Path, template: str, base: str, library: str, tag: str, **shown: Any
+    folder: Path,
+    template: str,
+    base: str,
+    library: str,
+    tag: str,
+    kind: str = "text-generation",
+    **shown: Any,
 ) -> None:
     """Write the model card of an adapter or a model that was made from a base.
 
@@ -35,6 +44,7 @@ def write_rendered_card(
         base: hub id, known name, or folder of the base; a hub links to a hub id.
         library: the library that loads the adapter or model.
         tag: a tag for the card, beside the tags that all cards have.
+        kind: the hub's word for what the model does.
         shown: values for the template, beside the `name` of the base and the `front` for the hub.
 
     Raises:
@@ -44,7 +54,7 @@ def write_rendered_card(
         base_model=base if "/" in base and not base.startswith("/") else None,
         library_name=library,
         tags=[tag, "qlora", "qlora-kit"],
-        pipeline_tag="text-generation",
+        pipeline_tag=kind,
     )
     text = render(template, front=front.to_yaml(), name=base_name(base), **shown)
     write_text(folder / NAME, redacted(ModelCard(text).content))

@@ -48,6 +48,8 @@ class RunSummary:
         deciding: the settings that decide the weights.
         versions: versions of the libraries that computed the weights.
         commands: commands to type next.
+        labels: names of a classifier's labels; none of other models.
+        pad_token_id: the token that fills short rows.
     """
 
     base: str
@@ -58,6 +60,8 @@ class RunSummary:
     deciding: Rows
     versions: Rows
     commands: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    pad_token_id: int | None = None
 
     @property
     def base_name(self) -> str:

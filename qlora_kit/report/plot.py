@@ -20,8 +20,14 @@ _MOST_SMOOTHED = 50
 _FEW_POINTS = 30
 
 
-def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw training and validation loss, skipped steps, and the learning rate."""
+def draw_loss(rows: Sequence[dict[str, Any]], path: Path, unit: str = "nats per token") -> None:
+    """Draw training and validation loss, skipped steps, and the learning rate.
+
+    Args:
+        rows: the rows of a log.
+        path: the PNG.
+        unit: unit of the loss.
+    """
     # Rows of skipped steps have a loss too, but no learning rate.
     steps = [row for row in rows if "learning_rate" in row]
     evaluations = [row for row in rows if row.get("eval_loss") is not None]
@@ -45,7 +51,7 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
             clip_on=False, label="skipped: not finite",
         )  # fmt: skip
     _by_step(axes)
-    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     rate = axes.twinx()
@@ -79,7 +85,7 @@ def memory_curve(rows: Sequence[dict[str, Any]], levels: Mapping[str, int]) -> b
     axes.set_ylabel("GB (10⁹ bytes)")
     axes.set_ylim(0, 1.15 * max([*sizes, *(level / 1e9 for level in levels.values())], default=1))
     axes.grid(alpha=0.25)
-    return _png(figure)
+    return png_of(figure)
 
 
 # ---------------------------------------------------------------- figures
@@ -108,10 +114,11 @@ def save_figure(figure: Any, path: Path) -> None:
     Raises:
         StorageError: the file could not be written.
     """
-    write_bytes(path, _png(figure))
+    write_bytes(path, png_of(figure))
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """Return a matplotlib figure as a PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     return picture.getvalue()

@@ -6,12 +6,13 @@ samples are text of the data, so the page is only for people who may see the dat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.facts import RunSummary
+from qlora_kit.report.labels import confusion_picture, label_rows
 from qlora_kit.report.page import render
 from qlora_kit.report.plot import memory_curve
 from qlora_kit.report.tables import Rows
@@ -31,6 +32,7 @@ def write_run_page(
     step_picture: Path,
     on_gpu: bool,
     predicted_bytes: int | None,
+    labels: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page into a run folder.
 
@@ -43,12 +45,13 @@ def write_run_page(
         step_picture: PNG of the memory of one step; the file may be missing.
         on_gpu: whether the log has the memory of a GPU; otherwise it has that of the process.
         predicted_bytes: the peak that was predicted for the device, or None.
+        labels: tables of a classifier's last evaluation, see `report.labels`.
 
     Raises:
         StorageError: the page could not be written.
     """
     # Redacted before the template escapes the texts: an escaped secret would not be recognised.
-    summary, samples = redacted_values((summary, list(samples)))
+    summary, samples, labels = redacted_values((summary, list(samples), dict(labels or {})))
     # On a CPU the log has the memory of the process, while the prediction has only its tensors.
     levels = {"predicted peak": predicted_bytes} if on_gpu and predicted_bytes else {}
     process = "anonymous memory of the process"
@@ -57,6 +60,8 @@ def write_run_page(
         title=f"{folder.name}: LoRA adapter for {summary.base_name}",
         summary=summary,
         samples=samples,
+        label_rows=label_rows(labels),
+        confusion_picture=confusion_picture(labels),
         evaluations=_evaluation_rows(log_rows),
         incidents=_incidents(log_rows),
         most_rows=_MOST_ROWS,
