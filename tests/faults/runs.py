@@ -7,6 +7,7 @@ is so high that the lowest validation loss comes in the middle: the best checkpo
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -283,3 +284,7 @@ def prepare(folder: Path) -> None:
     torch.set_num_threads(1)
     transformers_logging = importlib.import_module("transformers.utils.logging")
     transformers_logging.disable_progress_bar()
+    # The kit collects garbage after each load: that need not look at the modules, nor copy their
+    # pages into the child.
+    gc.collect()
+    gc.freeze()
