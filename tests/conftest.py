@@ -31,8 +31,9 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
-def pytest_collection_finish() -> None:
-    """Hide what is imported from the garbage collector.
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Hide what is imported from the garbage collector, also what a test before imported late.
 
     The kit collects after each load and each merge. With all that tests import that took 0.4 s
     every time, far longer than the load of a small model itself.
