@@ -52,6 +52,8 @@ class Recognised:
     """number of samples that hold a placeholder such as `{{name}}`"""
     placeholders: tuple[str, ...]
     """the plain names in those placeholders"""
+    with_several: int
+    """number of samples with more than one right answer"""
 
     def notices(self, name: str, columns: Mapping[str, str]) -> Iterator[str]:
         """Yield the notices that the user should read once, one line each.
@@ -79,6 +81,11 @@ class Recognised:
             yield (
                 f"{name}: {answers} marked not to be learnt (weight, train), and left out of the "
                 "loss"
+            )
+        if self.with_several:
+            yield (
+                f"{name}: {self.with_several:,} of {count:,} records have several answers; the "
+                "first is learnt, and measuring accepts each"
             )
         if self.with_placeholder:
             names = ", ".join(f"{{{{{name}}}}}" for name in self.placeholders[:4])
@@ -255,6 +262,7 @@ class _Recognition:
             sum(map(_unlearnt, self.samples)),
             self.with_placeholder,
             tuple(self.placeholders),
+            sum(isinstance(each, Conversation) and bool(each.also_right) for each in self.samples),
         )
 
 
