@@ -45,6 +45,6 @@ __all__ = [
     "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "Layer",
     "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options", "PlanConfig",
     "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TemplateOption",
-    "TokenOptions", "TrainConfig", "by_heading", "compared", "declared", "field_names", "parse_size", "read_config_file",
-    "resolve", "that_decide",
+    "TokenOptions", "TrainConfig", "by_heading", "compared", "declared", "field_names",
+    "parse_size", "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

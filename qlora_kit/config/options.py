@@ -501,7 +501,7 @@ class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOption
     )
     loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
     metrics: MetricNames = option(
-        (), "also generate every answer, and measure it; comma-separated: exact_match, squad, bleu, "
+        (), "also generate every answer and measure it, comma-separated: exact_match, squad, bleu, "
         "chrf, final_number",
     )  # fmt: skip
     exact_match: bool = option(False, "the same as --metrics exact_match")
