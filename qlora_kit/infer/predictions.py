@@ -7,6 +7,7 @@ for: nothing of it gets into a log, a notice or an error. Secrets are left out. 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def check_predictions(path: Path, data: str | None, *, overwrite: bool) -> None:
 
     Raises:
         ConfigError: the name is not one of JSON lines, or its folder is missing.
-        OutputError: there is such a file already; or it is the data.
+        OutputError: there is such a file already; or it is of the data.
         StorageError: the folder may not be written.
     """
     if path.suffix != SUFFIX or path.is_dir():
@@ -39,7 +40,8 @@ def check_predictions(path: Path, data: str | None, *, overwrite: bool) -> None:
         raise ConfigError(f"--predictions: no folder {path.parent}; expected one; make it")
     if _is_read(path, data):
         raise OutputError(
-            f"--predictions: {path} is the data that is measured; expected a new file; name another"
+            f"--predictions: {path} is of the data that is measured; expected a new file; name "
+            "another"
         )
     if path.exists() and not overwrite:
         raise OutputError(
@@ -50,13 +52,12 @@ def check_predictions(path: Path, data: str | None, *, overwrite: bool) -> None:
 
 
 def _is_read(path: Path, data: str | None) -> bool:
-    named = [] if data is None else [Path(data), *map(Path, data.split("+"))]
-    files = [file for each in named for file in (each, *_inside(each))]
-    return path.exists() and any(file.exists() and path.samefile(file) for file in files)
-
-
-def _inside(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    """Return whether a file is one of the files, or in the folder, that `--data` names."""
+    if data is None or not path.exists():
+        return False
+    # `os.path` answers no where `Path` raises, for example for a name that is too long.
+    read = [name for name in (data, *data.split("+")) if os.path.exists(name)]
+    return any(os.path.samefile(name, each) for name in read for each in (path, path.parent))
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

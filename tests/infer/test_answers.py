@@ -321,9 +321,9 @@ QA = {"question": "one dollar", "answer": "a dollar"}
          r"in .jsonl; correct it$"),
         (QA, "--predictions none/p.jsonl", "--predictions: no folder none; expected one; make it$"),
         (QA, "--predictions folder.jsonl", "--predictions: found folder.jsonl; expected a file"),
-        (QA, "--predictions a.jsonl --overwrite", r"--predictions: a.jsonl is the data that is "
+        (QA, "--predictions a.jsonl --overwrite", r"--predictions: a.jsonl is of the data that is "
          r"measured; expected a new file; name another$"),
-        (QA, "--predictions linked.jsonl --overwrite", "linked.jsonl is the data that is measured"),
+        (QA, "--predictions linked.jsonl --overwrite", "linked.jsonl is of the data that is"),
         ({**QA, "answer": []}, "--metrics squad", r'a.jsonl:1: "answer" is an empty list; '
          r"expected one text or more; fill it in or remove the record$"),
         ({**QA, "answer": ["a", " "]}, "--metrics squad", 'jsonl:1: text 2: "answer" is empty; '),
@@ -360,8 +360,31 @@ def test_aligned_data_is_not_overwritten_by_its_predictions(
     given = ("--data", f"{asked}+{answered}", "--predictions", str(answered), "--overwrite")
     code, _, err = run("evaluate", *given, capsys=capsys)
     assert code == 2
-    assert "is the data that is measured" in err
+    assert "is of the data that is measured" in err
     assert answered.read_text() == "eins\n"
+
+
+def test_no_file_in_a_folder_of_data_is_overwritten_by_predictions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(QA) + "\n")
+    given = ("--data", str(tmp_path), "--predictions", str(file), "--overwrite")
+    code, _, err = run("evaluate", *given, capsys=capsys)
+    assert code == 2
+    assert f"{file} is of the data that is measured" in err
+
+
+@pytest.mark.parametrize("data", ["x" * 300, "none+none", "+", "owner/" + "n" * 300])
+def test_data_that_is_not_there_is_told_as_ever(
+    tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text("older\n")
+    alone = run("evaluate", "--data", data, capsys=capsys)
+    given = ("--data", data, "--predictions", str(file), "--overwrite")
+    assert run("evaluate", *given, capsys=capsys) == alone
+    assert alone[0] in (2, 3)
 
 
 def test_a_question_without_room_for_an_answer_is_one_line(
