@@ -25,6 +25,7 @@ _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 # Names that data sets give to the two sides of a record, the likeliest first.
 _ASKS = ("prompt", "question", "query", "instruction", "problem", "input", "source", "sentence")
 _ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "label", "summary")
+_ANSWERS_OF_SQUAD = "answers.text"
 # Names of a text that the question refers to, as in the records of Dolly.
 _CONTEXTS = ("context", "input", "passage", "document")
 # Names of a text without sides.
@@ -348,6 +349,8 @@ def suggest_columns(record: Any) -> str:
     """Return a value for `--columns` that fits the names in a record; "" where none does."""
     paths = dict(_leaves(record)) if isinstance(record, dict) else {}
     asks, answers = _likeliest(paths, _ASKS), _likeliest(paths, _ANSWERS)
+    if not answers and _ANSWERS_OF_SQUAD in paths:
+        answers = _ANSWERS_OF_SQUAD
     others = {path: kind for path, kind in paths.items() if kind is str and path != asks}
     context = _likeliest(others, _CONTEXTS)
     if asks in paths and paths[asks] is str and answers and context:

@@ -54,6 +54,9 @@ def test_records_of_squad_are_named_by_columns(tmp_path: Path) -> None:
         "answers": {"text": ["Denver", "Denver won", "Denver"], "answer_start": [0, 0, 0]},
     }
     columns = {"instruction": "question", "input": "context", "output": "answers.text"}
+    asked = ",".join(f"{field}={column}" for field, column in columns.items())
+    with pytest.raises(DataError, match=f"or pass --columns {asked}$"):
+        load(tmp_path, record)
     (sample,) = load(tmp_path, record, columns=columns).items
     assert [turn.content for turn in sample.messages] == ["Who won?\n\nDenver won.", "Denver"]
     assert sample.also_right == ("Denver won",)
