@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,21 @@ prepare_environment(deterministic=True)
 # work, and `make test` has a process on every core.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+# bitsandbytes compiles what unpacks weights of odd shapes; a compiler at work for each shape takes
+# longer than all tests of them. `test_odd_shapes_are_unpacked_the_same_compiled` has it on.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Hide what is imported from the garbage collector, also what a test before imported late.
+
+    The kit collects after each load and each merge. With all that tests import that took 0.4 s
+    every time, far longer than the load of a small model itself.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

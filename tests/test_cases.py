@@ -12,6 +12,9 @@ from support import run
 
 pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
+# For runs that are neither rehearsed nor looked at.
+PLAIN = ("--no-rehearse", "--samples", "0")
+
 Kit = Callable[..., tuple[int, str, str]]
 
 IDS = [[1, 403, 407, 261, 378, 300, 50, 60, 70, 80]]
@@ -61,7 +64,7 @@ def test_resume_true_is_the_latest(kit: Kit) -> None:
     assert code == 2
     assert err == "error: --resume: which run? name its folder with --output\n"
     for steps in ("1", "2"):
-        arguments = ("--output", "run", "--max-steps", steps, "--no-rehearse", "--samples", "0")
+        arguments = ("--output", "run", "--max-steps", steps, *PLAIN)
         config = ("--config", "c.yaml") if steps == "2" else ()
         code, out, err = kit("train", *config, *arguments)
         assert code == 0, err
@@ -71,7 +74,7 @@ def test_resume_true_is_the_latest(kit: Kit) -> None:
 @of("targets-regex-comma")
 def test_a_pattern_with_a_comma_is_one_target(case: Path, kit: Kit, stories: Path) -> None:
     code, _, err = kit("train", "--config", "c.yaml", "--model", str(stories), "--data",
-                         "tiny.jsonl", "--output", "out", "--max-steps", "1")  # fmt: skip
+                         "tiny.jsonl", "--output", "out", "--max-steps", "1", *PLAIN)  # fmt: skip
     assert code == 0, err
     assert json.loads((case / "out/adapter_config.json").read_text())["target_modules"] == [
         "q_proj"
@@ -134,7 +137,7 @@ def test_a_padding_token_beyond_the_vocabulary_is_left_out(
         shutil.copyfile(path, model / path.name)
     shutil.copyfile(case / "config.json", model / "config.json")
     code, out, err = kit("train", "--model", "model", "--data", "tiny.jsonl", "--output",
-                         "out", "--max-steps", "1")  # fmt: skip
+                         "out", "--max-steps", "1", *PLAIN)  # fmt: skip
     assert code == 0, err
     assert (
         f"{model}/config.json: pad_token_id is 600, and the model has 512 tokens: it is left"

@@ -340,7 +340,9 @@ def test_a_run_shows_and_writes_no_secret(
     data, output = _rows(tmp_path / TOKEN), tmp_path / "run"
     model = tmp_path / KEY / "model"
     shutil.copytree(str(find_model("demo").folder), model)
-    train = ("train", "--model", model, "--data", data, "--output", output, "--device", "cpu")
+    few = ("--batch-size", "2", "--gradient-accumulation-steps", "1", "--samples", "1")
+    where = ("--model", model, "--data", data, "--output", output, "--device", "cpu")
+    train = ("train", *where, *few)
     code, out, err = run(*train, "--max-steps", "2", "--save-steps", "1", *extra)
     assert code == 0, err
     _shown(output, out, err)

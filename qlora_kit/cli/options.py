@@ -93,7 +93,7 @@ def _flag(name: str) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.default
-    if field.is_required() or value is None or value == {}:
+    if field.is_required() or value in (None, {}, ()):
         return ""
     if isinstance(value, bool):
         value = "on" if value else "off"

@@ -18,6 +18,7 @@ from qlora_kit.config.options import (
     GenerateConfig,
     LongSamples,
     LoraOptions,
+    MetricName,
     OptimizerOptions,
     Options,
     PlanConfig,
@@ -43,8 +44,8 @@ from qlora_kit.config.values import parse_size
 __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
     "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "Layer",
-    "LongSamples", "LoraOptions", "OptimizerOptions", "Options", "PlanConfig", "QuantizeConfig",
-    "RecordOptions", "RunOptions", "StepOptions", "TaskOptions", "TemplateOption", "TokenOptions",
-    "TrainConfig", "by_heading", "compared", "declared", "field_names", "parse_size",
-    "read_config_file", "resolve", "that_decide",
+    "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options", "PlanConfig",
+    "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TaskOptions", "TemplateOption",
+    "TokenOptions", "TrainConfig", "by_heading", "compared", "declared", "field_names",
+    "parse_size", "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

@@ -78,6 +78,8 @@ Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
 LongSamples = Literal["auto", "drop", "truncate", "split", "error"]
 ChangeNames = Annotated[tuple[ChangeGroup, ...], BeforeValidator(parse_list)]
 TargetNames = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
+MetricName = Literal["exact_match", "squad", "bleu", "chrf", "final_number"]
+MetricNames = Annotated[tuple[MetricName, ...], BeforeValidator(parse_list)]
 Columns = Annotated[dict[str, str], BeforeValidator(parse_names)]
 _Integer = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_number)]
 _Number = Annotated[float, Field(gt=0), BeforeValidator(parse_number)]
@@ -530,13 +532,39 @@ class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOption
     data: str | None = option(
         None, "file, folder or hub id with the rows to measure", also=["dataset", "test_file"]
     )
-    batch_size: int = option(8, "rows a batch", also=["per_device_eval_batch_size"], ge=1)
-    loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
-    exact_match: bool = option(
-        False, "also generate every answer and compare it with the completion"
+    batch_size: int = option(
+        8,
+        "rows a batch; unless given, 32 answers are generated together",
+        also=["per_device_eval_batch_size"],
+        ge=1,
     )
+    loss_chunk_tokens: int = option(256, "tokens whose logits exist at one time in the loss", ge=1)
+    metrics: MetricNames = option(
+        (), "also generate every answer and measure it, comma-separated: exact_match, squad, bleu, "
+        "chrf, final_number",
+    )  # fmt: skip
+    exact_match: bool = option(False, "the same as --metrics exact_match")
     max_new_tokens: int = option(256, "tokens an answer may have", ge=1)
+    predictions: Path | None = option(
+        None, "file for every answer, what was expected and its figures, such as predictions.jsonl"
+    )
+    overwrite: bool = option(False, "replace the file of predictions if it exists")
     max_rows: int | None = option(None, "measure only the first rows", ge=1)
+
+    @property
+    def answer_metrics(self) -> tuple[MetricName, ...]:
+        """What is measured of generated answers, each metric once."""
+        named: tuple[MetricName, ...] = ("exact_match",) if self.exact_match else ()
+        return tuple(dict.fromkeys((*named, *self.metrics)))
+
+    @property
+    def generates_for(self) -> str | None:
+        """The flag for which answers are generated; None where there is none."""
+        if self.metrics:
+            return "--metrics"
+        if self.exact_match:
+            return "--exact-match"
+        return None if self.predictions is None else "--predictions"
 
 
 class GenerateConfig(TemplateOption, AdapterOption, BaseModelOptions):

@@ -14,7 +14,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from qlora_kit.data.fields import clean, filled, is_plain, kind_of, not_empty, optional, string
+from qlora_kit.data.fields import (
+    clean,
+    filled,
+    filled_list,
+    is_plain,
+    kind_of,
+    not_empty,
+    optional,
+    string,
+)
 from qlora_kit.data.shapes import (
     ROLES,
     Conversation,
@@ -95,8 +104,7 @@ def _from_alpaca(record: RecordFields, where: str) -> Sample:
         not_empty(instruction, "instruction", where)
     asked = "\n\n".join(text for text in (instruction, extra) if text)
     turns = (*_history(record.get("history"), where), Message("user", asked))
-    answer = Message("assistant", filled(record, "output", where))
-    return _conversation(record, (*turns, answer), where)
+    return _answered(record, turns, "output", where)
 
 
 def _history(rounds: Any, where: str) -> list[Message]:
@@ -121,11 +129,17 @@ def _history(rounds: Any, where: str) -> list[Message]:
 
 
 def _from_qa(record: RecordFields, where: str) -> Sample:
-    turns = (
-        Message("user", filled(record, "question", where)),
-        Message("assistant", filled(record, "answer", where)),
-    )
-    return _conversation(record, turns, where)
+    asked = Message("user", filled(record, "question", where))
+    return _answered(record, (asked,), "answer", where)
+
+
+def _answered(
+    record: RecordFields, asked: tuple[Message, ...], key: str, where: str
+) -> Conversation:
+    """Put the answer behind the turns that ask; of several right answers the first is learnt."""
+    answer, *others = filled_list(record, key, where)
+    conversation = _conversation(record, (*asked, Message("assistant", answer)), where)
+    return replace(conversation, also_right=tuple(others))
 
 
 def _conversation(record: RecordFields, turns: tuple[Message, ...], where: str) -> Conversation:

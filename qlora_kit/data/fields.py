@@ -104,6 +104,25 @@ def filled(record: Mapping[str, Any], key: str, where: str) -> str:
     return not_empty(string(record, key, where), key, where)
 
 
+def filled_list(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """Return the texts of a field that holds one or a list of them, each text once.
+
+    Raises:
+        DataError: the list is empty, or a text of it is no string or empty.
+    """
+    if not isinstance(record[key], list):
+        return (filled(record, key, where),)
+    if not record[key]:
+        raise DataError(
+            f'{where}: "{key}" is an empty list; expected one text or more; fill it in or remove '
+            "the record"
+        )
+    texts = [
+        filled({key: text}, key, f"{where}: text {n}") for n, text in enumerate(record[key], 1)
+    ]
+    return tuple(dict.fromkeys(texts))
+
+
 def not_empty(text: str, key: str, where: str) -> str:
     """Return the text of a field; check that it holds more than white space.
 

@@ -34,6 +34,7 @@ _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 # Names that data sets give to the two sides of a record, the likeliest first.
 _ASKS = ("prompt", "question", "query", "instruction", "problem", "input", "source", "sentence")
 _ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "label", "summary")
+_ANSWERS_OF_SQUAD = "answers.text"
 # Names of a text that the question refers to, as in the records of Dolly.
 _CONTEXTS = ("context", "input", "passage", "document")
 # Names of a text without sides.
@@ -63,6 +64,8 @@ class Recognised:
     """number of samples that hold a placeholder such as `{{name}}`"""
     placeholders: tuple[str, ...]
     """the plain names in those placeholders"""
+    with_several: int
+    """number of samples with more than one right answer"""
 
     def notices(self, name: str) -> Iterator[str]:
         """Yield the notices that the user should read once, one line each.
@@ -89,6 +92,11 @@ class Recognised:
             yield (
                 f"{name}: {answers} marked not to be learnt (weight, train), and left out of the "
                 "loss"
+            )
+        if self.with_several:
+            yield (
+                f"{name}: {self.with_several:,} of {count:,} records have several answers; the "
+                "first is learnt, and measuring accepts each"
             )
         if self.with_placeholder:
             names = ", ".join(f"{{{{{name}}}}}" for name in self.placeholders[:4])
@@ -295,6 +303,7 @@ class _Recognition:
             sum(map(_unlearnt, self.samples)),
             self.with_placeholder,
             tuple(self.placeholders),
+            sum(isinstance(each, Conversation) and bool(each.also_right) for each in self.samples),
         )
 
 
@@ -400,6 +409,8 @@ def suggest_columns(record: Any) -> str:
     """Return a value for `--columns` that fits the names in a record; "" where none does."""
     paths = dict(_leaves(record)) if isinstance(record, dict) else {}
     asks, answers = _likeliest(paths, _ASKS), _likeliest(paths, _ANSWERS)
+    if not answers and _ANSWERS_OF_SQUAD in paths:
+        answers = _ANSWERS_OF_SQUAD
     others = {path: kind for path, kind in paths.items() if kind is str and path != asks}
     context = _likeliest(others, _CONTEXTS)
     if asks in paths and paths[asks] is str and answers and context:

@@ -54,6 +54,8 @@ _INSTEAD: dict[Split, tuple[Split, ...]] = {
     "validation": ("validation",),
     "test": ("test", "validation"),
 }
+# Of a sample: neither its place nor the adapter it names, nor answers that are only accepted.
+_NOT_LEARNT = ("place", "adapter", "also_right")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
@@ -76,11 +78,11 @@ class Samples:
         return replace(self, items=self.items[:count])
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of shape and contents; the place and adapter of a row do not count."""
+        """Return the SHA-256 of shape and what may be learnt of the contents."""
         digest = hashlib.sha256(self.shape.encode())
         for sample in self.items:
             # repr quotes strings, so no two contents run into one another.
-            names = (name for name in sample.__slots__ if name not in ("place", "adapter"))
+            names = (name for name in sample.__slots__ if name not in _NOT_LEARNT)
             content = [getattr(sample, name) for name in names]
             digest.update(repr(content).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()

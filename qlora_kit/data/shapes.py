@@ -46,6 +46,8 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     adapter: str | None = None
     """the adapter that the row names, of several; None for the base alone"""
+    also_right: tuple[str, ...] = ()
+    """further answers to the last question, which measuring accepts; none of them is learnt"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,14 @@ import torch
 
 from qlora_kit.config import GenerateConfig
 from qlora_kit.data.template import end_token_ids
+from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.lora.several import PerRow
 from qlora_kit.model.architecture import read_generation_config
 from qlora_kit.model.halving import batches_that_fit
 from qlora_kit.model.load import Base
+
+TOGETHER = 32
+"""prompts that are continued together, where nobody says how many"""
 
 _DEFAULTS = GenerateConfig()
 
@@ -45,7 +49,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
-    batch_size: int = 32,
+    batch_size: int = TOGETHER,
     per_row: PerRow | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of each prompt, in order, up to its end token.
@@ -62,24 +66,87 @@ def generate(
         OutOfMemory: even one prompt does not fit.
         Stopped: a signal came.
     """
-    chosen = sampling or Sampling()
-    torch.manual_seed(chosen.seed)
+    work = _Continuation(base, tokenizer, prompts, sampling or Sampling(), per_row)
+    for _, texts in work.batches(range(len(prompts)), batch_size, silent):
+        yield from texts
 
-    def continued(indices: Sequence[int]) -> list[str]:
-        if per_row is not None:
-            per_row.choose(indices)
-        return _generate_batch(base, tokenizer, [prompts[i] for i in indices], chosen)
 
-    def line_of(index: int) -> str:
+@torch.no_grad()
+def generate_all(
+    base: Base,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | None = None,
+    batch_size: int = TOGETHER,
+    per_row: PerRow | None = None,
+    announce: Announce = silent,
+) -> list[str]:
+    """Return what `generate` yields, in the order of the prompts, with less padding.
+
+    Prompts of similar length are continued together, the longest first: a batch that does not fit
+    is found at once.
+
+    Args:
+        base: see `generate`, as for all but the last.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        sampling: greedy if None.
+        batch_size: prompts that are continued together.
+        per_row: the adapter of each prompt.
+        announce: receives that a batch was halved.
+
+    Raises:
+        OutOfMemory: even one prompt does not fit.
+    """
+    work = _Continuation(base, tokenizer, prompts, sampling or Sampling(), per_row)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    found = [""] * len(prompts)
+    for indices, texts in work.batches(order, batch_size, announce):
+        for index, text in zip(indices, texts, strict=True):
+            found[index] = text
+    return found
+
+
+@dataclass(frozen=True)
+class _Continuation:
+    """Prompts that a model continues; the attributes are the arguments of `generate`."""
+
+    base: Base
+    tokenizer: Any
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    per_row: PerRow | None
+
+    def batches(
+        self, order: Sequence[int], batch_size: int, announce: Announce
+    ) -> Iterator[tuple[Sequence[int], list[str]]]:
+        """Yield the indices of each batch of prompts, in the given order, with what follows."""
+        torch.manual_seed(self.sampling.seed)
+        with self.base.in_evaluation():
+            yield from batches_that_fit(
+                order,
+                batch_size,
+                self._continued,
+                self.base.hardware.device,
+                line_of=self._line_of,
+                on_halved=lambda most: announce(Notice(_fewer(most))),
+            )
+
+    def _continued(self, indices: Sequence[int]) -> list[str]:
+        if self.per_row is not None:
+            self.per_row.choose(indices)
+        prompts = [self.prompts[index] for index in indices]
+        return _generate_batch(self.base, self.tokenizer, prompts, self.sampling)
+
+    def _line_of(self, index: int) -> str:
         return (
-            f"out of memory in generation after a prompt of {len(prompts[index])} tokens; expected "
-            "it to fit; pass a smaller --max-new-tokens, or fewer --bits"
+            f"out of memory in generation after a prompt of {len(self.prompts[index])} tokens; "
+            "expected it to fit; pass a smaller --max-new-tokens, or fewer --bits"
         )
 
-    order, device = range(len(prompts)), base.hardware.device
-    with base.in_evaluation():
-        for _, texts in batches_that_fit(order, batch_size, continued, device, line_of=line_of):
-            yield from texts
+
+def _fewer(most: int) -> str:
+    return f"out of memory in generation: {most} prompt(s) a batch from here"
 
 
 def _generate_batch(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import EvaluateConfig
 from qlora_kit.data.fields import RowAdapters
 from qlora_kit.data.samples import Samples, load_samples
-from qlora_kit.events import Announce, Facts, Notice, silent
+from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.events import Announce, Closing, Facts, Notice, silent
+from qlora_kit.infer.predictions import check_predictions, write_predictions
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.opening import (
     adapter_of,
@@ -24,7 +26,9 @@ from qlora_kit.opening import (
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.infer.answers import Answers, Question
     from qlora_kit.infer.evaluate import Evaluation
+    from qlora_kit.infer.metrics import Figure
     from qlora_kit.lora.several import PerRow
     from qlora_kit.model.load import Base
     from qlora_kit.opening import Opened
@@ -39,6 +43,7 @@ class _Measurement:
         opened: the model's tokenizer and its task.
         samples: the samples as they were read.
         rows: the tokenised samples.
+        questions: the questions of the samples, where answers are generated; else none.
         base: the loaded base, which adapters are put on as they are measured.
         announce: receives the events.
     """
@@ -47,6 +52,7 @@ class _Measurement:
     opened: Opened
     samples: Samples
     rows: Tokenized
+    questions: Sequence[Question]
     base: Base
     announce: Announce
 
@@ -61,13 +67,28 @@ class _Measurement:
             "announce": self.announce,
         }
 
-    def exactly_right(self, per_row: PerRow | None = None) -> list[bool]:
-        """Return whether each sample is answered exactly as expected."""
-        from qlora_kit.infer.exact_match import exact_answers
+    def answers(self, per_row: PerRow | None = None) -> Answers | None:
+        """Let the model answer the questions; return None where there are none."""
+        if not self.questions:
+            return None
+        from qlora_kit.infer.answers import answer
+        from qlora_kit.infer.generate import TOGETHER
 
-        return exact_answers(
-            self.base, self.opened.tokenizer, self.samples, self.config.max_new_tokens, per_row
+        config = self.config
+        return answer(
+            self.base,
+            self.opened.tokenizer,
+            self.questions,
+            config.max_new_tokens,
+            batch_size=config.batch_size if "batch_size" in config.model_fields_set else TOGETHER,
+            per_row=per_row,
+            announce=self.announce,
         )
+
+    def result(self, found: Evaluation, answers: Answers | None) -> _Result:
+        """Return what was measured of some rows and of the answers to the same rows."""
+        metrics = self.config.answer_metrics
+        return _Result(self.figures(found), answers.measured(metrics) if answers else {})
 
     def figures(self, found: Evaluation) -> dict[str, Any]:
         """Return the result under the names that programs and people know."""
@@ -81,28 +102,70 @@ class _Measurement:
             **{name: value for name, (value, _) in task.of_loss(found.loss).items()},
         }
 
-    def in_words(self, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def in_words(self, result: _Result) -> list[tuple[str, str]]:
         """Return the loss, the figures that follow from it, and the metrics, as printed."""
-        task = self.opened.task
+        task, figures = self.opened.task, result.forced
         formats = {name: form for name, (_, form) in task.of_loss(figures["loss"]).items()}
         rows = [("loss", f"{figures['loss']:.4f} {task.unit}")]
         for name, form in {**formats, **task.metrics}.items():
             rows.append((_words(name), format(figures[name], form)))
-        return rows
+        rows += [(figure.words, figure.in_full()) for figure in result.answers.values()]
+        return rows + result.signatures()
 
-    def in_short(self, figures: Mapping[str, Any]) -> str:
+    def in_short(self, result: _Result) -> str:
         """Return the loss and the metrics in one line."""
-        parts = [f"loss {figures['loss']:.4f}"]
+        parts = [f"loss {result.forced['loss']:.4f}"]
         for name, form in self.opened.task.metrics.items():
-            parts.append(f"{_words(name)} {format(figures[name], form)}")
-        if "exact_match" in figures:
-            parts.append(f"exact match {figures['exact_match']:.1%}")
+            parts.append(f"{_words(name)} {format(result.forced[name], form)}")
+        parts += [f"{each.words} {each.in_short()}" for each in result.answers.values()]
         return "  ".join(parts)
+
+    def finish(
+        self, facts: Sequence[tuple[str, str]], title: str, predictions: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Tell what was measured, write the predictions that were asked for, and name their file.
+
+        The figures are told first: they took long, and the file may be refused by the disk.
+        """
+        self.announce(Facts(title, tuple(facts)))
+        path = self.config.predictions
+        if path is None:
+            return {}
+        write_predictions(path, predictions)
+        self.announce(Closing((str(path),), ()))
+        return {"predictions": str(path)}
 
     @property
     def model(self) -> tuple[str, str]:
         """The name and quantisation of the model, as printed."""
         return ("model", f"{self.config.model}, {self.base.quantization.describe()}")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What was measured of one adapter on its rows.
+
+    Attributes:
+        forced: of the rows as they are: loss, metrics and counts, by their names outside.
+        answers: of what was generated, by their names outside.
+    """
+
+    forced: Mapping[str, Any]
+    answers: Mapping[str, Figure]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all figures, those of sacrebleu with its signature."""
+        result = dict(self.forced)
+        for name, figure in self.answers.items():
+            result[name] = figure.value
+            if figure.signature:
+                result[f"{name}_signature"] = figure.signature
+        return result
+
+    def signatures(self) -> list[tuple[str, str]]:
+        """Return how figures were computed, as it is printed, where there is more than one way."""
+        signed = [figure for figure in self.answers.values() if figure.signature]
+        return [(f"{figure.words} signature", figure.signature) for figure in signed]
 
 
 def _words(key: str) -> str:
@@ -118,6 +181,8 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     prepare_environment()
     config = as_trained(config)
     check_base(config.model, adapter_of(config))
+    if config.predictions is not None:
+        check_predictions(config.predictions, config.data, overwrite=config.overwrite)
     named = RowAdapters(config.adapter_field, tuple(config.adapters)) if config.adapters else None
     task = stored_task_name(config.model, adapter_of(config))
     samples = load_samples(config.data, "test", config, named, task=task)
@@ -132,63 +197,93 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     from qlora_kit.model.threads import choose_threads
 
     opened = open_tokenizer(config, announce, adapter_of(config), config.chat_template)
-    if config.exact_match:
-        check_generates(opened.task, "--exact-match")
+    if config.generates_for is not None:
+        check_generates(opened.task, config.generates_for)
     rows = tokenize(samples, opened.tokenizer, config, makes=opened.task.makes)
     announce(Notice(f"data: {rows.describe()}"))
     opened.check_positions(config, rows)
+    questions = _questions(config, opened, samples)
     base = opened.load(config, announce, choose_threads(config.threads))
-    what = _Measurement(config, opened, samples, rows, base, announce)
+    what = _Measurement(config, opened, samples, rows, questions, base, announce)
     if config.adapters:
         return _evaluate_mixed(what) if by_row else _evaluate_several(what)
     return _evaluate_one(what)
 
 
+def _questions(config: EvaluateConfig, opened: Opened, samples: Samples) -> Sequence[Question]:
+    """Return what is to be answered; nothing where no answers are asked for.
+
+    Raises:
+        ConfigError: the model has no positions for the longest question and its answer.
+        DataError: see `questions_of`.
+    """
+    if config.generates_for is None:
+        return ()
+    from qlora_kit.infer.answers import questions_of
+
+    questions = questions_of(samples, opened.tokenizer, config.answer_metrics, config.generates_for)
+    text = opened.spec(config).architecture().get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    longest = max(questions, key=lambda question: len(question.prompt))
+    if positions is None or len(longest.prompt) + config.max_new_tokens <= positions:
+        return questions
+    room = positions - len(longest.prompt)
+    if room < 1:
+        raise DataError(
+            f"{longest.place}: the question has {len(longest.prompt)} tokens and the model only "
+            f"{positions} positions; expected room for an answer; leave the record out"
+        )
+    raise ConfigError(
+        f"--max-new-tokens: found {config.max_new_tokens} after a question of "
+        f"{len(longest.prompt)} tokens ({longest.place}), and the model has {positions} positions; "
+        f"expected {room} or less; pass --max-new-tokens {room}"
+    )
+
+
 def _evaluate_one(what: _Measurement) -> dict[str, Any]:
     """Measure the base with the adapter that the user named, if any."""
     put_on(what.base, what.config, what.announce)
-    result = _measured(what)
-    weight = f"{result[what.opened.task.weighs]:,} {_words(what.opened.task.weighs)}"
+    result, answers = _measured(what)
+    weighs = what.opened.task.weighs
     facts = [
         what.model,
         ("adapter", str(what.config.adapter or "none")),
-        ("rows", f"{result['rows']:,}, {weight}"),
+        ("rows", f"{result.forced['rows']:,}, {result.forced[weighs]:,} {_words(weighs)}"),
         *what.in_words(result),
     ]
-    if what.config.exact_match:
-        count = len(what.samples.items)
-        share = result["exact_match"]
-        facts.append(("exact match", f"{round(share * count)} of {count} ({share:.1%})"))
-    what.announce(Facts("evaluation", tuple(facts)))
-    return result
+    predictions = answers.predictions(result.answers) if answers else []
+    written = what.finish(facts, "evaluation", predictions)
+    return {**result.as_json(), **written}
 
 
-def _measured(what: _Measurement) -> dict[str, Any]:
-    """Return the figures of the base with the adapter that it carries, or that was chosen."""
+def _measured(what: _Measurement) -> tuple[_Result, Answers | None]:
+    """Return the figures, and the answers, of the base with its adapter, if it has one."""
     from qlora_kit.infer.evaluate import evaluate as measure
 
-    result = what.figures(measure(what.base, what.rows.rows, **what.options))
-    if what.config.exact_match:
-        right = what.exactly_right()
-        result["exact_match"] = sum(right) / len(right)
-    return result
+    found = measure(what.base, what.rows.rows, **what.options)
+    answers = what.answers()
+    return what.result(found, answers), answers
 
 
 def _evaluate_several(what: _Measurement) -> dict[str, Any]:
     """Measure all rows with one adapter after the other; the base is loaded once."""
     adapters = put_several_on(what.base, what.config, what.announce)
-    results = {}
+    results, predictions = {}, []
     for name in adapters.names:
         adapters.set_adapter(name)
-        results[name] = _measured(what)
+        results[name], answers = _measured(what)
+        if answers:
+            given_by = [name] * len(answers.texts)
+            predictions += answers.predictions(results[name].answers, given_by)
     facts = [
         what.model,
         ("rows", f"{len(what.rows.rows):,}"),
         ("adapters", f"{len(results)}, {adapters.bytes / 1e6:.1f} MB beside the base"),
     ]
     facts += [(name, what.in_short(result)) for name, result in results.items()]
-    what.announce(Facts("evaluation", tuple(facts)))
-    return {"adapters": results}
+    facts += next(iter(results.values())).signatures()
+    written = what.finish(facts, "evaluation", predictions)
+    return {"adapters": {name: each.as_json() for name, each in results.items()}, **written}
 
 
 def _evaluate_mixed(what: _Measurement) -> dict[str, Any]:
@@ -201,25 +296,26 @@ def _evaluate_mixed(what: _Measurement) -> dict[str, Any]:
     rows = what.rows.rows
     per_row = PerRow(adapters, [asked[row] for row in rows["row"]])
     measured = evaluate_mixed(what.base, rows, per_row, **what.options)
-    total = what.figures(measured.total)
-    by_name = {name: what.figures(part) for name, part in measured.by_adapter.items()}
-    if what.config.exact_match:
-        right = what.exactly_right(PerRow(adapters, asked))
-        total["exact_match"] = sum(right) / len(right)
-        for name, result in by_name.items():
-            own = [each for each, asks in zip(right, asked, strict=True) if asks == name]
-            result["exact_match"] = sum(own) / len(own)
+    answers = what.answers(PerRow(adapters, asked))
+    total = what.result(measured.total, answers)
+    by_name = {}
+    for name, part in measured.by_adapter.items():
+        own = [row for row, asks in enumerate(asked) if asks == name]
+        by_name[name] = what.result(part, answers.of(own) if answers else None)
     facts = [
         what.model,
         ("adapters", f"{len(adapters.names)}, {adapters.bytes / 1e6:.1f} MB beside the base"),
-        ("all rows", f"{total['rows']:,}: {what.in_short(total)}"),
+        ("all rows", f"{total.forced['rows']:,}: {what.in_short(total)}"),
     ]
     for name in (*adapters.names, None):
         if name in by_name:
-            own_rows = f"{by_name[name]['rows']:,}: {what.in_short(by_name[name])}"
+            own_rows = f"{by_name[name].forced['rows']:,}: {what.in_short(by_name[name])}"
             facts.append((name or "the base alone", own_rows))
         elif name is not None:
             facts.append((name, "no row asks for it"))
-    what.announce(Facts("evaluation, each row with its adapter", tuple(facts)))
-    alone = by_name.pop(None, None)
-    return {"total": total, "base": alone, "adapters": by_name}
+    facts += total.signatures()
+    predictions = answers.predictions(total.answers, asked) if answers else []
+    written = what.finish(facts, "evaluation, each row with its adapter", predictions)
+    parts = {name: result.as_json() for name, result in by_name.items()}
+    alone = parts.pop(None, None)
+    return {"total": total.as_json(), "base": alone, "adapters": parts, **written}

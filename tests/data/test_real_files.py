@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import slow
 
 from qlora_kit.cli import main
 from qlora_kit.config import RecordOptions, TokenOptions
@@ -238,17 +240,38 @@ def test_a_template_without_tools_refuses_the_tools_by_name(
 # ---------------------------------------------------------------- every row, both tokenizers
 
 
-@pytest.fixture(scope="session", params=["models/stories260K", "tokenizers/deepseek-llm-7b"])
-def tokenizer(request: pytest.FixtureRequest, assets: Path) -> Any:
+SMALL_TOKENIZER, LARGE_TOKENIZER = "models/stories260K", "tokenizers/deepseek-llm-7b"
+# Each kind of file once; more rows of the same kinds take the large tokenizer seconds.
+BOTH_READ = {
+    "glaive_toolcall_en_demo.json",
+    "identity.json",
+    "sst2/test.tsv",
+    "axolotl/conversation.json",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(assets: Path) -> Callable[[str], Any]:
     from qlora_kit.model.tokenizer import load_tokenizer
 
-    return load_tokenizer(assets / request.param)
+    return functools.cache(lambda name: load_tokenizer(assets / name))
 
 
-@pytest.mark.parametrize("case", TRAINS, ids=lambda case: case.file)
-def test_every_row_becomes_tokens(assets: Path, tokenizer: Any, case: Trains) -> None:
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *((SMALL_TOKENIZER, case) for case in TRAINS),
+        *((LARGE_TOKENIZER, case) for case in TRAINS if case.file in BOTH_READ),
+        *slow(*((LARGE_TOKENIZER, case) for case in TRAINS if case.file not in BOTH_READ)),
+    ],
+    ids=lambda value: value.file if isinstance(value, Trains) else value,
+)
+def test_every_row_becomes_tokens(
+    assets: Path, tokenizer_of: Callable[[str], Any], name: str, case: Trains
+) -> None:
     from qlora_kit.data.tokens import tokenize
 
+    tokenizer = tokenizer_of(name)
     samples = _load(_path(assets, case.file), case)
     assert len(samples.items) == case.count
     before = tokenizer.chat_template

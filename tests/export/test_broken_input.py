@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults.children import finish
 from safetensors.torch import load_file, save_file
 from support import run
 from tiny_models import fill_lora, load_folder
 
 import qlora_kit as qk
+from qlora_kit.cli import main
 
 A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
@@ -331,20 +332,18 @@ def test_quantising_what_is_quantised_names_no_flag_that_was_not_given(
     assert [path.name for path in tmp_path.iterdir()] == ["once"]
 
 
-KILLED = """
-import os, sys
-from qlora_kit.export.shards import ShardWriter
-from qlora_kit.cli import main
+def die_with_all_shards_written(arguments: tuple[str, ...]) -> None:
+    """Do a command that is killed before its model gets its name; to be called in a child."""
+    from qlora_kit.export.shards import ShardWriter
 
-finish = ShardWriter.finish
+    write_rest = ShardWriter.finish
 
-def finish_and_die(self):
-    finish(self)
-    os.kill(os.getpid(), 9)
+    def write_and_die(self: ShardWriter) -> None:
+        write_rest(self)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-ShardWriter.finish = finish_and_die
-main(sys.argv[1:])
-"""
+    ShardWriter.finish = write_and_die  # type: ignore[method-assign]
+    main(list(arguments))
 
 
 def test_a_killed_export_leaves_no_model_and_the_next_one_clears_up(
@@ -356,8 +355,8 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_clears_up(
     def killed(*extra: str) -> None:
         given = ("export", str(folder / "adapter"), "--model", str(folder / "model"),
                  "--to", str(merged), "--verify-tokens", "0", *extra)  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", KILLED, *given], check=False)
-        assert done.returncode == -signal.SIGKILL
+        ended = finish(lambda: die_with_all_shards_written(given), tmp_path / "streams")
+        assert ended.code == 128 + signal.SIGKILL, ended.errors
 
     killed()
     assert not merged.exists()

@@ -8,6 +8,7 @@ checkpoint must be kept.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -284,3 +285,7 @@ def prepare(folder: Path) -> None:
     torch.set_num_threads(1)
     transformers_logging = importlib.import_module("transformers.utils.logging")
     transformers_logging.disable_progress_bar()
+    # The kit collects garbage after each load: that need not look at the modules, nor copy their
+    # pages into the child.
+    gc.collect()
+    gc.freeze()

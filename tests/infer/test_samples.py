@@ -20,7 +20,8 @@ from qlora_kit.train.random_states import random_states, seed_everything
 
 pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
-SHORT = ("--max-steps", "4", "--save-steps", "2", "--device", "cpu", "--lora-dropout", "0.1")
+SHORT = ("--max-steps", "4", "--save-steps", "2", "--device", "cpu", "--lora-dropout", "0.1",
+         "--no-rehearse")  # fmt: skip
 IGNORED = -100
 
 

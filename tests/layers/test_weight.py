@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import relative_error
+from support import relative_error, run_python
 from torch import Tensor
 
 from qlora_kit.layers.purpose import UNPACKED, announce, heard_by, purpose
@@ -66,6 +66,39 @@ def test_a_held_weight_is_unpacked_once(weight: FrozenWeight) -> None:
         assert torch.equal(held.product_back(grad_y), weight.product_back(grad_y))
     own = 0 if weight.bits == 16 else 2  # and once for the held one
     assert heard.purposes.count(UNPACKED) == (own + 1 if own else 0)
+
+
+# ---------------------------------------------------------------- the compiler
+
+IMPORTED = """
+import torch
+before = torch.compile
+import qlora_kit.layers.weight
+print(torch.compile is before, "torch._dynamo" in sys.modules)
+"""
+
+ODD = """
+import torch
+from qlora_kit.layers.quantize import Quantization
+for quant_type in ("nf4", "fp4"):
+    for shape in ((33, 65), (5, 1)):
+        weight = Quantization(4, quant_type, False).freeze(torch.randn(shape))
+        with torch.compiler.set_stance("force_eager"):
+            plain = weight.dequantize(torch.float32)
+        torch.testing.assert_close(weight.dequantize(torch.float32), plain)
+from torch._dynamo.utils import counters
+print(counters["stats"]["unique_graphs"])
+"""
+
+
+def test_importing_loads_no_compiler_and_leaves_torch_its_own() -> None:
+    assert run_python(IMPORTED).split() == ["True", "False"]
+
+
+@pytest.mark.slow
+def test_odd_shapes_are_unpacked_the_same_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    assert int(run_python(ODD)) >= 2, "nothing was compiled"
 
 
 # ---------------------------------------------------------------- purposes

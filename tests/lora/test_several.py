@@ -219,6 +219,31 @@ def runs(
     return outputs
 
 
+def test_answers_of_several_adapters_are_measured_and_written(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = [f"--adapter=short={runs[0]}", f"--adapter=long={runs[1]}"]
+    given = ("--max-rows", "5", "--max-new-tokens", "8", "--metrics", "squad,chrf")
+    file = tmp_path / "p.jsonl"
+    named = ("evaluate", *several, *given, "--predictions", str(file))
+    code, out, err = run(*named, "--json", capsys=capsys)
+    assert code == 0, err
+    found, rows = json.loads(out), [json.loads(line) for line in file.read_text().splitlines()]
+    assert found["predictions"] == str(file)
+    assert [row["adapter"] for row in rows] == ["short"] * 5 + ["long"] * 5
+    assert [row["place"] for row in rows[:5]] == [row["place"] for row in rows[5:]]
+    assert [row["answer"] for row in rows[:5]] != [row["answer"] for row in rows[5:]]
+    for name, folder, own in (("short", runs[0], rows[:5]), ("long", runs[1], rows[5:])):
+        _, out, _ = run("evaluate", "--adapter", str(folder), *given, "--json", capsys=capsys)
+        alone = json.loads(out)
+        for figure in ("squad_exact_match", "squad_f1", "chrf", "chrf_signature"):
+            assert found["adapters"][name][figure] == alone[figure]
+        assert sum(row["squad_f1"] for row in own) / 5 == pytest.approx(alone["squad_f1"])
+    _, out, _ = run(*named, "--overwrite", capsys=capsys)
+    assert out.count("SQuAD F1 ") == 2
+    assert out.count("chrF signature") == 1
+
+
 def test_the_commands_take_several(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     several = [f"--adapter=short={runs[0]}", f"--adapter=long={runs[1]}"]
     code, out, err = run("evaluate", *several, "--max-rows", "20", "--json", capsys=capsys)
@@ -271,9 +296,11 @@ def test_rows_that_name_their_adapter_are_measured_with_it(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     several = [f"--adapter=short={runs[0]}", f"--adapter=long={runs[1]}"]
-    given = ("--exact-match", "--max-new-tokens", "8", "--batch-size", "4", "--json")
+    given = ("--exact-match", "--metrics", "chrf", "--max-new-tokens", "8", "--batch-size", "4",
+             "--json")  # fmt: skip
+    answers = tmp_path / "answers.jsonl"
     mixed = ("evaluate", *several, "--data", write_rows(tmp_path, ROWS), *given)
-    code, out, err = run(*mixed, capsys=capsys)
+    code, out, err = run(*mixed, "--predictions", str(answers), capsys=capsys)
     assert code == 0, err
     found = json.loads(out)
     assert "not read" not in err
@@ -294,6 +321,12 @@ def test_rows_that_name_their_adapter_are_measured_with_it(
         alone = json.loads(out)
         assert part["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert part["exact_match"] == alone["exact_match"]
+        assert part["chrf"] == alone["chrf"] > 0
+        assert part["chrf_signature"] == alone["chrf_signature"]
+    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["adapter"] for row in written] == [row.get("adapter") for row in ROWS]
+    assert [row["references"] for row in written] == [[row["completion"].strip()] for row in ROWS]
+    assert len({part["chrf"] for part in parts.values()} | {found["total"]["chrf"]}) > 1
     tokens = [part["supervised_tokens"] for part in parts.values()]
     losses = [part["loss"] * part["supervised_tokens"] for part in parts.values()]
     assert found["total"]["loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-6)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import relative_error, run_python
+from support import relative_error, run_python, slow
 from tiny_models import TINY, load_folder, tiny_numbers, write_random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -384,7 +384,7 @@ def load_memory(folder: Path, suffix: str, bits: int, **sizes: int) -> tuple[int
     return on_disk, found["held"], found["grown"]
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("suffix", ["safetensors", *slow("bin")])
 def test_loading_takes_little_more_than_what_it_leaves(tmp_path: Path, suffix: str) -> None:
     on_disk, held, peak = load_memory(
         tmp_path, suffix, 4,

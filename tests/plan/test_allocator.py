@@ -171,11 +171,9 @@ QUICK = (
     Case("qwen3-8b", 4, 96, rows=4),  # norms on queries and keys
     Case("phi-4-mini", 8, 128, accumulation=2, targets="all-linear"),  # fused projections, tied
     Case("mistral-7b", 4, 320, options={"mlp_tile_tokens": 64}),
-    Case("deepseek-7b", 8, 320, targets="all-linear", options={"mlp_tile_tokens": 96}),
     Case("llama-2-7b", 4, 192, options={"mlp_tile_tokens": 0}),
     Case("deepseek-7b", 4, 128, options={"head_bits": 4}),
     Case("deepseek-7b", 4, 192, options={"keep_layers": 1}),
-    Case("phi-4-mini", 4, 96, options={"head_bits": 8}),  # no longer tied
     Case("llama-3.1-8b", 4, 128, rank=64, targets="all-linear", options={"optimizer": "adamw8bit"}),
     Case("tinyllama", 4, 512, scale=4, options={"loss_chunk_tokens": 512}),
     Case("mistral-7b", 4, 128, rows=2, double_quant=False),
@@ -201,6 +199,8 @@ GRID = tuple(
 
 _SLOW = (
     *GRID,
+    Case("deepseek-7b", 8, 320, targets="all-linear", options={"mlp_tile_tokens": 96}),
+    Case("phi-4-mini", 4, 96, options={"head_bits": 8}),  # no longer tied
     Case("deepseek-7b", 4, 1024, scale=4, layers=6),
     Case("deepseek-7b", 8, 768, scale=4, options={"mlp_tile_tokens": 128}),
     Case("gemma-2-9b", 8, 256, rows=2, recompute=False),

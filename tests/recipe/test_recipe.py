@@ -98,7 +98,7 @@ def test_the_header_says_what_is_trained_on_what(
     assert f"qlora-kit export {output} --to" in out
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(
+def test_a_finished_run_says_so_a_longer_one_goes_on_and_another_takes_its_place(
     own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = ("train", "--output", str(own_run), *SHORT, "--resume")
@@ -109,8 +109,11 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(
     assert code == 0
     rows = rows_of(own_run / "trainer_log.jsonl")
     assert [row["optimizer_step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    # Put back the state that the other tests of this module expect.
-    run("train", "--output", str(own_run), *SHORT, "--overwrite", capsys=capsys)
+    anew = ("--max-steps", "1", "--overwrite", *PLAIN)
+    code, _, _ = run("train", "--output", str(own_run), *anew, capsys=capsys)
+    assert code == 0
+    rows = rows_of(own_run / "trainer_log.jsonl")
+    assert [row["optimizer_step"] for row in rows if "loss" in row] == [1]
 
 
 def test_a_refused_resume_changes_nothing(

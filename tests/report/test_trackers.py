@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
 SHORT = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu",
          "--samples", "2")  # fmt: skip
+# For runs that are neither rehearsed nor looked at.
+PLAIN = ("--no-rehearse", "--samples", "0")
 SECRET = "hf_" + "abcDEF123" * 4
 
 
@@ -179,7 +181,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(
 ) -> None:
     name, received = either
     output = tmp_path / "run"
-    arguments = ("train", "--output", str(output), *SHORT, "--report-to", name)
+    arguments = ("train", "--output", str(output), *SHORT, *PLAIN, "--report-to", name)
     assert run(*arguments, capsys=capsys)[0] == 0
     assert run("train", "--output", str(output), "--resume", "--max-steps", "6",
                capsys=capsys)[0] == 0  # fmt: skip
@@ -224,7 +226,7 @@ def test_a_tracker_that_fails_later_does_not_end_the_run(
     name, received = either
     received.fails_in = where
     output = tmp_path / "run"
-    arguments = ("train", "--output", str(output), *SHORT, "--report-to", name)
+    arguments = ("train", "--output", str(output), *SHORT, *PLAIN, "--report-to", name)
     code, out, _ = run(*arguments, capsys=capsys)
     assert code == 0
     assert out.count(f"{name} has failed (RuntimeError)") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,14 @@ def test_generating_is_refused() -> None:
         recipe.generate(GenerateConfig(model="demo", prompt="one"))
 
 
-def test_exact_match_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--exact-match: a model of task silent writes no text"):
-        recipe.evaluate(EvaluateConfig(model="demo", exact_match=True))
+@pytest.mark.parametrize(
+    ("flag", "asked"),
+    [
+        ("--exact-match", {"exact_match": True}),
+        ("--metrics", {"metrics": ("bleu",)}),
+        ("--predictions", {"predictions": "answers.jsonl"}),
+    ],
+)
+def test_measuring_answers_is_refused(flag: str, asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"{flag}: a model of task silent writes no text"):
+        recipe.evaluate(EvaluateConfig(model="demo", **asked))
