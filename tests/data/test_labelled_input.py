@@ -160,6 +160,11 @@ def test_columns_go_before_names(tmp_path: Path) -> None:
     assert _found(samples) == [("u", "t", 1)]
     assert samples.shape is Shape.CLASSIFY_PAIR
     assert "text_a from title, text_b from text, label" in samples.notices[0]
+    # A column that is one field is not another as well.
+    with pytest.raises(
+        DataError, match=r"expected one of: text_a \+ text_b \+ label, text \+ label"
+    ):
+        _load(path, columns={"text_a": "text", "text_b": "label"})
 
 
 def test_a_task_knows_its_own_shapes_only(tmp_path: Path) -> None:
