@@ -233,9 +233,10 @@ def _label_name(value: Any, where: str, what: str) -> str:
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(_label_number(value, where)))
     if not isinstance(value, str):
+        found = "a number with a fraction" if isinstance(value, float) else kind_of(value)
         raise DataError(
-            f"{where}: {what} is {kind_of(value)}; expected a name or a number; write one, or "
-            "pass --skip-bad-lines"
+            f"{where}: {what} is {found}; expected a name or a number; write one, or pass "
+            "--skip-bad-lines"
         )
     name = clean(value, f"{where}: {what}").strip()
     if not name or len(name) > _LONGEST_LABEL:

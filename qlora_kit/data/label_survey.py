@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from qlora_kit.data.labels import Labels, is_shown, missing_from
+from qlora_kit.data.labels import Labels, is_shown
 from qlora_kit.data.row_arrays import RowArrays, hash_of_ids
 
 # A class this many times as large as another is mostly right when it is always guessed.
@@ -37,10 +37,10 @@ class ClassFigures:
     classes: tuple[ClassCount, ...]
 
     def warnings(self) -> Iterator[str]:
-        """Yield a line for each thing that looks wrong."""
-        counts = [each.training for each in self.classes]
-        names = Labels("single", tuple(each.name for each in self.classes))
-        yield from missing_from(names, counts, "the training data")
+        """Yield a line where the classes are far from equally frequent.
+
+        Classes that no row has were told when the rows were made.
+        """
         present = [each for each in self.classes if each.training]
         largest = max(present, key=lambda each: each.training)
         smallest = min(present, key=lambda each: each.training)

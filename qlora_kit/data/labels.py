@@ -107,7 +107,7 @@ class Labels:
                 first, count = first or error, count + 1
         if first is None:
             return
-        others = f" ({count - 1:,} more records like it)" if count > 1 else ""
+        others = f" ({count:,} records have such a label)" if count > 1 else ""
         raise DataError(f"{first.faults[0]}{others}")
 
     def name_of(self, target: Sequence[float]) -> str:

@@ -234,11 +234,16 @@ class _Recognition:
         """Return a record with its fields under their own names as well."""
         given = self.options.columns
         named = {name: _look_up(content, path, place) for name, path in given.items()}
-        if self.shape is None and self.task == "classify":
+        if self.task != "classify":
+            return {**content, **named}
+        if self.shape is None:
             self.found = find_columns(content, given)
             self.columns = {**given, **self.found}
         found = {name: content[path] for name, path in self.found.items() if path in content}
-        return {**content, **named, **found}
+        # A column that is one field is not another as well, by its name.
+        taken = {*self.columns.values()}
+        others = {name: value for name, value in content.items() if name not in taken}
+        return {**others, **named, **found}
 
     def _shape_of(self, fields: Mapping[str, Any], record: Record) -> Shape:
         shape = recognise(fields, self.options, self.task)
