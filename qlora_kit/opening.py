@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 # Models whose first position is the one behind the number of their padding token.
 _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
 
+_TWO_LABELS = ("0", "1")
+
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 
 
@@ -195,6 +197,19 @@ def asked_task() -> Task:
     from qlora_kit.tasks import CAUSAL
 
     return CAUSAL
+
+
+def planned_task(config: TrainConfig) -> Task:
+    """Return the task of a run whose data are not read: with two labels, if none are named."""
+    if config.task != "classify":
+        return asked_task()
+    from qlora_kit.data.labels import Labels
+
+    if config.label_kind == "regression":
+        return _classifier(Labels("regression"), None)
+    names = config.labels or _TWO_LABELS
+    labels = Labels("multi", names) if config.label_kind == "multi" else Labels("single", names)
+    return _classifier(labels, None)
 
 
 def _classifier(labels: Labels, pad_token_id: int | None) -> Task:

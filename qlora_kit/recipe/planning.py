@@ -16,7 +16,7 @@ from qlora_kit.events import (
     silent,
 )
 from qlora_kit.model.names import find_model
-from qlora_kit.opening import asked_task, base_spec
+from qlora_kit.opening import base_spec, planned_task
 
 if TYPE_CHECKING:
     from qlora_kit.plan.planning import Plan
@@ -38,7 +38,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
 
     hardware = planned_hardware(config)
-    task = asked_task()
+    task = planned_task(config)
     spec = base_spec(source, source.folder, config, task)
     config = config.model_copy(update=asdict(spec.quantization))
     rows = RowSizes(config.max_length)

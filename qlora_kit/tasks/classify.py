@@ -36,7 +36,7 @@ class LabelledBatch:
     """One micro-batch of texts, padded on the right, with the target of each."""
 
     input_ids: Tensor
-    """(B, T) int64, in host memory"""
+    """(B, T) int64"""
     lengths: tuple[int, ...]
     """(B,) tokens of each row, without padding"""
     rows: Indices
@@ -71,14 +71,18 @@ class LabelledBatch:
         return len(self.lengths)
 
     def to(self, device: torch.device | str) -> LabelledBatch:
-        """Return the batch on another device, but for its ids, which the embedding fetches."""
+        """Return the batch on another device.
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        targets = self.targets.to(device, non_blocking=True)
-        types = moved(self.token_types)
-        return replace(self, targets=targets, mask=moved(self.mask), token_types=types)
+        Its ids go along: some encoders make positions and masks where these are.
+        """
+        tensors = ("input_ids", "targets", "mask", "token_types")
+        given = {name: getattr(self, name) for name in tensors}
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in given.items()
+            if tensor is not None
+        }
+        return replace(self, **moved)
 
 
 class Measured(NamedTuple):

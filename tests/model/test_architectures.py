@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_kit.data.batch import Batch, predicting_positions
 from qlora_kit.errors import ModelError
-from qlora_kit.layers.projections import projections
+from qlora_kit.layers.projections import base_prefix, projections
 from qlora_kit.lora.attach import LoraSpec, attach
 from qlora_kit.model.architecture import (
+    CAUSAL_LM,
     architecture_from,
     build_skeleton,
     read_architecture,
     unquantized_share,
 )
+from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION
 from qlora_kit.model.head import head_of
 from qlora_kit.model.names import known_models
 from qlora_kit.tasks.causal import loss_sum
@@ -223,10 +225,15 @@ def test_known_parameter_count_is_that_of_the_real_architecture(name: str) -> No
     numbers = {**source.architecture, "num_hidden_layers": 1}
     layers = source.architecture["num_hidden_layers"]
     counts = []
+    is_encoder = source.settings.get("task") == "classify"
     for number in (1, 2):
         numbers["num_hidden_layers"] = number
-        skeleton = build_skeleton(architecture_from(numbers))
-        counts.append(sum(parameter.numel() for parameter in skeleton.parameters()))
+        loads = SEQUENCE_CLASSIFICATION if is_encoder else CAUSAL_LM
+        skeleton = build_skeleton(architecture_from(numbers), loads)
+        # What is counted of an encoder is what its checkpoint has: no classifier's head.
+        prefix = base_prefix(skeleton) if is_encoder else ""
+        named = skeleton.named_parameters()
+        counts.append(sum(each.numel() for name, each in named if name.startswith(prefix)))
     assert counts[0] + (layers - 1) * (counts[1] - counts[0]) == source.parameters
 
 
