@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow
-import tokenizers
 
 from qlora_kit.config import LongSamples, TokenOptions
 from qlora_kit.data.encode import Labelled
@@ -99,21 +98,15 @@ class TextEncoder:
     def content_hash(self) -> str:
         """Return the SHA-256 of everything that decides the ids of a text."""
         tokenizer = self._tokenizer
+        # A tokenizer keeps the lengths that its last call has set; these calls take them back.
         probe = [tokenizer("a b", verbose=False), tokenizer("a b", "c", verbose=False)]
         state = [type(tokenizer).__name__, tokenizer.truncation_side, list(map(dict, probe))]
-        return hashlib.sha256((json.dumps(state) + _content(tokenizer)).encode()).hexdigest()
-
-
-def _content(tokenizer: Any) -> str:
-    """Return a tokenizer's vocabulary and rules, without the lengths that its last call has set."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    copy: Any = tokenizers.Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    content: str = copy.to_str()
-    return content
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            content = backend.to_str()
+        else:
+            content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.sha256((json.dumps(state) + content).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
