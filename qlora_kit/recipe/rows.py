@@ -70,11 +70,12 @@ def token_rows(
             needs validation rows and there are none.
         ModelError: the tokenizer gives a token that the model does not have.
     """
-    opened = open_tokenizer(config, announce, chat_template=config.chat_template)
     if config.task == "classify":
-        opened = opened.classifying(_labels(samples, config, announce))
+        labels = _labels(samples, config, announce)
+        opened = open_tokenizer(config, announce).classifying(labels)
         notices = _notices_of_text(config)
     else:
+        opened = open_tokenizer(config, announce, chat_template=config.chat_template)
         notices = _template_notices(opened)
     for text in notices:
         announce(Notice(text))
