@@ -33,7 +33,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
-from qlora_kit.model.config_file import ids_beyond, read_model_config
+from qlora_kit.model.config_file import ids_beyond, names_classifier, read_model_config
 from qlora_kit.model.names import ModelSource, find_model, known_models
 from qlora_kit.train.folder import stored_layer
 
@@ -254,9 +254,8 @@ def stored_task_name(model: str, adapter: Path | None) -> str:
     folder = find_model(model).folder
     if folder is None or not (folder / "config.json").is_file():
         return "causal"
-    named = read_model_config(folder / "config.json").get("architectures") or ()
-    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in named)
-    return "classify" if is_classifier else "causal"
+    named = read_model_config(folder / "config.json").get("architectures")
+    return "classify" if names_classifier(named) else "causal"
 
 
 def check_generates(task: Task, asked: str) -> None:

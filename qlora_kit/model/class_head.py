@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from qlora_kit.layers.projections import base_prefix
+from qlora_kit.model.config_file import names_classifier
 
 SEQUENCE_CLASSIFICATION = "AutoModelForSequenceClassification"
 
@@ -49,8 +50,7 @@ class ClassHead:
     @classmethod
     def of(cls, architecture: PreTrainedConfig) -> ClassHead | None:
         """Return the head of a stored classifier, or None where the model is none."""
-        named = architecture.architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in named):
+        if not names_classifier(architecture.architectures):
             return None
         names = tuple(architecture.id2label[number] for number in range(architecture.num_labels))
         kinds: dict[str | None, Kind] = {theirs: ours for ours, theirs in _PROBLEM_TYPES.items()}

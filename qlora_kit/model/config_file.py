@@ -173,3 +173,9 @@ def _check_number(path: Path, key: str, value: Any) -> None:
                     f"to {most:,}; restore it"
                 )
         return
+
+
+def names_classifier(architectures: Any) -> bool:
+    """Whether the `architectures` of a config.json, whatever stands there, name a classifier."""
+    named = architectures if isinstance(architectures, list) else []
+    return any(str(name).endswith("ForSequenceClassification") for name in named)

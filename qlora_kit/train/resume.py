@@ -45,7 +45,10 @@ _DERIVED: Mapping[str, set[str]] = {
 _REORDERING = ("data", "tokenizer", "batch", "seed")
 
 # Options that older checkpoints do not name, with the value that they had in effect.
-_BEFORE: Mapping[str, Any] = {"head_bits": 16, "chat_template": None}
+_BEFORE: Mapping[str, Any] = {
+    "head_bits": 16, "chat_template": None, "task": "causal", "labels": [], "label_kind": "auto",
+    "class_weights": {},
+}  # fmt: skip
 
 
 def differences(

@@ -134,6 +134,9 @@ def _changed(name: str) -> tuple[str, object]:
         "data": ("a.jsonl", "a.jsonl"), "validation": ("b.jsonl", "b.jsonl"),
         "output": ("out", "out"), "resume": ("latest", "latest"),
         "allow_change": ("data,seed", ["data", "seed"]),
+        "task": ("classify", "classify"), "labels": ("a,b", ["a", "b"]),
+        "label_kind": ("multi", "multi"), "class_weights": ("a=2", {"a": 2.0}),
+        "best_metric": ("accuracy", "accuracy"),
         "vram": ("10GB", 10**10), "ram": ("auto", "auto"), "report_to": ("wandb", "wandb"),
     }  # fmt: skip
     if name in special:

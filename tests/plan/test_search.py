@@ -202,11 +202,11 @@ def test_when_nothing_fits_it_says_what_would(capsys: pytest.CaptureFixture[str]
     assert "--max-length 2048" in err or "--max-length 1024" in err
 
 
-def test_experts_are_refused_before_anything_is_predicted(
+def test_layers_that_stay_unquantised_are_refused_before_anything_is_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     numbers = {
-        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 320,
+        "model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "vocab_size": 320,
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
         "num_experts_per_tok": 2,

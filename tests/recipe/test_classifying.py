@@ -1,0 +1,161 @@
+"""Classification end to end, as a user runs it: train, resume, evaluate, generate, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from data_fixtures import make_tokenizer
+from safetensors.torch import load_file
+from support import run
+from transformers import AutoConfig, AutoModel
+
+GOOD, BAD = ("one two three", "two four six"), ("nine eight seven", "eight five nine")
+STEPS = (
+    "--task", "classify", "--batch-size", "4", "--gradient-accumulation-steps", "1",
+    "--learning-rate", "0.01", "--max-length", "48", "--targets", "all-linear",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT with a tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    numbers = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    AutoModel.from_config(AutoConfig.for_model("bert", **numbers)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "films.tsv"
+    rows = [f"{text}\t{label}" for texts, label in ((GOOD, "good"), (BAD, "bad")) for text in texts]
+    file.write_text("\n".join(["sentence\tlabel", *(rows * 8)]), encoding="utf-8")
+    return file
+
+
+def trained(
+    model: Path, data: Path, output: Path, capsys: pytest.CaptureFixture[str], *more: str
+) -> Path:
+    code, _, err = run(
+        "train", "--model", str(model), "--data", str(data), "--validation", str(data),
+        "--output", str(output), *STEPS, *more, capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    return output
+
+
+def test_from_a_table_to_a_merged_model(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = trained(
+        model, data, tmp_path / "run", capsys, "--max-steps", "24", "--best-metric", "accuracy"
+    )
+    record = json.loads((own / "qlora_kit.json").read_text())
+    assert (record["labels"], record["label_kind"]) == (["bad", "good"], "single")
+    memory = json.loads((own / "memory.json").read_text())["rehearsal"]
+    assert abs(memory["difference"]) < 0.02
+    page = (own / "report.html").read_text(encoding="utf-8")
+    assert "Confusion matrix" in page
+    assert "bad" in page
+    tables = json.loads((own / "labels.json").read_text())
+    assert sum(map(sum, tables["confusion"])) == 32
+    card = (own / "README.md").read_text(encoding="utf-8")
+    assert "AutoPeftModelForSequenceClassification" in card
+    assert "bad, good" in card
+
+    code, out, _ = run(
+        "evaluate", "--adapter", str(own), "--data", str(data), "--json", capsys=capsys
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert found["accuracy"] == 1.0, "it learnt"
+    assert found["labels"] == found["rows"] == 32
+
+    code, out, _ = run(
+        "generate", "--adapter", str(own), "--prompt", GOOD[0], "--json", capsys=capsys
+    )
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["label"] == "good"
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+
+    merged = tmp_path / "merged"
+    code, out, err = run("export", str(own), "--to", str(merged), "--json", capsys=capsys)
+    assert code == 0, err
+    report = json.loads(out)["report"]
+    written = next(each for each in report["variants"] if each["variant"] == "written")
+    assert written["top1_agreement"] == 1.0
+    code, out, _ = run(
+        "evaluate", "--model", str(merged), "--bits", "16", "--data", str(data), "--json",
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["loss"] == pytest.approx(found["loss"], abs=1e-3)
+
+
+def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = trained(model, data, tmp_path / "whole", capsys, "--max-steps", "6")
+    parts = tmp_path / "parts"
+    trained(model, data, parts, capsys, "--max-steps", "6", "--save-steps", "3")
+    for name in ("last", "best"):
+        (parts / name).unlink()
+    # As if it had been killed after the third step.
+    shutil.rmtree(parts / "checkpoint-6")
+    (parts / "last").write_text("checkpoint-3\n")
+    code, _, err = run("train", "--output", str(parts), "--resume", capsys=capsys)
+    assert code == 0, err
+    ours, theirs = (load_file(each / "adapter_model.safetensors") for each in (parts, whole))
+    assert ours.keys() == theirs.keys()
+    assert any("classifier" in name for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ("--best-metric", "f1"),
+            "--best-metric f1: is not measured here; expected loss, accuracy",
+        ),
+        (("--targets", "classifier"), "'classifier' matches no linear layer"),
+        (("--long-samples", "split"), "--long-samples split: a label is of a whole text"),
+        (("--labels", "good"), "label"),
+        (("--task", "causal"), "keys sentence, label; expected one of"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    code, _, err = run(
+        "train", "--model", str(model), "--data", str(data), "--validation", str(data),
+        "--output", str(tmp_path / "run"), *STEPS, "--max-steps", "1", *more, capsys=capsys,
+    )  # fmt: skip
+    assert code == 2
+    assert message in err
+    assert len([line for line in err.splitlines() if line.startswith("error")]) == 1
+
+
+def test_an_encoder_is_told_apart_from_a_language_model(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run("generate", "--model", str(model), "--prompt", "one", capsys=capsys)
+    assert code == 2
+    assert "bert: reads whole texts and writes none" in err
