@@ -509,7 +509,8 @@ def _place(
     if isinstance(value, FrozenWeight):
         module.weight = value
         return
-    value = _stored_dtype(value, hardware.dtype)
+    is_large = isinstance(module, nn.Embedding | FrozenLinear) and leaf == "weight"
+    value = _stored_dtype(value, hardware.dtype, is_large=is_large)
     if isinstance(module, FrozenLinear):
         if leaf == "weight":
             module.weight = PlainWeight(value)
@@ -525,12 +526,12 @@ def _place(
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _stored_dtype(tensor: Tensor, compute: torch.dtype) -> Tensor:
+def _stored_dtype(tensor: Tensor, compute: torch.dtype, *, is_large: bool) -> Tensor:
     # If the model computes in 16 bits, its weights are stored in the compute dtype: otherwise each
-    # use of fp16 norms and biases would promote bf16 activations to fp32. Norms and biases are
-    # always stored in the compute dtype: a layer norm refuses weights of another dtype than its
-    # input.
-    is_cast = compute.itemsize == 2 or tensor.dim() == 1
+    # use of fp16 norms and biases would promote bf16 activations to fp32. Norms, biases and the
+    # routers of experts are always stored in the compute dtype: a layer norm and a product refuse
+    # weights of another dtype than their input. An embedding or a head is cast where it is used.
+    is_cast = compute.itemsize == 2 or not is_large
     return tensor.to(compute) if is_cast and tensor.is_floating_point() else tensor
 
 

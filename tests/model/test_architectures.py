@@ -184,6 +184,9 @@ def test_a_tied_head_is_the_embedding_itself(
         ("gemma-2-9b", torch.bfloat16),
         ("phi-4-mini", torch.bfloat16),
         ("phi", torch.float16),
+        ("gpt2", torch.float16),
+        ("mixtral", torch.bfloat16),
+        ("gpt-oss", torch.float16),
     ],
 )
 def test_a_16_bit_checkpoint_runs_in_float32(
