@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
-    from qlora_kit.opening import configure, load_data, open_base
+    from qlora_kit.opening.model import load_data, open_base
+    from qlora_kit.opening.options import configure
     from qlora_kit.train.loop import TrainResult, train_adapter
 
 __version__ = "0.1.0"
@@ -73,7 +74,8 @@ _EXPORTS = {
     "model.load": ("Base", "BaseSpec", "load_base"),
     "model.names": ("find_model", "known_models"),
     "layers.quantize": ("Quantization",),
-    "opening": ("configure", "load_data", "open_base"),
+    "opening.model": ("load_data", "open_base"),
+    "opening.options": ("configure",),
     "train.loop": ("TrainResult", "train_adapter"),
 }
 _HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import click
 from pydantic.fields import FieldInfo
 
-from qlora_kit import opening
 from qlora_kit.config import SWITCHES, AnyConfig, Layer, Options, declared, read_config_file
 from qlora_kit.errors import ConfigError
+from qlora_kit.opening import options as opening
 
 _COMMON = ("config_file", "dry_run", "json", "debug")
 

@@ -33,7 +33,8 @@ from qlora_kit.events import (
 )
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
-from qlora_kit.opening import check_base, open_tokenizer, stored_options
+from qlora_kit.opening.adapters import check_base, stored_options
+from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.recipe.rows import read_data, tokenize_data
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import (
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from qlora_kit.export.merge_report import MergeReport
     from qlora_kit.export.rows import VerificationRows
     from qlora_kit.model.load import BaseSpec
-    from qlora_kit.opening import Opened
+    from qlora_kit.opening.model import Opened
 
 
 def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:

@@ -13,15 +13,9 @@ from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.events import Announce, Answered, silent
 from qlora_kit.lora.files import read_base_record
 from qlora_kit.model.environment import prepare_environment
-from qlora_kit.opening import (
-    adapter_of,
-    as_trained,
-    check_base,
-    check_generates,
-    open_tokenizer,
-    put_on,
-    put_several_on,
-)
+from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_on, put_several_on
+from qlora_kit.opening.model import open_tokenizer
+from qlora_kit.opening.tasks import check_generates
 from qlora_kit.recipe.labelling import labelled
 
 

@@ -9,11 +9,11 @@ from qlora_kit.config import GenerateConfig
 from qlora_kit.data.samples import PromptRecord
 from qlora_kit.errors import DataError
 from qlora_kit.events import Announce, Answered, Notice
-from qlora_kit.opening import put_on, put_several_on
+from qlora_kit.opening.adapters import put_on, put_several_on
 
 if TYPE_CHECKING:
     from qlora_kit.model.class_head import ClassHead
-    from qlora_kit.opening import Opened
+    from qlora_kit.opening.model import Opened
 
 # Of a model that does not say how many positions it has.
 _MOST_TOKENS = 1024

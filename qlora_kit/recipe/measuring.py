@@ -13,16 +13,9 @@ from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
 from qlora_kit.infer.predictions import check_predictions, write_predictions
 from qlora_kit.model.environment import prepare_environment
-from qlora_kit.opening import (
-    adapter_of,
-    as_trained,
-    check_base,
-    check_generates,
-    open_tokenizer,
-    put_on,
-    put_several_on,
-    stored_task_name,
-)
+from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_on, put_several_on
+from qlora_kit.opening.model import open_tokenizer
+from qlora_kit.opening.tasks import check_generates, stored_task_name
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
@@ -31,7 +24,7 @@ if TYPE_CHECKING:
     from qlora_kit.infer.metrics import Figure
     from qlora_kit.lora.several import PerRow
     from qlora_kit.model.load import Base
-    from qlora_kit.opening import Opened
+    from qlora_kit.opening.model import Opened
 
 
 @dataclass(frozen=True)

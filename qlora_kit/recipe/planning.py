@@ -16,7 +16,8 @@ from qlora_kit.events import (
     silent,
 )
 from qlora_kit.model.names import find_model
-from qlora_kit.opening import base_spec, planned_task
+from qlora_kit.opening.model import base_spec
+from qlora_kit.opening.tasks import planned_task
 
 if TYPE_CHECKING:
     from qlora_kit.plan.planning import Plan

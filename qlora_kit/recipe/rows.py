@@ -16,14 +16,14 @@ from qlora_kit.events import (
     Announce,
     Notice,
 )
-from qlora_kit.opening import open_tokenizer
+from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.redact import redacted_values
 
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
     from qlora_kit.data.survey import Survey
     from qlora_kit.data.tokens import Tokenized
-    from qlora_kit.opening import Opened
+    from qlora_kit.opening.model import Opened
 
 
 def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:

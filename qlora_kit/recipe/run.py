@@ -22,7 +22,7 @@ from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.hardware import make_deterministic
 from qlora_kit.model.load import Base, trained_whole
 from qlora_kit.model.threads import choose_threads
-from qlora_kit.opening import Opened
+from qlora_kit.opening.model import Opened
 from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.run import PICTURE, MemoryAccount, plan_run
 from qlora_kit.recipe.rows import surveyed, token_rows

@@ -9,7 +9,7 @@ from qlora_kit.data.batch import TokenRows
 from qlora_kit.events import Announce
 from qlora_kit.infer.evaluate import Evaluation, evaluate
 from qlora_kit.model.load import Base
-from qlora_kit.opening import Opened
+from qlora_kit.opening.model import Opened
 
 
 class Validation:

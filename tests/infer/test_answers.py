@@ -25,7 +25,7 @@ from qlora_kit.infer import generate as module
 from qlora_kit.infer.generate import Sampling, generate, generate_all
 from qlora_kit.infer.metrics import METRICS, measure
 from qlora_kit.model import load
-from qlora_kit.opening import open_tokenizer
+from qlora_kit.opening.model import open_tokenizer
 
 ALL = ",".join(METRICS)
 SHORT = ("--device", "cpu", "--max-new-tokens", "8")

@@ -15,7 +15,7 @@ from qlora_kit.config import BaseModelOptions
 from qlora_kit.events import Event, Notice
 from qlora_kit.infer import samples as module
 from qlora_kit.infer.samples import NAME, SampleAccount, choose_prompts
-from qlora_kit.opening import open_tokenizer
+from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.train.random_states import random_states, seed_everything
 
 pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")

@@ -28,7 +28,7 @@ from qlora_kit.model.fetch import Fetched, fetch
 from qlora_kit.model.hardware import choose_hardware, dtype_named, make_deterministic
 from qlora_kit.model.memory import memory_in_use_bytes
 from qlora_kit.model.names import DEMO, ModelSource, find_model, known_models
-from qlora_kit.opening import open_tokenizer
+from qlora_kit.opening.model import open_tokenizer
 
 # huggingface_hub moved from one to the other.
 httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")

@@ -413,7 +413,7 @@ def test_rows_longer_than_the_models_positions_are_refused(
 
 
 def test_the_recorded_commit_holds_for_the_recorded_base_only(tmp_path: Path) -> None:
-    from qlora_kit.opening import stored_options
+    from qlora_kit.opening.adapters import stored_options
 
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.safetensors").touch()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_kit import opening, recipe
+from qlora_kit import recipe
 from qlora_kit.config import EvaluateConfig, GenerateConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.model import load
@@ -17,7 +17,7 @@ from qlora_kit.tasks import CAUSAL
 @pytest.fixture(autouse=True)
 def _a_task_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = replace(CAUSAL, name="silent", generates=False)
-    monkeypatch.setattr(opening, "asked_task", lambda: silent)
+    monkeypatch.setattr("qlora_kit.opening.tasks.asked_task", lambda: silent)
     monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("weights were read"))
 
 

@@ -1,98 +1,43 @@
-"""From the name of a model to a loaded base with its tokenizer, and the adapter put on it.
+"""A model that is opened: its files, its tokenizer and its task; its weights when they are wanted.
 
-The recipes share it, and users of the API start with it. It imports torch inside its functions
-only, after everything that can be checked without torch.
+Takes options; returns `Opened`, or a loaded base. Checks everything that can be checked before
+weights are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import (
-    AdapterOption,
-    AnyConfig,
     BaseModelOptions,
-    EvaluateConfig,
-    GenerateConfig,
-    Layer,
     RecordOptions,
     TokenOptions,
-    TrainConfig,
-    resolve,
 )
 from qlora_kit.data.samples import load_samples
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.lora.files import (
     UNKNOWN_TEMPLATE,
-    BaseRecord,
-    check_adapter_folder,
     read_base_record,
-    read_peft_config,
 )
-from qlora_kit.model.config_file import ids_beyond, names_classifier, read_model_config
-from qlora_kit.model.names import ModelSource, find_model, known_models
-from qlora_kit.train.folder import stored_layer
+from qlora_kit.model.config_file import ids_beyond, read_model_config
+from qlora_kit.model.names import ModelSource, find_model
 
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import LoraSpec
-    from qlora_kit.lora.several import AdapterSet
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
     from qlora_kit.model.threads import Threads
     from qlora_kit.tasks import Task
 
+from qlora_kit.opening.tasks import asked_task, classifier, stored_task
+
 # Models whose first position is the one behind the number of their padding token.
 _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
-
-_TWO_LABELS = ("0", "1")
-
-AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
-
-
-def configure(
-    config_class: type[AnyConfig], layers: Sequence[Layer] = (), **given: Any
-) -> AnyConfig:
-    """Resolve a configuration from all its sources; each source overrides those to its left.
-
-        defaults  <  configs/NAME.yaml  <  the run that is resumed  <  `layers`  <  `given`
-
-    The class alone, as in `TrainConfig(model="smollm2-135m")`, knows the defaults only.
-
-    Args:
-        config_class: the configuration of a command.
-        layers: values of other sources, such as `config.read_config_file`.
-        given: values by the name of their option, or by a synonym of it.
-
-    Raises:
-        ConfigError: the values have faults; the error lists all of them, see `config.resolve`.
-        ModelError: there is no such model.
-    """
-    layers = [*layers, Layer("", given)]
-    asked = resolve(config_class, layers)
-    if isinstance(asked, TrainConfig) and (stored := _stored_options(asked)):
-        layers.insert(0, stored)
-        asked = resolve(config_class, layers)
-    if not isinstance(asked, TrainConfig):
-        return asked
-    source = find_model(asked.model)
-    origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
-    return resolve(config_class, [Layer(origin, source.settings), *layers])
-
-
-def _stored_options(asked: TrainConfig) -> Layer | None:
-    """Return the options of the run to resume, which the user's options override; or None."""
-    stored = stored_layer(asked.output, asked.resume)
-    given = asked.model_fields_set
-    if stored is not None and "epochs" in given and "max_steps" not in given:
-        # A stored number of steps would silently win over the epochs that the user asked for.
-        return Layer(stored.origin, {**stored.values, "max_steps": None})
-    return stored
 
 
 @dataclass(frozen=True)
@@ -115,7 +60,7 @@ class Opened:
 
     def classifying(self, labels: Labels) -> Opened:
         """Return the same model, opened as a classifier with these labels."""
-        return replace(self, task=_classifier(labels, self.tokenizer.pad_token_id))
+        return replace(self, task=classifier(labels, self.tokenizer.pad_token_id))
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
@@ -192,85 +137,6 @@ class Opened:
         return base
 
 
-def asked_task() -> Task:
-    """Return the task of every command. No other place names a task."""
-    from qlora_kit.tasks import CAUSAL
-
-    return CAUSAL
-
-
-def planned_task(config: TrainConfig) -> Task:
-    """Return the task of a run whose data are not read: with two labels, if none are named."""
-    if config.task != "classify":
-        return asked_task()
-    from qlora_kit.data.labels import Labels
-
-    if config.label_kind == "regression":
-        return _classifier(Labels("regression"), None)
-    names = config.labels or _TWO_LABELS
-    labels = Labels("multi", names) if config.label_kind == "multi" else Labels("single", names)
-    return _classifier(labels, None)
-
-
-def _classifier(labels: Labels, pad_token_id: int | None) -> Task:
-    from qlora_kit.data.labelled_rows import LabelledRows
-    from qlora_kit.model.class_head import VALUE, ClassHead
-    from qlora_kit.tasks.classify import classify
-
-    head = ClassHead(labels.kind, labels.names or (VALUE,), pad_token_id)
-    weights = labels.weights if len(set(labels.weights)) > 1 else ()
-    return classify(head, LabelledRows(labels), weights)
-
-
-def _stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None) -> Task:
-    """Return the task that an adapter, or else a model, was trained for."""
-    from qlora_kit.data.labels import Labels
-    from qlora_kit.lora.adapter import stored_labels
-    from qlora_kit.model.class_head import ClassHead
-
-    found = None if adapter is None else stored_labels(adapter)
-    head = ClassHead.of(spec.architecture())
-    if found is None and head is not None:
-        found = head.kind, head.names
-    if found is None:
-        return asked_task()
-    kind, names = found
-    return _classifier(Labels(kind, () if kind == "regression" else names), pad_token_id)
-
-
-def stored_task_name(model: str, adapter: Path | None) -> str:
-    """Return the name of the task that an adapter, or else a model, was trained for.
-
-    Reads text files only, before torch is imported.
-
-    Args:
-        model: name, folder or hub id.
-        adapter: folder of an adapter, or None.
-    """
-    if adapter is not None:
-        record = read_base_record(adapter)
-        is_classifier = read_peft_config(adapter).task_type == "SEQ_CLS"
-        return "classify" if is_classifier or (record and record.labels) else "causal"
-    folder = find_model(model).folder
-    if folder is None or not (folder / "config.json").is_file():
-        return "causal"
-    named = read_model_config(folder / "config.json").get("architectures")
-    return "classify" if names_classifier(named) else "causal"
-
-
-def check_generates(task: Task, asked: str) -> None:
-    """Check that the models of a task write text.
-
-    Raises:
-        ConfigError: they do not, and `asked`, an option or a command, needs text.
-    """
-    if not task.generates:
-        raise ConfigError(
-            f"{asked}: a model of task {task.name} writes no text; expected one that does; use "
-            "`qlora-kit evaluate`, which measures what it is for"
-        )
-
-
 def base_spec(
     source: ModelSource, folder: Path | None, options: BaseModelOptions, task: Task
 ) -> BaseSpec:
@@ -340,7 +206,7 @@ def open_tokenizer(
         choose_template(tokenizer, chat_template)
         if adapter is not None:
             _compare_templates(tokenizer, adapter, announce)
-    task = _stored_task(bare, adapter, tokenizer.pad_token_id)
+    task = stored_task(bare, adapter, tokenizer.pad_token_id)
     opened = Opened(source, fetched, tokenizer, has_template, task)
     _tell_ids_beyond(opened, options, announce)
     return opened
@@ -423,121 +289,3 @@ def load_data(
     from qlora_kit.data.tokens import tokenize
 
     return tokenize(load_samples(data, "train", records), tokenizer, options or TokenOptions())
-
-
-# ---------------------------------------------------------------- adapters
-
-
-def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord | None:
-    """Attach the adapter that is configured, if any, and return its record.
-
-    A notice says so if the adapter was trained on other bits than those of the base.
-    """
-    from qlora_kit.lora.adapter import load_adapter
-
-    if config.adapter is None:
-        return None
-    load_adapter(base, config.adapter)
-    record = read_base_record(config.adapter)
-    if record is not None and record.bits != base.quantization.bits:
-        announce(
-            Notice(
-                f"the adapter was trained on {record.bits} bits and is used on "
-                f"{base.quantization.bits}: expect other numbers"
-            )
-        )
-    return record
-
-
-def put_several_on(base: Base, config: AdapterOption, announce: Announce) -> AdapterSet:
-    """Put several adapters on a base.
-
-    A notice names each adapter that was trained on other bits, or with another chat template.
-    """
-    from qlora_kit.lora.several import load_adapters
-
-    adapters = load_adapters(base, config.adapters)
-    records = {name: read_base_record(folder) for name, folder in config.adapters.items()}
-    first = next(iter(records.values()))
-    for name, record in records.items():
-        if record is None:
-            continue
-        if record.bits != base.quantization.bits:
-            announce(
-                Notice(
-                    f"adapter {name}: trained on {record.bits} bits and used on "
-                    f"{base.quantization.bits}: expect other numbers"
-                )
-            )
-        if first is None or UNKNOWN_TEMPLATE in (record.template_hash, first.template_hash):
-            continue
-        if record.template_hash != first.template_hash:
-            announce(
-                Notice(
-                    f"adapter {name}: trained with another chat template than "
-                    f"{next(iter(records))}, whose is used for all: expect other answers"
-                )
-            )
-    return adapters
-
-
-def stored_options(adapter: Path, model: str | None = None) -> dict[str, Any]:
-    """Return the base options that an adapter was trained with, as far as its files say.
-
-    Args:
-        adapter: the folder of the adapter.
-        model: the base that the user asked for, which goes before the recorded base. The recorded
-            commit belongs to the recorded base, and is left out for any other.
-    """
-    options = _recorded_options(adapter)
-    if model is None or model == options.get("model"):
-        return options
-    return {**options, "model": model, "revision": None}
-
-
-def _recorded_options(adapter: Path) -> dict[str, Any]:
-    check_adapter_folder(adapter)
-    config, record = read_peft_config(adapter), read_base_record(adapter)
-    if record is not None:
-        names = {"bits", "quant_type", "double_quant", "weights", "revision"}
-        return {"model": record.base, **record.model_dump(include=names)}
-    named = config.base_model_name_or_path
-    return {"model": named} if named else {}
-
-
-def adapter_of(config: AdapterOption) -> Path | None:
-    """Return the folder of the adapter, or of the first of several; None if there is none."""
-    return config.adapter or next(iter(config.adapters.values()), None)
-
-
-def as_trained(config: AdapterConfig) -> AdapterConfig:
-    """Return the configuration with the adapter's base and bits, unless the user named others.
-
-    Raises:
-        ConfigError: the configuration has both one adapter and several.
-    """
-    if config.adapter is not None and config.adapters:
-        raise ConfigError("--adapter and --adapters contradict each other; pass one of them")
-    adapter = adapter_of(config)
-    if adapter is None:
-        return config
-    model = config.model if "model" in config.model_fields_set else None
-    stored = stored_options(adapter, model)
-    missing = {name: v for name, v in stored.items() if name not in config.model_fields_set}
-    return config.model_copy(update=missing)
-
-
-def check_base(model: str, adapter: Path | None) -> None:
-    """Check that a model is known.
-
-    Raises:
-        ModelError: it is not; the error names the adapter that was trained on it, if there is one.
-    """
-    try:
-        find_model(model)
-    except ModelError as error:
-        if adapter is None:
-            raise
-        raise ModelError(
-            f"{error.faults[0]}; {adapter} goes on it: name where it is now with --model"
-        ) from error

@@ -1,0 +1,61 @@
+"""The options of a command: those that the user gives, over those of the model and of the run.
+
+Takes layers of values; returns a configuration. Never opens a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import (
+    AnyConfig,
+    Layer,
+    TrainConfig,
+    resolve,
+)
+from qlora_kit.model.names import find_model, known_models
+from qlora_kit.train.folder import stored_layer
+
+if TYPE_CHECKING:
+    pass
+
+
+def configure(
+    config_class: type[AnyConfig], layers: Sequence[Layer] = (), **given: Any
+) -> AnyConfig:
+    """Resolve a configuration from all its sources; each source overrides those to its left.
+
+        defaults  <  configs/NAME.yaml  <  the run that is resumed  <  `layers`  <  `given`
+
+    The class alone, as in `TrainConfig(model="smollm2-135m")`, knows the defaults only.
+
+    Args:
+        config_class: the configuration of a command.
+        layers: values of other sources, such as `config.read_config_file`.
+        given: values by the name of their option, or by a synonym of it.
+
+    Raises:
+        ConfigError: the values have faults; the error lists all of them, see `config.resolve`.
+        ModelError: there is no such model.
+    """
+    layers = [*layers, Layer("", given)]
+    asked = resolve(config_class, layers)
+    if isinstance(asked, TrainConfig) and (stored := _stored_options(asked)):
+        layers.insert(0, stored)
+        asked = resolve(config_class, layers)
+    if not isinstance(asked, TrainConfig):
+        return asked
+    source = find_model(asked.model)
+    origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
+    return resolve(config_class, [Layer(origin, source.settings), *layers])
+
+
+def _stored_options(asked: TrainConfig) -> Layer | None:
+    """Return the options of the run to resume, which the user's options override; or None."""
+    stored = stored_layer(asked.output, asked.resume)
+    given = asked.model_fields_set
+    if stored is not None and "epochs" in given and "max_steps" not in given:
+        # A stored number of steps would silently win over the epochs that the user asked for.
+        return Layer(stored.origin, {**stored.values, "max_steps": None})
+    return stored
