@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from qlora_kit.data.template import end_token_ids
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model.architecture import read_generation_config
+from qlora_kit.model.class_head import head_modules
 from qlora_kit.model.hardware import dtype_name
 from qlora_kit.storage import write_json
 
@@ -50,7 +51,8 @@ def write_model_files(
     if untied:
         numbers["tie_word_embeddings"] = False
     if quantization is not None:
-        numbers["quantization_config"] = quantization.as_bitsandbytes(dtype)
+        kept = () if skeleton.get_output_embeddings() is not None else head_modules(skeleton)
+        numbers["quantization_config"] = quantization.as_bitsandbytes(dtype, kept)
     write_json(folder / "config.json", numbers)
     generation = read_generation_config(base_folder) if base_folder else None
     if generation is None:

@@ -23,6 +23,9 @@ from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.private_torch import own_buffers
 
+# Their relative positions are read from a table that no module looks up.
+NOT_RUN_IN_PARTS = ("deberta", "deberta-v2")
+
 UnitReader = Callable[[str], Sequence[Forms]]
 """Returns the parameters of a module and of all modules inside it, given its path."""
 

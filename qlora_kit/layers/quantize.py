@@ -8,7 +8,7 @@ This package and `train/optimizer.py` are the only importers of bitsandbytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,13 +58,16 @@ class Quantization:
             return _freeze_int8(weight)
         return _freeze_4bit(weight, self.quant_type, self.double_quant)
 
-    def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Any]:
+    def as_bitsandbytes(self, dtype: torch.dtype, kept: Sequence[str] = ()) -> dict[str, Any]:
         """Return the `quantization_config` by which transformers recognises these weights.
 
         Args:
             dtype: the dtype that transformers shall compute in.
+            kept: names of modules whose layers are not packed; transformers knows language heads.
         """
         named: dict[str, Any] = {"quant_method": "bitsandbytes"}
+        if kept:
+            named["llm_int8_skip_modules"] = list(kept)
         if self.bits == 8:
             return {**named, "load_in_8bit": True, "load_in_4bit": False}
         return {

@@ -79,6 +79,12 @@ def outside_of_base(model: PreTrainedModel, name: str) -> bool:
     return bool(prefix) and not name.startswith(prefix)
 
 
+def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the modules beside the base, in which a classifier's head lies."""
+    named = (name for name, _ in model.named_children())
+    return tuple(name for name in named if outside_of_base(model, f"{name}."))
+
+
 def may_be_fresh(skeleton: PreTrainedModel, name: str) -> bool:
     """Whether a classifier may begin without a stored value for a parameter.
 

@@ -111,9 +111,11 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
         name, pattern = rename_source_key(
             stored, renamings, converters, skeleton.base_model_prefix, state
         )
-        if name not in state and (_is_ignored(name, skeleton) or _is_of_other_head(name, skeleton)):
-            continue
         target = _QUANTIZED_PARTS.sub(".weight", name)
+        if target not in state and _is_of_other_head(target, skeleton):
+            continue
+        if name not in state and _is_ignored(name, skeleton):
+            continue
         fresh = Assembly(target, is_transposed=target in transposed, stack=stacked.get(target))
         assembly = assemblies.setdefault(target, fresh)
         assembly.sources[name if pattern is None else stored] = stored

@@ -131,8 +131,12 @@ def _verification_rows(
     """Return rows to verify with: from `--data`, or else the run's own, or else built-in ones."""
     from qlora_kit.data.tokens import tokenize
     from qlora_kit.export.rows import built_in_rows, some_rows
+    from qlora_kit.export.streamed import NOT_RUN_IN_PARTS
 
     if not config.verify_tokens:
+        return None
+    if (kind := spec.architecture().model_type) in NOT_RUN_IN_PARTS:
+        announce(Notice(f"predictions are not compared: {kind} cannot be run layer by layer"))
         return None
     tokenizer, makes = opened.tokenizer, opened.task.makes
     pad = tokenizer.pad_token_id

@@ -16,6 +16,7 @@ from qlora_kit.model.environment import prepare_environment
 from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_on, put_several_on
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_generates, stored_task_name
+from qlora_kit.report.labels import label_facts
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
@@ -93,6 +94,7 @@ class _Measurement:
             "rows": found.rows,
             "batch_size": found.batch_size,
             **{name: value for name, (value, _) in task.of_loss(found.loss).items()},
+            **found.details,
         }
 
     def in_words(self, result: _Result) -> list[tuple[str, str]]:
@@ -246,6 +248,8 @@ def _evaluate_one(what: _Measurement) -> dict[str, Any]:
     ]
     predictions = answers.predictions(result.answers) if answers else []
     written = what.finish(facts, "evaluation", predictions)
+    if rows := label_facts(result.forced):
+        what.announce(Facts("each label", rows))
     return {**result.as_json(), **written}
 
 

@@ -17,6 +17,7 @@ from qlora_kit.storage import write_json
 NAME = "labels.json"
 _MOST_DRAWN = 40
 _MOST_WRITTEN_IN = 12
+_MOST_LISTED = 50
 _LONGEST_NAME = 24
 
 
@@ -29,13 +30,21 @@ def write_labels(folder: Path, details: Mapping[str, Any]) -> None:
     write_json(folder / NAME, redacted_values(dict(details)))
 
 
-def label_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def label_rows(details: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Return a row a label: name, precision, recall, F1, rows."""
     return [
-        (each["label"], *(f"{each[name]:.3f}" for name in ("precision", "recall", "f1")),
+        (each["label"], f"{each['precision']:.3f}", f"{each['recall']:.3f}", f"{each['f1']:.3f}",
          f"{each['rows']:,}")
         for each in details.get("per_class", ())
     ]  # fmt: skip
+
+
+def label_facts(details: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return a row a label for a terminal: its name, and its figures in one line."""
+    return tuple(
+        (name, f"precision {precision}  recall {recall}  F1 {f1}  rows {rows}")
+        for name, precision, recall, f1, rows in label_rows(details)[:_MOST_LISTED]
+    )
 
 
 def confusion_picture(details: Mapping[str, Any]) -> bytes | None:

@@ -81,6 +81,8 @@ def test_from_a_table_to_a_merged_model(
     found = json.loads(out)
     assert found["accuracy"] == 1.0, "it learnt"
     assert found["labels"] == found["rows"] == 32
+    assert [row["label"] for row in found["per_class"]] == ["bad", "good"]
+    assert found["confusion"] == [[16, 0], [0, 16]]
 
     code, out, _ = run(
         "generate", "--adapter", str(own), "--prompt", GOOD[0], "--json", capsys=capsys

@@ -228,6 +228,32 @@ def test_a_merge_is_verified_and_opens_with_its_labels(
     assert merged.config.architectures == [type(merged).__name__]
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_merge_that_is_packed_again_opens_in_transformers(
+    folder_of: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    spec = spec_of(folder_of(kind), 4)
+    adapter = adapter_on(spec)
+    fill_lora(adapter, std=0.05)
+    batch = objective_of(adapter).batch(ROWS)
+    stored = qk.read_adapter(save(adapter, tmp_path / "adapter"))
+    qk.merge_to(
+        tmp_path / "packed", stored, spec, make_tokenizer(), dtype=torch.float32, requantize=True
+    )
+    packed = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32
+    )
+    layers = {type(module).__name__ for module in packed.base_model.modules()}
+    heads = {type(module).__name__ for module in packed.classifier.modules()}
+    assert "Linear4bit" in layers
+    assert "Linear4bit" not in heads
+    ours = qk.load_base(spec_of(tmp_path / "packed", 4), qk.choose_hardware("cpu")).model
+    with torch.no_grad():
+        expected = ours(**batch.inputs).logits
+        # In training mode bitsandbytes computes 4 bits exactly; nothing here drops out.
+        assert relative_error(packed.train()(**with_mask(batch)).logits, expected) <= 1e-5
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_same_training_as_in_peft(folder_of: Callable[[str], Path]) -> None:
     """Twenty steps from the same start, head and LoRA, give the same losses."""
