@@ -15,7 +15,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _HANDLED = tuple(
@@ -81,11 +81,15 @@ def deferred() -> Iterator[None]:
         _deferring -= 1
 
 
-def safe_point() -> None:
+def safe_point(agreed: Callable[[bool], bool] = lambda has_come: has_come) -> None:
     """End the program here if a signal has come. Call it where no work is half done.
+
+    Args:
+        agreed: returns whether a signal has come to any process of a run, given whether one has
+            come to this process, see `parallel.one.Processes.any`: all of them stop together.
 
     Raises:
         Stopped: a signal has come.
     """
-    if _received is not None:
-        raise Stopped(_received)
+    if agreed(_received is not None):
+        raise Stopped(signal.SIGTERM if _received is None else _received)

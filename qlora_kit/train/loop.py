@@ -310,7 +310,7 @@ class _Run:
             for window in windows:
                 if self.progress.optimizer_step >= self.plan.total:
                     return "all steps done"
-                signals.safe_point()
+                signals.safe_point(self.processes.any)
                 self._take(window)
                 if reason := self._after_step():
                     return reason

@@ -184,7 +184,7 @@ class OptimizerStep:
         weight = self.processes.total(sum(batch.weight for batch in batches))
         sums = []
         for indices, batch in zip(micro_batches, batches, strict=True):
-            safe_point()
+            safe_point(self.processes.any)
             with drawn_from(Draws(self.seed, step, indices, self.most_tokens)):
                 summed = self.objective.loss_sum(batch)
                 _differentiate(self.scaler.scale(summed / weight))

@@ -18,6 +18,8 @@ from training import losses, make_adapter, make_rows, options, record, weights_o
 import qlora_kit as qk
 from qlora_kit.errors import EnvironmentFault, NumericsError
 from qlora_kit.events import CheckpointSaved, Evaluated, Event
+from qlora_kit.parallel.one import OneProcess
+from qlora_kit.signals import Stopped
 from qlora_kit.train.checkpoint import checkpoints, find_checkpoint
 from qlora_kit.train.loop import Saving
 from qlora_kit.train.optimizer import learning_rate_at
@@ -201,6 +203,30 @@ def test_recomputation_changes_nothing_but_memory(save_tiny: Callable[..., Path]
         found.append((losses(events), weights_of(adapter)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+class AnotherIsAsked(OneProcess):
+    """One of two processes, the other of which gets a signal after some decisions."""
+
+    def __init__(self, decisions: int) -> None:
+        self.left = decisions
+
+    def any(self, flag: bool) -> bool:
+        self.left -= 1
+        return flag or self.left < 0
+
+
+def test_a_signal_to_another_process_stops_this_one_at_the_same_step(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A step decides four times: to begin, for its micro-batch, whether it fits, if it is sound.
+    monkeypatch.setattr("qlora_kit.train.loop.processes_of_this_run", lambda: AnotherIsAsked(8))
+    adapter = make_adapter(save_tiny("tinyllama"))
+    saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
+    with pytest.raises(Stopped) as stopped:
+        qk.train_adapter(adapter, make_rows(4), options(), saving=saving)
+    assert stopped.value.exit_code == 143
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
 
 
 def test_several_processes_are_refused(
