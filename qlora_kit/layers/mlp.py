@@ -111,7 +111,7 @@ class TiledMLP(nn.Module):
 # ---------------------------------------------------------------- one tile
 
 
-class _Projection(NamedTuple):
+class _TileLayer(NamedTuple):
     """A linear layer, frozen or with LoRA, for the tokens of one tile."""
 
     weight: FrozenWeight
@@ -148,7 +148,7 @@ def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _tile_output(x: Tensor, act: Callable[[Tensor], Tensor], layers: list[_Projection]) -> Tensor:
+def _tile_output(x: Tensor, act: Callable[[Tensor], Tensor], layers: list[_TileLayer]) -> Tensor:
     *inner, outer = layers
     gate, up = _split([layer.product(x) for layer in inner])
     product = up.mul_(act(gate))
@@ -160,7 +160,7 @@ def _tile_gradients(
     x: Tensor,
     grad_y: Tensor,
     act: Callable[[Tensor], Tensor],
-    layers: list[_Projection],
+    layers: list[_TileLayer],
 ) -> tuple[Tensor, list[Tensor]]:
     """Return, for one tile, the gradient of x and those of all A and B, given that of y.
 
@@ -204,7 +204,7 @@ class _Call(NamedTuple):
 
     def tiles(
         self, tokens: int, masks: tuple[Tensor | None, ...]
-    ) -> Iterator[tuple[slice, list[_Projection]]]:
+    ) -> Iterator[tuple[slice, list[_TileLayer]]]:
         """Yield the rows of each tile with its layers. All tiles are of nearly equal size."""
         count = math.ceil(tokens / self.tile_tokens)
         weights = [layer.weight for layer in self.parts.frozen]
@@ -217,12 +217,12 @@ class _Call(NamedTuple):
 
     def _projections(
         self, weights: list[FrozenWeight], masks: tuple[Tensor | None, ...], rows: slice
-    ) -> Iterator[_Projection]:
+    ) -> Iterator[_TileLayer]:
         for layer, weight, kept in zip(self.parts.layers, weights, masks, strict=True):
             if isinstance(layer, LoRALinear):
-                yield _Projection(weight, layer.frozen.bias, layer.low_rank(kept).rows(rows))
+                yield _TileLayer(weight, layer.frozen.bias, layer.low_rank(kept).rows(rows))
             else:
-                yield _Projection(weight, layer.bias, None)
+                yield _TileLayer(weight, layer.bias, None)
 
 
 def _gated_mlp(x: Tensor, call: _Call) -> Tensor:

@@ -177,7 +177,7 @@ def train_adapter(
         Stopped: a signal came.
     """
     processes = processes_of_this_run()
-    run = _Run(
+    run = _Training(
         adapter,
         TokenRows.of(rows),
         config,
@@ -196,7 +196,7 @@ def train_adapter(
 
 
 @dataclass
-class _Run:
+class _Training:
     """One call of `train_adapter`: its arguments, and the state that the steps share."""
 
     adapter: Adapter

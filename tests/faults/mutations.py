@@ -141,7 +141,7 @@ MUTATIONS = (
         "train/test_reliability.py::test_a_replayed_step_draws_the_same_numbers[noisy]",
     ),
     Mutation(
-        "the name of a last checkpoint", "train.loop", (Change("_Run._begin", "adopt(...)"),),
+        "the name of a last checkpoint", "train.loop", (Change("_Training._begin", "adopt(...)"),),
         "train/test_loop.py::test_a_last_checkpoint_not_yet_named_is_named_by_resuming",
     ),
     Mutation(
