@@ -14,12 +14,20 @@ from qlora_kit.events import Event, StepFinished
 Rows = list[dict[str, Any]]
 
 
-def make_adapter(folder: Path, bits: int = 4, dropout: float = 0.0, rank: int = 4) -> qk.Adapter:
-    """Load a base and attach an adapter to all of its linear layers."""
+def make_adapter(
+    folder: Path,
+    bits: int = 4,
+    dropout: float = 0.0,
+    rank: int = 4,
+    alpha: float = 32.0,
+    targets: str = "all-linear",
+) -> qk.Adapter:
+    """Load a base and attach an adapter to all of its linear layers, or to those that are named."""
     source = qk.find_model(str(folder))
     spec = qk.BaseSpec(source, folder, qk.Quantization(bits))
     base = qk.load_base(spec, qk.choose_hardware("cpu"))
-    return qk.attach(base, qk.LoraSpec(rank=rank, dropout=dropout, targets=("all-linear",)), seed=1)
+    spec = qk.LoraSpec(rank=rank, alpha=alpha, dropout=dropout, targets=(targets,))
+    return qk.attach(base, spec, seed=1)
 
 
 def make_rows(count: int, seed: int = 0) -> Rows:

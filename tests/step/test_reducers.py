@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from support import relative_error, slow
 from tiny_models import ARCHITECTURES, fill_lora, load_folder, mask_of
 from torch import Tensor, nn
+from training import make_adapter
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_kit.config import StepOptions, TrainConfig
@@ -87,9 +88,8 @@ def gradients_of(adapter: Adapter) -> Gradients:
     return grads
 
 
-def make_adapter(folder: Path, bits: int, targets: str, dropout: float = 0.0) -> Adapter:
-    spec = LoraSpec(rank=3, alpha=4.0, dropout=dropout, targets=(targets,))
-    adapter = attach(load_folder(folder, bits), spec)
+def filled_adapter(folder: Path, bits: int, targets: str, dropout: float = 0.0) -> Adapter:
+    adapter = make_adapter(folder, bits, dropout, rank=3, alpha=4.0, targets=targets)
     fill_lora(adapter, std=0.05)
     return adapter
 
@@ -120,7 +120,7 @@ OTHER = set(itertools.product((4, 16), TARGETS, (0.0, 0.3))) - {*USUAL}
 def test_reducers_change_no_loss_and_no_gradient_on_real_weights(
     stories: Path, bits: int, targets: str, dropout: float
 ) -> None:
-    assert_equal_steps(make_adapter(stories, bits, targets, dropout), padded_batch(500))
+    assert_equal_steps(filled_adapter(stories, bits, targets, dropout), padded_batch(500))
 
 
 def own_step(adapter: Adapter, batch: Batch) -> tuple[float, Gradients]:
@@ -145,7 +145,7 @@ CHUNKED_OTHERWISE = {(b, t, chunk) for b, t, _ in CHUNKED for _, _, chunk in CHU
 def test_all_of_them_and_no_logits_equal_none_of_them_on_real_weights(
     stories: Path, bits: int, targets: str, chunk_tokens: int
 ) -> None:
-    adapter, batch = make_adapter(stories, bits, targets, dropout=0.2), padded_batch(500)
+    adapter, batch = filled_adapter(stories, bits, targets, dropout=0.2), padded_batch(500)
     model = adapter.base.model
     apply(model, PLAIN, CPU)
     loss, grads = own_step(adapter, batch)
@@ -179,14 +179,14 @@ def test_reducers_change_nothing_on_any_architecture(
     targets: str,
 ) -> None:
     """With norms behind the MLP (gemma-2), a fused gate (phi-4-mini), MLPs without one (phi)."""
-    adapter = make_adapter(folder_of(name), 4, targets, dropout=0.2)
+    adapter = filled_adapter(folder_of(name), 4, targets, dropout=0.2)
     assert_equal_steps(adapter, padded_batch())
     tiled = apply(adapter.base.model, REDUCED["tiles"], CPU)
     assert tiled == (0 if name == "phi" else 2)
 
 
 def test_reducers_are_equal_at_8_bits_too(save_tiny: Callable[..., Path]) -> None:
-    assert_equal_steps(make_adapter(save_tiny("qwen2.5-7b"), 8, "all-linear"), padded_batch())
+    assert_equal_steps(filled_adapter(save_tiny("qwen2.5-7b"), 8, "all-linear"), padded_batch())
 
 
 def test_bfloat16_rounds_no_more_in_tiles(save_tiny: Callable[..., Path]) -> None:
@@ -201,7 +201,7 @@ def test_bfloat16_rounds_no_more_in_tiles(save_tiny: Callable[..., Path]) -> Non
 
 
 def test_scores_are_the_same_in_tiles(save_tiny: Callable[..., Path]) -> None:
-    adapter = make_adapter(save_tiny("phi-4-mini"), 4, "all-linear", dropout=0.3)
+    adapter = filled_adapter(save_tiny("phi-4-mini"), 4, "all-linear", dropout=0.3)
     model, batch = adapter.base.model.eval(), padded_batch()
     expected = scores(model, batch, head_of(model))
     apply(model, REDUCED["all"], CPU)
@@ -235,7 +235,7 @@ def test_a_recomputed_layer_stops_before_its_last_product(
     LoRA layer saves its input before it multiplies. In backward, the first layer leaves out q, k
     and v if its input needs no gradient.
     """
-    adapter = make_adapter(stories, 4, targets)
+    adapter = filled_adapter(stories, 4, targets)
     layers = adapter.base.model.config.num_hidden_layers
     apply(adapter.base.model, REDUCED["recompute"], CPU)
     unpacked.clear()
@@ -252,7 +252,7 @@ def test_a_tiled_mlp_is_not_run_a_third_time(stories: Path, unpacked: list[str])
     Forward unpacks 7; the second forward q, k, v and o; backward these 4, and for the MLP down once
     and gate and up twice.
     """
-    adapter = make_adapter(stories, 4, "attention")
+    adapter = filled_adapter(stories, 4, "attention")
     layers = adapter.base.model.config.num_hidden_layers
     apply(adapter.base.model, replace(REDUCED["all"], mlp_tile_tokens=4096), CPU)
     unpacked.clear()
@@ -261,7 +261,7 @@ def test_a_tiled_mlp_is_not_run_a_third_time(stories: Path, unpacked: list[str])
 
 
 def test_many_tiles_unpack_a_weight_once_a_pass(stories: Path, unpacked: list[str]) -> None:
-    adapter = make_adapter(stories, 4, "attention")
+    adapter = filled_adapter(stories, 4, "attention")
     layers = adapter.base.model.config.num_hidden_layers
     apply(adapter.base.model, REDUCED["all"], CPU)
     unpacked.clear()
@@ -271,7 +271,7 @@ def test_many_tiles_unpack_a_weight_once_a_pass(stories: Path, unpacked: list[st
 
 @pytest.mark.parametrize("targets", ["attention", "all-linear"])
 def test_an_mlp_keeps_its_input_only(save_tiny: Callable[..., Path], targets: str) -> None:
-    adapter = make_adapter(save_tiny("tinyllama"), 4, targets)
+    adapter = filled_adapter(save_tiny("tinyllama"), 4, targets)
     apply(adapter.base.model, REDUCED["tiles"], CPU)
     mlp = adapter.base.model.base_model.layers[0].mlp
     x = torch.randn(2, 11, 64, requires_grad=True)
@@ -286,7 +286,7 @@ def test_an_mlp_keeps_its_input_only(save_tiny: Callable[..., Path], targets: st
 def test_what_was_saved_first_is_freed_after_backward_and_not_before(
     save_tiny: Callable[..., Path],
 ) -> None:
-    adapter = make_adapter(save_tiny("tinyllama"), 4, "all-linear")
+    adapter = filled_adapter(save_tiny("tinyllama"), 4, "all-linear")
     apply(adapter.base.model, REDUCED["tiles"], CPU)
     mlp = adapter.base.model.base_model.layers[0].mlp
     source = torch.randn(2, 11, 64, requires_grad=True)
@@ -307,7 +307,7 @@ def test_few_tiles_hold_one_unpacked_weight_at_a_time(
     stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three weights of an MLP of deepseek-7b are 0.27 GB, which is more than two tiles save."""
-    adapter = make_adapter(stories, 4, "all-linear")
+    adapter = filled_adapter(stories, 4, "all-linear")
     layer = adapter.base.model.base_model.layers[0]
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -342,7 +342,7 @@ class _Twisted(LlamaMLP):
 
 
 def test_an_mlp_of_another_formula_is_left_alone(save_tiny: Callable[..., Path]) -> None:
-    adapter = make_adapter(save_tiny("tinyllama"), 4, "all-linear")
+    adapter = filled_adapter(save_tiny("tinyllama"), 4, "all-linear")
     model = adapter.base.model
     model.base_model.layers[1].mlp.__class__ = _Twisted
     assert apply(model, REDUCED["tiles"], CPU) == 1
@@ -353,7 +353,7 @@ def test_an_mlp_of_another_formula_is_left_alone(save_tiny: Callable[..., Path])
 def test_tiles_can_be_switched_off_and_leave_nothing_behind(
     save_tiny: Callable[..., Path],
 ) -> None:
-    adapter = make_adapter(save_tiny("tinyllama"), 4, "attention")
+    adapter = filled_adapter(save_tiny("tinyllama"), 4, "attention")
     model = adapter.base.model
     names = list(model.state_dict())
     assert set_mlp_tiles(model, 8, torch.float32) == 2
@@ -363,7 +363,7 @@ def test_tiles_can_be_switched_off_and_leave_nothing_behind(
 
 
 def test_a_tiled_mlp_dies_with_its_last_user(save_tiny: Callable[..., Path]) -> None:
-    adapter = make_adapter(save_tiny("tinyllama"), 4, "attention")
+    adapter = filled_adapter(save_tiny("tinyllama"), 4, "attention")
     set_mlp_tiles(adapter.base.model, 8, torch.float32)
     mlp = weakref.ref(adapter.base.model.base_model.layers[0].mlp)
     gc.collect()
@@ -437,7 +437,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 @pytest.fixture
 def offloaded(save_tiny: Callable[..., Path]) -> tuple[Adapter, _Late]:
     """A model of five layers whose checkpoints are copied late."""
-    adapter = make_adapter(save_tiny("tinyllama", num_hidden_layers=5), 4, "all-linear", 0.2)
+    adapter = filled_adapter(save_tiny("tinyllama", num_hidden_layers=5), 4, "all-linear", 0.2)
     lane = _Late()
     set_recompute(adapter.base.model, True, Offload(lane, CPU.device))
     return adapter, lane
