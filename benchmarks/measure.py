@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -46,6 +47,22 @@ def run_side(script: str, side: str, settings: dict[str, Any]) -> dict[str, Any]
         raise RuntimeError(f"{side}: exit {done.returncode}\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+def run_kit(checkout: Path, *arguments: str, **environment: str) -> str:
+    """Run a command of the kit as a checkout has it; return what it prints.
+
+    Raises:
+        SystemExit: the command failed; with the end of what it wrote.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_kit", *arguments], cwd=checkout, check=False,
+        env={**os.environ, "PYTHONPATH": str(checkout), **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{checkout}: {' '.join(arguments)}\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
 class AnonymousPeak:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from measure import run_kit
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -100,14 +100,7 @@ def _finger_prints(
 
 
 def _kit(checkout: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_kit", *arguments],
-        cwd=checkout, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{checkout}: {' '.join(arguments)}\n{done.stderr[-2000:]}")
-    return done.stdout
+    return run_kit(checkout, *arguments, OMP_NUM_THREADS="1")
 
 
 def _sha(file: Path) -> str:

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import machine_and_command, print_table
+from measure import machine_and_command, print_table, run_kit
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = {"demo": 80, "smollm2": 10}
@@ -72,14 +70,8 @@ def _options(name: str, smollm2: str, work: Path) -> list[str]:
 
 def _quick_step(checkout: Path, options: list[str], output: Path) -> float:
     """Train once; return the lower quartile of the seconds of its steps, without the first."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
     command = ["train", *options, "--output", str(output), "--overwrite", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_kit", *command],
-        cwd=checkout, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{checkout}: {' '.join(command)}\n{done.stderr[-2000:]}")
+    run_kit(checkout, *command)
     lines = (output / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["step_seconds"] for row in map(json.loads, lines) if "step_seconds" in row]
     return statistics.quantiles(seconds[1:], n=4)[0]

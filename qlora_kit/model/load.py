@@ -34,7 +34,7 @@ from qlora_kit.model.architecture import (
     shortened,
     unquantized_share,
 )
-from qlora_kit.model.checkpoint import TensorSource, open_checkpoint, stored_dtype
+from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.class_head import ClassHead, fresh_value, head_layers, may_be_fresh
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.hardware import Hardware, dtype_name
@@ -83,11 +83,7 @@ class BaseSpec:
 
     def _stored_architecture(self) -> PreTrainedConfig:
         if self.folder is not None:
-            architecture = read_architecture(self.folder)
-            if architecture.dtype is None:
-                # Old files do not say it, and what is kept in 16 bits depends on it.
-                architecture.dtype = stored_dtype(self.folder)
-            return architecture
+            return read_architecture(self.folder)
         if self.source.architecture is None:
             raise ModelError(f"{self.source.name}: its architecture is not known; give a folder")
         return architecture_from(dict(self.source.architecture))

@@ -158,6 +158,7 @@ def simulated_run(
         config: the settings that the run starts with.
         skeleton: the skeleton of the base, or of the same base with fewer layers.
     """
+    _ = subject.stored_dtype  # opens files, which a simulation cannot
     with _simulation(subject.hardware) as ledger:
         run = SimulatedRun(ledger, subject, config, skeleton)
         run.load()
@@ -223,7 +224,12 @@ class SimulatedRun:
         on_host = names_on_host(self.model, placement)
         head = head_quantization(spec, placement)
         stream = _empty_tensors(
-            self.model, quantization, self.hardware, on_host, are_drawn=spec.random
+            self.model,
+            self.subject.stored_dtype,
+            quantization,
+            self.hardware,
+            on_host,
+            are_drawn=spec.random,
         )
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
@@ -374,7 +380,8 @@ def _simulate_merge(
         size = sum(tensor.nbytes for pair in tensors.values() for tensor in pair)
         others = torch.empty(round(size * (adapters - 1)), dtype=torch.uint8, device="cpu")
     stored = StoredAdapter(Path(), lora, tensors, None, None)
-    stream = _empty_tensors(skeleton, _planned(subject.spec.quantization), subject.hardware)
+    quantization = _planned(subject.spec.quantization)
+    stream = _empty_tensors(skeleton, subject.stored_dtype, quantization, subject.hardware)
     with run.phase("merge", ledger):
         pending: list[Tensor] = []
         for _, tensor in merged_tensors(stream, stored, torch.float16):
@@ -402,6 +409,7 @@ def _stored_parts(value: FrozenWeight | Tensor) -> list[tuple[str, Tensor]]:
 
 def _empty_tensors(
     skeleton: PreTrainedModel,
+    dtype: torch.dtype,
     quantization: Quantization,
     hardware: Hardware,
     on_host: frozenset[str] = frozenset(),
@@ -412,6 +420,7 @@ def _empty_tensors(
 
     Args:
         skeleton: has the names and shapes of the parameters.
+        dtype: the dtype that they are stored in.
         quantization: how the weights of linear layers are quantised.
         hardware: the device that the parameters go to.
         on_host: names of the parameters that stay in host memory.
@@ -423,11 +432,6 @@ def _empty_tensors(
         if name not in tied:
             # A read tensor is booked on the host, though a mapped file takes no memory there.
             made = hardware.device if are_drawn else torch.device("cpu")
-            stored = torch.empty(shaped.shape, dtype=_skeleton_dtype(skeleton), device=made)
+            stored = torch.empty(shaped.shape, dtype=dtype, device=made)
             where = torch.device("cpu") if name in on_host else hardware.device
             yield name, freeze(name, stored, name in linear, quantization, where, is_own=are_drawn)
-
-
-def _skeleton_dtype(skeleton: PreTrainedModel) -> torch.dtype:
-    dtype = getattr(skeleton.config.get_text_config(), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -15,6 +16,7 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import TokenRows, largest_batch
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.model.checkpoint import stored_dtype
 from qlora_kit.model.hardware import Hardware, dtype_named
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.tasks.causal import CAUSAL
@@ -67,7 +69,7 @@ class Subject:
     """A run that is planned, without its settings.
 
     Attributes:
-        spec: the base; only the config.json of its folder is read.
+        spec: the base; of its folder the config.json is read, and no weight.
         lora: the trained part.
         hardware: the device; `meta` stands in for a GPU and is told apart from the host.
         rows: the sizes of the rows.
@@ -79,6 +81,17 @@ class Subject:
     hardware: Hardware
     rows: RowSizes
     task: Task = CAUSAL
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint: that of config.json, else of its files, else bfloat16.
+
+        Old files of encoders do not name it. Ask before a simulation begins: it opens files.
+        """
+        named = self.spec.architecture().get_text_config().dtype
+        if named is None and self.spec.folder is not None:
+            named = stored_dtype(self.spec.folder)
+        return named if isinstance(named, torch.dtype) else torch.bfloat16
 
 
 def planned_hardware(config: TrainConfig) -> Hardware:

@@ -217,8 +217,7 @@ def _questions(config: EvaluateConfig, opened: Opened, samples: Samples) -> Sequ
     from qlora_kit.infer.answers import questions_of
 
     questions = questions_of(samples, opened.tokenizer, config.answer_metrics, config.generates_for)
-    text = opened.spec(config).architecture().get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = opened.positions(config)
     longest = max(questions, key=lambda question: len(question.prompt))
     if positions is None or len(longest.prompt) + config.max_new_tokens <= positions:
         return questions

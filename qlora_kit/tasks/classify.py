@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.data.batch import Indices
+from qlora_kit.data.labelled_rows import LABELS
 from qlora_kit.data.tokens import MakesRows
 from qlora_kit.layers.loss import CHUNK_TOKENS
 from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead, is_encoder
@@ -23,7 +24,6 @@ from qlora_kit.model.load import Base
 from qlora_kit.tasks.scores import class_figures, number_figures
 from qlora_kit.tasks.task import Figures, RowSums, Task
 
-LABELS = "labels"
 _CLASS_METRICS = {"accuracy": ".2%", "macro_f1": ".4f"}
 _NUMBER_METRICS = {"rmse": ".4f", "mae": ".4f", "pearson": ".4f", "spearman": ".4f"}
 
