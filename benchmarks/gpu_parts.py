@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +229,9 @@ def speed(settings: Settings, send: Send) -> None:
     """Time optimiser steps of one side.
 
     Args:
-        settings: `side`; `shapes`: rows and tokens of a step; `kernels` of attention, see
-            `speed_sides.attention_kernel`, where all but the default run only the first shape;
-            `warmup` and `steps`; `matmul_size`.
+        settings: `side`; `shapes`: rows and tokens of a step; `variants`: options by the name
+            of a variant, where peers have only "" without options; `warmup` and `steps`;
+            `matmul_size`.
         send: receives the figures of each shape once it is measured.
     """
     if missing := speed_sides.missing_packages(settings["side"]):
@@ -244,14 +245,13 @@ def speed(settings: Settings, send: Send) -> None:
     started = time.perf_counter()
     take = speed_sides.SIDES[settings["side"]](settings, clock)
     send({"building_seconds": time.perf_counter() - started})
-    for kernel in settings["kernels"]:
-        for rows, tokens in settings["shapes"] if kernel == "default" else settings["shapes"][:1]:
-            name = f"{rows} x {tokens}" + ("" if kernel == "default" else f", {kernel}")
+    for variant, options in settings["variants"].items():
+        for rows, tokens in settings["shapes"]:
+            name = f"{rows} x {tokens}" + (variant and f", {variant}")
             try:
-                with speed_sides.attention_kernel(kernel):
-                    found = _timed_shape(settings, take, rows, tokens, rate)
+                found = _timed_shape(settings, partial(take, **options), rows, tokens, rate)
             except Exception as error:
-                # A missing kernel, or a batch that does not fit, is a finding too.
+                # A batch that does not fit is a finding too.
                 clock.seconds()
                 found = {"failed": _first_line(error)}
             send({name: found})

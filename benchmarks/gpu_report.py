@@ -67,10 +67,16 @@ class ReportPart:
         }
 
 
-def _speed(side: str, kernels: tuple[str, ...] = ("default",)) -> dict[str, Any]:
+# The kit as it comes, and with single things changed; only the first is compared with the peers.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {}, "plain kernels": {"kernels": "plain"}, "nothing recomputed": {"recompute": False},
+}  # fmt: skip
+
+
+def _speed(side: str, variants: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     return {
-        **_MODEL, "side": side, "shapes": _SHAPES, "kernels": kernels, "warmup": 2, "steps": 3,
-        "matmul_size": 8192,
+        **_MODEL, "side": side, "shapes": _SHAPES, "variants": variants or {"": {}}, "warmup": 2,
+        "steps": 3, "matmul_size": 8192,
     }  # fmt: skip
 
 
@@ -95,11 +101,11 @@ PARTS = {
     part.name: part
     for part in (
         ReportPart(
-            "tests", 75,
+            "tests", 150,
             {
                 "gpu": {
                     "files": _files_with_gpu_tests(), "expression": "gpu", "without": ["32768"],
-                    "last": ["7b", "budget"],
+                    "last": ["budget", "SevenBillion"],
                 }
             },
             {
@@ -109,29 +115,29 @@ PARTS = {
             _STEADY_CUBLAS,
         ),
         ReportPart(
-            "peaks", 50,
+            "peaks", 100,
             {
                 f"{bits} bits": {**_MODEL, "bits": bits, "lengths": [512, 2048, 4096, 8192, 32768]}
                 for bits in (4, 8)
             },
             {**_TINY, "lengths": [64, 160]},
         ),
-        # The kit and peft run in this order, and then once more in the reverse order.
+        # The kit and peft run in this order, and at the end once more in the reverse order.
         ReportPart(
-            "speed", 80,
+            "speed", 170,
             {
-                "ours": _speed("ours", ("default", "flash", "cudnn")), "peft": _speed("peft"),
+                "ours": _speed("ours", _VARIANTS), "peft": _speed("peft"),
+                "peft + liger": _speed("peft + liger"), "trl": _speed("trl"),
                 "peft, again": _speed("peft"), "ours, again": _speed("ours"),
-                "trl": _speed("trl"), "peft + liger": _speed("peft + liger"),
             },
             {**_TINY, "shapes": _TINY_SHAPES, "warmup": 1, "steps": 2, "matmul_size": 256},
         ),
         ReportPart(
-            "profile", 20, {"ours": {**_MODEL, "shapes": _SHAPES, "warmup": 2}},
+            "profile", 45, {"ours": {**_MODEL, "shapes": _SHAPES, "warmup": 2}},
             {**_TINY, "shapes": _TINY_SHAPES},
         ),
         ReportPart(
-            "ragged", 15,
+            "ragged", 40,
             {
                 "ours": {
                     **_MODEL, "lengths": [701, 1013, 1319, 1627, 1933], "multiple": 64,
@@ -141,11 +147,11 @@ PARTS = {
             {**_TINY, "lengths": [61, 131], "multiple": 16},
         ),
         ReportPart(
-            "exact", 20, {"ours": {**_MODEL, "shape": [1, 2048], "warmup": 1, "steps": 2}},
+            "exact", 45, {"ours": {**_MODEL, "shape": [1, 2048], "warmup": 1, "steps": 2}},
             {**_TINY, "shape": [1, 160]}, _STEADY_CUBLAS,
         ),
         ReportPart(
-            "limits", 40, {"10 GB": _limit("10GB"), "24 GB": _limit("24GB")},
+            "limits", 170, {"10 GB": _limit("10GB"), "24 GB": _limit("24GB")},
             {
                 "options": "--model demo --max-length 128 --max-steps 2 --samples 0 --batch-size 2 "
                 "--gradient-accumulation-steps 2 --vram 2GB --device cpu".split(),

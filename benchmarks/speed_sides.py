@@ -55,8 +55,11 @@ class Timed:
         }
 
 
-Take = Callable[[int, int, int], Timed]
-"""Takes optimiser steps, given the rows of a batch, the tokens of a row and a number of steps."""
+Take = Callable[..., Timed]
+"""Takes optimiser steps, given the rows of a batch, the tokens of a row and a number of steps.
+
+The kit's also takes options of its `TrainConfig`, by name.
+"""
 
 Side = Callable[[Run, Clock], Take]
 
@@ -172,7 +175,11 @@ def our_steps(
 def ours(run: Run, clock: Clock) -> Take:
     """The kit, through its API."""
     adapter = our_adapter(run)
-    return lambda rows, tokens, steps: our_steps(adapter, one_row(run, tokens), rows, steps, clock)
+
+    def take(rows: int, tokens: int, steps: int, **options: Any) -> Timed:
+        return our_steps(adapter, one_row(run, tokens), rows, steps, clock, **options)
+
+    return take
 
 
 # ---------------------------------------------------------------- the peers'

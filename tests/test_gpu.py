@@ -23,7 +23,7 @@ from qlora_kit.data.batch import collate
 from qlora_kit.layers.weight import FourBitWeight
 from qlora_kit.model.hardware import make_deterministic
 from qlora_kit.model.head import head_of
-from qlora_kit.model.load import Placement
+from qlora_kit.model.load import Digest, Placement
 from qlora_kit.model.names import find_model
 from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply
 from qlora_kit.tasks.causal import loss_sum
@@ -128,8 +128,16 @@ def test_loss_and_gradients_are_those_of_the_cpu(
     assert (found[1][1] - found[0][1]).norm() < 2 * tolerance * found[0][1].norm()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        ("adamw", "bfloat16"),
+        ("adamw8bit", "bfloat16"),
+        ("paged-adamw", "bfloat16"),
+        ("paged-adamw8bit", "bfloat16"),
+        ("adamw", "float16"),
+    ],
+)
 def test_the_demo_learns_on_a_gpu(optimizer: str, dtype: str) -> None:
     options = qk.BaseModelOptions(model="demo", device="cuda", dtype=dtype)
     opened = qk.open_base(options)
@@ -144,19 +152,6 @@ def test_the_demo_learns_on_a_gpu(optimizer: str, dtype: str) -> None:
     qk.train_adapter(adapter, rows, config, pad_token_id=pad)
     after = qk.evaluate(opened.base, rows.select(range(64)), pad_token_id=pad).loss
     assert after < 0.3 * before
-
-
-def test_a_step_of_7b_fits_ten_gigabytes() -> None:
-    """The default run of the headline: deepseek-7b, 4 bits, 1,024 tokens, random weights."""
-    spec = qk.BaseSpec(find_model("deepseek-7b"), None, qk.Quantization(4), random=True)
-    base = qk.load_base(spec, qk.choose_hardware("cuda"))
-    adapter = qk.attach(base, qk.LoraSpec())
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 102400, (2, 1024), generator=generator).tolist()
-    rows = [{"input_ids": r, "labels": r, "row": n} for n, r in enumerate(ids)]
-    config = qk.TrainConfig(max_steps=2, gradient_accumulation_steps=1)
-    qk.train_adapter(adapter, rows, config)
-    assert torch.cuda.max_memory_allocated() < 10e9
 
 
 def test_a_run_keeps_its_prediction_and_its_budget(
@@ -330,31 +325,69 @@ def test_an_embedding_on_the_cpu_changes_no_bit(save_tiny: Callable[..., Path], 
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "bits", "limit"),
-    [
-        (2048, 4, 5.0e9),
-        (4096, 4, 5.3e9),
-        (8192, 4, 5.8e9),
-        pytest.param(
-            32768,
-            4,
-            10e9,
-            marks=pytest.mark.xfail(
-                reason="predicted 9.92 GB, without workspaces and segments that no tensor shows: "
-                "likely missed until the norms are fused"
-            ),
-        ),
-        (2048, 8, 8.0e9),
-    ],
-)
-def test_7b_stays_under_its_bar(tokens: int, bits: int, limit: float) -> None:
-    """Only the reducers that are on by default, which are exact; random weights of deepseek-7b."""
+# ---------------------------------------------------------------- a 7B
+
+
+def random_7b(bits: int) -> Iterator[qk.Base]:
+    """Load deepseek-7b with random weights; free it at the end.
+
+    Its digest is left out: copying 14 GB to the host takes longer than all that is tested.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     spec = qk.BaseSpec(find_model("deepseek-7b"), None, qk.Quantization(bits), random=True)
-    base = qk.load_base(spec, qk.choose_hardware("cuda"))
-    adapter = qk.attach(base, qk.LoraSpec())
-    ids = torch.randint(0, 102400, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Digest, "add", lambda *_: None)
+        base = qk.load_base(spec, qk.choose_hardware("cuda"))
+    yield base
+    del base
     forget()
+
+
+@pytest.fixture(scope="class")
+def base_in_4_bits() -> Iterator[qk.Base]:
+    """A 7B in 4 bits, for all tests of a class."""
+    yield from random_7b(4)
+
+
+@pytest.fixture(scope="class")
+def base_in_8_bits() -> Iterator[qk.Base]:
+    """A 7B in 8 bits, for all tests of a class."""
+    yield from random_7b(8)
+
+
+def peak_of_two_steps(base: qk.Base, tokens: int, rows: int = 1) -> int:
+    """Return the peak of allocated bytes of two steps on rows of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 102400, (rows, tokens), generator=generator).tolist()
+    data = [{"input_ids": r, "labels": r, "row": n} for n, r in enumerate(ids)]
     config = qk.TrainConfig(max_steps=2, gradient_accumulation_steps=1, max_length=tokens)
-    qk.train_adapter(adapter, [{"input_ids": ids, "labels": ids, "row": 0}], config)
-    assert torch.cuda.max_memory_allocated() < limit
+    adapter = qk.attach(base, qk.LoraSpec())
+    forget()
+    try:
+        qk.train_adapter(adapter, data, config)
+    finally:
+        qk.detach(adapter)
+    return torch.cuda.max_memory_allocated()
+
+
+class TestSevenBillionIn4Bits:
+    """Only the reducers that are on by default, which are exact; random weights of deepseek-7b."""
+
+    def test_the_run_of_the_headline_fits_ten_gigabytes(self, base_in_4_bits: qk.Base) -> None:
+        assert peak_of_two_steps(base_in_4_bits, 1024, rows=2) < 10e9
+
+    @pytest.mark.parametrize(
+        ("tokens", "limit"), [(2048, 5.0e9), (4096, 5.3e9), (8192, 5.8e9), (32768, 10e9)]
+    )
+    def test_7b_stays_under_its_bar(
+        self, base_in_4_bits: qk.Base, tokens: int, limit: float
+    ) -> None:
+        assert peak_of_two_steps(base_in_4_bits, tokens) < limit
+
+
+class TestSevenBillionIn8Bits:
+    """See `TestSevenBillionIn4Bits`."""
+
+    def test_7b_stays_under_its_bar(self, base_in_8_bits: qk.Base) -> None:
+        assert peak_of_two_steps(base_in_8_bits, 2048) < 8.0e9
