@@ -53,11 +53,12 @@ def _logprobs(
     total = tl.sum(parts, 0)
     tl.store(logprobs + row, picked - largest - tl.log(total))
     if with_gradient:
+        inverse = 1 / total
         for start in range(0, vocabulary, tile):
             column = start + lane
             inside = column < vocabulary
             value = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) * scale
-            grad = tl.exp(value - largest) / total - tl.where(column == target, 1.0, 0.0)
+            grad = tl.exp(value - largest) * inverse - tl.where(column == target, 1.0, 0.0)
             tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=inside)
 
 
@@ -67,8 +68,8 @@ def _run(logits: Tensor, targets: Tensor, scale: float, gradient: bool) -> Tenso
     tile = min(_TILE, power_of_two(vocabulary))
     if rows:
         _logprobs[(rows,)](
-            logits, targets, logprobs, logits.stride(0), scale, vocabulary, tile, gradient,
-            num_warps=max(tile // _COLUMNS_OF_A_WARP, 1),
+            logits, targets.contiguous(), logprobs, logits.stride(0), scale,
+            vocabulary, tile, gradient, num_warps=max(tile // _COLUMNS_OF_A_WARP, 1),
         )  # fmt: skip
     return logprobs
 

@@ -34,7 +34,8 @@ def _z_and_slope(g, act: constexpr):
 def _sigmoids(z):
     """Return σ(z) and σ(−z) = 1 − σ(z), neither by a difference; no exponential overflows."""
     small = tl.exp(-tl.abs(z))
-    low, high = small / (1 + small), 1 / (1 + small)
+    high = 1 / (1 + small)
+    low = small * high
     return tl.where(z < 0, low, high), tl.where(z < 0, high, low)
 
 

@@ -32,14 +32,15 @@ def _unpack(
     constants,
     offset,
     size,
+    packed_size,
     half: constexpr,
     blocks: constexpr,
     blocks_of_scale: constexpr,
     double_quant: constexpr,
 ):
-    """Unpack a tile of `blocks` blocks of `half` bytes each; `size` is the number of weights."""
+    """Unpack a tile of `blocks` blocks of `half` bytes; there are `size` weights."""
     block = tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
-    known = block * half * 2 < size
+    known = block * half < packed_size
     if double_quant:
         place = tl.load(absmax + block, mask=known, other=0).to(tl.int32)
         factor = tl.load(constants + place)
@@ -48,7 +49,7 @@ def _unpack(
     else:
         factor = tl.load(absmax + block, mask=known, other=0.0)
     byte = block[:, None] * half + tl.arange(0, half)[None, :]
-    pair = tl.load(codes + byte, mask=byte * 2 < size, other=0).to(tl.int32)
+    pair = tl.load(codes + byte, mask=byte < packed_size, other=0).to(tl.int32)
     first = tl.load(book + (pair >> 4)) * factor[:, None]
     second = tl.load(book + (pair & 15)) * factor[:, None]
     values = tl.interleave(first, second)
@@ -86,7 +87,7 @@ def _run(
     grid = (tiles(size, blocks * block_size),)
     # bitsandbytes adds the offset in a kernel of its own: product and sum are each rounded.
     _unpack[grid](
-        out, codes, book, absmax, scale, constants, offset, size,
+        out, codes, book, absmax, scale, constants, offset, size, tiles(size, 2),
         half, blocks, constants_block_size, double_quant, enable_fp_fusion=False,
     )  # fmt: skip
     return out
