@@ -11,10 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qlora_kit.layers import kernels
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head import Head
 from qlora_kit.layers.kernels import cross_entropy, gate, nf4, rotary
 from qlora_kit.layers.kernels.dialect import IS_INSTALLED
+from qlora_kit.layers.loss import cross_entropy_sum
+from qlora_kit.layers.mlp import TiledMLP
+from qlora_kit.layers.quantize import Quantization, empty_4bit
+from qlora_kit.layers.weight import PlainWeight
+from qlora_kit.plan.ledger import Ledger
 from qlora_kit.private_torch import FakeTensorMode
 
 HERE = Path(__file__).parent
@@ -175,3 +183,38 @@ def test_simulated_shapes_need_no_triton() -> None:
 
         up = torch.empty(3, 17, device="meta")
         assert gate.gated("silu", torch.empty_like(up), up) is up
+
+
+def test_simulated_memory_is_less_than_that_of_the_plain_code() -> None:
+    width = 2048
+    layers = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
+
+    def step() -> None:
+        mlp = nn.Module()
+        for name, shape in layers.items():
+            layer = FrozenLinear(shape[1], shape[0], bias=False)
+            layer.weight = empty_4bit(shape, Quantization(4), torch.device("meta"))
+            setattr(mlp, name, layer)
+        mlp.act_fn = nn.SiLU()
+        x = torch.empty(512, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        TiledMLP(mlp, 512)(x).sum().backward()
+
+    def loss() -> None:
+        head = FrozenLinear(64, 5000, bias=False)
+        head.weight = PlainWeight(torch.empty(5000, 64, dtype=torch.bfloat16, device="meta"))
+        x = torch.empty(512, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        targets = torch.empty(512, dtype=torch.int64, device="meta")
+        cross_entropy_sum(x, targets, Head(head)).backward()
+
+    def peak(run: Callable[[], None], names: list[str]) -> int:
+        kernels.use(names)
+        try:
+            with FakeTensorMode(), Ledger("meta") as ledger:
+                run()
+            return ledger.peak().bytes
+        finally:
+            kernels.use([])
+
+    wide = 512 * width * 2
+    assert peak(step, ["gate", "nf4"]) <= peak(step, []) - 2 * wide + 2**20
+    assert peak(loss, ["loss"]) <= peak(loss, []) - 256 * 5000 * 4
