@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
     cold_bytes: int = 2**30
 
 
-_TINY = Sizes(64, 96, 300, 4, 16, 8, (1, 2), (4, 8), 1, 2**10)
+_TINY = Sizes(64, 96, 300, 2, 16, 3, (1, 2), (4, 8), 1, 2**10)
 
 
 @dataclass

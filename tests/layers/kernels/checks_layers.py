@@ -84,18 +84,21 @@ def test_cross_entropy_is_more_exact_than_the_plain_code_in_float16() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_logprobs_and_scores(scale: float) -> None:
-    head = make_head(torch.float32, scale)
-    hidden, targets = states(torch.float32)
-    targets[::3] = (hidden @ head.linear.weight.dequantize(torch.float32).T).argmax(1)[::3]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logprobs_and_scores(dtype: torch.dtype, scale: float) -> None:
+    head = make_head(dtype, scale)
+    hidden, targets = states(dtype)
+    targets[::3] = (hidden @ head.linear.weight.dequantize(dtype).T).argmax(1)[::3]
     found = []
     for names in ([], ["loss"]):
         kernels.use(names)
         logprobs = token_logprobs(hidden, targets, head, 8)
         (grad,) = torch.autograd.grad((logprobs * random(N, seed=5)).sum(), hidden)
         found.append((logprobs, grad, *score_tokens(hidden, targets, head, 8)))
-    for plain, fused in zip(*found, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=2e-6, atol=2e-6)
+    (logprobs, grad, *scores), (fused_logprobs, fused_grad, *fused_scores) = found
+    torch.testing.assert_close(fused_logprobs, logprobs, rtol=2e-6, atol=2e-6)
+    assert relative_error(fused_grad, grad) <= 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(fused_scores, scores, rtol=2e-6, atol=2e-6)
 
 
 # ---------------------------------------------------------------- MLP
