@@ -111,6 +111,20 @@ class Head:
             return stored
         return stored.values if isinstance(stored, PlainWeight) else stored.unpacked(dtype)
 
+    def fill_products(self, hidden: Tensor, weight: Tensor | SlicedWeight, out: Tensor) -> None:
+        """Write h Wᵀ into `out` (n, V), without bias, scale and cap; computed in the dtype of h.
+
+        Args:
+            hidden: (n, D), in the compute dtype.
+            weight: the result of the method `weight`.
+            out: (n, V), fp32 or in the compute dtype; overwritten.
+        """
+        for columns, part in _slices(weight, hidden.dtype):
+            if part.dtype == out.dtype:
+                torch.mm(hidden, part.T, out=out[:, columns])
+            else:
+                out[:, columns] = hidden @ part.T
+
     def fill_logits(
         self,
         hidden: Tensor,
@@ -126,11 +140,7 @@ class Head:
             out: (n, V), fp32; overwritten.
             capped: (n, V), fp32; receives tanh(…), which the gradient of a softcap needs.
         """
-        for columns, part in _slices(weight, hidden.dtype):
-            if part.dtype == out.dtype and part is weight:
-                torch.mm(hidden, part.T, out=out)
-            else:
-                out[:, columns] = hidden @ part.T
+        self.fill_products(hidden, weight, out)
         if self.linear.bias is not None:
             out += self.linear.bias
         if self.scale != 1.0:

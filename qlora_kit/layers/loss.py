@@ -1,9 +1,9 @@
 """The head and the loss as one chunked operation: no logits matrix ever exists.
 
-Takes hidden states (N, D) and their targets (N,); returns a sum over the tokens. The logits
-of a few hundred tokens exist at one time, in fp32, and are turned into the gradient in
-place. The head is frozen, so backward needs the gradient of the hidden states only, and that is
-computed in the same pass. Never averages and never weighs: the caller does.
+Takes hidden states (N, D) and their targets (N,); returns a sum over the tokens. The logits of a
+few hundred tokens exist at one time, and are turned into the gradient in place. The head is frozen,
+so backward needs the gradient of the hidden states only, and that is computed in the same pass.
+Never averages and never weighs: the caller does.
 
 Shapes: N tokens, D hidden size, V vocabulary.
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qlora_kit.config import StepOptions
 from qlora_kit.layers.head import Head, SlicedWeight
+from qlora_kit.layers.kernels import serves
+from qlora_kit.layers.kernels.cross_entropy import target_logprobs
 from qlora_kit.layers.purpose import LOSS_CHUNK, purpose
 
 CHUNK_TOKENS = StepOptions().loss_chunk_tokens
@@ -110,7 +112,7 @@ def score_tokens(
     weight = head.weight(hidden.dtype)
     logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     is_top = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
+    for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens, gradient=False):
         is_top[rows] = chunk.is_top()
         logprobs[rows] = chunk.logprobs()
     return TokenScores(logprobs, is_top)
@@ -125,17 +127,28 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
 
 
 def _walk(
-    hidden: Tensor, targets: Tensor, head: Head, weight: Tensor | SlicedWeight, size: int
-) -> Iterator[tuple[slice, _Chunk]]:
-    """Yield the rows of each chunk, and the chunk.
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    weight: Tensor | SlicedWeight,
+    size: int,
+    *,
+    gradient: bool,
+) -> Iterator[tuple[slice, _Chunk | _FusedChunk]]:
+    """Yield the rows of each chunk, and the chunk; `gradient` says whether it will be asked for.
 
-    All chunks share one fp32 buffer (size, V): a chunk is spent once the next one is asked for.
+    All chunks share one buffer (size, V): a chunk is spent once the next one is asked for.
     """
+    fused = _FusedChunk.serves(hidden, head)
+    dtype = hidden.dtype if fused else torch.float32
     shape = (min(size, len(hidden)), len(weight))
-    buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    buffer = torch.empty(shape, dtype=dtype, device=hidden.device)
     capped = None if head.softcap is None else torch.empty_like(buffer)
     for rows in _chunks(len(hidden), size):
-        yield rows, _Chunk(hidden[rows], targets[rows], head, weight, buffer, capped)
+        if fused:
+            yield rows, _FusedChunk(hidden[rows], targets[rows], head, weight, buffer, gradient)
+        else:
+            yield rows, _Chunk(hidden[rows], targets[rows], head, weight, buffer, capped)
 
 
 class _Chunk:
@@ -189,6 +202,50 @@ class _Chunk:
         out.copy_(self._head.back_project(grad, self._weight, self._dtype) * factor)
 
 
+class _FusedChunk:
+    """A chunk whose log-probabilities and gradient one kernel computes.
+
+    Its buffer (n, V) has the dtype of the hidden states, in which the products are computed
+    anyway: so the logits are the same numbers in half the memory, and no pass casts them.
+    """
+
+    @staticmethod
+    def serves(hidden: Tensor, head: Head) -> bool:
+        """Whether a kernel serves for the head's formula, on the device of the hidden states."""
+        # A scale below zero would turn the order of the logits, in which `is_top` looks.
+        plain = head.linear.bias is None and head.softcap is None and head.scale > 0
+        return plain and serves("loss", hidden)
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        weight: Tensor | SlicedWeight,
+        buffer: Tensor,
+        gradient: bool,
+    ) -> None:
+        self._head, self._weight, self._dtype = head, weight, hidden.dtype
+        self._targets, self._gradient = targets, gradient
+        self._values = buffer[: len(hidden)]
+        head.fill_products(hidden, weight, self._values)
+
+    def is_top(self) -> Tensor:
+        """Return whether each target is the most likely token (n,); only before `logprobs`."""
+        return self._values.argmax(dim=1) == self._targets
+
+    def logprobs(self) -> Tensor:
+        """Return log p(target) (n,). Afterwards the buffer holds the gradient, if one is wanted."""
+        return target_logprobs(
+            self._values, self._targets, scale=self._head.scale, gradient=self._gradient
+        )
+
+    def hidden_grad(self, token_grads: Tensor | float, out: Tensor) -> None:
+        """Write the gradient of Σ token_grads · (−log p) into `out` (n, D); after `logprobs`."""
+        grad = self._head.back_project(self._values, self._weight, self._dtype)
+        torch.mul(grad, token_grads * self._head.scale, out=out)
+
+
 # ---------------------------------------------------------------- autograd
 
 
@@ -201,11 +258,12 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
         weight = head.weight(hidden.dtype)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if wanted else None
         # fp64: a sum over many thousand tokens must not depend on how they are batched.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
-            total -= chunk.logprobs().double().sum()
+        for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens, gradient=wanted):
+            total -= chunk.logprobs().sum(dtype=torch.float64)
             if grad is not None:
                 chunk.hidden_grad(1.0, out=grad[rows])
         ctx.save_for_backward(grad)
@@ -252,7 +310,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, targets)
         weight = head.weight(hidden.dtype)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens):
+        for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens, gradient=False):
             logprobs[rows] = chunk.logprobs()
         return logprobs
 
@@ -261,7 +319,8 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, targets = ctx.saved_tensors
         weight = ctx.head.weight(hidden.dtype)
         grad = torch.empty_like(hidden)
-        for rows, chunk in _walk(hidden, targets, ctx.head, weight, ctx.chunk_tokens):
+        walk = _walk(hidden, targets, ctx.head, weight, ctx.chunk_tokens, gradient=True)
+        for rows, chunk in walk:
             chunk.logprobs()
             chunk.hidden_grad(-grads[0][rows].unsqueeze(1), out=grad[rows])
         return grad, None, None, None

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.kernels import serves
+from qlora_kit.layers.kernels.gate import gated, gated_back, name_of
 from qlora_kit.layers.lora import LoRALinear, LowRank
 from qlora_kit.layers.save_first import save_first
 from qlora_kit.layers.weight import FrozenWeight, HeldWeight
@@ -148,10 +150,16 @@ def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
+def _kernel_name(act: Callable[[Tensor], Tensor], gate: Tensor) -> str | None:
+    """Return the name of an activation if a kernel serves for it."""
+    return name_of(act) if serves("gate", gate) else None
+
+
 def _tile_output(x: Tensor, act: Callable[[Tensor], Tensor], layers: list[_TileLayer]) -> Tensor:
     *inner, outer = layers
     gate, up = _split([layer.product(x) for layer in inner])
-    product = up.mul_(act(gate))
+    name = _kernel_name(act, gate)
+    product = gated(name, gate, up) if name else up.mul_(act(gate))
     del gate, up
     return outer.product(product)
 
@@ -164,11 +172,46 @@ def _tile_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return, for one tile, the gradient of x and those of all A and B, given that of y.
 
-    At most five tensors as wide as the MLP exist at a time, or three of them and one weight.
+    At most five tensors as wide as the MLP exist at a time, or three of them and one weight. With
+    a kernel for the gate there are three at most.
     """
     *inner, outer = layers
-    grad_product = outer.input_gradient(grad_y)
-    gate, up = _split([layer.product(x) for layer in inner])
+    wide = [outer.input_gradient(grad_y), *(layer.product(x) for layer in inner)]
+    grads, of_outer = _gate_gradients(act, wide, outer, grad_y)
+    parameters = [
+        each
+        for layer, grad in zip(inner, grads, strict=True)
+        for each in layer.parameter_gradients(x, grad)
+    ]
+    grad_x = inner[0].input_gradient(grads[0])
+    if len(inner) == 2:
+        grad_x += inner[1].input_gradient(grads[1])
+    return grad_x, parameters + of_outer
+
+
+def _gate_gradients(
+    act: Callable[[Tensor], Tensor], wide: list[Tensor], outer: _TileLayer, grad_y: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of the inner layers' outputs, and those of the outer layer's A and B.
+
+    Args:
+        act: the activation.
+        wide: the gradient of act(gate) ∘ up, and the outputs of the inner layers. The list is
+            emptied, so that each tensor can be freed as soon as it is spent.
+        outer: the down projection.
+        grad_y: the gradient of its output.
+    """
+    grad_product, *outputs = wide
+    wide.clear()
+    gate, up = _split(outputs)
+    if name := _kernel_name(act, gate):
+        # It writes the gradients over the outputs.
+        with_product = outer.term is not None
+        *_, product = gated_back(name, gate, up, grad_product, with_product=with_product)
+        return outputs, [] if product is None else outer.parameter_gradients(product, grad_y)
+
+    fused = len(outputs) == 1
+    del outputs
     gate.requires_grad_()
     with torch.enable_grad():
         activated = act(gate)
@@ -179,18 +222,7 @@ def _tile_gradients(
     (grad_gate,) = torch.autograd.grad(activated, gate, grad_activated)
     grad_up = grad_product.mul_(values)
     del gate, activated, values, grad_activated, grad_product
-
-    grads = [grad_gate, grad_up] if len(inner) == 2 else [torch.cat([grad_gate, grad_up], -1)]
-    del grad_gate, grad_up
-    parameters = [
-        each
-        for layer, grad in zip(inner, grads, strict=True)
-        for each in layer.parameter_gradients(x, grad)
-    ]
-    grad_x = inner[0].input_gradient(grads[0])
-    if len(inner) == 2:
-        grad_x += inner[1].input_gradient(grads[1])
-    return grad_x, parameters + of_outer
+    return [torch.cat([grad_gate, grad_up], -1)] if fused else [grad_gate, grad_up], of_outer
 
 
 # ---------------------------------------------------------------- all tiles

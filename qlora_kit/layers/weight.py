@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_kit.layers.kernels import serves
+from qlora_kit.layers.kernels.nf4 import unpack_4bit
 from qlora_kit.layers.purpose import UNPACKED, announce, purpose
 
 QuantType = Literal["nf4", "fp4"]
@@ -204,6 +206,8 @@ class FourBitWeight(FrozenWeight):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return value in the code book · absmax, for each weight."""
+        if serves("nf4", self.codes):
+            return self._unpacked_by_kernel(dtype)
         absmax = self.absmax
         if self.double_quant:
             absmax = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -217,6 +221,15 @@ class FourBitWeight(FrozenWeight):
             self.codes, absmax, self.block_size, self.quant_type, self._block_rows(), dtype
         )
         return weight.view(self.shape)
+
+    def _unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        second: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if self.double_quant:
+            second = (self.absmax_scale, self.absmax_code, self.absmax_offset)
+        return unpack_4bit(
+            self.codes, self.absmax, *second, self.shape, self.block_size,
+            self.constants_block_size, self.quant_type, dtype,
+        )  # fmt: skip
 
     def _block_rows(self) -> tuple[int, int]:
         """Return a shape for the kernel in which every row begins with a block.
