@@ -125,21 +125,30 @@ class _TileLayer(NamedTuple):
             self.term.add_to(y, self.term.inner(x))
         return y
 
-    def input_gradient(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of x (n, D), given that of y (n, K); x itself is not needed."""
+    def inner_gradient(self, grad_y: Tensor) -> Tensor | None:
+        """Return the gradient of x Aᵀ, given that of y (n, K); None for a frozen layer."""
+        if self.term is None:
+            return None
+        return self.term.inner_gradient(self.term.as_multiplied(grad_y))
+
+    def input_gradient(self, grad_y: Tensor, grad_inner: Tensor | None) -> Tensor:
+        """Return the gradient of x (n, D), given that of y (n, K) and its `inner_gradient`.
+
+        x itself is not needed.
+        """
         grad_x = self.weight.product_back(grad_y)
-        if self.term is not None:
-            wide = grad_y.to(self.term.a.dtype)
-            self.term.add_input_gradient(grad_x, self.term.inner_gradient(wide))
+        if self.term is not None and grad_inner is not None:
+            self.term.add_input_gradient(grad_x, grad_inner)
         return grad_x
 
-    def parameter_gradients(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
+    def parameter_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_inner: Tensor | None
+    ) -> list[Tensor]:
         """Return the gradients of A and B; an empty list for a frozen layer."""
-        if self.term is None:
+        if self.term is None or grad_inner is None:
             return []
-        wide = grad_y.to(self.term.a.dtype)
-        inner = self.term.inner_gradient(wide)
-        return list(self.term.gradients(x, self.term.inner(x), wide, inner))
+        multiplied = self.term.as_multiplied(grad_y)
+        return list(self.term.gradients(x, self.term.inner(x), multiplied, grad_inner))
 
 
 def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -167,13 +176,14 @@ def _tile_gradients(
     At most five tensors as wide as the MLP exist at a time, or three of them and one weight.
     """
     *inner, outer = layers
-    grad_product = outer.input_gradient(grad_y)
+    of_inner = outer.inner_gradient(grad_y)
+    grad_product = outer.input_gradient(grad_y, of_inner)
     gate, up = _split([layer.product(x) for layer in inner])
     gate.requires_grad_()
     with torch.enable_grad():
         activated = act(gate)
     values = activated.detach()
-    of_outer = outer.parameter_gradients(values * up, grad_y) if outer.term else []
+    of_outer = outer.parameter_gradients(values * up, grad_y, of_inner) if outer.term else []
     grad_activated = up.mul(grad_product)  # not in place: a fused gate shares its memory
     del up
     (grad_gate,) = torch.autograd.grad(activated, gate, grad_activated)
@@ -182,14 +192,15 @@ def _tile_gradients(
 
     grads = [grad_gate, grad_up] if len(inner) == 2 else [torch.cat([grad_gate, grad_up], -1)]
     del grad_gate, grad_up
+    of_inners = [layer.inner_gradient(grad) for layer, grad in zip(inner, grads, strict=True)]
     parameters = [
         each
-        for layer, grad in zip(inner, grads, strict=True)
-        for each in layer.parameter_gradients(x, grad)
+        for layer, grad, of_inner in zip(inner, grads, of_inners, strict=True)
+        for each in layer.parameter_gradients(x, grad, of_inner)
     ]
-    grad_x = inner[0].input_gradient(grads[0])
+    grad_x = inner[0].input_gradient(grads[0], of_inners[0])
     if len(inner) == 2:
-        grad_x += inner[1].input_gradient(grads[1])
+        grad_x += inner[1].input_gradient(grads[1], of_inners[1])
     return grad_x, parameters + of_outer
 
 
@@ -203,26 +214,26 @@ class _Call(NamedTuple):
     tile_tokens: int
 
     def tiles(
-        self, tokens: int, masks: tuple[Tensor | None, ...]
+        self, x: Tensor, masks: tuple[Tensor | None, ...]
     ) -> Iterator[tuple[slice, list[_TileLayer]]]:
-        """Yield the rows of each tile with its layers. All tiles are of nearly equal size."""
+        """Yield the rows of x of each tile, with its layers. All tiles are of nearly equal size."""
+        tokens = len(x)
         count = math.ceil(tokens / self.tile_tokens)
         weights = [layer.weight for layer in self.parts.frozen]
         if count > _TILES_THAT_UNPACK:
             weights = [HeldWeight(weight) for weight in weights]
+        terms = [
+            layer.low_rank(x, kept) if isinstance(layer, LoRALinear) else None
+            for layer, kept in zip(self.parts.layers, masks, strict=True)
+        ]
         size = math.ceil(tokens / count)
         for start in range(0, tokens, size):
             rows = slice(start, start + size)
-            yield rows, list(self._projections(weights, masks, rows))
-
-    def _projections(
-        self, weights: list[FrozenWeight], masks: tuple[Tensor | None, ...], rows: slice
-    ) -> Iterator[_TileLayer]:
-        for layer, weight, kept in zip(self.parts.layers, weights, masks, strict=True):
-            if isinstance(layer, LoRALinear):
-                yield _TileLayer(weight, layer.frozen.bias, layer.low_rank(kept).rows(rows))
-            else:
-                yield _TileLayer(weight, layer.bias, None)
+            layers = [
+                _TileLayer(weight, layer.bias, None if term is None else term.rows(rows))
+                for weight, layer, term in zip(weights, self.parts.frozen, terms, strict=True)
+            ]
+            yield rows, layers
 
 
 def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
@@ -252,7 +263,7 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         ctx.call, ctx.node = call, node
         y = x.new_empty(len(x), call.parts.frozen[-1].out_features)
-        for rows, layers in call.tiles(len(x), masks):
+        for rows, layers in call.tiles(x, masks):
             y[rows] = _tile_output(x[rows], call.parts.act, layers)
         return y
 
@@ -264,7 +275,7 @@ class _GatedMLP(torch.autograd.Function):
         masks = tuple(rest[: len(call.parts.layers)])
         grad_x = torch.empty_like(x)
         parameters: list[Tensor] = []
-        for rows, layers in call.tiles(len(x), masks):
+        for rows, layers in call.tiles(x, masks):
             grad_x[rows], more = _tile_gradients(x[rows], grad_y[rows], call.parts.act, layers)
             pairs = zip(parameters, more, strict=True) if parameters else ()
             parameters = [total.add_(part) for total, part in pairs] or more
