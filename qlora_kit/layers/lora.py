@@ -130,7 +130,7 @@ class SplitLowRank(LowRank):
 
     def add_to(self, y: Tensor, h: Tensor) -> None:
         """See `LowRank`."""
-        y.addmm_(h, self.b.T)
+        torch.addmm(y, h, self.b.T, out=y)
 
     def as_multiplied(self, grad_y: Tensor) -> Tensor:
         """Return the gradient of y as it is."""
@@ -155,7 +155,7 @@ class SplitLowRank(LowRank):
     def add_input_gradient(self, grad_x: Tensor, grad_inner: Tensor) -> None:
         """See `LowRank`."""
         if self.kept is None:
-            grad_x.addmm_(grad_inner, self.a)
+            torch.addmm(grad_x, grad_inner, self.a, out=grad_x)
         else:
             whole = torch.addmm(grad_x, grad_inner, self.a)
             torch.where(self.kept, whole, grad_x, out=grad_x)
@@ -215,7 +215,7 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def low_rank(self, x: Tensor, kept: Tensor | None) -> LowRank:
-        """Return the trained term of a call; no gradient flows through it.
+        """Return the trained term of a call; to be called where no graph is recorded.
 
         Args:
             x: the input, or any tensor on its device and in its dtype.

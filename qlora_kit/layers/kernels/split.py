@@ -50,8 +50,8 @@ def as_right_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             a, b, a_parts, b_parts, a.numel(), b.numel(), b.shape[1], blocks, BLOCK=_BLOCK
         )
     elif not isinstance(a, FakeTensor):
-        _fill_right(a.reshape(1, -1), a_parts.view(1, 3, -1))
-        _fill_right(b, b_parts.view(b.shape[0], 3, -1))
+        _fill_right(a.reshape(1, a.numel()), a_parts.view(1, 3, a.numel()))
+        _fill_right(b, b_parts.view(b.shape[0], 3, b.shape[1]))
     return a_parts, b_parts
 
 
@@ -73,7 +73,8 @@ def as_left_factor(products: Tensor, factor: float) -> Tensor:
             products, parts, size, rank, float(factor), BLOCK=_BLOCK
         )
     elif not isinstance(products, FakeTensor):
-        _fill_left((products[:, :rank] + products[:, rank:]).mul_(factor), parts)
+        value = (products[:, :rank] + products[:, rank:]).mul_(factor)
+        _fill_left(value, parts.view(rows, 3, rank))
     return parts
 
 
@@ -100,8 +101,7 @@ def _fill_right(value: Tensor, parts: Tensor) -> None:
 
 
 def _fill_left(value: Tensor, parts: Tensor) -> None:
-    """Write (high, low, high) of `value` (n, R) into `parts` (n, 3 R)."""
-    parts = parts.view(len(value), 3, -1)
+    """Write (high, low, high) of `value` (n, R) into `parts` (n, 3, R)."""
     parts[:, ::2] = value.unsqueeze(1)
     torch.sub(value, parts[:, 0], out=parts[:, 1])
 
