@@ -93,11 +93,16 @@ def test_no_rows_have_no_parts() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rank", RANKS)
 def test_a_term_stays_within_1e5_of_float64(rank: int, dropout: float) -> None:
-    layer = make_layer(D, K, rank)
-    x, grad_y = random(N, D, seed=4).bfloat16(), random(N, K, seed=5).bfloat16()
-    kept = random(N, D, seed=6) > -0.5 if dropout else None
+    check_term(N, D, K, rank, dropout, "cpu")
+
+
+def check_term(n: int, d: int, k: int, rank: int, dropout: float, device: str) -> None:
+    layer = make_layer(d, k, rank)
+    x = random(n, d, seed=4).bfloat16().to(device)
+    grad_y = random(n, k, seed=5).bfloat16().to(device)
+    kept = (random(n, d, seed=6) > -0.5).to(device) if dropout else None
     factors = SCALING, 1 - dropout
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    a, b = layer.lora_A.detach().to(device), layer.lora_B.detach().to(device)
     exact = LowRank(a.double(), b.double(), kept, *factors)
     found = SplitLowRank.of(a, b, kept, *factors)
 
@@ -113,7 +118,8 @@ def test_a_term_stays_within_1e5_of_float64(rank: int, dropout: float) -> None:
         assert one.is_contiguous()
         assert relative_error(one, other) < 1e-5
 
-    y, grad_x = random(N, K, seed=7).bfloat16(), random(N, D, seed=8).bfloat16()
+    y = random(n, k, seed=7).bfloat16().to(device)
+    grad_x = random(n, d, seed=8).bfloat16().to(device)
     exact_y, exact_grad_x = y.double(), grad_x.double()
     found.add_to(y, h)
     found.add_input_gradient(grad_x, grad_inner)
@@ -360,6 +366,31 @@ for kernel, signature in (
     source = ASTSource(kernel, types, {"BLOCK": 1024})
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 """
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("size", [(N, D, K), (2048, 4096, 1024)], ids=str)
+def test_a_gpu_stays_within_1e5_of_float64(
+    size: tuple[int, int, int], rank: int, dropout: float
+) -> None:
+    check_term(*size, rank, dropout, "cuda")
+
+
+@pytest.mark.gpu
+@_needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", RANKS)
+def test_the_kernels_of_a_gpu_give_the_bits_of_plain_operations(rank: int) -> None:
+    a, b, products = random(rank, D), random(K, rank) * 1e-3, random(N, 2 * rank, seed=1)
+    found = split.as_right_factors(a.cuda(), b.cuda())
+    for one, other in zip(found, split.as_right_factors(a, b), strict=True):
+        assert torch.equal(one.cpu(), other)
+    # With a power of two, nothing is rounded before the split.
+    left = split.as_left_factor(products.cuda(), 2.0)
+    assert torch.equal(left.cpu(), split.as_left_factor(products, 2.0))
 
 
 @_needs_triton

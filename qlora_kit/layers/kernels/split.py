@@ -12,8 +12,8 @@ The right factor v is stacked as (high, high, low), the left factor u as (high, 
 each. So the last 2 R of v and the first 2 R of u are (high, low).
 
 The small kernels here are Triton's, one launch each. They are launched directly: the way through
-torch's dispatcher takes more time on the host than the launch. Fake tensors get the results and no
-launch. Without Triton, torch's own operations give the same bits in two to four launches.
+torch's dispatcher would add to the host's time. Fake tensors get the results and no launch. Without
+Triton, torch's own operations compute the same in two to four launches.
 """
 
 from __future__ import annotations
