@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -111,44 +112,51 @@ class TiledMLP(nn.Module):
 # ---------------------------------------------------------------- one tile
 
 
-class _TileLayer(NamedTuple):
-    """A linear layer, frozen or with LoRA, for the tokens of one tile."""
+@dataclass
+class _TileLayer:
+    """A linear layer, frozen or with LoRA, for the tokens of one tile.
+
+    It sees one x, and in backward one gradient of y. So the small inner products of both are kept
+    for its next call.
+    """
 
     weight: FrozenWeight
     bias: Tensor | None
     term: LowRank | None
+    _h: Tensor | None = None
+    _grad_inner: Tensor | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """Return y (n, K) of x (n, D)."""
         y = self.weight.product(x, self.bias)
         if self.term is not None:
-            self.term.add_to(y, self.term.inner(x))
+            self.term.add_to(y, self._inner(self.term, x))
         return y
 
-    def inner_gradient(self, grad_y: Tensor) -> Tensor | None:
-        """Return the gradient of x Aᵀ, given that of y (n, K); None for a frozen layer."""
-        if self.term is None:
-            return None
-        return self.term.inner_gradient(self.term.as_multiplied(grad_y))
-
-    def input_gradient(self, grad_y: Tensor, grad_inner: Tensor | None) -> Tensor:
-        """Return the gradient of x (n, D), given that of y (n, K) and its `inner_gradient`.
-
-        x itself is not needed.
-        """
+    def input_gradient(self, grad_y: Tensor) -> Tensor:
+        """Return the gradient of x (n, D), given that of y (n, K); x itself is not needed."""
         grad_x = self.weight.product_back(grad_y)
-        if self.term is not None and grad_inner is not None:
-            self.term.add_input_gradient(grad_x, grad_inner)
+        if self.term is not None:
+            self.term.add_input_gradient(grad_x, self._inner_gradient(self.term, grad_y))
         return grad_x
 
-    def parameter_gradients(
-        self, x: Tensor, grad_y: Tensor, grad_inner: Tensor | None
-    ) -> list[Tensor]:
+    def parameter_gradients(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
         """Return the gradients of A and B; an empty list for a frozen layer."""
-        if self.term is None or grad_inner is None:
+        if self.term is None:
             return []
         multiplied = self.term.as_multiplied(grad_y)
-        return list(self.term.gradients(x, self.term.inner(x), multiplied, grad_inner))
+        inner = self._inner_gradient(self.term, multiplied)
+        return list(self.term.gradients(x, self._inner(self.term, x), multiplied, inner))
+
+    def _inner(self, term: LowRank, x: Tensor) -> Tensor:
+        if self._h is None:
+            self._h = term.inner(x)
+        return self._h
+
+    def _inner_gradient(self, term: LowRank, grad_y: Tensor) -> Tensor:
+        if self._grad_inner is None:
+            self._grad_inner = term.inner_gradient(term.as_multiplied(grad_y))
+        return self._grad_inner
 
 
 def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -176,14 +184,13 @@ def _tile_gradients(
     At most five tensors as wide as the MLP exist at a time, or three of them and one weight.
     """
     *inner, outer = layers
-    of_inner = outer.inner_gradient(grad_y)
-    grad_product = outer.input_gradient(grad_y, of_inner)
+    grad_product = outer.input_gradient(grad_y)
     gate, up = _split([layer.product(x) for layer in inner])
     gate.requires_grad_()
     with torch.enable_grad():
         activated = act(gate)
     values = activated.detach()
-    of_outer = outer.parameter_gradients(values * up, grad_y, of_inner) if outer.term else []
+    of_outer = outer.parameter_gradients(values * up, grad_y) if outer.term else []
     grad_activated = up.mul(grad_product)  # not in place: a fused gate shares its memory
     del up
     (grad_gate,) = torch.autograd.grad(activated, gate, grad_activated)
@@ -192,15 +199,14 @@ def _tile_gradients(
 
     grads = [grad_gate, grad_up] if len(inner) == 2 else [torch.cat([grad_gate, grad_up], -1)]
     del grad_gate, grad_up
-    of_inners = [layer.inner_gradient(grad) for layer, grad in zip(inner, grads, strict=True)]
     parameters = [
         each
-        for layer, grad, of_inner in zip(inner, grads, of_inners, strict=True)
-        for each in layer.parameter_gradients(x, grad, of_inner)
+        for layer, grad in zip(inner, grads, strict=True)
+        for each in layer.parameter_gradients(x, grad)
     ]
-    grad_x = inner[0].input_gradient(grads[0], of_inners[0])
+    grad_x = inner[0].input_gradient(grads[0])
     if len(inner) == 2:
-        grad_x += inner[1].input_gradient(grads[1], of_inners[1])
+        grad_x += inner[1].input_gradient(grads[1])
     return grad_x, parameters + of_outer
 
 
