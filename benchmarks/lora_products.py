@@ -12,11 +12,11 @@ fails says why in its row.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _COLUMNS = [
 ]  # fmt: skip
 _WARMUP, _ROUNDS = 5, 30
 _SCALING = 2.0
+_FORWARD = "forward of the layer"
 
 
 def main() -> None:
@@ -53,21 +54,18 @@ def main() -> None:
         # operations compute the same.
         os.environ["TRITON_INTERPRET"] = "1"
     sizes, tokens, ranks = _REHEARSED if arguments.rehearse else (_SIZES, _TOKENS, _RANKS)
-    rows = [
-        _row(side, d, k, count, rank)
-        for d, k in sizes
-        for count in tokens
-        for rank in ranks
-        for side in _SIDES
-    ]
+    cases = itertools.product(sizes, tokens, ranks, _SIDES)
+    rows: list[dict[str, Any]] = []
+    around = machine_and_command()
+    for (d, k), count, rank, side in cases:
+        rows.append(_row(side, d, k, count, rank))
+        if arguments.json:
+            # Written after each row, so a run that is killed keeps its figures.
+            arguments.json.write_text(json.dumps({**around, "rows": rows}, indent=2) + "\n")
     print_table(rows, _COLUMNS)
     for row in rows:
         if "failed" in row:
-            print(row["D"], row["K"], row["tokens"], row["rank"], row["side"], row["failed"])
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({**machine_and_command(), "rows": rows}, indent=2) + "\n"
-        )
+            print(*(row[name] for name in (*_COLUMNS[:5], "failed")))
 
 
 def _row(side: str, d: int, k: int, tokens: int, rank: int) -> dict[str, Any]:
@@ -141,25 +139,32 @@ class _Case:
 
     def launches(self) -> dict[str, int]:
         """Return the kernels of forward and of backward; on a CPU, the operations."""
-        self._forget()
-        y, forward = self._recorded(lambda: self.layer(self.x))
-        _, backward = self._recorded(lambda: self._backward(y))
-        return {"forward_launches": forward, "backward_launches": backward}
-
-    def _recorded(self, work: Callable[[], Any]) -> tuple[Any, int]:
         import torch
         from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
+        from torch.profiler import ProfilerActivity, profile, record_function
 
+        self._forget()
         is_gpu = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
         with profile(activities=activities, acc_events=True) as record:
-            result = work()
+            with record_function(_FORWARD):
+                y = self.layer(self.x)
+                if is_gpu:
+                    torch.cuda.synchronize()
+            self._backward(y)
             if is_gpu:
                 torch.cuda.synchronize()
-        on_host = DeviceType.CPU
-        events = [e for e in record.events() if (e.device_type != on_host) is is_gpu]
-        return result, len(events)
+        events = [e for e in record.events() if (e.device_type != DeviceType.CPU) is is_gpu]
+        starts = [e.time_range.start for e in events if e.name != _FORWARD]
+        if not starts:
+            raise RuntimeError("the profiler recorded no kernel")
+        (end,) = [
+            e.time_range.end
+            for e in record.events()
+            if e.name == _FORWARD and e.device_type == DeviceType.CPU
+        ]
+        forward = sum(start < end for start in starts)
+        return {"forward_launches": forward, "backward_launches": len(starts) - forward}
 
     def errors(self) -> dict[str, float]:
         """Return the errors of h and of the gradients of A and B, relative to fp64."""

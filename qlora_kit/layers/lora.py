@@ -105,9 +105,10 @@ class SplitLowRank(LowRank):
     A, B, h and the gradient of x Aᵀ are split into two bf16 parts each (`kernels.split`). x and the
     gradient of y are never copied to fp32. h and the gradient of x Aᵀ carry all factors already.
 
-    Kernels of a linear layer with its term recomputed: the plain term launches 4 in forward, 2 in
-    recomputation and 9 in backward, and reads and writes x and the gradient of y in fp32; this
-    one launches 4, 3 and 6 or 7, counting the split of A and B in forward and in recomputation.
+    Launches of a recomputed linear layer for its term, without dropout: the plain term takes 4 in
+    forward, 2 in recomputation and 9 in backward, and this one 4, 3 and 7. One of forward and one
+    of recomputation split A and B; backward finds them split. Layers that keep their activations
+    hold the parts too, 6 R (D + K) bytes each; else they live for one layer at a time.
 
     Attributes:
         a: A as a right factor, (3 R, D), bf16.
