@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -113,35 +114,51 @@ class TiledMLP(nn.Module):
 # ---------------------------------------------------------------- one tile
 
 
-class _TileLayer(NamedTuple):
-    """A linear layer, frozen or with LoRA, for the tokens of one tile."""
+@dataclass
+class _TileLayer:
+    """A linear layer, frozen or with LoRA, for the tokens of one tile.
+
+    It sees one x, and in backward one gradient of y. So the small inner products of both are kept
+    for its next call.
+    """
 
     weight: FrozenWeight
     bias: Tensor | None
     term: LowRank | None
+    _h: Tensor | None = None
+    _grad_inner: Tensor | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """Return y (n, K) of x (n, D)."""
         y = self.weight.product(x, self.bias)
         if self.term is not None:
-            self.term.add_to(y, self.term.inner(x))
+            self.term.add_to(y, self._inner(self.term, x))
         return y
 
     def input_gradient(self, grad_y: Tensor) -> Tensor:
         """Return the gradient of x (n, D), given that of y (n, K); x itself is not needed."""
         grad_x = self.weight.product_back(grad_y)
         if self.term is not None:
-            wide = grad_y.to(self.term.a.dtype)
-            self.term.add_input_gradient(grad_x, self.term.inner_gradient(wide))
+            self.term.add_input_gradient(grad_x, self._inner_gradient(self.term, grad_y))
         return grad_x
 
     def parameter_gradients(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
         """Return the gradients of A and B; an empty list for a frozen layer."""
         if self.term is None:
             return []
-        wide = grad_y.to(self.term.a.dtype)
-        inner = self.term.inner_gradient(wide)
-        return list(self.term.gradients(x, self.term.inner(x), wide, inner))
+        multiplied = self.term.as_multiplied(grad_y)
+        inner = self._inner_gradient(self.term, multiplied)
+        return list(self.term.gradients(x, self._inner(self.term, x), multiplied, inner))
+
+    def _inner(self, term: LowRank, x: Tensor) -> Tensor:
+        if self._h is None:
+            self._h = term.inner(x)
+        return self._h
+
+    def _inner_gradient(self, term: LowRank, grad_y: Tensor) -> Tensor:
+        if self._grad_inner is None:
+            self._grad_inner = term.inner_gradient(term.as_multiplied(grad_y))
+        return self._grad_inner
 
 
 def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -235,26 +252,26 @@ class _Call(NamedTuple):
     tile_tokens: int
 
     def tiles(
-        self, tokens: int, masks: tuple[Tensor | None, ...]
+        self, x: Tensor, masks: tuple[Tensor | None, ...]
     ) -> Iterator[tuple[slice, list[_TileLayer]]]:
-        """Yield the rows of each tile with its layers. All tiles are of nearly equal size."""
+        """Yield the rows of x of each tile, with its layers. All tiles are of nearly equal size."""
+        tokens = len(x)
         count = math.ceil(tokens / self.tile_tokens)
         weights = [layer.weight for layer in self.parts.frozen]
         if count > _TILES_THAT_UNPACK:
             weights = [HeldWeight(weight) for weight in weights]
+        terms = [
+            layer.low_rank(x, kept) if isinstance(layer, LoRALinear) else None
+            for layer, kept in zip(self.parts.layers, masks, strict=True)
+        ]
         size = math.ceil(tokens / count)
         for start in range(0, tokens, size):
             rows = slice(start, start + size)
-            yield rows, list(self._projections(weights, masks, rows))
-
-    def _projections(
-        self, weights: list[FrozenWeight], masks: tuple[Tensor | None, ...], rows: slice
-    ) -> Iterator[_TileLayer]:
-        for layer, weight, kept in zip(self.parts.layers, weights, masks, strict=True):
-            if isinstance(layer, LoRALinear):
-                yield _TileLayer(weight, layer.frozen.bias, layer.low_rank(kept).rows(rows))
-            else:
-                yield _TileLayer(weight, layer.bias, None)
+            layers = [
+                _TileLayer(weight, layer.bias, None if term is None else term.rows(rows))
+                for weight, layer, term in zip(weights, self.parts.frozen, terms, strict=True)
+            ]
+            yield rows, layers
 
 
 def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
@@ -284,7 +301,7 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         ctx.call, ctx.node = call, node
         y = x.new_empty(len(x), call.parts.frozen[-1].out_features)
-        for rows, layers in call.tiles(len(x), masks):
+        for rows, layers in call.tiles(x, masks):
             y[rows] = _tile_output(x[rows], call.parts.act, layers)
         return y
 
@@ -296,7 +313,7 @@ class _GatedMLP(torch.autograd.Function):
         masks = tuple(rest[: len(call.parts.layers)])
         grad_x = torch.empty_like(x)
         parameters: list[Tensor] = []
-        for rows, layers in call.tiles(len(x), masks):
+        for rows, layers in call.tiles(x, masks):
             grad_x[rows], more = _tile_gradients(x[rows], grad_y[rows], call.parts.act, layers)
             pairs = zip(parameters, more, strict=True) if parameters else ()
             parameters = [total.add_(part) for total, part in pairs] or more

@@ -43,10 +43,13 @@ class _Save(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, like: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.count = 1 + len(tensors)
+        # The token has no gradient, and no tensor of zeros is made for it.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(like, *tensors)
         return like.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         # The backward of the function that took the token ran before, and returned the gradients.
-        return tuple(None for _ in range(ctx.count))
+        count: int = ctx.count
+        return (None,) * count
