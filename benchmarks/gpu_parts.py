@@ -138,7 +138,7 @@ def peaks(settings: Settings, send: Send) -> None:
 
     import qlora_kit as qk
     from qlora_kit.model.head import head_of
-    from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.step.settle import settle
     from qlora_kit.train.optimizer import build_optimizer
 
     meter = meter_of_this_machine(None)
@@ -156,7 +156,7 @@ def peaks(settings: Settings, send: Send) -> None:
     for length in settings["lengths"]:
         run = settings | {"length": length}
         config = our_stack.config_of(run)
-        apply(base.model, resolve(config, hardware), hardware)
+        settle(base.model, config, hardware)
         batch = our_stack.random_batch(run, step.head.linear.out_features).to(hardware.device)
         try:
             found: dict[str, Any] = step.phases(batch, config)
@@ -343,7 +343,7 @@ def ragged(settings: Settings, send: Send) -> None:
     import qlora_kit as qk
     from qlora_kit.data.batch import collate
     from qlora_kit.model.head import head_of
-    from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.step.settle import settle
     from qlora_kit.tasks.causal import loss_sum
 
     clock = clock_of_this_machine()
@@ -353,7 +353,7 @@ def ragged(settings: Settings, send: Send) -> None:
     config = our_stack.config_of(settings | {"length": longest})
     model = adapter.base.model.train()
     head = head_of(model)
-    apply(model, resolve(config, hardware), hardware)
+    settle(model, config, hardware)
 
     def batch_of(length: int, padded_to: int) -> Any:
         ids = speed_sides.one_row(settings, length)
