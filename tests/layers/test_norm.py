@@ -143,3 +143,14 @@ def test_a_plan_sees_the_tensors_of_the_kernels_and_no_others() -> None:
         ledger.restart()
         torch.autograd.backward(y, grad)
         assert ledger.peak().bytes == before + size
+
+
+def test_a_plan_sees_the_copy_of_an_input_that_is_not_contiguous() -> None:
+    with FakeTensorMode(), Ledger("meta") as ledger:
+        x = torch.empty(1, 4, 16, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+        weight = torch.empty(64, dtype=torch.bfloat16, device="meta")
+        before = ledger.live_bytes
+        ledger.restart()
+        y = rms_norm(x, weight, EPS)
+        assert y.is_contiguous()
+        assert ledger.peak().bytes == before + 2 * x.nbytes + 512
