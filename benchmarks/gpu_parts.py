@@ -139,7 +139,7 @@ def peaks(settings: Settings, send: Send) -> None:
 
     import qlora_kit as qk
     from qlora_kit.model.head import head_of
-    from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.step.settle import settle
     from qlora_kit.train.optimizer import build_optimizer
 
     meter = meter_of_this_machine(None)
@@ -157,7 +157,7 @@ def peaks(settings: Settings, send: Send) -> None:
     for length in settings["lengths"]:
         run = settings | {"length": length}
         config = our_stack.config_of(run)
-        apply(base.model, resolve(config, hardware), hardware)
+        settle(base.model, config, hardware)
         batch = our_stack.random_batch(run, step.head.linear.out_features).to(hardware.device)
         try:
             found: dict[str, Any] = step.phases(batch, config)
@@ -188,6 +188,7 @@ class _Step:
         import torch
 
         from qlora_kit.tasks.causal import loss_sum, scores
+        from qlora_kit.train.optimizer_step import differentiate
 
         self.meter.phase("steps before", self._step_before)
         chunk = config.loss_chunk_tokens
@@ -205,7 +206,7 @@ class _Step:
         self.model.train()
         loss = phase("forward", lambda: loss_sum(self.model, batch, self.head, chunk_tokens=chunk))
         found["loss"] = float(loss.detach()) / batch.weight
-        phase("backward", loss.backward)
+        phase("backward", lambda: differentiate(loss))
         del loss
         phase("optimizer", move)
         self.meter.phase("step's end", lambda: self.optimizer.zero_grad(set_to_none=True))
@@ -343,8 +344,9 @@ def ragged(settings: Settings, send: Send) -> None:
     import qlora_kit as qk
     from qlora_kit.data.batch import collate
     from qlora_kit.model.head import head_of
-    from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.step.settle import settle
     from qlora_kit.tasks.causal import loss_sum
+    from qlora_kit.train.optimizer_step import differentiate
 
     clock = clock_of_this_machine()
     hardware = qk.choose_hardware(dtype="bfloat16")
@@ -353,7 +355,7 @@ def ragged(settings: Settings, send: Send) -> None:
     config = our_stack.config_of(settings | {"length": longest})
     model = adapter.base.model.train()
     head = head_of(model)
-    apply(model, resolve(config, hardware), hardware)
+    settle(model, config, hardware)
 
     def batch_of(length: int, padded_to: int) -> Any:
         ids = speed_sides.one_row(settings, length)
@@ -363,7 +365,7 @@ def ragged(settings: Settings, send: Send) -> None:
 
     def step(batch: Any) -> None:
         loss: Any = loss_sum(model, batch, head, chunk_tokens=config.loss_chunk_tokens)
-        loss.backward()
+        differentiate(loss)
         for parameter in adapter.parameters().values():
             parameter.grad = None
 

@@ -104,7 +104,7 @@ def measure(run: dict[str, Any], meter: Meter) -> None:
     import qlora_kit as qk
     from qlora_kit.model.head import head_of
     from qlora_kit.model.load import Placement
-    from qlora_kit.step.reducers import apply, resolve
+    from qlora_kit.step.settle import settle
     from qlora_kit.tasks.causal import loss_sum, scores
     from qlora_kit.train.optimizer import build_optimizer
 
@@ -116,7 +116,7 @@ def measure(run: dict[str, Any], meter: Meter) -> None:
     parameters = list(adapter.parameters().values())
     optimizer = build_optimizer(parameters, config)
     head = head_of(base.model)
-    apply(base.model, resolve(config, hardware), hardware)
+    settle(base.model, config, hardware)
     batch = random_batch(run, head.linear.out_features).to(hardware.device)
 
     def micro_batches() -> None:

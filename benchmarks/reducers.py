@@ -63,7 +63,9 @@ def predicted(model: str, changes: dict[str, Any], length: int) -> tuple[int, in
     """Return the predicted peaks of training steps, in bytes, on the device and on the host."""
     import qlora_kit as qk
 
-    config = qk.TrainConfig(model=model, max_length=length, eval_batch_size=1, **changes)
+    # Without kernels, so that the table shows what the reducers alone do.
+    settings = {"kernels": "plain", **changes}
+    config = qk.TrainConfig(model=model, max_length=length, eval_batch_size=1, **settings)
     found = peaks(qk.find_model(model), config, for_gpu=True)
     return found["step"], found["host"]
 

@@ -7,18 +7,19 @@ show whether a new release still has the names, and whether they still mean the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record",
-    "end_memory_record", "is_in_backward", "largest_magnitudes", "own_buffers", "own_parameters",
-    "storage_key", "tree_leaves",
+    "end_memory_record", "is_in_backward", "largest_magnitudes", "outside_of_modes", "own_buffers",
+    "own_parameters", "storage_key", "tree_leaves",
 ]  # fmt: skip
 
 # The binding of torch's profiler to C++, which has no types.
@@ -34,6 +35,11 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return a module's own parameters; a parameter added to them skips torch's checks."""
     return module._parameters
+
+
+def outside_of_modes() -> AbstractContextManager[Any]:
+    """Return a block whose tensors are real, and which no ledger sees, even in a simulation."""
+    return _disable_current_modes()
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -44,6 +45,24 @@ def gated(experts: nn.Module, gate_up: Tensor) -> Tensor:
 def left_out_of_checkpoints(model: PreTrainedModel) -> Collection[str]:
     """Return the patterns of tensors that a checkpoint may have and the model ignores."""
     return model._keys_to_ignore_on_load_unexpected or ()
+
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def rotary_functions(model: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Return what rotates queries and keys by their positions, by the file of a model's code.
+
+    The attention of a model finds the function under its name in that file, at every call.
+    """
+    files = dict.fromkeys(type(module).__module__ for module in model.modules())
+    found = {file: getattr(sys.modules.get(file), _ROTARY, None) for file in files}
+    return {file: function for file, function in found.items() if function is not None}
+
+
+def rotate_by(file: str, function: Callable[..., Any]) -> None:
+    """Let all models of one file of code rotate queries and keys with `function`."""
+    setattr(sys.modules[file], _ROTARY, function)
 
 
 @contextlib.contextmanager

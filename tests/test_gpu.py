@@ -19,12 +19,16 @@ from tiny_models import fill_lora
 from torch import Tensor
 
 import qlora_kit as qk
+from qlora_kit.config import StepOptions
 from qlora_kit.data.batch import collate
+from qlora_kit.layers import kernels
+from qlora_kit.layers.kernels.norm import rms_norm
 from qlora_kit.layers.weight import FourBitWeight
 from qlora_kit.model.hardware import make_deterministic
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Digest, Placement
 from qlora_kit.model.names import find_model
+from qlora_kit.step.kernels import choose_kernels
 from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply
 from qlora_kit.tasks.causal import loss_sum
 
@@ -40,6 +44,7 @@ def _fresh_gpu() -> Iterator[None]:
     forget()
     yield
     torch.use_deterministic_algorithms(False)
+    kernels.use(())
     torch.cuda.set_per_process_memory_fraction(1.0)
     forget()
 
@@ -300,6 +305,38 @@ def test_a_tiled_mlp_computes_the_same_on_a_gpu(
         assert found == pytest.approx(loss, rel=tolerance)
         for ours, theirs in zip(found_grads, grads, strict=True):
             assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("name", ["tinyllama", "gemma-2-9b", "qwen3-8b", "phi-4-mini"])
+def test_a_step_with_all_kernels_agrees_with_the_plain_code(
+    save_tiny: Callable[..., Path], name: str, dtype: str, tolerance: float
+) -> None:
+    base = load(save_tiny(name, initializer_range=0.05), 4, "cuda", dtype)
+    adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=("all-linear",)), seed=1)
+    fill_lora(adapter)
+    tiles = Reducers(recompute=True, offload_checkpoints=True, mlp_tile_tokens=16)
+    loss, grads = one_step(adapter, 60, tiles)
+    chosen = choose_kernels(base.model, StepOptions(mlp_tile_tokens=16), base.hardware)
+    assert chosen.left_out == {}, chosen.described()
+    assert set(chosen.serving) == set(kernels.NAMES) - ({"lora"} if dtype == "float32" else set())
+    found, found_grads = one_step(adapter, 60, tiles)
+    assert found == pytest.approx(loss, rel=tolerance)
+    for ours, theirs in zip(found_grads, grads, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+def test_a_norm_takes_the_memory_that_a_plan_says() -> None:
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4096, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    y = rms_norm(x, weight, 1e-5)
+    assert torch.cuda.max_memory_allocated() == before + y.nbytes + 512
+    grad = torch.randn_like(y)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.backward(y, grad)
+    assert torch.cuda.max_memory_allocated() == before + x.nbytes
 
 
 @pytest.mark.parametrize("name", ["tinyllama", "gemma-2-9b", "phi-4-mini"])

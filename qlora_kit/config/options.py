@@ -388,6 +388,10 @@ class StepOptions(Options):
         ge=1,
         decides=["precision", "memory"],
     )
+    kernels: Literal["auto", "plain"] = option(
+        "auto", "auto: fused kernels where the model runs on a GPU and they compute the same; "
+        "plain: the code without them", decides=["precision", "memory"], known_by_result=True,
+    )  # fmt: skip
 
 
 class BudgetOptions(Options):

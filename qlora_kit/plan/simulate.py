@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.layers.draws import Draws, drawn_from
+from qlora_kit.layers.kernels import in_use, use
 from qlora_kit.layers.projections import projected_weights, projections
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
@@ -43,7 +44,7 @@ from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
 from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
-from qlora_kit.step.reducers import apply, resolve
+from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Objective
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
@@ -173,6 +174,7 @@ def _simulation(hardware: Hardware) -> Iterator[Ledger]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(masks_as_in_a_run())
+        stack.callback(use, in_use())
         if device == "meta":
             stack.enter_context(planned_attention(ledger))
         stack.enter_context(ledger)
@@ -277,7 +279,7 @@ class SimulatedRun:
             options: how the step is computed.
             shape: the sizes of the micro-batch.
         """
-        apply(self.model, resolve(options, self.hardware), self.hardware)
+        settle(self.model, options, self.hardware)
         self.model.train()
         if options.gradient_accumulation_steps > 1:
             self._give_gradients()
@@ -331,7 +333,7 @@ class SimulatedRun:
         """
         is_asked = "eval_batch_size" in config.model_fields_set
         allowed = max(self.device[phase].bytes for phase in ("forward", "backward"))
-        apply(short.model, resolve(config, self.hardware), self.hardware)
+        settle(short.model, config, self.hardware)
         short.hold()
         while True:
             short.evaluate(config, shape)

@@ -33,6 +33,7 @@ from qlora_kit.report.facts import RunSummary, header, speed
 from qlora_kit.report.labels import write_labels
 from qlora_kit.report.trackers import Tracking
 from qlora_kit.signals import Stopped
+from qlora_kit.step.kernels import Kernels, choose_kernels
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
@@ -55,6 +56,7 @@ class Run:
         held_out: the validation rows, if there are any.
         plan: the plan of the run's memory, if one could be made.
         adapter: the adapter, attached to the loaded base.
+        kernels: the kernels that serve the loaded base.
         record: the record of the base for the adapter's files.
         identity: the values that must be equal for the run to be resumed, by name.
         resume: the checkpoint to resume from; None to start from the beginning.
@@ -70,6 +72,7 @@ class Run:
     held_out: Tokenized | None
     plan: Plan | None
     adapter: Adapter
+    kernels: Kernels
     record: BaseRecord
     identity: dict[str, Any]
     resume: Path | None
@@ -118,12 +121,13 @@ class Run:
         check_room(output, trainable, steps, config)
         base = opened.load(config, announce, threads)
         adapter = attach(base, lora, config.seed)
+        kernels = choose_kernels(base.model, config, base.hardware)
         record = BaseRecord.of(base, opened.fetched.revision, rows.template_hash)
-        identity = _identity(config, rows, held_out, base)
+        identity = _identity(config, rows, held_out, base, kernels)
         resume = resume_point(output, config, identity, steps.total, announce)
         return cls(
             config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
-            record, identity, resume,
+            kernels, record, identity, resume,
         )  # fmt: skip
 
     def finished_before(self) -> dict[str, Any] | None:
@@ -139,7 +143,9 @@ class Run:
         """Train, and write all files of the run; return its outcome, for programs."""
         if self.config.overwrite:
             clear_run(self.output)
-        facts = header(self.adapter, self.rows, self.held_out, self.samples, self.config)
+        facts = header(
+            self.adapter, self.rows, self.held_out, self.samples, self.config, self.kernels
+        )
         name = self.opened.source.name
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))
         self._save_inputs()
@@ -260,7 +266,11 @@ class Run:
 
 
 def _identity(
-    config: TrainConfig, rows: Tokenized, held_out: Tokenized | None, base: Base
+    config: TrainConfig,
+    rows: Tokenized,
+    held_out: Tokenized | None,
+    base: Base,
+    kernels: Kernels,
 ) -> dict[str, Any]:
     """Return all values that must be equal for a resumed run to have the same bits, by name."""
     return {
@@ -271,6 +281,7 @@ def _identity(
         "base": base.digest,
         "dtype": base.hardware.dtype_name,
         "device": base.hardware.device.type,
+        "kernels": kernels.names,
         # The number of threads decides how a sum is divided.
         "threads": config.threads if base.hardware.device.type == "cpu" else None,
     }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
+    from qlora_kit.step.kernels import Kernels
 
 # Not listed as settings: these are told elsewhere, or are paths of this machine.
 _NOT_TOLD = ("model", "data", "validation", "device", "threads", "chat_template")
@@ -122,11 +123,13 @@ def header(
     held_out: Tokenized | None,
     samples: Samples,
     config: TrainConfig,
+    kernels: Kernels,
 ) -> Rows:
     """Return the facts that are known before training: model, data, device and batch."""
     base = adapter.base
     share = adapter.trainable / base.parameters
     batch = config.batch_size * config.gradient_accumulation_steps
+    on_gpu = base.hardware.device.type != "cpu"
     return (
         ("model", f"{base.spec.source.identity}, {base.parameters:,} parameters"),
         ("bits", f"{base.quantization.describe()}; {base.unquantized_share:.2%} of the weights "
@@ -135,6 +138,7 @@ def header(
                       f"{len(adapter.layers)} layers"),
         ("device", base.hardware.device_name),
         ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
+        *((("kernels", kernels.described()),) if on_gpu else ()),
         ("data", f"{samples.source}, {len(rows.rows):,} rows, "
                  f"{rows.counts.weight:,} {rows.counts.weighs.replace('_', ' ')}"),
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),

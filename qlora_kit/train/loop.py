@@ -41,7 +41,8 @@ from qlora_kit.lora.attach import Adapter
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes, restart_peak
 from qlora_kit.parallel.one import Processes, processes_of_this_run
-from qlora_kit.step.reducers import apply, resolve, without_effect
+from qlora_kit.step.reducers import without_effect
+from qlora_kit.step.settle import settle
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.classify import RowLoss
 from qlora_kit.tasks.task import Task
@@ -263,7 +264,7 @@ class _Training:
 
     def _begin(self) -> None:
         seed_everything(self.config.seed)
-        self._reduce_memory()
+        self._settle()
         self.model.train()
         if self.saving is not None and self.saving.resume is not None:
             self.progress = restore_checkpoint(self.saving.resume, self.trainee)
@@ -283,11 +284,9 @@ class _Training:
             )
         )
 
-    def _reduce_memory(self) -> None:
-        hardware = self.adapter.base.hardware
-        reducers = resolve(self.config, hardware)
-        tiled = apply(self.model, reducers, hardware)
-        for text in without_effect(self.config, reducers, tiled):
+    def _settle(self) -> None:
+        settled = settle(self.model, self.config, self.adapter.base.hardware)
+        for text in without_effect(self.config, settled.reducers, settled.tiled_mlps):
             self.announce(Notice(text))
 
     def _say_cost_of_determinism(self) -> None:

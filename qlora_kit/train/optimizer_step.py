@@ -187,7 +187,7 @@ class OptimizerStep:
             safe_point(self.processes.any)
             with drawn_from(Draws(self.seed, step, indices, self.most_tokens)):
                 summed = self.objective.loss_sum(batch)
-                _differentiate(self.scaler.scale(summed / weight))
+                differentiate(self.scaler.scale(summed / weight))
             sums.append(summed.detach().double())
         # One transfer from the device for all micro-batches.
         losses: list[float] = torch.stack(sums).tolist()
@@ -281,13 +281,14 @@ class OptimizerStep:
 
     def _seconds(self, batch: Batch) -> float:
         start = time.perf_counter()
-        _differentiate(self.objective.loss_sum(batch))
+        differentiate(self.objective.loss_sum(batch))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
 
-def _differentiate(loss: Tensor) -> None:
+def differentiate(loss: Tensor) -> None:
+    """Add the gradients of a loss to those of the parameters, as a step does."""
     # Backward runs on this thread: autograd's own thread would have a second cuBLAS workspace, of
     # 32 MiB.
     with torch.autograd.set_multithreading_enabled(False):

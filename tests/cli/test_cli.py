@@ -131,6 +131,7 @@ def _changed(name: str) -> tuple[str, object]:
         "chat_template": ("chatml", "chatml"),
         "format": ("qa", "qa"), "columns": ("text=a.b", {"text": "a.b"}),
         "scheduler": ("cosine", "cosine"), "optimizer": ("adamw8bit", "adamw8bit"),
+        "kernels": ("plain", "plain"),
         "data": ("a.jsonl", "a.jsonl"), "validation": ("b.jsonl", "b.jsonl"),
         "output": ("out", "out"), "resume": ("latest", "latest"),
         "allow_change": ("data,seed", ["data", "seed"]),

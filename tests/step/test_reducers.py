@@ -739,7 +739,8 @@ def test_each_reducer_lowers_the_predicted_peak(without_reducers: Prediction, na
 def test_a_head_in_fewer_bits_lowers_the_predicted_peak() -> None:
     peaks = [predicted(2048, layers=4, head_bits=bits).peak.bytes for bits in (16, 8, 4)]
     assert peaks[0] - peaks[1] > 0.3e9
-    assert peaks[0] - peaks[2] > 0.5e9
+    # With 4 bits a step takes less than loading does, which has the whole head in 16 bits.
+    assert peaks[0] - peaks[2] > 0.45e9
 
 
 def test_checkpoints_on_the_device_do_not_grow_with_layers() -> None:

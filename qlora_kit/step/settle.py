@@ -1,0 +1,46 @@
+"""Settles how a loaded model computes its steps: its reducers of memory, and its kernels.
+
+A run and its plan make the same call, so the plan predicts the step that the run takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from qlora_kit.config import StepOptions
+from qlora_kit.model.hardware import Hardware
+from qlora_kit.step.kernels import Kernels, choose_kernels
+from qlora_kit.step.reducers import Reducers, apply, resolve
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a model computes its steps.
+
+    Attributes:
+        reducers: the reducers of memory.
+        tiled_mlps: the number of MLPs that work in tiles.
+        kernels: the kernels that serve.
+    """
+
+    reducers: Reducers
+    tiled_mlps: int
+    kernels: Kernels
+
+
+def settle(model: PreTrainedModel, options: StepOptions, hardware: Hardware) -> Settled:
+    """Let a loaded model compute its steps by these options, whatever was settled before.
+
+    Args:
+        model: a loaded model, changed in place.
+        options: the options of the user.
+        hardware: the device that the model runs on; `meta` stands in for a GPU in a plan.
+
+    Raises:
+        ModelError: the architecture has no layers that can be recomputed.
+    """
+    reducers = resolve(options, hardware)
+    tiled = apply(model, reducers, hardware)
+    return Settled(reducers, tiled, choose_kernels(model, options, hardware))
