@@ -206,7 +206,7 @@ class _Step:
         self.model.train()
         loss = phase("forward", lambda: loss_sum(self.model, batch, self.head, chunk_tokens=chunk))
         found["loss"] = float(loss.detach()) / batch.weight
-        phase("backward", lambda: differentiate(loss))
+        phase("backward", partial(differentiate, loss))
         del loss
         phase("optimizer", move)
         self.meter.phase("step's end", lambda: self.optimizer.zero_grad(set_to_none=True))
