@@ -81,6 +81,8 @@ def part_of(launch: Launch, rank: int, vocabulary: int) -> str:
     text = " ".join(names).lower()
     if kernel.startswith(("memcpy", "memset")):
         return "copies"
+    if own := _OWN_KERNELS.get(launch.name):
+        return own
     if "optimizer.step" in text or _LABEL + "clipping" in text or "fused_adam" in text:
         return "optimizer"
     if "dequant" in kernel or "dequant" in text.split(_NODE.lower())[0]:
@@ -96,6 +98,13 @@ def part_of(launch: Launch, rank: int, vocabulary: int) -> str:
             return part
     return "everything else"
 
+
+# The kit's kernels in Triton, whose names are those of their functions.
+_OWN_KERNELS = {
+    "_unpack": "dequantisation", "_rotate": "RoPE", "right_factors": "LoRA", "left_factor": "LoRA",
+    "_gate": "MLP beside products", "_gate_back": "MLP beside products",
+    "_cross_entropy": "head and loss",
+}  # fmt: skip
 
 _WORDS = (
     (_LABEL + "rope", "RoPE"),

@@ -130,7 +130,10 @@ def fill_lora(adapter: Any, seed: int = 7, std: float = 0.1) -> None:
 
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter.layers.values():
-        layer.lora_B.data.normal_(0, std, generator=generator)
+        # Drawn on the CPU: the same values on every device.
+        layer.lora_B.data.copy_(
+            torch.empty(layer.lora_B.shape).normal_(0, std, generator=generator)
+        )
 
 
 def mask_of(batch: Any) -> Any:

@@ -147,11 +147,9 @@ class SplitLowRank(LowRank):
     ) -> tuple[Tensor, Tensor]:
         """See `LowRank`."""
         both = 2 * self._rank
-        of_a = split.wide_product(grad_inner[:, :both].T, _masked(x, self.kept))
-        grad_a = split.sum_of_halves(of_a, 0)
-        del of_a
-        of_b = split.wide_product(grad_y.T, h[:, :both])
-        return grad_a, split.sum_of_halves(of_b, 1)
+        grad_a = split.product_over_tokens(grad_inner[:, :both], _masked(x, self.kept), halves=0)
+        grad_b = split.product_over_tokens(grad_y, h[:, :both], halves=1)
+        return grad_a, grad_b
 
     def add_input_gradient(self, grad_x: Tensor, grad_inner: Tensor) -> None:
         """See `LowRank`."""

@@ -129,7 +129,9 @@ class Ledger(TorchDispatchMode):
         self, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
         if (count := flop_registry.get(func.overloadpacket)) is not None:
-            work.flop += int(count(*args, **kwargs, out_val=result))
+            # The formula of a batch of products takes no dtype of the result.
+            sized = (each for each in args if not isinstance(each, torch.dtype))
+            work.flop += int(count(*sized, **kwargs, out_val=result))
         elif func in _COPIES:
             source = args[1] if func is _COPIES[0] else args[0]
             if self._side(source) != self._side(result):

@@ -52,10 +52,11 @@ class Numbers:
         """Return the next numbers, as an input that takes a gradient."""
         return self.draw(*shape).requires_grad_()
 
-    def with_gradients(self, y: Tensor, *inputs: Tensor) -> list[Tensor]:
-        """Return y and the gradients of its inputs, given a random gradient of y."""
-        grad = self.draw(*y.shape).to(y.dtype)
-        return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+    def with_gradients(self, outputs: Tensor | tuple[Tensor, ...], *inputs: Tensor) -> list[Tensor]:
+        """Return the outputs and the gradients of the inputs, given random gradients of outputs."""
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = [self.draw(*each.shape).to(each.dtype) for each in several]
+        return [*(each.detach() for each in several), *torch.autograd.grad(several, inputs, grads)]
 
 
 Trial = Callable[[Numbers], list[Tensor]]
@@ -137,8 +138,7 @@ def _turned(rotation: Rotation, width: int, numbers: Numbers) -> list[Tensor]:
     # (B, T, H, d) seen as (B, H, T, d), as a projection gives them.
     q, k = (numbers.input(2, _TOKENS, heads, width).transpose(1, 2) for heads in (4, 2))
     angles = numbers.draw(1, _TOKENS, width // 2).repeat(1, 1, 2)
-    turned_q, turned_k = rotation(q, k, angles.cos(), angles.sin())
-    return numbers.with_gradients(turned_q, q) + numbers.with_gradients(turned_k, k)
+    return numbers.with_gradients(tuple(rotation(q, k, angles.cos(), angles.sin())), q, k)
 
 
 def _gate(tried: Tried) -> Iterator[Trial]:

@@ -24,7 +24,7 @@ _COLUMNS_OF_A_WARP = 512
 
 
 @jit
-def _logprobs(
+def _cross_entropy(
     logits,
     targets,
     logprobs,
@@ -67,7 +67,7 @@ def _run(logits: Tensor, targets: Tensor, scale: float, gradient: bool) -> Tenso
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     tile = min(_TILE, power_of_two(vocabulary))
     if rows:
-        _logprobs[(rows,)](
+        _cross_entropy[(rows,)](
             logits, targets.contiguous(), logprobs, logits.stride(0), scale,
             vocabulary, tile, gradient, num_warps=max(tile // _COLUMNS_OF_A_WARP, 1),
         )  # fmt: skip

@@ -40,7 +40,7 @@ def _sigmoids(z):
 
 
 @jit
-def _forward(gate, up, gate_row, up_row, width, act: constexpr, tile: constexpr):
+def _gate(gate, up, gate_row, up_row, width, act: constexpr, tile: constexpr):
     """Write act(gate) · up over a tile of one row of `up`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
@@ -54,7 +54,7 @@ def _forward(gate, up, gate_row, up_row, width, act: constexpr, tile: constexpr)
 
 
 @jit
-def _backward(
+def _gate_back(
     gate,
     up,
     grad,
@@ -89,13 +89,13 @@ def _backward(
 def _run_forward(activation: str, gate: Tensor, up: Tensor) -> None:
     rows, width = gate.shape
     grid = (rows, tiles(width, _TILE))
-    _forward[grid](gate, up, gate.stride(0), up.stride(0), width, activation, _TILE)
+    _gate[grid](gate, up, gate.stride(0), up.stride(0), width, activation, _TILE)
 
 
 def _run_backward(activation: str, gate: Tensor, up: Tensor, grad: Tensor, product: bool) -> None:
     rows, width = gate.shape
     grid = (rows, tiles(width, _TILE))
-    _backward[grid](
+    _gate_back[grid](
         gate, up, grad, gate.stride(0), up.stride(0), grad.stride(0), width,
         activation, product, _TILE,
     )  # fmt: skip

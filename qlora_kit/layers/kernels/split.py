@@ -29,6 +29,7 @@ from qlora_kit.private_torch import FakeTensor
 
 _BLOCK = 1024
 _MANY = 2**31  # offsets in the kernels are of 32 bits
+_SUMMED_TOKENS = 2048
 
 
 def as_right_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,19 +80,44 @@ def as_left_factor(products: Tensor, factor: float) -> Tensor:
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right in fp32, of two bf16 matrices.
+    """Return left right in fp32, of two bf16 matrices, or of as many pairs of them.
 
     A CPU has no such product. It multiplies fp32 copies, for tests.
     """
     if left.device.type == "cpu":
         return left.float() @ right.float()
-    return torch.mm(left, right, out_dtype=torch.float32)
+    multiply = torch.mm if left.ndim == 2 else torch.bmm
+    return multiply(left, right, out_dtype=torch.float32)
 
 
-def sum_of_halves(products: Tensor, dim: int) -> Tensor:
-    """Return the sum of the two halves of `products` along a dimension."""
-    first, second = products.chunk(2, dim)
-    return first + second
+def product_over_tokens(left: Tensor, right: Tensor, halves: int) -> Tensor:
+    """Return leftᵀ right in fp32, with the halves of one factor added.
+
+    Tensor cores add long sums less exactly than fp32 units do: over 8,192 tokens the error reached
+    2e-5 on an H100. So a sum over many tokens is computed in parts, which are added in fp32.
+
+    Args:
+        left: (N, I), bf16.
+        right: (N, J), bf16.
+        halves: the factor whose columns are two halves: 0 for `left`, 1 for `right`.
+
+    Returns:
+        (I / 2, J) or (I, J / 2).
+    """
+    count = _parts_of(len(left))
+    first, second = (each.unflatten(0, (count, len(left) // count)) for each in (left, right))
+    products = wide_product(first.transpose(1, 2), second)
+    total: Tensor = products.unflatten(1 + halves, (2, -1)).sum((0, 1 + halves))
+    return total
+
+
+def _parts_of(tokens: int) -> int:
+    """Return the smallest number of equal parts with at most `_SUMMED_TOKENS` tokens each.
+
+    Where there is none that is not much larger than it must be, the tokens stay whole.
+    """
+    least = max(1, -(-tokens // _SUMMED_TOKENS))
+    return next((count for count in range(least, 4 * least) if tokens % count == 0), 1)
 
 
 def _fill_right(value: Tensor, parts: Tensor) -> None:

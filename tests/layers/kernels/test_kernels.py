@@ -135,9 +135,9 @@ def logprobs(dtype: torch.dtype) -> None:
 LAUNCHES: dict[str, tuple[Any, str, Callable[[torch.dtype], None], int]] = {
     "nf4": (nf4, "_unpack", unpack, 8),
     "rotary": (rotary, "_rotate", rotate, 4),
-    "gate": (gate, "_forward", gated, 2),
-    "gate back": (gate, "_backward", gated_back, 4),
-    "loss": (cross_entropy, "_logprobs", logprobs, 4),
+    "gate": (gate, "_gate", gated, 2),
+    "gate back": (gate, "_gate_back", gated_back, 4),
+    "loss": (cross_entropy, "_cross_entropy", logprobs, 4),
 }
 
 
