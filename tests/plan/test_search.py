@@ -82,7 +82,7 @@ def test_what_is_extrapolated_from_three_layers_is_what_the_whole_model_takes(
 
 def test_the_choice_fits_and_does_less_work_the_larger_the_budget() -> None:
     costs = []
-    for budget in (int(0.72e9), int(0.9e9), int(2e9)):
+    for budget in (int(0.98e9), int(1.22e9), int(2.32e9)):
         plan = plan_of(SMALL, budget)
         assert plan.fits
         assert plan.card_bytes <= budget
@@ -105,7 +105,7 @@ def test_the_effective_batch_and_what_the_user_set_stay() -> None:
         update={"batch_size": 6, "gradient_accumulation_steps": 4, "mlp_tile_tokens": 1024}
         | {"offload_checkpoints": False, "keep_layers": 3}
     )
-    config = plan_of(asked, int(1.5e9)).config
+    config = plan_of(asked, int(1.82e9)).config
     assert config.batch_size * config.gradient_accumulation_steps == 24
     assert config.mlp_tile_tokens == 1024
     assert config.offload_checkpoints is False
@@ -114,7 +114,7 @@ def test_the_effective_batch_and_what_the_user_set_stay() -> None:
 
 def test_host_memory_is_kept_to_as_well() -> None:
     config = SMALL.model_copy(update={"model": "tinyllama", "gradient_accumulation_steps": 2})
-    card, host = int(1.4e9), int(0.7e9)
+    card, host = int(1.72e9), int(0.7e9)
     plan = make_plan(config, planned(config), Budget(card))
     assert plan.config.embedding_on_cpu
     assert plan.budget.taken_of_host(plan.prediction.host_peak.bytes, 0) > host
@@ -136,11 +136,11 @@ def test_the_headline_model_gets_settings_for_each_card(gigabytes: int) -> None:
 
 
 def test_ranked_choices_are_shown_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run("plan", "--model", "demo", "--vram", "600MB", capsys=capsys)
+    code, out, _ = run("plan", "--model", "demo", "--vram", "920MB", capsys=capsys)
     assert code == 0
-    assert "settings for 0.60 GB of the card" in out
+    assert "settings for 0.92 GB of the card" in out
     assert "the least work of" in out
-    code, out, _ = run("plan", "--model", "demo", "--vram", "600MB", "--json", capsys=capsys)
+    code, out, _ = run("plan", "--model", "demo", "--vram", "920MB", "--json", capsys=capsys)
     found = json.loads(out)
     assert found["fits"] is True
     costs = [choice["relative_cost"] for choice in found["choices"]]
@@ -152,8 +152,8 @@ def test_ranked_choices_are_shown_with_the_reason(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--vram", "505MB"), "takes 0.5"),
-        (("--vram", "300MB"), "no more than the 0.50 GB of context"),
+        (("--vram", "825MB"), "takes 0.8"),
+        (("--vram", "300MB"), "no more than the 0.82 GB of context"),
         (("--vram", "10 bananas"), "expected a number with a unit"),
         (("--vram", "10XB"), "expected a number with a unit"),
         (("--vram", "auto"), "no GPU here to ask"),
@@ -174,8 +174,8 @@ def test_a_budget_that_cannot_be_kept_is_one_line(
 def test_the_context_is_measured_where_there_is_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     options = PlanConfig(model="demo", vram="8GB")
     assumed = budget_of(options, on_gpu=True)
-    assert assumed.allocatable_bytes == 8 * 10**9 - 500_000_000
-    assert assumed.describe_beside() == "0.50 GB of context, assumed"
+    assert assumed.allocatable_bytes == 8 * 10**9 - 820_000_000
+    assert assumed.describe_beside() == "0.82 GB of context, assumed"
     # A card of 10 GB: 0.6 of context, 1.4 of others, 0.2 reserved by torch.
     grown: list[bool] = []
     monkeypatch.setattr(budget_module, "_grow_context", lambda: grown.append(True))
