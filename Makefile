@@ -54,7 +54,7 @@ bench: setup     ## peak memory and the comparison with peers
 	$(BIN)/python benchmarks/peak_vram.py --model deepseek-7b --bits 4
 	$(BIN)/python benchmarks/versus_peers.py
 
-gpu-report: setup  ## what has only been predicted, measured on this GPU; five minutes
+gpu-report: setup  ## what has only been predicted, measured on this GPU; up to 13 minutes
 	$(BIN)/python benchmarks/gpu_report.py
 
 gpu-report-rehearse: setup  ## the same with tiny models, on a CPU as well

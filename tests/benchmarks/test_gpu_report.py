@@ -339,11 +339,11 @@ def test_a_wrong_option_is_one_line(arguments: list[str], said: str, tmp_path: P
     assert "Traceback" not in done.stderr
 
 
-def test_the_limits_of_all_parts_are_five_minutes() -> None:
+def test_the_limits_of_all_parts_are_thirteen_minutes() -> None:
     from gpu_report import PARTS
 
     assert tuple(PARTS) == PART_NAMES
-    assert sum(part.limit_seconds for part in PARTS.values()) <= 300
+    assert sum(part.limit_seconds for part in PARTS.values()) <= 780
 
 
 def test_every_file_with_gpu_tests_is_run() -> None:
