@@ -21,7 +21,6 @@ from qlora_kit.errors import ModelError
 from qlora_kit.export.rows import some_rows
 from qlora_kit.export.verify import verify_merge
 from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead, Kind
-from qlora_kit.model.load import trained_whole
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.tasks.classify import ClassifyObjective, LabelledBatch
 
@@ -94,7 +93,7 @@ def spec_of(folder: Path, bits: int = 16, kind: Kind = "single", **changes: Any)
 def adapter_on(spec: qk.BaseSpec, **options: Any) -> qk.Adapter:
     base = qk.load_base(spec, qk.choose_hardware("cpu"))
     asked = {"rank": 4, "targets": ("all-linear",), **options}
-    lora = qk.LoraSpec(whole=trained_whole(spec), task_type="SEQ_CLS", **asked)
+    lora = qk.LoraSpec(whole=spec.trained_whole(), task_type="SEQ_CLS", **asked)
     return qk.attach(base, lora, seed=1)
 
 
