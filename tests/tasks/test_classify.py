@@ -17,10 +17,11 @@ from tiny_models import fill_lora
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import qlora_kit as qk
+from qlora_kit.config import LabelKind
 from qlora_kit.errors import ModelError
 from qlora_kit.export.rows import some_rows
 from qlora_kit.export.verify import verify_merge
-from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead, Kind
+from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.tasks.classify import ClassifyObjective, LabelledBatch
 
@@ -81,7 +82,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return folder
 
 
-def spec_of(folder: Path, bits: int = 16, kind: Kind = "single", **changes: Any) -> qk.BaseSpec:
+def spec_of(
+    folder: Path, bits: int = 16, kind: LabelKind = "single", **changes: Any
+) -> qk.BaseSpec:
     pad = json.loads((folder / "config.json").read_text()).get("pad_token_id", 0)
     head = ClassHead(kind, NAMES if kind != "regression" else ("score",), pad)
     return qk.BaseSpec(
@@ -297,7 +300,7 @@ def test_the_same_training_as_in_peft(folder_of: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_the_loss_of_each_kind_of_label_is_that_of_transformers(
-    folder_of: Callable[[str], Path], architecture: str, kind: Kind
+    folder_of: Callable[[str], Path], architecture: str, kind: LabelKind
 ) -> None:
     adapter = adapter_on(spec_of(folder_of(architecture), kind=kind))
     labels: dict[str, list[list[float]]] = {
