@@ -9,7 +9,7 @@ from qlora_kit.config import GenerateConfig
 from qlora_kit.data.samples import PromptRecord
 from qlora_kit.errors import DataError
 from qlora_kit.events import Announce, Answered, Notice
-from qlora_kit.opening.adapters import put_on, put_several_on
+from qlora_kit.opening.adapters import put_by_row_on
 
 if TYPE_CHECKING:
     from qlora_kit.model.class_head import ClassHead
@@ -40,7 +40,6 @@ def labelled(
     """
     from qlora_kit.data.labelled_rows import TextEncoder
     from qlora_kit.infer.labels import likelihoods
-    from qlora_kit.lora.several import PerRow
     from qlora_kit.model.threads import choose_threads
 
     for name in _OF_TEXT:
@@ -51,11 +50,7 @@ def labelled(
     encoder = TextEncoder(opened.tokenizer, min(most, opened.tokenizer.model_max_length))
     encoded = [encoder.encode(_text(prompt)) for prompt in asked]
     base = opened.load(config, announce, choose_threads(config.threads))
-    put_on(base, config, announce)
-    per_row = None
-    if config.adapters:
-        adapters = put_several_on(base, config, announce)
-        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
+    per_row = put_by_row_on(base, config, [prompt.adapter for prompt in asked], announce)
     objective: Any = opened.task.objective(base, opened.tokenizer.pad_token_id, 1, None)
     no_label: list[float] = [0.0] if objective.classes.kind != "multi" else []
     rows = [

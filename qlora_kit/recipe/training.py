@@ -11,6 +11,7 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.events import Announce, silent
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
+from qlora_kit.opening.model import base_spec
 from qlora_kit.recipe.rows import read_data, token_rows
 from qlora_kit.report.trackers import check_tracker
 from qlora_kit.train.folder import claimed_run
@@ -43,7 +44,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         threads = choose_threads(config.threads)
         config = config.model_copy(update={"threads": threads.count})
         opened, rows, held_out = token_rows(samples, validation, config, announce)
-        spec = opened.spec(config)
+        spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
         hardware = choose_hardware(config.device, config.dtype, threads)
         sizes = RowSizes.of(rows.rows, held_out.rows if held_out else None, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,3 +346,15 @@ def test_a_base_without_its_layers_is_still_refused(
     save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"missing tensors .*query\.weight"):
         qk.load_base(spec_of(tmp_path), qk.choose_hardware("cpu"))
+
+
+def test_the_names_in_a_checkpoint_are_read_once(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder_of("bert"), tmp_path / "bert"))
+    spec = spec_of(copy)
+    whole = spec.trained_whole()
+    (copy / "model.safetensors").unlink()
+    assert spec.trained_whole() == whole
+    with pytest.raises(ModelError, match="no weights"):
+        spec_of(copy).trained_whole()
