@@ -16,7 +16,7 @@ from qlora_kit.model.environment import prepare_environment
 from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_by_row_on
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_generates
-from qlora_kit.recipe.labelling import labelled
+from qlora_kit.recipe.labelling import as_shown, labelled
 
 
 def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     given = []
     for prompt, answer in zip(asked, answers, strict=True):
         given.append((prompt, answer))
-        announce(Answered(_answer_line(config, prompt, answer)))
+        announce(Answered(as_shown(config, prompt, answer.strip())))
     if config.prompts is not None:
         rows = [{"place": p.place, "adapter": p.adapter, "text": text} for p, text in given]
         return {"prompts": str(config.prompts), "answers": rows}
@@ -96,9 +96,3 @@ def _as_turns(prompt: PromptRecord, raw: bool) -> str | tuple[Message, ...]:
             )
         return prompt.content
     return prompt.content if raw else (Message("user", prompt.content),)
-
-
-def _answer_line(config: GenerateConfig, prompt: PromptRecord, answer: str) -> str:
-    labels = [prompt.place] if config.prompts is not None else []
-    labels += [prompt.adapter or "the base alone"] if config.adapters else []
-    return f"{', '.join(labels)}: {answer.strip()}" if labels else answer.strip()

@@ -60,7 +60,7 @@ def labelled(
     answers = []
     for prompt, values in zip(asked, likelihoods(objective, rows, per_row=per_row), strict=True):
         answers.append(_answer(objective.classes, values))
-        announce(Answered(_line(config, prompt, answers[-1])))
+        announce(Answered(as_shown(config, prompt, _in_words(answers[-1]))))
     given = list(zip(asked, answers, strict=True))
     if config.prompts is not None:
         listed = [{"place": p.place, "adapter": p.adapter, **answer} for p, answer in given]
@@ -90,14 +90,17 @@ def _answer(classes: ClassHead, values: Sequence[float]) -> dict[str, Any]:
     return {"label": max(by_name, key=by_name.__getitem__), "probabilities": by_name}
 
 
-def _line(config: GenerateConfig, prompt: PromptRecord, answer: dict[str, Any]) -> str:
+def _in_words(answer: dict[str, Any]) -> str:
     if "value" in answer:
-        found = f"{answer['value']:.4f}"
-    else:
-        likely = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:_MOST_SHOWN]
-        shares = ", ".join(f"{name} {value:.3f}" for name, value in likely)
-        chosen = answer["label"] if "label" in answer else ", ".join(answer["labels"]) or "none"
-        found = f"{chosen}  ({shares})"
+        return f"{answer['value']:.4f}"
+    likely = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:_MOST_SHOWN]
+    shares = ", ".join(f"{name} {value:.3f}" for name, value in likely)
+    chosen = answer["label"] if "label" in answer else ", ".join(answer["labels"]) or "none"
+    return f"{chosen}  ({shares})"
+
+
+def as_shown(config: GenerateConfig, prompt: PromptRecord, answer: str) -> str:
+    """Return an answer in words, behind what tells its prompt from other prompts, if any."""
     labels = [prompt.place] if config.prompts is not None else []
     labels += [prompt.adapter or "the base alone"] if config.adapters else []
-    return f"{', '.join(labels)}: {found}" if labels else found
+    return f"{', '.join(labels)}: {answer}" if labels else answer
