@@ -69,7 +69,10 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
 
 TaskName = Literal["causal", "classify"]
 LabelNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
-LabelKind = Annotated[Literal["auto", "single", "multi", "regression"], _renamed(_LABEL_KIND_NAMES)]
+LabelKind = Literal["single", "multi", "regression"]
+AskedLabelKind = Annotated[
+    Literal["auto", "single", "multi", "regression"], _renamed(_LABEL_KIND_NAMES)
+]
 ClassWeights = Annotated[
     Literal["balanced"] | dict[str, Annotated[float, Field(gt=0), BeforeValidator(parse_number)]],
     BeforeValidator(parse_balanced_or_numbers),
@@ -287,7 +290,7 @@ class TaskOptions(Options):
         (), "names of the labels in their order, separated by commas; default: those of the data",
         decides="task",
     )  # fmt: skip
-    label_kind: LabelKind = option(
+    label_kind: AskedLabelKind = option(
         "auto", "one label a sample, several, or a number; auto: by the data",
         also=["problem_type"], decides="task",
     )  # fmt: skip

@@ -148,8 +148,24 @@ def first_tokens(column: pyarrow.ListArray) -> Any:
     return column.offsets.to_numpy() - column.offsets[0].as_py()
 
 
+class PaddedRows:
+    """Rows that are padded to one width: what a batch of any task says of their tokens."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; the batch may be wider."""
+        return max(self.lengths)
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(PaddedRows):
     """One micro-batch, padded on the right.
 
     It needs no attention mask: a token of a causal model sees the tokens before it, never the
@@ -166,16 +182,6 @@ class Batch:
     """index of the source sample of each row"""
     positions: torch.Tensor
     """(N,) int64; positions in the flattened batch whose next token is supervised"""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row; the batch may be wider."""
-        return max(self.lengths)
 
     @property
     def weight(self) -> int:

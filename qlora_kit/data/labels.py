@@ -14,15 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
 
-from qlora_kit.config import TaskOptions
+from qlora_kit.config import LabelKind, TaskOptions
 from qlora_kit.data.fields import is_plain
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import LabelledText
 from qlora_kit.errors import ConfigError, DataError
 
-Kind = Literal["single", "multi", "regression"]
 Label = str | float | tuple[str, ...]
 
 MOST_LABELS = 10_000
@@ -45,7 +43,7 @@ class Labels:
         weights: of the classes in the loss, in the same order.
     """
 
-    kind: Kind
+    kind: LabelKind
     names: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
 
@@ -161,7 +159,7 @@ def _listed(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- one label
 
 
-def names_in(label: Label, kind: Kind, where: str) -> list[str]:
+def names_in(label: Label, kind: LabelKind, where: str) -> list[str]:
     """Return the names of the classes in a label; each is written in one way.
 
     Raises:
@@ -249,7 +247,7 @@ class _Search:
 
     # ------------------------------------------------------------ kind
 
-    def _kind(self) -> Kind:
+    def _kind(self) -> LabelKind:
         asked = self.options.label_kind
         if asked == "single":
             self._check_no_fractions()
@@ -308,7 +306,7 @@ class _Search:
 
     # ------------------------------------------------------------ names
 
-    def _names(self, kind: Kind) -> tuple[str, ...]:
+    def _names(self, kind: LabelKind) -> tuple[str, ...]:
         if self.options.labels:
             return self._asked_names()
         found = dict.fromkeys(

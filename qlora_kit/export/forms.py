@@ -26,7 +26,7 @@ from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.class_head import fresh_value
 from qlora_kit.model.convert import Assembly, assemble
-from qlora_kit.model.load import freeze, fresh_parameters, open_tensors
+from qlora_kit.model.load import freeze, open_tensors
 
 
 class Variant(StrEnum):
@@ -173,7 +173,7 @@ class Parameters:
         shapes = skeleton.state_dict()
         self._fresh = {
             name: fresh_value(name, shapes[name], is_linear=_is_linear(skeleton, name))
-            for name in fresh_parameters(merge.spec, skeleton)
+            for name in merge.spec.fresh
         }
 
     def missing_and_surplus(self, tied: Mapping[str, str]) -> tuple[list[str], list[str]]:

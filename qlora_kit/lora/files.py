@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from qlora_kit.config import LabelKind
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.storage import check_confined, read_json
 
@@ -183,7 +184,7 @@ class BaseRecord(_File):
     revision: _Text | None = None
     template_hash: _Text | None = None
     labels: Annotated[tuple[_Text, ...], Field(strict=False, min_length=1)] | None = None
-    label_kind: Literal["single", "multi", "regression"] | None = None
+    label_kind: LabelKind | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod

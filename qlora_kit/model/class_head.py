@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from qlora_kit.config import LabelKind
 from qlora_kit.layers.projections import base_prefix
 from qlora_kit.model.config_file import names_classifier
 
@@ -24,9 +24,8 @@ SEQUENCE_CLASSIFICATION = "AutoModelForSequenceClassification"
 # The name of the output of a classifier that gives a number.
 VALUE = "value"
 
-Kind = Literal["single", "multi", "regression"]
 # transformers' words for them.
-_PROBLEM_TYPES: dict[Kind, str] = {
+_PROBLEM_TYPES: dict[LabelKind, str] = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
     "regression": "regression",
@@ -43,7 +42,7 @@ class ClassHead:
         pad_token_id: by which decoders find the last token of a padded row.
     """
 
-    kind: Kind
+    kind: LabelKind
     names: tuple[str, ...]
     pad_token_id: int | None = None
 
@@ -53,7 +52,9 @@ class ClassHead:
         if not names_classifier(architecture.architectures):
             return None
         names = tuple(architecture.id2label[number] for number in range(architecture.num_labels))
-        kinds: dict[str | None, Kind] = {theirs: ours for ours, theirs in _PROBLEM_TYPES.items()}
+        kinds: dict[str | None, LabelKind] = {
+            theirs: ours for ours, theirs in _PROBLEM_TYPES.items()
+        }
         kind = kinds.get(architecture.problem_type, "single" if len(names) > 1 else "regression")
         return cls(kind, names, architecture.pad_token_id)
 

@@ -28,7 +28,6 @@ from qlora_kit.model.names import ModelSource, find_model
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
     from qlora_kit.data.tokens import Tokenized
-    from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
     from qlora_kit.model.threads import Threads
@@ -98,24 +97,6 @@ class Opened:
                 "tokenizer's files"
             )
 
-    def trainable(self, options: BaseModelOptions, lora: LoraSpec) -> int:
-        """Return the number of parameters that an adapter will have, before anything is loaded.
-
-        Raises:
-            ConfigError: a target or pattern names no layer.
-        """
-        from qlora_kit.layers.projections import projections
-        from qlora_kit.lora.attach import targeted_paths
-
-        skeleton = self.spec(options).skeleton()
-        layers = projections(skeleton)
-        paths = targeted_paths(skeleton, lora)
-        shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
-        count: int = sum(width * lora.rank_of(path) for width, path in shapes)
-        for path in lora.whole:
-            count += sum(each.numel() for each in skeleton.get_submodule(path).parameters())
-        return count
-
     def load(
         self, options: BaseModelOptions, announce: Announce, threads: Threads | None = None
     ) -> Base:
@@ -127,14 +108,10 @@ class Opened:
             threads: the threads to compute with on a CPU, if they are chosen already.
         """
         from qlora_kit.model.hardware import choose_hardware
-        from qlora_kit.model.load import Placement, is_tied, load_base
+        from qlora_kit.model.load import Placement, load_base
 
         hardware = choose_hardware(options.device, options.dtype, threads)
-        base = load_base(self.spec(options), hardware, announce, Placement.of(options))
-        if options.embedding_on_cpu and not base.placement.embedding_on_cpu:
-            why = "it is the head as well" if is_tied(base.model) else "all of it runs on the CPU"
-            announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
-        return base
+        return load_base(self.spec(options), hardware, announce, Placement.of(options))
 
 
 def base_spec(

@@ -45,19 +45,20 @@ class RowSizes:
         return self.supervised[min(rows, len(self.supervised)) - 1]
 
     @classmethod
-    def of(cls, rows: TokenRows, most: int, evaluation_tokens: int | None) -> RowSizes:
+    def of(cls, rows: TokenRows, held_out: TokenRows | None, config: TrainConfig) -> RowSizes:
         """Return the sizes of tokenised rows, from the largest batches that they can make.
 
         Args:
             rows: token rows of training.
-            most: rows that a batch may have.
-            evaluation_tokens: tokens of the longest row in evaluation, or None.
+            held_out: token rows of validation, or None.
+            config: says how many rows a batch may have.
         """
         lengths = rows.lengths()
+        most = config.batch_size * config.gradient_accumulation_steps
         # The largest batch contains every smaller one, so each of its rows is read only once.
         largest = largest_batch(lengths, most)
         supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))
-        return cls(max(lengths), supervised, evaluation_tokens)
+        return cls(max(lengths), supervised, None if held_out is None else max(held_out.lengths()))
 
 
 def _targets(labels: Sequence[int]) -> int:

@@ -13,10 +13,10 @@ from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.events import Announce, Answered, silent
 from qlora_kit.lora.files import read_base_record
 from qlora_kit.model.environment import prepare_environment
-from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_on, put_several_on
+from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_by_row_on
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_generates
-from qlora_kit.recipe.labelling import labelled
+from qlora_kit.recipe.labelling import as_shown, labelled
 
 
 def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
@@ -34,7 +34,6 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     from qlora_kit.data.template import Renderer
     from qlora_kit.infer.generate import Sampling
     from qlora_kit.infer.generate import generate as continue_prompts
-    from qlora_kit.lora.several import PerRow
     from qlora_kit.model.threads import choose_threads
 
     first = adapter_of(config)
@@ -49,11 +48,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     renderer = Renderer(opened.tokenizer)
     texts = [renderer.prompt_text(_as_turns(p, raw), p.place) for p in asked]
     base = opened.load(config, announce, choose_threads(config.threads))
-    put_on(base, config, announce)
-    per_row = None
-    if config.adapters:
-        adapters = put_several_on(base, config, announce)
-        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
+    per_row = put_by_row_on(base, config, [prompt.adapter for prompt in asked], announce)
     answers = continue_prompts(
         base,
         opened.tokenizer,
@@ -64,7 +59,7 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     given = []
     for prompt, answer in zip(asked, answers, strict=True):
         given.append((prompt, answer))
-        announce(Answered(_answer_line(config, prompt, answer)))
+        announce(Answered(as_shown(config, prompt, answer.strip())))
     if config.prompts is not None:
         rows = [{"place": p.place, "adapter": p.adapter, "text": text} for p, text in given]
         return {"prompts": str(config.prompts), "answers": rows}
@@ -101,9 +96,3 @@ def _as_turns(prompt: PromptRecord, raw: bool) -> str | tuple[Message, ...]:
             )
         return prompt.content
     return prompt.content if raw else (Message("user", prompt.content),)
-
-
-def _answer_line(config: GenerateConfig, prompt: PromptRecord, answer: str) -> str:
-    labels = [prompt.place] if config.prompts is not None else []
-    labels += [prompt.adapter or "the base alone"] if config.adapters else []
-    return f"{', '.join(labels)}: {answer.strip()}" if labels else answer.strip()

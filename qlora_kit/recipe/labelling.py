@@ -9,7 +9,7 @@ from qlora_kit.config import GenerateConfig
 from qlora_kit.data.samples import PromptRecord
 from qlora_kit.errors import DataError
 from qlora_kit.events import Announce, Answered, Notice
-from qlora_kit.opening.adapters import put_on, put_several_on
+from qlora_kit.opening.adapters import put_by_row_on
 
 if TYPE_CHECKING:
     from qlora_kit.model.class_head import ClassHead
@@ -40,7 +40,6 @@ def labelled(
     """
     from qlora_kit.data.labelled_rows import TextEncoder
     from qlora_kit.infer.labels import likelihoods
-    from qlora_kit.lora.several import PerRow
     from qlora_kit.model.threads import choose_threads
 
     for name in _OF_TEXT:
@@ -51,11 +50,7 @@ def labelled(
     encoder = TextEncoder(opened.tokenizer, min(most, opened.tokenizer.model_max_length))
     encoded = [encoder.encode(_text(prompt)) for prompt in asked]
     base = opened.load(config, announce, choose_threads(config.threads))
-    put_on(base, config, announce)
-    per_row = None
-    if config.adapters:
-        adapters = put_several_on(base, config, announce)
-        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
+    per_row = put_by_row_on(base, config, [prompt.adapter for prompt in asked], announce)
     objective: Any = opened.task.objective(base, opened.tokenizer.pad_token_id, 1, None)
     no_label: list[float] = [0.0] if objective.classes.kind != "multi" else []
     rows = [
@@ -65,7 +60,7 @@ def labelled(
     answers = []
     for prompt, values in zip(asked, likelihoods(objective, rows, per_row=per_row), strict=True):
         answers.append(_answer(objective.classes, values))
-        announce(Answered(_line(config, prompt, answers[-1])))
+        announce(Answered(as_shown(config, prompt, _in_words(answers[-1]))))
     given = list(zip(asked, answers, strict=True))
     if config.prompts is not None:
         listed = [{"place": p.place, "adapter": p.adapter, **answer} for p, answer in given]
@@ -95,14 +90,17 @@ def _answer(classes: ClassHead, values: Sequence[float]) -> dict[str, Any]:
     return {"label": max(by_name, key=by_name.__getitem__), "probabilities": by_name}
 
 
-def _line(config: GenerateConfig, prompt: PromptRecord, answer: dict[str, Any]) -> str:
+def _in_words(answer: dict[str, Any]) -> str:
     if "value" in answer:
-        found = f"{answer['value']:.4f}"
-    else:
-        likely = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:_MOST_SHOWN]
-        shares = ", ".join(f"{name} {value:.3f}" for name, value in likely)
-        chosen = answer["label"] if "label" in answer else ", ".join(answer["labels"]) or "none"
-        found = f"{chosen}  ({shares})"
+        return f"{answer['value']:.4f}"
+    likely = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:_MOST_SHOWN]
+    shares = ", ".join(f"{name} {value:.3f}" for name, value in likely)
+    chosen = answer["label"] if "label" in answer else ", ".join(answer["labels"]) or "none"
+    return f"{chosen}  ({shares})"
+
+
+def as_shown(config: GenerateConfig, prompt: PromptRecord, answer: str) -> str:
+    """Return an answer in words, behind what tells its prompt from other prompts, if any."""
     labels = [prompt.place] if config.prompts is not None else []
     labels += [prompt.adapter or "the base alone"] if config.adapters else []
-    return f"{', '.join(labels)}: {found}" if labels else found
+    return f"{', '.join(labels)}: {answer}" if labels else answer

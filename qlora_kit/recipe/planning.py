@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import (
-    PlanConfig,
-)
-from qlora_kit.events import (
-    Announce,
-    Closing,
-    Facts,
-    Notice,
-    silent,
-)
+from qlora_kit.config import PlanConfig
+from qlora_kit.events import Announce, Closing, Facts, Notice, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.tasks import planned_task

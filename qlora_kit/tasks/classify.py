@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.data.batch import Indices
+from qlora_kit.data.batch import Indices, PaddedRows
 from qlora_kit.data.labelled_rows import LABELS
 from qlora_kit.data.tokens import MakesRows
 from qlora_kit.layers.loss import CHUNK_TOKENS
@@ -32,7 +32,7 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(PaddedRows):
     """One micro-batch of texts, padded on the right, with the target of each."""
 
     input_ids: Tensor
@@ -54,16 +54,6 @@ class LabelledBatch:
         named = {"attention_mask": self.mask, "token_type_ids": self.token_types}
         given = {name: tensor for name, tensor in named.items() if tensor is not None}
         return {"input_ids": self.input_ids, **given}
-
-    @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row; the batch may be wider."""
-        return max(self.lengths)
 
     @property
     def weight(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from tiny_models import fill_lora
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import qlora_kit as qk
+from qlora_kit.config import LabelKind
 from qlora_kit.errors import ModelError
 from qlora_kit.export.rows import some_rows
 from qlora_kit.export.verify import verify_merge
-from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead, Kind
-from qlora_kit.model.load import trained_whole
+from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.tasks.classify import ClassifyObjective, LabelledBatch
 
@@ -82,7 +83,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return folder
 
 
-def spec_of(folder: Path, bits: int = 16, kind: Kind = "single", **changes: Any) -> qk.BaseSpec:
+def spec_of(
+    folder: Path, bits: int = 16, kind: LabelKind = "single", **changes: Any
+) -> qk.BaseSpec:
     pad = json.loads((folder / "config.json").read_text()).get("pad_token_id", 0)
     head = ClassHead(kind, NAMES if kind != "regression" else ("score",), pad)
     return qk.BaseSpec(
@@ -94,7 +97,7 @@ def spec_of(folder: Path, bits: int = 16, kind: Kind = "single", **changes: Any)
 def adapter_on(spec: qk.BaseSpec, **options: Any) -> qk.Adapter:
     base = qk.load_base(spec, qk.choose_hardware("cpu"))
     asked = {"rank": 4, "targets": ("all-linear",), **options}
-    lora = qk.LoraSpec(whole=trained_whole(spec), task_type="SEQ_CLS", **asked)
+    lora = qk.LoraSpec(whole=spec.trained_whole(), task_type="SEQ_CLS", **asked)
     return qk.attach(base, lora, seed=1)
 
 
@@ -298,7 +301,7 @@ def test_the_same_training_as_in_peft(folder_of: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_the_loss_of_each_kind_of_label_is_that_of_transformers(
-    folder_of: Callable[[str], Path], architecture: str, kind: Kind
+    folder_of: Callable[[str], Path], architecture: str, kind: LabelKind
 ) -> None:
     adapter = adapter_on(spec_of(folder_of(architecture), kind=kind))
     labels: dict[str, list[list[float]]] = {
@@ -343,3 +346,15 @@ def test_a_base_without_its_layers_is_still_refused(
     save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"missing tensors .*query\.weight"):
         qk.load_base(spec_of(tmp_path), qk.choose_hardware("cpu"))
+
+
+def test_the_names_in_a_checkpoint_are_read_once(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder_of("bert"), tmp_path / "bert"))
+    spec = spec_of(copy)
+    whole = spec.trained_whole()
+    (copy / "model.safetensors").unlink()
+    assert spec.trained_whole() == whole
+    with pytest.raises(ModelError, match="no weights"):
+        spec_of(copy).trained_whole()
