@@ -26,7 +26,9 @@ from .resumes import resumes
 from .runs import Sample, copy_run, demo_tokenizer, done_once, kit, write_lines
 from .table import Row, row_of
 
-_PROMISE = "a classifier: all of the above, and a damaged head or list of labels is refused"
+_PROMISE = (
+    "a classifier under kills, a failing disk, no memory and damage; a damaged head is refused"
+)
 _NAMES = ("amount", "count", "date", "time")
 _WEIGHTS, _CONFIG, _RECORD = "adapter_model.safetensors", "adapter_config.json", "qlora_kit.json"
 _REFUSED = (2, 3)
