@@ -184,6 +184,11 @@ def _one_way(label: str | float) -> str:
     return str(int(label)) if float(label).is_integer() else repr(label)
 
 
+def _parts(label: Label) -> tuple[str, ...]:
+    """Return the names in a label, as the data writes them."""
+    return label if isinstance(label, tuple) else (_one_way(label),)
+
+
 def _number(label: Label) -> float | None:
     """Return the number that a label is, or that its text writes; None if it is neither."""
     if isinstance(label, str):
@@ -231,6 +236,12 @@ class _Search:
             if sample.label is not None:
                 self.counts[sample.label] += 1
                 self.first.setdefault(sample.label, sample.place)
+        self.known = options.labels or self._class_names()
+
+    def _class_names(self) -> tuple[str, ...]:
+        """Return the names that the data set has, if its labels are the numbers of these."""
+        is_number = (_WHOLE.fullmatch(name) for label in self.counts for name in _parts(label))
+        return self.samples.class_names if all(is_number) else ()
 
     def labels(self) -> Labels:
         """Return the labels, checked on every sample."""
@@ -258,7 +269,7 @@ class _Search:
             self._check_all_lists(lists)
             return "multi"
         numbers = [_number(label) for label in self.counts]
-        if any(number is None for number in numbers) or self.options.labels:
+        if any(number is None for number in numbers) or self.known:
             return "single"
         odd = self._where(lambda number: not math.isfinite(number))
         if odd:
@@ -307,8 +318,8 @@ class _Search:
     # ------------------------------------------------------------ names
 
     def _names(self, kind: LabelKind) -> tuple[str, ...]:
-        if self.options.labels:
-            return self._asked_names()
+        if self.known:
+            return self._known_names()
         found = dict.fromkeys(
             name for label in self.counts for name in names_in(label, kind, self.first[label])
         )
@@ -321,8 +332,8 @@ class _Search:
         in_order = all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in found)
         return tuple(sorted(found, key=_by_number if in_order else _by_text))
 
-    def _asked_names(self) -> tuple[str, ...]:
-        names = tuple(map(_one_way, self.options.labels))
+    def _known_names(self) -> tuple[str, ...]:
+        names = tuple(map(_one_way, self.known))
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None or len(names) > MOST_LABELS:
             found = f"{twice!r} twice" if twice is not None else f"{len(names):,} names"

@@ -12,12 +12,18 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.config import RecordOptions
+from qlora_kit.data.class_names import (
+    ClassNames,
+    names_in_features,
+    names_in_file,
+    names_in_folder,
+)
 from qlora_kit.data.convert import read_turns
 from qlora_kit.data.fields import Faults, RowAdapters, filled, kind_of, list_names
 from qlora_kit.data.labelled_fields import TablesWithoutHeader
@@ -72,6 +78,8 @@ class Samples:
     """lines the user should read once: what was recognised, what was skipped, what looks wrong"""
     skipped: int = 0
     """number of records left out because of a fault"""
+    class_names: tuple[str, ...] = ()
+    """names of the classes that the labels are the numbers of, where the data set has them"""
 
     def first(self, count: int | None) -> Samples:
         """Return the first `count` samples; all of them if it is None."""
@@ -122,7 +130,8 @@ def load_samples(
     source = _source(str(data), split, tables.columns if task == "classify" else None, task)
     found = to_samples(source.records, options, adapters, task)
     notices = (*tables.notices(), *found.notices(source.name))
-    return Samples(found.samples, found.shape, str(data), notices, found.skipped)
+    names = source.class_names.get(found.columns.get("label", "label"), ())
+    return Samples(found.samples, found.shape, str(data), notices, found.skipped, names)
 
 
 def _built_in(split: Split, adapters: RowAdapters | None, task: str) -> Samples:
@@ -146,7 +155,7 @@ def _source(name: str, split: Split, names: NamesOfColumns | None, task: str) ->
         return _Source(name, read_aligned(Path(asked), Path(answered), fields))
     if not os.path.exists(path) and is_hub_id(name):
         return _on_hub(name, split)
-    return _Source(name, read_records(path, names))
+    return _Source(name, read_records(path, names), names_in_file(path))
 
 
 def load_held_out(
@@ -178,6 +187,7 @@ class _Source:
 
     name: str
     records: Iterator[Record]
+    class_names: ClassNames = field(default_factory=dict)
 
 
 def _built_in_records(path: Path) -> Iterator[Record]:
@@ -196,7 +206,7 @@ def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None) -> _Sou
             _check_one_set(folder, part, files)
             name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files)"
             records = chain.from_iterable(read_records(path, names) for path in files)
-            return _Source(name, records)
+            return _Source(name, records, names_in_folder(folder, files[0]))
     raise DataError(_no_split(folder, split))
 
 
@@ -280,7 +290,10 @@ def _on_hub(name: str, split: Split) -> _Source:
     for part in _INSTEAD[split]:
         found = _name_of_split(part, splits)
         if found is not None:
-            return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", splits[found]))
+            rows = splits[found]
+            features = getattr(rows, "features", None)
+            names = names_in_features(features.to_dict() if features else {})
+            return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", rows), names)
     raise DataError(
         f"{name}: no {split} split, only {list_names(splits)}; expected one; "
         "download the data set and name a file of it"

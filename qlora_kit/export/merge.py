@@ -135,7 +135,7 @@ def merge_to(
     skeleton = spec.skeleton()
     _check_possible(merge, skeleton)
     check_layers(stored, projections(skeleton), "the base")
-    check_saved(stored.saved, skeleton, stored.folder)
+    check_saved(stored.saved, spec, skeleton, stored.folder)
     if stored.changes_nothing:
         raise AdapterError(
             f"{stored.folder}: A or B of every layer is zero ({len(stored.tensors)} layers), so "

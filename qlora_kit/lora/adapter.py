@@ -27,6 +27,7 @@ from qlora_kit.lora.files import (
     BaseRecord,
     PeftConfig,
     check_adapter_folder,
+    check_one_task,
     read_base_record,
     read_peft_config,
 )
@@ -301,12 +302,13 @@ def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
     Without a record the names are those that transformers gives: LABEL_0, LABEL_1 …
 
     Raises:
-        AdapterError: a classifier of another tool without its head.
+        AdapterError: a classifier of another tool without its head; or its two files disagree.
     """
-    record = read_base_record(folder)
+    record, config = read_base_record(folder), read_peft_config(folder)
     if record is not None:
+        check_one_task(folder, record, config)
         return None if record.labels is None else (record.label_kind, record.labels)
-    if read_peft_config(folder).task_type != _CLASSIFIER:
+    if config.task_type != _CLASSIFIER:
         return None
     saved = read_adapter(folder).saved
     outputs = [len(tensor) for name, tensor in saved.items() if name.endswith(".weight")]
@@ -342,8 +344,8 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
             weights than the base has.
     """
     check_layers(stored, projections(base.model), base.spec.source.name)
-    if stored.saved:
-        check_saved(stored.saved, base.spec.skeleton(), stored.folder)
+    if stored.saved or base.spec.classes is not None:
+        check_saved(stored.saved, base.spec, base.spec.skeleton(), stored.folder)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "

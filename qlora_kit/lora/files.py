@@ -109,6 +109,17 @@ def _check_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- what the files may hold
 
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each name once")
+    return names
+
+
+_Labels = Annotated[
+    tuple[_Text, ...], Field(strict=False, min_length=1), AfterValidator(_check_once)
+]
 # Some tools write "" for a value that they do not know.
 _OrAbsent = BeforeValidator(lambda value: None if value == "" else value)
 _Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
@@ -183,7 +194,7 @@ class BaseRecord(_File):
     block_size: Literal[64] = 64
     revision: _Text | None = None
     template_hash: _Text | None = None
-    labels: Annotated[tuple[_Text, ...], Field(strict=False, min_length=1)] | None = None
+    labels: _Labels | None = None
     label_kind: LabelKind | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
@@ -296,6 +307,21 @@ def read_base_record(folder: Path) -> BaseRecord | None:
     if not path.is_file():
         return None
     return _checked(BaseRecord, _read_object(path), path, "not a record of this kit: ")
+
+
+def check_one_task(folder: Path, record: BaseRecord, config: PeftConfig) -> None:
+    """Check that both files of an adapter say whether it classifies.
+
+    Raises:
+        AdapterError: one has labels, or a task with labels, and the other has not.
+    """
+    has_labels, task = record.labels is not None, str(config.task_type)
+    # PEFT's names of all tasks with labels end so.
+    if has_labels != task.endswith("_CLS"):
+        raise AdapterError(
+            f"{folder}: {RECORD} has {'labels' if has_labels else 'no labels'}, and {CONFIG} says "
+            f"task_type {_short(task)}; expected files of one run; restore them"
+        )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
     name = architecture.model_type
     if loads == CAUSAL_LM and is_encoder(architecture):
         raise ModelError(
-            f"{name}: reads whole texts and writes none; expected a causal language model; pass "
-            "--task classify, or choose another model"
+            f"{name}: reads whole texts and writes none; expected a causal language model; train a "
+            "classifier of it with `train --task classify`, or choose another model"
         )
     try:
         with (

@@ -527,6 +527,8 @@ def test_evaluation_goes_on_with_fewer_rows(
 
 def test_other_errors_are_not_taken_for_a_shortage() -> None:
     assert all(is_out_of_memory(error) for error in SHORTAGES)
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
