@@ -26,6 +26,9 @@ WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
 RECORD = "qlora_kit.json"
 
+# PEFT's words for the tasks that classify.
+CLASSIFIERS: Mapping[str, str] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
+
 UNKNOWN_TEMPLATE = "unknown"
 """stands in a record whose author did not say which chat template the data went through"""
 
@@ -141,6 +144,11 @@ class PeftConfig(_File):
     task_type: Any = None
 
     @property
+    def classifies(self) -> str | None:
+        """The task of a classifier, by the name it has here; None of another model."""
+        return CLASSIFIERS.get(str(self.task_type))
+
+    @property
     def targeted_names(self) -> tuple[str, ...]:
         """The names of layers that must have tensors, by which missing tensors are found.
 
@@ -165,7 +173,7 @@ class BaseRecord(_File):
         template_hash: hash of the chat template that the data went through; None if there was no
             template; `UNKNOWN_TEMPLATE` if it is not known.
         labels: names of a classifier's labels in the order of its outputs; None for other models.
-        label_kind: "single", "multi" or "regression"; None for other models.
+        label_kind: "single", "multi", "regression" or "tags"; None for other models.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -183,7 +191,7 @@ class BaseRecord(_File):
     revision: _Text | None = None
     template_hash: _Text | None = None
     labels: Annotated[tuple[_Text, ...], Field(strict=False, min_length=1)] | None = None
-    label_kind: Literal["single", "multi", "regression"] | None = None
+    label_kind: Literal["single", "multi", "regression", "tags"] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod

@@ -1,17 +1,20 @@
-"""Let a classifier label texts: what `generate` does where a model writes none."""
+"""Let a classifier label texts, or their words: what `generate` does where a model writes none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_kit.config import GenerateConfig
 from qlora_kit.data.samples import PromptRecord
 from qlora_kit.errors import DataError
 from qlora_kit.events import Announce, Answered, Notice
 from qlora_kit.opening.adapters import put_on, put_several_on
+from qlora_kit.recipe.tagging import WordReader
 
 if TYPE_CHECKING:
+    from qlora_kit.data.batch import Row
     from qlora_kit.model.class_head import ClassHead
     from qlora_kit.opening.model import Opened
 
@@ -38,7 +41,6 @@ def labelled(
     Raises:
         DataError: a prompt is made of turns.
     """
-    from qlora_kit.data.labelled_rows import TextEncoder
     from qlora_kit.infer.labels import likelihoods
     from qlora_kit.lora.several import PerRow
     from qlora_kit.model.threads import choose_threads
@@ -47,25 +49,24 @@ def labelled(
         if name in config.model_fields_set:
             flag = name.replace("_", "-")
             announce(Notice(f"--{flag} has no effect: a classifier labels a text and writes none"))
-    most = opened.positions(config) or _MOST_TOKENS
-    encoder = TextEncoder(opened.tokenizer, min(most, opened.tokenizer.model_max_length))
-    encoded = [encoder.encode(_text(prompt)) for prompt in asked]
+    most = min(opened.positions(config) or _MOST_TOKENS, opened.tokenizer.model_max_length)
+    assert opened.task.classes is not None, "it is a classifier"
+    kind = WordReader if opened.task.classes.kind == "tags" else _TextReader
+    reader: _Reader = kind(opened.task.classes, opened.tokenizer, most)
+    rows = reader.rows([_text(prompt) for prompt in asked])
     base = opened.load(config, announce, choose_threads(config.threads))
     put_on(base, config, announce)
     per_row = None
     if config.adapters:
         adapters = put_several_on(base, config, announce)
-        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
+        per_row = PerRow(adapters, [asked[row["row"]].adapter for row in rows])
     objective: Any = opened.task.objective(base, opened.tokenizer.pad_token_id, 1, None)
-    no_label: list[float] = [0.0] if objective.classes.kind != "multi" else []
-    rows = [
-        {"input_ids": each.ids, "token_types": each.token_types, "labels": no_label, "row": row}
-        for row, each in enumerate(encoded)
-    ]
+    found = zip(rows, likelihoods(objective, rows, per_row=per_row), strict=True)
     answers = []
-    for prompt, values in zip(asked, likelihoods(objective, rows, per_row=per_row), strict=True):
-        answers.append(_answer(objective.classes, values))
-        announce(Answered(_line(config, prompt, answers[-1])))
+    # A long text has several rows, one after the other.
+    for index, parts in groupby(found, key=lambda pair: pair[0]["row"]):
+        answers.append(reader.answer(index, [values for _, values in parts]))
+        announce(Answered(_line(config, asked[index], reader.in_words(answers[-1]))))
     given = list(zip(asked, answers, strict=True))
     if config.prompts is not None:
         listed = [{"place": p.place, "adapter": p.adapter, **answer} for p, answer in given]
@@ -84,6 +85,49 @@ def _text(prompt: PromptRecord) -> str:
     return prompt.content
 
 
+class _Reader(Protocol):
+    """Reads prompts for a classifier, and says what its outputs mean."""
+
+    def rows(self, texts: Sequence[str]) -> list[Row]:
+        """Return the rows of all texts; `row` is the index of a text."""
+        ...
+
+    def answer(self, index: int, values: Sequence[list[Any]]) -> dict[str, Any]:
+        """Return the answer to a text, for programs; `values` are the likelihoods of its rows."""
+        ...
+
+    def in_words(self, answer: dict[str, Any]) -> str:
+        """Return an answer as one line."""
+        ...
+
+
+class _TextReader:
+    """Reads each text as a whole, see `_Reader`."""
+
+    def __init__(self, classes: ClassHead, tokenizer: Any, max_length: int) -> None:
+        from qlora_kit.data.labelled_rows import TextEncoder
+
+        self._classes = classes
+        self._encoder = TextEncoder(tokenizer, max_length)
+
+    def rows(self, texts: Sequence[str]) -> list[Row]:
+        """See `_Reader`."""
+        no_label: list[float] = [0.0] if self._classes.kind != "multi" else []
+        encoded = [self._encoder.encode(text) for text in texts]
+        return [
+            {"input_ids": each.ids, "token_types": each.token_types, "labels": no_label, "row": row}
+            for row, each in enumerate(encoded)
+        ]
+
+    def answer(self, index: int, values: Sequence[list[Any]]) -> dict[str, Any]:
+        """See `_Reader`."""
+        return _answer(self._classes, values[0])
+
+    def in_words(self, answer: dict[str, Any]) -> str:
+        """See `_Reader`."""
+        return _in_words(answer)
+
+
 def _answer(classes: ClassHead, values: Sequence[float]) -> dict[str, Any]:
     """Return the label, labels or number of a text, and how likely each label is."""
     if classes.kind == "regression":
@@ -95,14 +139,16 @@ def _answer(classes: ClassHead, values: Sequence[float]) -> dict[str, Any]:
     return {"label": max(by_name, key=by_name.__getitem__), "probabilities": by_name}
 
 
-def _line(config: GenerateConfig, prompt: PromptRecord, answer: dict[str, Any]) -> str:
+def _in_words(answer: dict[str, Any]) -> str:
     if "value" in answer:
-        found = f"{answer['value']:.4f}"
-    else:
-        likely = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:_MOST_SHOWN]
-        shares = ", ".join(f"{name} {value:.3f}" for name, value in likely)
-        chosen = answer["label"] if "label" in answer else ", ".join(answer["labels"]) or "none"
-        found = f"{chosen}  ({shares})"
+        return f"{answer['value']:.4f}"
+    likely = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:_MOST_SHOWN]
+    shares = ", ".join(f"{name} {value:.3f}" for name, value in likely)
+    chosen = answer["label"] if "label" in answer else ", ".join(answer["labels"]) or "none"
+    return f"{chosen}  ({shares})"
+
+
+def _line(config: GenerateConfig, prompt: PromptRecord, found: str) -> str:
     labels = [prompt.place] if config.prompts is not None else []
     labels += [prompt.adapter or "the base alone"] if config.adapters else []
     return f"{', '.join(labels)}: {found}" if labels else found
