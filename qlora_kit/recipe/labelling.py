@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Of a model that does not say how many positions it has.
 _MOST_TOKENS = 1024
 _MOST_SHOWN = 5
-_OF_TEXT = ("raw", "max_new_tokens", "temperature", "top_p", "seed", "chat_template")
+_OF_TEXT = ("max_new_tokens", "temperature", "top_p", "seed", "chat_template")
 
 
 def labelled(
@@ -39,21 +39,15 @@ def labelled(
         The labels of the texts and how likely they are, for programs.
 
     Raises:
-        DataError: a prompt is made of turns.
+        DataError: a prompt is made of turns, or has no word to tag.
     """
     from qlora_kit.infer.labels import likelihoods
     from qlora_kit.lora.several import PerRow
     from qlora_kit.model.threads import choose_threads
 
-    for name in _OF_TEXT:
-        if name in config.model_fields_set:
-            flag = name.replace("_", "-")
-            announce(Notice(f"--{flag} has no effect: a classifier labels a text and writes none"))
-    most = min(opened.positions(config) or _MOST_TOKENS, opened.tokenizer.model_max_length)
-    assert opened.task.classes is not None, "it is a classifier"
-    kind = WordReader if opened.task.classes.kind == "tags" else _TextReader
-    reader: _Reader = kind(opened.task.classes, opened.tokenizer, most)
+    reader = _reader(config, opened, announce)
     rows = reader.rows([_text(prompt) for prompt in asked])
+    _check_all_read(asked, rows)
     base = opened.load(config, announce, choose_threads(config.threads))
     put_on(base, config, announce)
     per_row = None
@@ -76,6 +70,21 @@ def labelled(
     return {"prompt": config.prompt, **answers[0]}
 
 
+def _reader(config: GenerateConfig, opened: Opened, announce: Announce) -> _Reader:
+    """Return what reads the prompts; say which options have no effect on it."""
+    classes = opened.task.classes
+    assert classes is not None, "it is a classifier"
+    tags_words = classes.kind == "tags"
+    for name in _OF_TEXT if tags_words else ("raw", *_OF_TEXT):
+        if name in config.model_fields_set:
+            flag = name.replace("_", "-")
+            announce(Notice(f"--{flag} has no effect: a classifier labels a text and writes none"))
+    most = min(opened.positions(config) or _MOST_TOKENS, opened.tokenizer.model_max_length)
+    if tags_words:
+        return WordReader(classes, opened.tokenizer, most, is_raw=config.raw)
+    return _TextReader(classes, opened.tokenizer, most)
+
+
 def _text(prompt: PromptRecord) -> str:
     if not isinstance(prompt.content, str):
         raise DataError(
@@ -83,6 +92,16 @@ def _text(prompt: PromptRecord) -> str:
             "prompt as one"
         )
     return prompt.content
+
+
+def _check_all_read(asked: Sequence[PromptRecord], rows: Sequence[Row]) -> None:
+    read = {row["row"] for row in rows}
+    for index, prompt in enumerate(asked):
+        if index not in read:
+            raise DataError(
+                f"{prompt.place}: no word, or one that the tokenizer has no token for; expected "
+                "words to tag; correct it"
+            )
 
 
 class _Reader(Protocol):

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_kit.data.tag_schemes import entities, has_scheme
-from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Row
+    from qlora_kit.data.tagged_rows import EncodedWords
     from qlora_kit.model.class_head import ClassHead
 
 # Tagged data has marks apart from words: a word is letters and digits, joined by a sign inside;
 # or an abbreviation with its dots; or one mark.
+_BETWEEN_SPACES = re.compile(r"\S+")
 _WORD = re.compile(r"(?:\w\.){2,}|\w+(?:[-'’.&]\w+)*|[^\w\s]")
 _MOST_LISTED = 50
 
@@ -37,38 +38,38 @@ class WordReader:
         classes: the tags.
         tokenizer: transformers' tokenizer.
         max_length: tokens that a row may have; a longer text has several.
+        is_raw: whether words are whatever stands between spaces.
     """
 
-    def __init__(self, classes: ClassHead, tokenizer: Any, max_length: int) -> None:
+    def __init__(
+        self, classes: ClassHead, tokenizer: Any, max_length: int, *, is_raw: bool = False
+    ) -> None:
         from qlora_kit.data.tagged_rows import WordEncoder
 
         self._names = classes.names
         self._encoder = WordEncoder(tokenizer, max_length)
         self._max_length = max_length
+        self._word = _BETWEEN_SPACES if is_raw else _WORD
         self._sentences: list[_Sentence] = []
         self._firsts: list[list[list[int]]] = []
 
     def rows(self, texts: Sequence[str]) -> list[Row]:
         """Return the rows of all texts; `row` is the index of a text.
 
-        Raises:
-            DataError: a text has no word, or one that the tokenizer has no token for.
+        A text without words, or with one that the tokenizer has no token for, has no row.
         """
         from qlora_kit.data.tagged_rows import tagged
 
         self._sentences = [
-            _Sentence(text, [match.span() for match in _WORD.finditer(text)]) for text in texts
+            _Sentence(text, [match.span() for match in self._word.finditer(text)]) for text in texts
         ]
         words = [[each.text[slice(*span)] for span in each.words] for each in self._sentences]
         rows: list[Row] = []
         for index, encoded in enumerate(self._encoder.encode(words)):
-            if encoded is None or not words[index]:
-                raise DataError(
-                    "the prompt: no word, or one that the tokenizer has no token for; expected "
-                    "words to tag; correct it"
-                )
-            is_long = len(encoded.ids) > self._max_length
-            parts = self._encoder.parts(encoded) if is_long else [encoded]
+            parts: list[EncodedWords] = []
+            if encoded is not None and words[index]:
+                is_long = len(encoded.ids) > self._max_length
+                parts = self._encoder.parts(encoded) if is_long else [encoded]
             self._firsts.append([part.firsts for part in parts])
             for part in parts:
                 row = tagged(part, [0] * len(part.firsts))

@@ -234,6 +234,9 @@ BAD: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "columns that vary": (
         "a.conll", "one NN O\ntwo O\n", (), "a.conll:2: 2 columns; expected 3 as in the first row",
     ),
+    "a comment inside a sentence": (
+        "a.conll", "one O\n# two three\n", (), "a.conll:2: 3 columns; expected 2 as in the first",
+    ),
     "an empty word": ("a.conll", "one\tO\n\tB-X\n", (), "a.conll:2: the word is empty; expected"),
     "an empty tag": ("a.conll", "one\tO\ntwo\t\n", (), "a.conll:2: the tag is empty; expected"),
     "only comments": ("a.conll", "# a\n# b\n\n", (), "a.conll: no records; expected at least one"),

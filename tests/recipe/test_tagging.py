@@ -109,6 +109,15 @@ def test_from_columns_to_a_merged_model(
     spans = [(each["type"], text[each["start"] : each["end"]]) for each in answer["entities"]]
     assert spans == [("PER", "bob ray"), ("LOC", "new york")]
     assert all(0.5 < each["probability"] <= 1 for each in answer["entities"])
+    marks = ("generate", "--adapter", str(own), "--prompt", "bob ray saw new york.")
+    ends = {
+        raw: max(each["end"] for each in in_json(*marks, *raw, capsys=capsys)["entities"])
+        for raw in ((), ("--raw",))
+    }
+    assert ends[("--raw",)] == ends[()] + 1, "with --raw the full stop is of the word"
+    code, _, err = run("generate", "--adapter", str(own), "--prompt", " ", capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--prompt: no word, or one that the tokenizer has no token for; expected" in err
     long = " . ".join([text] * 8)
     answer = in_json("generate", "--adapter", str(own), "--prompt", long, capsys=capsys)
     assert {long[each["start"] : each["end"]] for each in answer["entities"]} >= {"bob ray"}
