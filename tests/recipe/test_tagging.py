@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from support import run
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
 
+from qlora_kit.model.class_head import ClassHead
+from qlora_kit.recipe.tagging import WordReader
+
 PEOPLE, PLACES = ("ann", "bob ray", "eve"), ("rome", "new york", "oslo")
 STEPS = (
     "--task", "tag", "--batch-size", "8", "--gradient-accumulation-steps", "1",
@@ -109,12 +112,6 @@ def test_from_columns_to_a_merged_model(
     spans = [(each["type"], text[each["start"] : each["end"]]) for each in answer["entities"]]
     assert spans == [("PER", "bob ray"), ("LOC", "new york")]
     assert all(0.5 < each["probability"] <= 1 for each in answer["entities"])
-    marks = ("generate", "--adapter", str(own), "--prompt", "bob ray saw new york.")
-    ends = {
-        raw: max(each["end"] for each in in_json(*marks, *raw, capsys=capsys)["entities"])
-        for raw in ((), ("--raw",))
-    }
-    assert ends[("--raw",)] == ends[()] + 1, "with --raw the full stop is of the word"
     code, _, err = run("generate", "--adapter", str(own), "--prompt", " ", capsys=capsys)
     assert (code, err.count("\n")) == (2, 1)
     assert "--prompt: no word, or one that the tokenizer has no token for; expected" in err
@@ -133,6 +130,30 @@ def test_from_columns_to_a_merged_model(
     assert again["loss"] == pytest.approx(found["loss"], abs=1e-3)
     plain = AutoModelForTokenClassification.from_pretrained(merged)
     assert plain.config.id2label == dict(enumerate(record["labels"]))
+
+
+@pytest.mark.parametrize("most", [6, 1000])
+@pytest.mark.parametrize(
+    ("is_raw", "words"),
+    [
+        (
+            False,
+            ["Ann", "met", "O'Neil", "of", "AT&T", "in", "the", "U.S.", "(", "twice", ")", "."],
+        ),
+        (True, ["Ann", "met", "O'Neil", "of", "AT&T", "in", "the", "U.S.", "(twice)."]),
+    ],
+)
+def test_a_text_is_divided_into_words(is_raw: bool, words: list[str], most: int) -> None:
+    text = "Ann met O'Neil of AT&T in the U.S. (twice)."
+    reader = WordReader(ClassHead("tags", ("O", "B-X")), make_tokenizer(), most, is_raw=is_raw)
+    rows = reader.rows([text, " "])
+    assert {row["row"] for row in rows} == {0}
+    assert (len(rows) > 1) is (most == 6)
+    # Every word is an entity of its own.
+    found = reader.answer(0, [[[0.25, 0.75]] * len(row["input_ids"]) for row in rows])["entities"]
+    assert [each["text"] for each in found] == words
+    assert [text[each["start"] : each["end"]] for each in found] == words
+    assert {each["probability"] for each in found} == {0.75}
 
 
 def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
