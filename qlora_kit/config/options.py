@@ -67,9 +67,9 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
     )
 
 
-TaskName = Literal["causal", "classify"]
+TaskName = Literal["causal", "classify", "tag"]
 LabelNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
-LabelKind = Literal["single", "multi", "regression"]
+LabelKind = Literal["single", "multi", "regression", "tags"]
 AskedLabelKind = Annotated[
     Literal["auto", "single", "multi", "regression"], _renamed(_LABEL_KIND_NAMES)
 ]
@@ -283,7 +283,8 @@ class TaskOptions(Options):
     """What a sample means."""
 
     task: TaskName = option(
-        "causal", "causal: text to be learnt; classify: texts and their labels",
+        "causal", "causal: text to be learnt; classify: texts and their labels; tag: words and "
+        "their tags",
         decides="task", leads=True,
     )  # fmt: skip
     labels: LabelNames = option(
@@ -304,7 +305,7 @@ class RecordOptions(Options):
     """How the records of a data file are understood."""
 
     format: Literal[
-        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text", "classify"
+        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text", "classify", "tag"
     ] = option(
         "auto", "what a record is; auto: by its fields", also=["dataset_format"],
         decides="data", known_by_result=True,

@@ -26,13 +26,15 @@ from qlora_kit.data.class_names import (
 )
 from qlora_kit.data.convert import read_turns
 from qlora_kit.data.fields import Faults, RowAdapters, filled, kind_of, list_names
-from qlora_kit.data.labelled_fields import TablesWithoutHeader
+from qlora_kit.data.labelled_fields import TablesWithoutHeader, find_columns, knows_columns
 from qlora_kit.data.read import (
     ALIGNED_FIELDS,
     NamesOfColumns,
     Record,
+    first_fields,
     is_data_file_name,
     read_aligned,
+    read_columns,
     read_records,
     without_gzip,
     without_nulls,
@@ -62,6 +64,7 @@ _INSTEAD: dict[Split, tuple[Split, ...]] = {
 }
 # Of a sample: neither its place nor the adapter it names, nor answers that are only accepted.
 _NOT_LEARNT = ("place", "adapter", "also_right")
+_FIELDS_OF_ALIGNED = {"classify": ("text", "label"), "tag": ("tokens", "tags")}
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
@@ -130,15 +133,17 @@ def load_samples(
     source = _source(str(data), split, tables.columns if task == "classify" else None, task)
     found = to_samples(source.records, options, adapters, task)
     notices = (*tables.notices(), *found.notices(source.name))
-    names = source.class_names.get(found.columns.get("label", "label"), ())
+    wanted = "tags" if task == "tag" else "label"
+    names = source.class_names.get(found.columns.get(wanted, wanted), ())
     return Samples(found.samples, found.shape, str(data), notices, found.skipped, names)
 
 
 def _built_in(split: Split, adapters: RowAdapters | None, task: str) -> Samples:
-    if task == "classify":
+    if knows_columns(task):
+        what = "tagged words" if task == "tag" else "labelled texts"
         raise ConfigError(
-            "--data: none is given, and the built-in sample data has no labels; expected labelled "
-            "texts for --task classify; pass --data FILE"
+            f"--data: none is given, and the built-in sample data has no labels; expected {what} "
+            f"for --task {task}; pass --data FILE"
         )
     found = to_samples(_built_in_records(BUILT_IN[split]), adapters=adapters)
     return Samples(found.samples, found.shape, "built-in sample data")
@@ -149,13 +154,28 @@ def _source(name: str, split: Split, names: NamesOfColumns | None, task: str) ->
     path = Path(name)
     asked, plus, answered = name.partition("+")
     if os.path.isdir(path):
-        return _in_folder(path, split, names)
+        return _in_folder(path, split, names, task)
     if not os.path.exists(path) and plus and os.path.isfile(asked):
-        fields = ("text", "label") if task == "classify" else ALIGNED_FIELDS
+        fields = _FIELDS_OF_ALIGNED.get(task, ALIGNED_FIELDS)
         return _Source(name, read_aligned(Path(asked), Path(answered), fields))
     if not os.path.exists(path) and is_hub_id(name):
         return _on_hub(name, split)
-    return _Source(name, read_records(path, names), names_in_file(path))
+    return _Source(name, _records_of(path, names, task), names_in_file(path))
+
+
+def _records_of(path: Path, names: NamesOfColumns | None, task: str) -> Iterator[Record]:
+    """Return the records of a file; words in columns where the task tags words and it is no table.
+
+    Files of CoNLL's kind are called anything: train.txt, dev.tsv, eng.testa.
+    """
+    suffix = without_gzip(path).suffix.lower()
+    if task != "tag" or (is_data_file_name(path) and suffix not in (".txt", ".tsv")):
+        return read_records(path, names)
+    if suffix == ".tsv" and find_columns(
+        dict.fromkeys(map(str.strip, first_fields(path))), {}, task
+    ):
+        return read_records(path, names)
+    return read_columns(path)
 
 
 def load_held_out(
@@ -199,13 +219,13 @@ def _built_in_records(path: Path) -> Iterator[Record]:
 # ---------------------------------------------------------------- folders
 
 
-def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None) -> _Source:
+def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None, task: str) -> _Source:
     for part in _INSTEAD[split]:
         files = _split_files(folder, part)
         if files:
             _check_one_set(folder, part, files)
             name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files)"
-            records = chain.from_iterable(read_records(path, names) for path in files)
+            records = chain.from_iterable(_records_of(path, names, task) for path in files)
             return _Source(name, records, names_in_folder(folder, files[0]))
     raise DataError(_no_split(folder, split))
 

@@ -74,7 +74,10 @@ def some_rows(
 def built_in_rows(tokenizer: Any, classifier: BaseSpec | None = None) -> VerificationRows:
     """Return built-in prompts. They belong to no task: they only show how far apart models are."""
     encoded = [prompt_ids(tokenizer, prompt) for prompt in _PROMPTS]
-    labels = encoded if classifier is None else [[0]] * len(encoded)
+    labels = encoded
+    if classifier is not None and classifier.classes is not None:
+        of_words = classifier.classes.kind == "tags"
+        labels = [[0] * (len(ids) if of_words else 1) for ids in encoded]
     rows = [
         {"input_ids": ids, "labels": label, "row": row}
         for row, (ids, label) in enumerate(zip(encoded, labels, strict=True))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import VerificationError
 from qlora_kit.events import Announce, LoadProgress, silent
 from qlora_kit.export.forms import Forms, Parameters, Stored, Variant, units_of
@@ -331,11 +332,21 @@ def _measure_variants(
 def _measure_classes(
     logits: Mapping[Variant, Tensor], rows: VerificationRows, merge: Merge
 ) -> tuple[VariantMeasure, ...]:
-    """Compare the logits (B, K) of every variant of a classifier with the adapter's."""
+    """Compare the logits of every variant of a classifier with the adapter's.
+
+    They are (B, K), or (B, T, K) where words are tagged.
+    """
     assert merge.spec.classes is not None
-    kind, reference = merge.spec.classes.kind, logits[Variant.ADAPTER]
-    # Without labels the adapter's own answers are what the others are measured by.
-    targets = rows.batch.targets.to(reference.device) if rows.of_task else None
+    kind = merge.spec.classes.kind
+    targets = rows.batch.targets.to(logits[Variant.ADAPTER].device)
+    if kind == "tags":
+        is_word = targets != IGNORED
+        logits = {variant: found[is_word] for variant, found in logits.items()}
+        kind, targets = "single", targets[is_word]
+    reference = logits[Variant.ADAPTER]
+    if not rows.of_task:
+        # Without labels the adapter's own answers are what the others are measured by.
+        targets = None
     tallies = {variant: _Tally() for variant in logits}
     for variant, tally in tallies.items():
         found = logits[variant]

@@ -45,8 +45,6 @@ _SAVED_KEY = re.compile(
     r"(base_model\.model\.)?(?P<path>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)"
 )
 _MOST_FAULTS = 5
-# PEFT's word for the classification of whole texts.
-_CLASSIFIER = "SEQ_CLS"
 _HEADS = ("classifier", "score")
 _PATTERN_SECONDS = 5.0
 
@@ -241,7 +239,7 @@ def _check_all_saved(saved: Mapping[str, Tensor], config: PeftConfig, folder: Pa
     paths = {name.rpartition(".")[0] for name in saved}
     for module in config.modules_to_save or ():
         # PEFT names every head that a classifier may have, whichever this one has.
-        is_other_head = config.task_type == _CLASSIFIER and module in _HEADS and bool(saved)
+        is_other_head = bool(config.classifies and saved) and module in _HEADS
         if not is_other_head and not any(_is_within(path, module) for path in paths):
             raise AdapterError(
                 f"{folder / WEIGHTS}: modules_to_save names {module} and there is no tensor of it; "
@@ -308,7 +306,8 @@ def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
     if record is not None:
         check_one_task(folder, record, config)
         return None if record.labels is None else (record.label_kind, record.labels)
-    if config.task_type != _CLASSIFIER:
+    task = config.classifies
+    if task is None:
         return None
     saved = read_adapter(folder).saved
     outputs = [len(tensor) for name, tensor in saved.items() if name.endswith(".weight")]
@@ -319,6 +318,8 @@ def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
         )
     # The last layer of a head is its narrowest.
     names = tuple(f"LABEL_{number}" for number in range(min(outputs)))
+    if task == "tag":
+        return "tags", names
     return ("single" if len(names) > 1 else "regression"), names
 
 

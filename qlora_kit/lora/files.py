@@ -27,6 +27,9 @@ WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
 RECORD = "qlora_kit.json"
 
+# PEFT's words for the tasks that classify.
+CLASSIFIERS: Mapping[str, str] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
+
 UNKNOWN_TEMPLATE = "unknown"
 """stands in a record whose author did not say which chat template the data went through"""
 
@@ -153,6 +156,11 @@ class PeftConfig(_File):
     task_type: Any = None
 
     @property
+    def classifies(self) -> str | None:
+        """The task of a classifier, by the name it has here; None of another model."""
+        return CLASSIFIERS.get(str(self.task_type))
+
+    @property
     def targeted_names(self) -> tuple[str, ...]:
         """The names of layers that must have tensors, by which missing tensors are found.
 
@@ -177,7 +185,7 @@ class BaseRecord(_File):
         template_hash: hash of the chat template that the data went through; None if there was no
             template; `UNKNOWN_TEMPLATE` if it is not known.
         labels: names of a classifier's labels in the order of its outputs; None for other models.
-        label_kind: "single", "multi" or "regression"; None for other models.
+        label_kind: "single", "multi", "regression" or "tags"; None for other models.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -197,6 +205,13 @@ class BaseRecord(_File):
     labels: _Labels | None = None
     label_kind: LabelKind | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def classifies(self) -> str | None:
+        """The task of a classifier, by the name it has here; None of another model."""
+        if self.labels is None:
+            return None
+        return "tag" if self.label_kind == "tags" else "classify"
 
     @classmethod
     def of(
@@ -310,17 +325,16 @@ def read_base_record(folder: Path) -> BaseRecord | None:
 
 
 def check_one_task(folder: Path, record: BaseRecord, config: PeftConfig) -> None:
-    """Check that both files of an adapter say whether it classifies.
+    """Check that both files of an adapter say alike whether it classifies, and what.
 
     Raises:
-        AdapterError: one has labels, or a task with labels, and the other has not.
+        AdapterError: they do not.
     """
-    has_labels, task = record.labels is not None, str(config.task_type)
-    # PEFT's names of all tasks with labels end so.
-    if has_labels != task.endswith("_CLS"):
+    if record.classifies != config.classifies:
+        found = {None: "no labels", "classify": "labels of texts", "tag": "tags of words"}
         raise AdapterError(
-            f"{folder}: {RECORD} has {'labels' if has_labels else 'no labels'}, and {CONFIG} says "
-            f"task_type {_short(task)}; expected files of one run; restore them"
+            f"{folder}: {RECORD} has {found[record.classifies]}, and {CONFIG} says task_type "
+            f"{_short(str(config.task_type))}; expected files of one run; restore them"
         )
 
 

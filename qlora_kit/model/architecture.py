@@ -27,7 +27,12 @@ from qlora_kit.errors import ModelError
 from qlora_kit.layers.experts import Stack, run_experts
 from qlora_kit.layers.frozen import TransposedLinear
 from qlora_kit.layers.projections import projections, vocabulary_paths
-from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, is_encoder, outside_of_base
+from qlora_kit.model.class_head import (
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    is_encoder,
+    outside_of_base,
+)
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
     as_list,
@@ -48,6 +53,7 @@ _UNQUANTIZED_LIMIT = 0.05
 _EXPECTED = {
     CAUSAL_LM: "a causal language model of transformers",
     SEQUENCE_CLASSIFICATION: "a model that transformers has a classifier of",
+    TOKEN_CLASSIFICATION: "a model that transformers has a tagger of words of",
 }
 # How transformers calls `run_experts`.
 _ONE_BY_ONE = "qlora_kit"
@@ -146,7 +152,8 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
     if loads == CAUSAL_LM and is_encoder(architecture):
         raise ModelError(
             f"{name}: reads whole texts and writes none; expected a causal language model; train a "
-            "classifier of it with `train --task classify`, or choose another model"
+            "classifier of it with `train --task classify` or `train --task tag`, or choose "
+            "another model"
         )
     try:
         with (

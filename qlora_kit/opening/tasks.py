@@ -16,7 +16,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
-from qlora_kit.model.config_file import names_classifier, read_model_config
+from qlora_kit.model.config_file import classifying_task, read_model_config
 from qlora_kit.model.names import find_model
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _TWO_LABELS = ("0", "1")
+_CLASSIFY = ("classify", "tag")
 
 
 def asked_task() -> Task:
@@ -35,12 +36,19 @@ def asked_task() -> Task:
     return CAUSAL
 
 
+def classifies(task: str) -> bool:
+    """Return whether the models of a task have a head that tells labels apart."""
+    return task in _CLASSIFY
+
+
 def planned_task(config: TrainConfig) -> Task:
     """Return the task of a run whose data are not read: with two labels, if none are named."""
-    if config.task != "classify":
+    if not classifies(config.task):
         return asked_task()
     from qlora_kit.data.labels import Labels
 
+    if config.task == "tag":
+        return classifier(Labels("tags", config.labels or _TWO_LABELS), None)
     if config.label_kind == "regression":
         return classifier(Labels("regression"), None)
     names = config.labels or _TWO_LABELS
@@ -49,18 +57,22 @@ def planned_task(config: TrainConfig) -> Task:
 
 
 def classifier(labels: Labels, pad_token_id: int | None) -> Task:
-    """Return the task of texts with these labels.
+    """Return the task of texts, or of words, with these labels.
 
     Args:
         labels: their kind, names and weights.
         pad_token_id: token that fills short rows, by which decoders find the end of a text.
     """
     from qlora_kit.data.labelled_rows import LabelledRows
+    from qlora_kit.data.tagged_rows import TaggedRows
     from qlora_kit.model.class_head import VALUE, ClassHead
     from qlora_kit.tasks.classify import classify
+    from qlora_kit.tasks.tag import tag
 
     head = ClassHead(labels.kind, labels.names or (VALUE,), pad_token_id)
     weights = labels.weights if len(set(labels.weights)) > 1 else ()
+    if labels.kind == "tags":
+        return tag(head, TaggedRows(labels), weights)
     return classify(head, LabelledRows(labels), weights)
 
 
@@ -90,14 +102,13 @@ def stored_task_name(model: str, adapter: Path | None) -> str:
         adapter: folder of an adapter, or None.
     """
     if adapter is not None:
-        record = read_base_record(adapter)
-        is_classifier = read_peft_config(adapter).task_type == "SEQ_CLS"
-        return "classify" if is_classifier or (record and record.labels) else "causal"
+        record, config = read_base_record(adapter), read_peft_config(adapter)
+        return (record and record.classifies) or config.classifies or "causal"
     folder = find_model(model).folder
     if folder is None or not (folder / "config.json").is_file():
         return "causal"
     named = read_model_config(folder / "config.json").get("architectures")
-    return "classify" if names_classifier(named) else "causal"
+    return classifying_task(named) or "causal"
 
 
 def check_generates(task: Task, asked: str) -> None:

@@ -17,6 +17,7 @@ from qlora_kit.events import (
     Notice,
 )
 from qlora_kit.opening.model import open_tokenizer
+from qlora_kit.opening.tasks import classifies
 from qlora_kit.redact import redacted_values
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def token_rows(
             needs validation rows and there are none.
         ModelError: the tokenizer gives a token that the model does not have.
     """
-    if config.task == "classify":
+    if classifies(config.task):
         labels = _labels(samples, config, announce)
         opened = open_tokenizer(config, announce).classifying(labels)
         notices = _notices_of_text(config)
@@ -140,10 +141,12 @@ def tokenize_data(
 
 def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels:
     """Return the labels, which are those of the training samples, and announce them."""
-    from qlora_kit.data.labels import class_counts, labels_of, missing_from
+    from qlora_kit.data.labels import class_counts, labels_of, missing_from, tags_in_words
 
     labels = labels_of(samples, config)
     announce(Notice(f"labels: {labels.describe()}"))
+    if labels.kind == "tags":
+        announce(Notice(f"tags: {tags_in_words(labels, samples)}"))
     for text in missing_from(labels, class_counts(labels, samples), samples.source):
         announce(Notice(text))
     return labels

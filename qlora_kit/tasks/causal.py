@@ -159,7 +159,7 @@ class CausalObjective:
         correct = {"token_accuracy": summed(measured.is_top)}
         return RowSums(weight, -summed(measured.logprobs), correct)
 
-    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
+    def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
         """See `Objective`: all that is measured are sums, and no outputs are kept."""
         return {}
 

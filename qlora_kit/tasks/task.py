@@ -55,13 +55,13 @@ class RowSums(NamedTuple):
         weight: number of units that the sums of a row are over, such as supervised tokens.
         loss: the loss of a row, summed.
         metrics: the metrics of a row, summed, by the names of `Task.metrics`.
-        outputs: (B, M), what `Objective.figures` works on; None if it needs nothing.
+        outputs: a tensor for each row, what `Objective.figures` works on; None if it needs nothing.
     """
 
     weight: Tensor
     loss: Tensor
     metrics: Mapping[str, Tensor]
-    outputs: Tensor | None = None
+    outputs: Sequence[Tensor] | None = None
 
 
 class Objective(Protocol):
@@ -103,7 +103,7 @@ class Objective(Protocol):
         """
         ...
 
-    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
+    def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
         """Return what no sum over rows gives, such as a macro-F1, where outputs were kept."""
         ...
 
