@@ -67,7 +67,7 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
     )
 
 
-TaskName = Literal["causal", "classify"]
+TaskName = Literal["causal", "classify", "seq2seq"]
 LabelNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
 LabelKind = Annotated[Literal["auto", "single", "multi", "regression"], _renamed(_LABEL_KIND_NAMES)]
 ClassWeights = Annotated[
@@ -280,7 +280,8 @@ class TaskOptions(Options):
     """What a sample means."""
 
     task: TaskName = option(
-        "causal", "causal: text to be learnt; classify: texts and their labels",
+        "causal", "causal: text to be learnt; classify: texts and their labels; seq2seq: sources "
+        "and targets, by an encoder-decoder",
         decides="task", leads=True,
     )  # fmt: skip
     labels: LabelNames = option(

@@ -136,5 +136,6 @@ LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY)
 SHAPES: Mapping[str, tuple[Shape, ...]] = {
     "causal": tuple(shape for shape in Shape if shape not in LABELLED),
     "classify": LABELLED,
+    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *LABELLED)),
 }
 """The shapes that a task knows, by its name. No shape is of two: a field means one thing to one."""

@@ -140,6 +140,11 @@ class LoRALinear(nn.Module):
         )
         return y.view(*x.shape[:-1], -1)
 
+    @property
+    def weight(self) -> FrozenWeight:
+        """The frozen weight: T5 asks its layers for their weight's dtype, where it is a tensor."""
+        return self.frozen.weight
+
     def low_rank(self, kept: Tensor | None) -> LowRank:
         """Return the trained term of a call, given the mask of `draw_kept` for that call."""
         keep_probability = 1.0 if kept is None else 1 - self.dropout

@@ -67,9 +67,12 @@ def plan_run(
     """
     hardware = choose_hardware(config.device, config.dtype)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
-    evaluation_tokens = max(held_out.lengths()) if held_out is not None else None
-    most = config.batch_size * config.gradient_accumulation_steps
-    sizes = RowSizes.of(rows, most, evaluation_tokens)
+    if task.has_sources:
+        sizes = RowSizes.of_sources(rows, config.batch_size, held_out)
+    else:
+        evaluation_tokens = max(held_out.lengths()) if held_out is not None else None
+        most = config.batch_size * config.gradient_accumulation_steps
+        sizes = RowSizes.of(rows, most, evaluation_tokens)
     subject = Subject(spec, lora, standing_in_for(hardware), sizes, task)
     try:
         plan = make_plan(config, subject, budget, choose=choose)
@@ -141,19 +144,21 @@ class MemoryAccount:
         output: the run's folder.
         plan: the plan with the prediction, or None.
         announce: receives the measured memory beside the predicted.
+        has_sources: whether rows are sources and targets.
         rehearsal: the rehearsed step, or None before it.
     """
 
     output: Path
     plan: Plan | None
     announce: Announce
+    has_sources: bool = False
     rehearsal: Rehearsal | None = field(default=None, init=False)
 
     def rehearse(self, step: OptimizerStep) -> None:
         """Take the largest step of the run, undo it, and announce the memory it took."""
         plan = self.plan
         micro_batches = plan.config.gradient_accumulation_steps if plan else 2
-        self.rehearsal = found = rehearse(step, micro_batches)
+        self.rehearsal = found = rehearse(step, micro_batches, has_sources=self.has_sources)
         measured = f"{size_text(found.peak_bytes)} by the {found.how}"
         if (predicted := self._predicted_step(found)) is not None:
             measured += f", predicted {size_text(predicted)}"
