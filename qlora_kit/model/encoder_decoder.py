@@ -107,6 +107,14 @@ def is_head_tied(skeleton: PreTrainedModel) -> bool:
     return _HEAD in (skeleton.all_tied_weights_keys or {})
 
 
+def stays_unpacked(architecture: PreTrainedConfig, name: str) -> bool:
+    """Whether a weight of a linear layer is left as it is in a checkpoint of bitsandbytes.
+
+    The layers `wo` of T5 are: transformers never makes packed layers of them.
+    """
+    return is_encoder_decoder(architecture) and name.endswith(".wo.weight")
+
+
 def target_states(
     model: PreTrainedModel,
     source: Tensor,
