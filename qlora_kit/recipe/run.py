@@ -239,6 +239,7 @@ class Run:
             RunSummary.of(self.config, record.base, facts, results, record.versions, commands),
             labels=record.labels or (),
             pad_token_id=self.opened.tokenizer.pad_token_id,
+            has_sources=self.opened.task.has_sources,
         )
         card.write_card(output, summary)
         run_page.write_run_page(

@@ -21,7 +21,8 @@ NAME = "README.md"
 
 def write_card(folder: Path, summary: RunSummary) -> None:
     """Write the model card into a run folder."""
-    kind = "text-classification" if summary.labels else "text-generation"
+    kind = "text2text-generation" if summary.has_sources else "text-generation"
+    kind = "text-classification" if summary.labels else kind
     write_rendered_card(
         folder, "card.md.jinja", summary.base, "peft", "lora", kind, summary=summary
     )

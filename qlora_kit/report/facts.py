@@ -50,6 +50,7 @@ class RunSummary:
         commands: commands to type next.
         labels: names of a classifier's labels; none of other models.
         pad_token_id: the token that fills short rows.
+        has_sources: whether the model reads a source and writes its target.
     """
 
     base: str
@@ -62,6 +63,7 @@ class RunSummary:
     commands: tuple[str, ...]
     labels: tuple[str, ...] = ()
     pad_token_id: int | None = None
+    has_sources: bool = False
 
     @property
     def base_name(self) -> str:

@@ -333,7 +333,7 @@ def test_a_merge_that_is_packed_again_opens_in_transformers(
     # transformers leaves T5's `wo` as it is, and so does the export; the head is never packed.
     whole = {path for path, name in layers.items() if name == "Linear"}
     assert whole == {path for path in layers if path.endswith("DenseReluDense.wo")} | {"lm_head"}
-    assert f"Linear{bits}bit" in str(layers.values()) or bits == 8
+    assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in layers.values()
     ours = qk.load_base(t5_spec(tmp_path / "packed", bits), qk.choose_hardware("cpu"))
     written = reports[0].variant("written")
     assert written is not None
@@ -424,6 +424,15 @@ def test_recompute_of_both_halves_saves_memory(tmp_path: Path) -> None:
         set_recompute(adapter.base.model, is_on)
         peaks.append(recorded_peak(lambda: objective.loss_sum(batch).backward()))
     assert peaks[0] < 0.5 * peaks[1]
+
+
+@pytest.mark.parametrize("name", ["t5-small", "flan-t5-small"])
+def test_known_models_have_their_parameters(name: str) -> None:
+    source = qk.find_model(name)
+    spec = qk.BaseSpec(source, None, qk.Quantization(4), random=True, loads=SEQ2SEQ_LM)
+    skeleton = spec.skeleton()
+    assert sum(each.numel() for each in skeleton.parameters()) == source.parameters
+    assert is_head_tied(skeleton) is (name == "t5-small")
 
 
 # ---------------------------------------------------------------- what is refused
