@@ -101,6 +101,16 @@ class TokenTable(TokenRows):
         lengths: list[int] = pyarrow.compute.list_value_length(self.column("input_ids")).to_pylist()
         return lengths
 
+    def source_lengths(self) -> list[tuple[int, int]]:
+        """Return the tokens of each row's source and of its target, which alone is supervised."""
+        import numpy
+
+        labels = self.column("labels").combine_chunks()
+        before = numpy.cumsum(labels.flatten().to_numpy() != IGNORED)
+        ends = numpy.concatenate(([0], before))[first_tokens(labels)]
+        targets = numpy.diff(ends).tolist()
+        return [(all_ - own, own) for all_, own in zip(self.lengths(), targets, strict=True)]
+
     def largest_token(self) -> int:
         """Return the largest token id of all rows."""
         import pyarrow.compute

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from merging import save
@@ -19,7 +20,7 @@ from tiny_models import fill_lora
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import qlora_kit as qk
-from qlora_kit.data.batch import TokenRows, widest_batch
+from qlora_kit.data.batch import TokenRows, TokenTable, widest_batch
 from qlora_kit.errors import ModelError
 from qlora_kit.export.rows import built_in_rows, some_rows
 from qlora_kit.export.verify import verify_merge
@@ -368,6 +369,9 @@ def _rows_of(lengths: list[tuple[int, int]]) -> TokenRows:
 def test_the_widest_batch_has_the_longest_source_and_the_longest_target() -> None:
     lengths = [(4, 4), (30, 3), (20, 20), (2, 31), (5, 5)]
     assert _rows_of(lengths).source_lengths() == lengths
+    table = TokenTable(datasets.Dataset.from_list(list(_rows_of(lengths))))
+    assert table.source_lengths() == lengths
+    assert table.select([3, 1]).source_lengths() == [lengths[3], lengths[1]]
     assert widest_batch(lengths, 1) == (2,)
     assert widest_batch(lengths, 2) == (1, 3)
     assert widest_batch(lengths, 3) == (1, 3, 2)
