@@ -67,7 +67,7 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
     )
 
 
-TaskName = Literal["causal", "classify", "tag"]
+TaskName = Literal["causal", "classify", "tag", "seq2seq"]
 LabelNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
 LabelKind = Literal["single", "multi", "regression", "tags"]
 AskedLabelKind = Annotated[
@@ -284,7 +284,7 @@ class TaskOptions(Options):
 
     task: TaskName = option(
         "causal", "causal: text to be learnt; classify: texts and their labels; tag: words and "
-        "their tags",
+        "their tags; seq2seq: sources and targets, by an encoder-decoder",
         decides="task", leads=True,
     )  # fmt: skip
     labels: LabelNames = option(

@@ -154,5 +154,6 @@ SHAPES: Mapping[str, tuple[Shape, ...]] = {
     "causal": tuple(shape for shape in Shape if shape not in LABELLED),
     "classify": (Shape.CLASSIFY_PAIR, Shape.CLASSIFY),
     "tag": (Shape.TAG,),
+    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *LABELLED)),
 }
 """The shapes that a task knows, by its name. No shape is of two: a field means one thing to one."""

@@ -362,7 +362,7 @@ class _Tokenizing:
     def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
         """Shorten the rows of one sample to the allowed length, and count what is lost."""
         left = [
-            _TableRow(part.ids, part.labels, index, len(row.ids), part.token_types)
+            _TableRow(part.ids, part.labels, index, row.length, part.token_types)
             for row in rows
             for part in self._shorten(index, row)
             if self.maker.weight(part.labels)
@@ -378,10 +378,10 @@ class _Tokenizing:
             weight_lost=in_all - weight,
         )
         if not left:
-            self.dropped[index] = max(len(row.ids) for row in rows)
+            self.dropped[index] = max(row.length for row in rows)
             return []
         by_turn, is_split = len(rows) > 1, self.long_samples == "split"
-        is_long = any(len(row.ids) > self.max_length for row in rows)
+        is_long = any(row.length > self.max_length for row in rows)
         if by_turn or (is_long and is_split):
             self.tally.update(rows_split=1, chunks=len(left), rows_by_turn=int(by_turn))
         if is_long and not is_split:
@@ -389,7 +389,7 @@ class _Tokenizing:
         return left
 
     def _shorten(self, index: int, row: Labelled) -> list[Labelled]:
-        length, limit = len(row.ids), self.max_length
+        length, limit = row.length, self.max_length
         if length <= limit:
             return [row]
         if self.long_samples == "error":

@@ -100,7 +100,7 @@ def verify_merge(
                 weigher.raise_faults()
                 measures = _measure_classes(logits, rows, merge)
             else:
-                hidden = model.hidden_states(rows.batch.input_ids)
+                hidden = model.hidden_states(rows.batch)
                 read(head_path)
                 weigher.raise_faults()
                 heads = _heads(skeleton, head_path, parameters, merge, variants)
@@ -315,7 +315,7 @@ def _measure_variants(
     """Compare the predictions of every variant with the adapter's, at the supervised tokens."""
     device = next(iter(hidden.values())).device
     positions = rows.batch.positions.to(device)
-    targets = rows.batch.labels.flatten().to(device).index_select(0, positions + 1)
+    targets = rows.batch.targets.to(device)
     states = {v: h.flatten(0, 1).index_select(0, positions) for v, h in hidden.items()}
     tallies = {variant: _Tally() for variant in hidden}
     for start in range(0, len(targets), _CHUNK_TOKENS):

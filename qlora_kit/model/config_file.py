@@ -175,6 +175,15 @@ def _check_number(path: Path, key: str, value: Any) -> None:
         return
 
 
+def names_encoder_decoder(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a config.json, or of an entry of `configs/`, is an encoder-decoder's.
+
+    transformers leaves out what every model of a family has.
+    """
+    is_of_family = content.get("model_type") in ("t5", "mt5")
+    return content.get("is_encoder_decoder", is_of_family) is True
+
+
 _CLASSIFIERS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
 
 

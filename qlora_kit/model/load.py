@@ -38,6 +38,14 @@ from qlora_kit.model.architecture import (
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.class_head import ClassHead, fresh_value, head_layers, may_be_fresh
 from qlora_kit.model.convert import Assembly, assemble
+from qlora_kit.model.encoder_decoder import (
+    SEQ2SEQ_LM,
+    check_dtype,
+    has_own_head,
+    is_encoder_decoder,
+    is_head_tied,
+    untie_head,
+)
 from qlora_kit.model.hardware import Hardware, dtype_name
 from qlora_kit.model.head import verify_head
 from qlora_kit.model.memory import memory_returned
@@ -48,6 +56,8 @@ from qlora_kit.private_torch import own_buffers
 from qlora_kit.signals import safe_point
 
 RANDOM_SEED = 0
+# T5's table of what positions add to the scores of attention, in the dtype of the scores.
+_POSITION_BIAS = "relative_attention_bias"
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -97,7 +107,11 @@ class BaseSpec:
         """
         architecture = self.architecture()
         whole = architecture if layers is None else shortened(architecture, layers)
-        return build_skeleton(whole, self.loads)
+        skeleton = build_skeleton(whole, self.loads)
+        folder = None if self.random else self.folder
+        if self.loads == SEQ2SEQ_LM and has_own_head(architecture, folder):
+            untie_head(skeleton)
+        return skeleton
 
     @cached_property
     def fresh(self) -> frozenset[str]:
@@ -151,6 +165,8 @@ class Placement:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head of a skeleton is its input embedding."""
+    if is_encoder_decoder(model.config):
+        return is_head_tied(model)
     return bool(model.all_tied_weights_keys)
 
 
@@ -420,6 +436,7 @@ def load_base(
         ModelError: the checkpoint does not fit its architecture, or the architecture would
             stay largely unquantised, or computes its logits in an unknown way.
     """
+    check_dtype(spec.architecture(), hardware.dtype)
     model = spec.skeleton()
     share = unquantized_share(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -509,7 +526,8 @@ def _place(
     if isinstance(value, FrozenWeight):
         module.weight = value
         return
-    is_large = isinstance(module, nn.Embedding | FrozenLinear) and leaf == "weight"
+    is_table = isinstance(module, nn.Embedding) and not path.endswith(_POSITION_BIAS)
+    is_large = (is_table or isinstance(module, FrozenLinear)) and leaf == "weight"
     value = _stored_dtype(value, hardware.dtype, is_large=is_large)
     if isinstance(module, FrozenLinear):
         if leaf == "weight":

@@ -122,19 +122,21 @@ class MemoryAccount:
         output: the run's folder.
         plan: the plan with the prediction, or None.
         announce: receives the measured memory beside the predicted.
+        has_sources: whether rows are sources and targets.
         rehearsal: the rehearsed step, or None before it.
     """
 
     output: Path
     plan: Plan | None
     announce: Announce
+    has_sources: bool = False
     rehearsal: Rehearsal | None = field(default=None, init=False)
 
     def rehearse(self, step: OptimizerStep) -> None:
         """Take the largest step of the run, undo it, and announce the memory it took."""
         plan = self.plan
         micro_batches = plan.config.gradient_accumulation_steps if plan else 2
-        self.rehearsal = found = rehearse(step, micro_batches)
+        self.rehearsal = found = rehearse(step, micro_batches, has_sources=self.has_sources)
         measured = f"{size_text(found.peak_bytes)} by the {found.how}"
         if (predicted := self._predicted_step(found)) is not None:
             measured += f", predicted {size_text(predicted)}"

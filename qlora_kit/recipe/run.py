@@ -146,7 +146,9 @@ class Run:
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))
         self._save_inputs()
         self._show_data()
-        memory = MemoryAccount(self.output, self.plan, self.announce)
+        memory = MemoryAccount(
+            self.output, self.plan, self.announce, has_sources=self.opened.task.has_sources
+        )
         samples = self._samples()
         try:
             validation = self._validation()

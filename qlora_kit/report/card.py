@@ -18,7 +18,11 @@ from qlora_kit.storage import write_text
 
 NAME = "README.md"
 # The hub's words for what models of a task do.
-_PIPELINES = {"classify": "text-classification", "tag": "token-classification"}
+_PIPELINES = {
+    "classify": "text-classification",
+    "tag": "token-classification",
+    "seq2seq": "text2text-generation",
+}
 
 
 def write_card(folder: Path, summary: RunSummary) -> None:

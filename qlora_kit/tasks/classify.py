@@ -117,7 +117,9 @@ class ClassifyObjective:
         width = self.base.batch_width
         return collate_labelled(rows, self.classes, self.pad_token_id, masks=masks, width=width)
 
-    def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> LabelledBatch:
+    def stand_in(
+        self, rows: int, tokens: int, weight: int | None = None, answer_tokens: int | None = None
+    ) -> LabelledBatch:
         """See `Objective`: as padded as a batch can be, which takes the most."""
         width = self.base.batch_width(tokens)
         ids = torch.zeros(rows, width, dtype=torch.int64, device="cpu")

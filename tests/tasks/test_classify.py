@@ -26,11 +26,18 @@ from transformers import (
 
 import qlora_kit as qk
 from qlora_kit.config import LabelKind
+from qlora_kit.data.labels import Labels
 from qlora_kit.errors import ModelError
 from qlora_kit.export.rows import some_rows
 from qlora_kit.export.verify import verify_merge
 from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, ClassHead
+from qlora_kit.model.hardware import Hardware
+from qlora_kit.opening.tasks import classifier
+from qlora_kit.plan.simulate import predict, simulated_run
+from qlora_kit.plan.subject import RowSizes, Subject
+from qlora_kit.step.kernels import Kernels
 from qlora_kit.step.recompute import set_recompute
+from qlora_kit.step.settle import settle
 from qlora_kit.tasks.classify import ClassifyObjective, LabelledBatch
 from qlora_kit.tasks.tag import TagObjective
 
@@ -382,6 +389,27 @@ def test_a_base_without_its_layers_is_still_refused(
     save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"missing tensors .*query\.weight"):
         qk.load_base(spec_of(tmp_path), qk.choose_hardware("cpu"))
+
+
+@of_each_task
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "gpt2", "llama"])
+def test_a_plan_for_a_gpu_chooses_kernels_as_a_run_does(
+    folder_of: Callable[[str], Path], kind: str, task: LabelKind
+) -> None:
+    expected = {
+        "modernbert": ("nf4", "lora", "rotary"),
+        "llama": ("nf4", "lora", "norm", "rotary", "gate"),
+    }.get(kind, ("nf4", "lora"))
+    spec, head = spec_of(folder_of(kind), 4, task), classifier(Labels(task, NAMES), 0)
+    lora = qk.LoraSpec(
+        targets=("all-linear",), whole=spec.trained_whole(), task_type=head.peft_type
+    )
+    gpu = Hardware(torch.device("meta"), torch.bfloat16, "stands in for a GPU")
+    subject = Subject(spec, lora, gpu, RowSizes(24), head)
+    config = qk.TrainConfig(eval_batch_size=1)
+    with simulated_run(subject, config, spec.skeleton()) as run:
+        assert settle(run.model, config, gpu).kernels == Kernels(expected)
+    assert predict(subject, config).peak.bytes > 0
 
 
 def test_the_names_in_a_checkpoint_are_read_once(
