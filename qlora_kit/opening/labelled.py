@@ -12,6 +12,7 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.data.samples import load_samples
 from qlora_kit.events import Announce, silent
 from qlora_kit.opening.model import open_tokenizer
+from qlora_kit.opening.tasks import classifies
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
@@ -32,10 +33,11 @@ class OpenedClassifier:
 
 
 def open_classifier(config: TrainConfig, announce: Announce = silent) -> OpenedClassifier:
-    """Read labelled texts, and load a base as a classifier of their labels.
+    """Read labelled texts, or tagged words, and load a base as a classifier of their labels.
 
     Args:
-        config: names the model, the data, and how labels are understood.
+        config: names the model, the data, and how labels are understood; with the task `tag`, words
+            are classified instead of texts.
         announce: receives notices and the loading progress.
 
     Raises:
@@ -47,7 +49,8 @@ def open_classifier(config: TrainConfig, announce: Announce = silent) -> OpenedC
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.threads import choose_threads
 
-    samples = load_samples(config.data, "train", config, task="classify")
+    named = config.task if classifies(config.task) else "classify"
+    samples = load_samples(config.data, "train", config, task=named)
     opened = open_tokenizer(config, announce).classifying(labels_of(samples, config))
     task = opened.task
     data = tokenize(samples, opened.tokenizer, config, makes=task.makes)

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from qlora_kit.config import TaskOptions
 from qlora_kit.data.class_names import names_in_features, names_in_file
-from qlora_kit.data.labels import Labels, labels_of
+from qlora_kit.data.labels import Labels, labels_of, tags_in_words
 from qlora_kit.data.samples import load_samples
 
 NAMES = ["World", "Sports", "Business"]
@@ -53,6 +53,22 @@ def test_a_column_of_another_name_and_lists_of_classes(tmp_path: Path) -> None:
     labels = labels_of(samples, TaskOptions())
     assert (labels.kind, list(labels.names)) == ("multi", NAMES)
     assert [labels.target(sample) for sample in samples.items] == [[0, 2], [], [1]]
+
+
+def test_numbers_of_tags_have_the_names_of_their_feature(tmp_path: Path) -> None:
+    names = ["O", "B-LOC", "I-LOC"]
+    features = Features(
+        {"tokens": Sequence(Value("string")), "ner_tags": Sequence(ClassLabel(names=names))}
+    )
+    content = {"tokens": [["in", "New", "York"], ["Ann"]], "ner_tags": [[0, 1, 2], [0]]}
+    table = Dataset.from_dict(content, features=features).with_format("arrow")[:]
+    file = tmp_path / "train.parquet"
+    parquet.write_table(table.cast(features.arrow_schema), file)
+    samples = load_samples(file, task="tag")
+    labels = labels_of(samples, TaskOptions(task="tag"))
+    assert (labels.kind, list(labels.names)) == ("tags", names)
+    assert [labels.target(sample) for sample in samples.items] == [[0, 1, 2], [0]]
+    assert tags_in_words(labels, samples) == "scheme BIO, entities of 1 type"
 
 
 def test_what_the_user_asks_for_goes_first(tmp_path: Path) -> None:

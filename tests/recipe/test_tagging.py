@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support import run
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
 
+import qlora_kit as qk
 from qlora_kit.model.class_head import ClassHead
 from qlora_kit.recipe.tagging import WordReader
 
@@ -81,6 +82,36 @@ def in_json(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, An
     assert code == 0, err
     found: dict[str, Any] = json.loads(out)
     return found
+
+
+def test_a_program_opens_a_tagger(model: Path, data: tuple[Path, Path]) -> None:
+    asked = qk.TrainConfig(
+        model=str(model), data=str(data[0]), task="tag", device="cpu", targets=("all-linear",),
+        max_length=64,
+    )  # fmt: skip
+    opened = qk.open_classifier(asked)
+    assert opened.task.name == "tag"
+    assert opened.lora.task_type == "TOKEN_CLS"
+    found = qk.evaluate(
+        opened.base, opened.data.rows, task=opened.task,
+        pad_token_id=opened.tokenizer.pad_token_id,
+    )  # fmt: skip
+    assert set(found.details) == {"per_class"}
+
+
+def test_files_of_two_tasks_are_refused(
+    model: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = trained(model, data, tmp_path / "run", capsys, "--max-steps", "1")
+    file = own / "adapter_config.json"
+    for task, said in (("SEQ_CLS", "SEQ_CLS"), ("CAUSAL_LM", "CAUSAL_LM"), (None, "None")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": task}))
+        code, _, err = run("evaluate", "--adapter", str(own), "--data", str(data[1]), capsys=capsys)
+        assert code == 2
+        assert (
+            f"qlora_kit.json has tags of words, and adapter_config.json says task_type {said};"
+            in err
+        )
 
 
 def test_from_columns_to_a_merged_model(
