@@ -1,17 +1,19 @@
 """Fine-tune a classifier here and with PEFT under transformers' own trainer; compare the accuracy.
 
-    python benchmarks/classify.py --model FOLDER --train FILE --test FILE [--seeds 1,2,3]
+    python benchmarks/classify.py --model FOLDER --train FILE --test FILE [--seeds 1,2,3] [--rows N]
 
-Both sides have the same base, rows, steps, batches, learning rate and schedule, LoRA on the same
-layers, and a head of their own, drawn from the seed. They differ in the order of the rows and in
-the first values of A and of the head. The kit runs through its command line, in processes of its
-own. Printed are the accuracy on the test rows and the time of each side, and the mean of the seeds.
+The model is an encoder or a decoder. Both sides have the same base, rows, steps, batches, learning
+rate and schedule, LoRA on the same layers, and a head of their own, drawn from the seed. They
+differ in the order of the rows and in the first values of A and of the head. The kit runs through
+its command line, in processes of its own. Printed are the accuracy on the test rows and the time
+of each side, and the mean of the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import statistics
 import subprocess
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the base")
     parser.add_argument("--train", help="TSV with the columns sentence and label")
     parser.add_argument("--test", help="likewise")
+    parser.add_argument("--rows", type=int, help="train on the first rows only")
     parser.add_argument("--bits", default="4,16")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=420)
@@ -47,7 +50,7 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(_SIDES[arguments.side](json.loads(arguments.settings))))
         return
-    names = ("model", "train", "test", "steps", "batch_size", "learning_rate", "max_length")
+    names = ("model", "train", "test", "rows", "steps", "batch_size", "learning_rate", "max_length")
     common = {name: getattr(arguments, name) for name in names}
     rows = []
     for bits in map(int, arguments.bits.split(",")):
@@ -73,10 +76,11 @@ def run_ours(settings: dict[str, Any]) -> dict[str, Any]:
     """Train and evaluate through the command line."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        data = _first_rows(settings, Path(folder))
         kit = [sys.executable, "-m", "qlora_kit"]
         train = [
             *kit, "train", "--task", "classify", "--model", settings["model"],
-            "--data", settings["train"], "--output", f"{folder}/run", "--device", "cpu",
+            "--data", str(data), "--output", f"{folder}/run", "--device", "cpu",
             "--bits", str(settings["bits"]), "--seed", str(settings["seed"]),
             "--max-steps", str(settings["steps"]), "--batch-size", str(settings["batch_size"]),
             "--gradient-accumulation-steps", "1", "--targets", "all-linear",
@@ -91,6 +95,16 @@ def run_ours(settings: dict[str, Any]) -> dict[str, Any]:
     found = json.loads(done.stdout)
     seconds = time.perf_counter() - start
     return {"accuracy": found["accuracy"], "macro_f1": found["macro_f1"], "seconds": seconds}
+
+
+def _first_rows(settings: dict[str, Any], folder: Path) -> Path:
+    """Return the training file, or a file in `folder` with its header and first rows."""
+    if settings["rows"] is None:
+        return Path(settings["train"])
+    with Path(settings["train"]).open(encoding="utf-8") as stream:
+        lines = list(itertools.islice(stream, 1 + settings["rows"]))
+    (folder / "train.tsv").write_text("".join(lines), encoding="utf-8")
+    return folder / "train.tsv"
 
 
 def run_peft(settings: dict[str, Any]) -> dict[str, Any]:
@@ -118,20 +132,22 @@ def run_peft(settings: dict[str, Any]) -> dict[str, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
             # The head is in no checkpoint, and cannot be packed before it has values.
-            llm_int8_skip_modules=["classifier"],
+            llm_int8_skip_modules=["classifier", "score"],
         )
     model = AutoModelForSequenceClassification.from_pretrained(
         settings["model"], num_labels=2, dtype=torch.float32, quantization_config=quantization
     )
+    # A decoder finds the last token of a padded row by it.
+    model.config.pad_token_id = tokenizer.pad_token_id
     lora = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="SEQ_CLS",
         target_modules="all-linear",
     )  # fmt: skip
     model = get_peft_model(model, lora)
 
-    def rows(path: str) -> datasets.Dataset:
+    def rows(path: str, most: int | None = None) -> datasets.Dataset:
         with Path(path).open(encoding="utf-8", newline="") as stream:
-            table = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+            table = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[1:][:most]
         texts = [text for text, _ in table]
         encoded = tokenizer(texts, truncation=True, max_length=settings["max_length"])
         return datasets.Dataset.from_dict({**encoded, "labels": [int(row[1]) for row in table]})
@@ -145,7 +161,7 @@ def run_peft(settings: dict[str, Any]) -> dict[str, Any]:
             seed=settings["seed"], save_strategy="no", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         trainer = Trainer(
-            model=model, args=options, train_dataset=rows(settings["train"]),
+            model=model, args=options, train_dataset=rows(settings["train"], settings["rows"]),
             data_collator=DataCollatorWithPadding(tokenizer),
         )  # fmt: skip
         trainer.train()

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
+    from qlora_kit.opening.labelled import open_classifier
     from qlora_kit.opening.model import load_data, open_base
     from qlora_kit.opening.options import configure
     from qlora_kit.train.loop import TrainResult, train_adapter
@@ -74,6 +75,7 @@ _EXPORTS = {
     "model.load": ("Base", "BaseSpec", "load_base"),
     "model.names": ("find_model", "known_models"),
     "layers.quantize": ("Quantization",),
+    "opening.labelled": ("open_classifier",),
     "opening.model": ("load_data", "open_base"),
     "opening.options": ("configure",),
     "train.loop": ("TrainResult", "train_adapter"),

@@ -9,7 +9,7 @@ import click
 
 from qlora_kit import recipe
 from qlora_kit.cli.options import configure, parameters_of
-from qlora_kit.cli.run import print_config, run_recipe
+from qlora_kit.cli.run import listener, print_config, print_result
 from qlora_kit.config import (
     CheckConfig,
     EvaluateConfig,
@@ -44,11 +44,14 @@ class _Command(click.Command):
         positional: str | None = None,
     ) -> None:
         def callback(**given: Any) -> None:
-            config = configure(config_class, given)
+            config, as_json = configure(config_class, given), given["json"]
             if given["dry_run"]:
-                print_config(config, as_json=given["json"])
-            else:
-                run_recipe(getattr(recipe, name), config, as_json=given["json"])
+                print_config(config, as_json=as_json)
+                return
+            with listener(as_json=as_json) as announce:
+                result = getattr(recipe, name)(config, announce)
+            if as_json:
+                print_result(result)
 
         self._config_class = config_class
         super().__init__(

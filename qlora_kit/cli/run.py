@@ -1,16 +1,17 @@
-"""The two things a command can do: print its configuration, or run its recipe on the terminal."""
+"""What a command prints: its configuration, or the events of its recipe and then its result."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 import yaml
 
-from qlora_kit.config import AnyConfig, Options
+from qlora_kit.config import Options
 from qlora_kit.events import Announce, Event, Notice
 from qlora_kit.redact import redacted, redacted_values
 
@@ -21,19 +22,21 @@ def print_config(config: Options, *, as_json: bool) -> None:
     click.echo(json.dumps(values, indent=2) if as_json else yaml.safe_dump(values, sort_keys=False))
 
 
-def run_recipe(
-    recipe: Callable[[AnyConfig, Announce], dict[str, Any]], config: AnyConfig, *, as_json: bool
-) -> None:
-    """Run a recipe and show its events; with `as_json`, print only its result, as JSON."""
+@contextmanager
+def listener(*, as_json: bool) -> Iterator[Announce]:
+    """Yield what shows the events of a recipe; with `as_json` only notices, on stderr."""
     if as_json:
-        click.echo(
-            json.dumps(redacted_values(_finite(recipe(config, _notices_to_stderr))), indent=2)
-        )
+        yield _notices_to_stderr
         return
     from qlora_kit.report.terminal import Terminal
 
     with Terminal() as terminal:
-        recipe(config, terminal)
+        yield terminal
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print the result of a recipe as JSON, with null for numbers that JSON does not have."""
+    click.echo(json.dumps(redacted_values(_finite(result)), indent=2))
 
 
 def _notices_to_stderr(event: Event) -> None:

@@ -16,6 +16,7 @@ from qlora_kit.config.options import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    LabelKind,
     LongSamples,
     LoraOptions,
     MetricName,
@@ -43,9 +44,9 @@ from qlora_kit.config.values import parse_size
 
 __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
-    "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "Layer",
-    "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options", "PlanConfig",
-    "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TaskOptions", "TemplateOption",
-    "TokenOptions", "TrainConfig", "by_heading", "compared", "declared", "field_names",
-    "parse_size", "read_config_file", "resolve", "that_decide",
+    "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelKind",
+    "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
+    "PlanConfig", "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TaskOptions",
+    "TemplateOption", "TokenOptions", "TrainConfig", "by_heading", "compared", "declared",
+    "field_names", "parse_size", "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

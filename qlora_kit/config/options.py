@@ -67,9 +67,12 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
     )
 
 
-TaskName = Literal["causal", "classify"]
+TaskName = Literal["causal", "classify", "tag", "seq2seq"]
 LabelNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
-LabelKind = Annotated[Literal["auto", "single", "multi", "regression"], _renamed(_LABEL_KIND_NAMES)]
+LabelKind = Literal["single", "multi", "regression", "tags"]
+AskedLabelKind = Annotated[
+    Literal["auto", "single", "multi", "regression"], _renamed(_LABEL_KIND_NAMES)
+]
 ClassWeights = Annotated[
     Literal["balanced"] | dict[str, Annotated[float, Field(gt=0), BeforeValidator(parse_number)]],
     BeforeValidator(parse_balanced_or_numbers),
@@ -280,14 +283,15 @@ class TaskOptions(Options):
     """What a sample means."""
 
     task: TaskName = option(
-        "causal", "causal: text to be learnt; classify: texts and their labels",
+        "causal", "causal: text to be learnt; classify: texts and their labels; tag: words and "
+        "their tags; seq2seq: sources and targets, by an encoder-decoder",
         decides="task", leads=True,
     )  # fmt: skip
     labels: LabelNames = option(
         (), "names of the labels in their order, separated by commas; default: those of the data",
         decides="task",
     )  # fmt: skip
-    label_kind: LabelKind = option(
+    label_kind: AskedLabelKind = option(
         "auto", "one label a sample, several, or a number; auto: by the data",
         also=["problem_type"], decides="task",
     )  # fmt: skip
@@ -301,7 +305,7 @@ class RecordOptions(Options):
     """How the records of a data file are understood."""
 
     format: Literal[
-        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text", "classify"
+        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text", "classify", "tag"
     ] = option(
         "auto", "what a record is; auto: by its fields", also=["dataset_format"],
         decides="data", known_by_result=True,

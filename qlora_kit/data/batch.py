@@ -64,6 +64,11 @@ class TokenRows:
         """Return the number of tokens of each row."""
         return [len(row["input_ids"]) for row in self]
 
+    def source_lengths(self) -> list[tuple[int, int]]:
+        """Return the tokens of each row's source and of its target, which alone is supervised."""
+        targets = [sum(label != IGNORED for label in row["labels"]) for row in self]
+        return [(all_ - own, own) for all_, own in zip(self.lengths(), targets, strict=True)]
+
     def largest_token(self) -> int:
         """Return the largest token id of all rows."""
         return max(int(token) for row in self for token in row["input_ids"])
@@ -95,6 +100,16 @@ class TokenTable(TokenRows):
 
         lengths: list[int] = pyarrow.compute.list_value_length(self.column("input_ids")).to_pylist()
         return lengths
+
+    def source_lengths(self) -> list[tuple[int, int]]:
+        """Return the tokens of each row's source and of its target, which alone is supervised."""
+        import numpy
+
+        labels = self.column("labels").combine_chunks()
+        before = numpy.cumsum(labels.flatten().to_numpy() != IGNORED)
+        ends = numpy.concatenate(([0], before))[first_tokens(labels)]
+        targets = numpy.diff(ends).tolist()
+        return [(all_ - own, own) for all_, own in zip(self.lengths(), targets, strict=True)]
 
     def largest_token(self) -> int:
         """Return the largest token id of all rows."""
@@ -148,8 +163,24 @@ def first_tokens(column: pyarrow.ListArray) -> Any:
     return column.offsets.to_numpy() - column.offsets[0].as_py()
 
 
+class PaddedRows:
+    """Rows that are padded to one width: what a batch of any task says of their tokens."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; the batch may be wider."""
+        return max(self.lengths)
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(PaddedRows):
     """One micro-batch, padded on the right.
 
     It needs no attention mask: a token of a causal model sees the tokens before it, never the
@@ -168,14 +199,9 @@ class Batch:
     """(N,) int64; positions in the flattened batch whose next token is supervised"""
 
     @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row; the batch may be wider."""
-        return max(self.lengths)
+    def targets(self) -> torch.Tensor:
+        """The ids that are predicted at `positions`, (N,) int64."""
+        return self.labels.flatten().index_select(0, self.positions + 1)
 
     @property
     def weight(self) -> int:
@@ -244,6 +270,23 @@ def largest_batch(lengths: Sequence[int], count: int) -> Indices:
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return tuple(order[:count])
+
+
+def widest_batch(lengths: Sequence[tuple[int, int]], count: int) -> Indices:
+    """Return the indices of sources and targets that together take the most memory.
+
+    Of two rows or more one has the longest source and one the longest target, to which all others
+    are padded.
+
+    Args:
+        lengths: tokens of every source and of its target.
+        count: number of rows to return; all of them if there are fewer.
+    """
+    order = largest_batch([sum(each) for each in lengths], len(lengths))
+    if count == 1:
+        return order[:1]
+    widest = (max(order, key=lambda row: lengths[row][side]) for side in (0, 1))
+    return tuple(dict.fromkeys((*widest, *order)))[:count]
 
 
 def epoch_batches(rows: TokenRows, batch_size: int, seed: int, epoch: int) -> list[Indices]:

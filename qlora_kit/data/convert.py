@@ -7,6 +7,7 @@ read. A fault is raised as one line that names it. Never drops or joins a turn.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from qlora_kit.data.shapes import (
     Pair,
     Sample,
     Shape,
+    TaggedWords,
     Text,
 )
 from qlora_kit.errors import DataError
@@ -178,6 +180,49 @@ def _from_labelled_pair(record: RecordFields, where: str) -> Sample:
     return LabelledText(text, where, second, _label(record, where))
 
 
+def _from_tagged(record: RecordFields, where: str) -> Sample:
+    words, tags = (_listed(record, key, where) for key in ("tokens", "tags"))
+    if len(words) != len(tags):
+        raise DataError(
+            f"{where}: {len(words):,} tokens and {len(tags):,} tags; expected a tag for each "
+            "token; correct the record, or pass --skip-bad-lines"
+        )
+    for number, word in enumerate(words, 1):
+        filled({"tokens": word}, "tokens", f"{where}: word {number:,}")
+    named = (_label_name(tag, where, f"tag {number:,}") for number, tag in enumerate(tags, 1))
+    return TaggedWords(tuple(words), tuple(named), where)
+
+
+def _listed(record: RecordFields, key: str, where: str) -> list[Any]:
+    """Return the words or tags of a record: a list, or a text with spaces between them."""
+    value = record[key]
+    if isinstance(value, str):
+        value = _list_in(value)
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else kind_of(value)
+        raise DataError(
+            f'{where}: "{key}" is {found}; expected a list with an item for each word; write one, '
+            "or pass --skip-bad-lines"
+        )
+    return value
+
+
+def _list_in(text: str) -> list[Any]:
+    """Return the items of a list that a table holds as a text, or the words of a plain text."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(DataError):
+            parsed = parse_json(text, "")
+            if isinstance(parsed, list):
+                return parsed
+        if _LIST.fullmatch(text.strip()):
+            return _items_in(text)
+    return text.split()
+
+
+def _items_in(text: str) -> list[str]:
+    return [item.strip("'\"") for item in re.findall(_ITEM, text)]
+
+
 _CONVERT: dict[Shape, Callable[[RecordFields, str], Sample]] = {
     Shape.CHAT: partial(_from_turns, "messages"),
     Shape.SHAREGPT: partial(_from_turns, "conversations"),
@@ -188,6 +233,7 @@ _CONVERT: dict[Shape, Callable[[RecordFields, str], Sample]] = {
     Shape.TEXT: _from_text,
     Shape.CLASSIFY_PAIR: _from_labelled_pair,
     Shape.CLASSIFY: _from_labelled,
+    Shape.TAG: _from_tagged,
 }
 
 
@@ -198,7 +244,7 @@ def _label(record: RecordFields, where: str) -> str | float | tuple[str, ...]:
     """Return the label of a record: a name, a number, or the names in a list."""
     value = record["label"]
     if isinstance(value, str) and _LIST.fullmatch(value.strip()):
-        value = [item.strip("'\"") for item in re.findall(_ITEM, value)]
+        value = _items_in(value)
     if isinstance(value, list):
         names = tuple(_label_name(item, where, "a label in its list") for item in value)
         twice = next((name for name in names if names.count(name) > 1), None)

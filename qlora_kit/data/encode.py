@@ -44,6 +44,14 @@ class Labelled(NamedTuple):
     """whether no token straddles the end of a prompt"""
     token_types: list[int] | None = None
     """the text that each token is of, where the model is told that"""
+    source: int | None = None
+    """tokens at the start that an encoder reads, where the rest is written apart"""
+
+    @property
+    def length(self) -> int:
+        """Tokens that a limit is for: of the row, or of the longer of its source and target."""
+        tokens = len(self.ids)
+        return tokens if self.source is None else max(self.source, tokens - self.source)
 
 
 class _Encoded(NamedTuple):

@@ -12,6 +12,7 @@ import numpy
 
 from qlora_kit.data.labels import Labels, is_shown
 from qlora_kit.data.row_arrays import RowArrays, hash_of_ids
+from qlora_kit.data.tag_schemes import OUTSIDE
 
 # A class this many times as large as another is mostly right when it is always guessed.
 _MOST_RATIO = 10
@@ -36,26 +37,37 @@ class ClassFigures:
     kind: str
     classes: tuple[ClassCount, ...]
 
+    @property
+    def counted(self) -> str:
+        """What has a label: words, or rows."""
+        return "words" if self.kind == "tags" else "rows"
+
     def warnings(self) -> Iterator[str]:
         """Yield a line where the classes are far from equally frequent.
 
         Classes that no row has were told when the rows were made.
         """
-        present = [each for each in self.classes if each.training]
+        # Most words are of no entity: that is no fault of the data.
+        present = [
+            each for each in self.classes
+            if each.training and not (self.kind == "tags" and each.name == OUTSIDE)
+        ]  # fmt: skip
+        if not present:
+            return
         largest = max(present, key=lambda each: each.training)
         smallest = min(present, key=lambda each: each.training)
         is_weighed = any(each.weight != 1 for each in self.classes)
         if largest.training >= _MOST_RATIO * smallest.training and not is_weighed:
             yield (
-                f"labels out of balance: {_in_words(largest, 'the largest')}, "
-                f"{_in_words(smallest, 'the smallest')}; add rows of the rare ones, or pass "
+                f"labels out of balance: {self._in_words(largest, 'the largest')}, "
+                f"{self._in_words(smallest, 'the smallest')}; add rows of the rare ones, or pass "
                 "--class-weights balanced"
             )
 
-
-def _in_words(count: ClassCount, which: str) -> str:
-    name = f", {count.name}," if is_shown(count.name) else ""
-    return f"{which}{name} has {count.training:,} {'row' if count.training == 1 else 'rows'}"
+    def _in_words(self, count: ClassCount, which: str) -> str:
+        name = f", {count.name}," if is_shown(count.name) else ""
+        what = self.counted.removesuffix("s") if count.training == 1 else self.counted
+        return f"{which}{name} has {count.training:,} {what}"
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,16 @@ _LABELS = (
     "label", "labels", "class", "category", "target", "score", "sentiment", "rating", "stars",
     "intent", "emotion", "topic", "gold_label", "similarity_score", "is_duplicate", "label_text",
 )  # fmt: skip
-_KNOWN = frozenset([*_TEXTS, *_LABELS, *(name for pair in _PAIRS for name in pair)])
+_TOKENS = ("tokens", "words", "text", "sentence")
+_TAGS = (
+    "tags", "ner_tags", "labels", "label", "ner", "ner_labels", "entities", "pos_tags", "upos",
+    "pos", "tag_ids", "chunk_tags",
+)  # fmt: skip
 
 Columns = Mapping[str, str]
 """the name of a column by its field"""
 
 _PAIR_FIELDS = ("text_a", "text_b")
-_TEXT_FIELDS = frozenset({"text", *_PAIR_FIELDS})
 # A field's own name goes before all others, and two texts go before one of them.
 _TEXT_WAYS: Sequence[Columns] = (
     {name: name for name in _PAIR_FIELDS},
@@ -42,25 +45,44 @@ _TEXT_WAYS: Sequence[Columns] = (
 )
 _LABEL_WAYS: Sequence[Columns] = tuple({"label": name} for name in _LABELS)
 _KNOWN = frozenset(name for way in (*_TEXT_WAYS, *_LABEL_WAYS) for name in way.values())
+_WAYS: Mapping[str, Sequence[Sequence[Columns]]] = {
+    "classify": (_TEXT_WAYS, _LABEL_WAYS),
+    "tag": (
+        tuple({"tokens": name} for name in _TOKENS),
+        tuple({"tags": name} for name in _TAGS),
+    ),
+}
+"""of each task whose columns are found by their names, the ways to read what is given and wanted"""
 
 
-def find_columns(record: Mapping[str, Any], given: Columns) -> Columns:
+def knows_columns(task: str) -> bool:
+    """Return whether the columns of a task's data are found by their names."""
+    return task in _WAYS
+
+
+def find_columns(record: Mapping[str, Any], given: Columns, task: str = "classify") -> Columns:
     """Return which column of a record is which field, for the fields that are not given.
 
-    Texts and label are found together or not at all.
+    What is given to a model and what it shall say are found together or not at all.
 
     Args:
         record: the fields of a record; a null counts only where nothing is found otherwise.
         given: the columns that the user names.
+        task: the task whose fields are looked for, see `knows_columns`.
     """
-    text_ways = ({},) if given.keys() & _TEXT_FIELDS else _TEXT_WAYS
-    label_ways = ({},) if "label" in given else _LABEL_WAYS
+    sides = [_not_given(ways, given) for ways in _WAYS[task]]
     for names in ([name for name, value in record.items() if value is not None], [*record]):
         columns = {name.lower(): name for name in names if name not in given.values()}
-        texts, label = _first(text_ways, columns), _first(label_ways, columns)
-        if texts is not None and label is not None:
-            return {**texts, **label}
+        found = [_first(ways, columns) for ways in sides]
+        if None not in found:
+            return {field: name for way in found for field, name in (way or {}).items()}
     return {}
+
+
+def _not_given(ways: Sequence[Columns], given: Columns) -> Sequence[Columns]:
+    """Return the ways to find some fields; only the empty one where the user names one of them."""
+    fields = {field for way in ways for field in way}
+    return ({},) if given.keys() & fields else ways
 
 
 def _first(ways: Sequence[Columns], columns: Columns) -> Columns | None:

@@ -95,18 +95,18 @@ class TextEncoder:
         pairs = zip(found["input_ids"], types, strict=True)
         return [EncodedText(ids, kinds if kinds and any(kinds) else None) for ids, kinds in pairs]
 
-    def content_hash(self) -> str:
-        """Return the SHA-256 of everything that decides the ids of a text."""
-        tokenizer = self._tokenizer
-        # A tokenizer keeps the lengths that its last call has set; these calls take them back.
-        probe = [tokenizer("a b", verbose=False), tokenizer("a b", "c", verbose=False)]
-        state = [type(tokenizer).__name__, tokenizer.truncation_side, list(map(dict, probe))]
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            content = backend.to_str()
-        else:
-            content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        return hashlib.sha256((json.dumps(state) + content).encode()).hexdigest()
+
+def hash_of_tokenizer(tokenizer: Any) -> str:
+    """Return the SHA-256 of everything that decides the ids of a text."""
+    # A tokenizer keeps the lengths that its last call has set; these calls take them back.
+    probe = [tokenizer("a b", verbose=False), tokenizer("a b", "c", verbose=False)]
+    state = [type(tokenizer).__name__, tokenizer.truncation_side, list(map(dict, probe))]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = backend.to_str()
+    else:
+        content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256((json.dumps(state) + content).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -128,30 +128,49 @@ class LabelledRows:
                 "error with --task classify; pass one of these"
             )
         self.labels.check(samples)
-        return LabelledRowMaker(samples, self.labels, TextEncoder(tokenizer, options.max_length))
+        encoder = TextEncoder(tokenizer, options.max_length)
+        return LabelledRowMaker(samples, self.labels, encoder, hash_of_tokenizer(tokenizer))
 
 
-class LabelledRowMaker:
+class MakerOfLabels:
+    """What all makers of rows with labels have in common, see `tokens.RowMaker`."""
+
+    has_token_types = False
+
+    def __init__(self, samples: Samples, labels: Labels, tokenizer_hash: str) -> None:
+        self.samples = samples
+        self.labels: Labels | None = labels
+        self.settings: Sequence[Any] = []
+        self.label_type = pyarrow.float64() if labels.kind == "regression" else pyarrow.int32()
+        self.origin: Mapping[str, str | None] = {
+            "data": samples.content_hash(),
+            "tokenizer": tokenizer_hash,
+            "template": None,
+            LABELS: labels.content_hash(),
+        }
+        self._known = labels
+
+    def nothing_left(self, lost: int, how: LongSamples) -> str:
+        """Say that all rows were too long."""
+        return (
+            f"{self.samples.source}: all {lost:,} rows are too long and left out; expected shorter "
+            "ones; raise --max-length or pass --long-samples truncate"
+        )
+
+
+class LabelledRowMaker(MakerOfLabels):
     """Makes rows of labelled texts, see `tokens.RowMaker`."""
 
     weighs = LABELS
 
-    def __init__(self, samples: Samples, labels: Labels, encoder: TextEncoder) -> None:
-        self.samples = samples
-        self.labels: Labels | None = labels
-        self.settings: Sequence[Any] = []
-        self._known = labels
+    def __init__(
+        self, samples: Samples, labels: Labels, encoder: TextEncoder, tokenizer_hash: str
+    ) -> None:
+        super().__init__(samples, labels, tokenizer_hash)
         self._encoder = encoder
         first = self._sample(0)
         encoder.check_room(is_pair=first.second is not None)
         self.has_token_types = encoder.encode_whole([first])[0].token_types is not None
-        self.label_type = pyarrow.float64() if labels.kind == "regression" else pyarrow.int32()
-        self.origin: Mapping[str, str | None] = {
-            "data": samples.content_hash(),
-            "tokenizer": encoder.content_hash(),
-            "template": None,
-            LABELS: labels.content_hash(),
-        }
 
     def _sample(self, index: int) -> LabelledText:
         sample = self.samples.items[index]
@@ -183,10 +202,3 @@ class LabelledRowMaker:
     def weight(self, labels: list[Any]) -> int:
         """Return 1: rows count alike, with however many labels."""
         return 1
-
-    def nothing_left(self, lost: int, how: LongSamples) -> str:
-        """Say that all rows were too long."""
-        return (
-            f"{self.samples.source}: all {lost:,} rows are too long and left out; expected shorter "
-            "ones; raise --max-length or pass --long-samples truncate"
-        )

@@ -14,15 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
 
-from qlora_kit.config import TaskOptions
+from qlora_kit.config import LabelKind, TaskOptions
 from qlora_kit.data.fields import is_plain
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import LabelledText
+from qlora_kit.data.shapes import LabelledText, Shape, TaggedWords
+from qlora_kit.data.tag_schemes import has_scheme, scheme_of, without_prefix
 from qlora_kit.errors import ConfigError, DataError
 
-Kind = Literal["single", "multi", "regression"]
 Label = str | float | tuple[str, ...]
 
 MOST_LABELS = 10_000
@@ -40,12 +39,12 @@ class Labels:
     """The labels that a head tells apart, or the value that it gives.
 
     Attributes:
-        kind: one label a sample, several, or a number.
+        kind: one label a sample, several, a number, or a tag for each of its words.
         names: of the classes, in the order of the head's outputs; none for a number.
         weights: of the classes in the loss, in the same order.
     """
 
-    kind: Kind
+    kind: LabelKind
     names: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
 
@@ -65,8 +64,10 @@ class Labels:
             return by_name
         return {**{str(place): place for place in by_name.values()}, **by_name}
 
-    def target(self, sample: LabelledText) -> list[float]:
+    def target(self, sample: LabelledText | TaggedWords) -> list[float]:
         """Return what a head shall say of a sample: the index of its class, of each, or a value.
+
+        Of tagged words it is the index of each tag, in the order of the words.
 
         Raises:
             DataError: the sample has no label, or one that is not known here.
@@ -81,9 +82,10 @@ class Labels:
         names = names_in(label, self.kind, sample.place)
         unknown = [name for name in names if name not in self._places]
         if unknown:
-            raise DataError(f"{sample.place}: {self._unknown(unknown[0])}")
+            word = f": word {names.index(unknown[0]) + 1:,}" if self.kind == "tags" else ""
+            raise DataError(f"{sample.place}{word}: {self._unknown(unknown[0])}")
         places: list[float] = [self._places[name] for name in names]
-        return sorted({*places})
+        return places if self.kind == "tags" else sorted({*places})
 
     def _unknown(self, name: str) -> str:
         found = f"the label {name}" if is_shown(name) else "a label"
@@ -114,7 +116,8 @@ class Labels:
         """Return a target in words: the name of a class, the names of several, or the value."""
         if self.kind == "regression":
             return f"{target[0]:g}"
-        return ", ".join(self.names[int(place)] for place in target) or "none"
+        names = [self.names[int(place)] for place in target if place >= 0]
+        return (" " if self.kind == "tags" else ", ").join(names) or "none"
 
     def counts(self, targets: Sequence[float]) -> tuple[int, ...]:
         """Return how often each class is in targets that were joined to one list."""
@@ -129,24 +132,47 @@ class Labels:
         """Return one line for people, which says how labels were understood."""
         if self.kind == "regression":
             return "a number each, to be predicted (--label-kind regression)"
-        how = "one" if self.kind == "single" else "none, one or several"
         weighed = "" if set(self.weights) == {1.0} else ", weighed"
+        if self.kind == "tags":
+            return f"one of {len(self.names):,} ({_listed(self.names)}) for each word{weighed}"
+        how = "one" if self.kind == "single" else "none, one or several"
         return (
             f"{how} of {len(self.names):,} ({_listed(self.names)}) each{weighed} "
             f"(--label-kind {self.kind})"
         )
 
 
-def labelled(samples: Samples) -> Iterator[LabelledText]:
-    """Yield the samples, which are labelled texts all."""
+def labelled(samples: Samples) -> Iterator[LabelledText | TaggedWords]:
+    """Yield the samples, which are labelled texts or tagged words all."""
     for sample in samples.items:
-        assert isinstance(sample, LabelledText)
+        assert isinstance(sample, LabelledText | TaggedWords)
         yield sample
+
+
+def tags_in_words(labels: Labels, samples: Samples) -> str:
+    """Return one line for people: how the tags of samples were understood.
+
+    Args:
+        labels: the tags.
+        samples: tagged words, whose tags are known.
+    """
+    if not has_scheme(labels.names):
+        numbers = all(map(_WHOLE.fullmatch, labels.names))
+        remedy = "; where they stand for B-PER and the like, name them with --labels"
+        return (
+            "no scheme of entities (B-, I- …): tags are measured word by word"
+            f"{remedy if numbers else ''}"
+        )
+    names = (
+        [labels.names[int(place)] for place in labels.target(sample)]
+        for sample in labelled(samples)
+    )
+    return f"scheme {scheme_of(names).describe()}"
 
 
 def is_shown(name: str) -> bool:
     """Return whether an error may repeat the name of a label: a plain name, or a number."""
-    return is_plain(name) or bool(_WHOLE.fullmatch(name))
+    return is_plain(without_prefix(name)) or bool(_WHOLE.fullmatch(name))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -161,7 +187,7 @@ def _listed(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- one label
 
 
-def names_in(label: Label, kind: Kind, where: str) -> list[str]:
+def names_in(label: Label, kind: LabelKind, where: str) -> list[str]:
     """Return the names of the classes in a label; each is written in one way.
 
     Raises:
@@ -184,6 +210,11 @@ def _one_way(label: str | float) -> str:
     if isinstance(label, str):
         return label.partition(".")[0] if "." in label and _WHOLE.fullmatch(label) else label
     return str(int(label)) if float(label).is_integer() else repr(label)
+
+
+def _parts(label: Label) -> tuple[str, ...]:
+    """Return the names in a label, as the data writes them."""
+    return label if isinstance(label, tuple) else (_one_way(label),)
 
 
 def _number(label: Label) -> float | None:
@@ -230,9 +261,15 @@ class _Search:
         self.counts: Counter[Label] = Counter()
         self.first: dict[Label, str] = {}
         for sample in labelled(samples):
-            if sample.label is not None:
-                self.counts[sample.label] += 1
-                self.first.setdefault(sample.label, sample.place)
+            for label in _labels_in(sample):
+                self.counts[label] += 1
+                self.first.setdefault(label, sample.place)
+        self.known = options.labels or self._class_names()
+
+    def _class_names(self) -> tuple[str, ...]:
+        """Return the names that the data set has, if its labels are the numbers of these."""
+        is_number = (_WHOLE.fullmatch(name) for label in self.counts for name in _parts(label))
+        return self.samples.class_names if all(is_number) else ()
 
     def labels(self) -> Labels:
         """Return the labels, checked on every sample."""
@@ -247,10 +284,26 @@ class _Search:
         self._check_several(found)
         return found if kind == "regression" else self._weighed(found)
 
+    @property
+    def _tags_words(self) -> bool:
+        return self.samples.shape is Shape.TAG
+
+    @property
+    def _column(self) -> str:
+        """The option that names the right column."""
+        return f"--columns {'tags' if self._tags_words else 'label'}=COLUMN"
+
     # ------------------------------------------------------------ kind
 
-    def _kind(self) -> Kind:
+    def _kind(self) -> LabelKind:
         asked = self.options.label_kind
+        if self._tags_words:
+            if asked != "auto":
+                raise ConfigError(
+                    f"--label-kind {asked}: each word has one tag; expected no other kind with "
+                    "--task tag; leave it out"
+                )
+            return "tags"
         if asked == "single":
             self._check_no_fractions()
         if asked != "auto":
@@ -260,7 +313,7 @@ class _Search:
             self._check_all_lists(lists)
             return "multi"
         numbers = [_number(label) for label in self.counts]
-        if any(number is None for number in numbers) or self.options.labels:
+        if any(number is None for number in numbers) or self.known:
             return "single"
         odd = self._where(lambda number: not math.isfinite(number))
         if odd:
@@ -308,23 +361,23 @@ class _Search:
 
     # ------------------------------------------------------------ names
 
-    def _names(self, kind: Kind) -> tuple[str, ...]:
-        if self.options.labels:
-            return self._asked_names()
+    def _names(self, kind: LabelKind) -> tuple[str, ...]:
+        if self.known:
+            return self._known_names()
         found = dict.fromkeys(
             name for label in self.counts for name in names_in(label, kind, self.first[label])
         )
         if len(found) > MOST_LABELS:
             raise DataError(
                 f"{self.samples.source}: {len(found):,} different labels; expected {MOST_LABELS:,} "
-                "at most; name the right column with --columns label=COLUMN, or pass --label-kind "
-                "regression for numbers"
+                f"at most; name the right column with {self._column}"
+                f"{'' if self._tags_words else ', or pass --label-kind regression for numbers'}"
             )
         in_order = all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in found)
         return tuple(sorted(found, key=_by_number if in_order else _by_text))
 
-    def _asked_names(self) -> tuple[str, ...]:
-        names = tuple(map(_one_way, self.options.labels))
+    def _known_names(self) -> tuple[str, ...]:
+        names = tuple(map(_one_way, self.known))
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None or len(names) > MOST_LABELS:
             found = f"{twice!r} twice" if twice is not None else f"{len(names):,} names"
@@ -335,7 +388,8 @@ class _Search:
 
     def _check_several(self, labels: Labels) -> None:
         """A single answer to everything needs no model."""
-        targets = {tuple(labels.target(sample)) for sample in labelled(self.samples)}
+        of_samples = map(labels.target, labelled(self.samples))
+        targets = {part for target in of_samples for part in _answers(target, labels.kind)}
         if len(targets) > 1 or self.options.labels:
             return
         only = labels.name_of(next(iter(targets)))
@@ -343,7 +397,7 @@ class _Search:
         raise DataError(
             f"{self.samples.source}: one label only{named} in {len(self.samples.items):,} records; "
             "expected two or more to tell apart; add records of another, or name the right column "
-            "with --columns label=COLUMN"
+            f"with {self._column}"
         )
 
     # ------------------------------------------------------------ weights
@@ -370,6 +424,22 @@ class _Search:
         occurring = sum(count > 0 for count in counts)
         for count in counts:
             yield sum(counts) / (occurring * count) if count else 1.0
+
+
+def _labels_in(sample: LabelledText | TaggedWords) -> Iterator[Label]:
+    """Yield the label of a text, where it has one, or those of each of its words."""
+    if isinstance(sample, TaggedWords):
+        yield from sample.tags
+    elif sample.label is not None:
+        yield sample.label
+
+
+def _answers(target: list[float], kind: LabelKind) -> Iterator[tuple[float, ...]]:
+    """Yield the answers in a target: one of a text, one for each word of a sentence."""
+    if kind == "tags":
+        yield from ((place,) for place in target)
+    else:
+        yield tuple(target)
 
 
 def class_counts(labels: Labels, samples: Samples) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.data.columns import sentences
 from qlora_kit.data.fields import is_plain
 from qlora_kit.errors import DataError
 from qlora_kit.storage import (
@@ -66,11 +67,7 @@ def read_records(path: Path, names: NamesOfColumns | None = None) -> Iterator[Re
             f"{path}: {found}; expected one of {_known()}; convert or rename the file, or name "
             "two line-aligned ones as FILE+FILE"
         )
-    record = None
-    for record in reader(path, names):
-        yield record
-    if record is None:
-        raise _nothing_in(path)
+    yield from _some(reader(path, names), path)
 
 
 def read_aligned(
@@ -107,6 +104,22 @@ def read_aligned(
         raise _nothing_in(asked)
 
 
+def read_columns(path: Path) -> Iterator[Record]:
+    """Yield the sentences of a file that has a word and its tag on each line, whatever its suffix.
+
+    Raises:
+        DataError: the file is missing, a folder, damaged, or empty.
+    """
+    _check_regular(path)
+    yield from _some(_records_in_columns(path), path)
+
+
+def first_fields(path: Path) -> list[str]:
+    """Return the fields of the first line of a .tsv that has any; none of an empty one."""
+    _check_regular(path)
+    return next((line.split("\t") for line in _text_lines(path) if line.strip()), [])
+
+
 def is_data_file_name(path: Path) -> bool:
     """Return whether `read_records` reads a file of this name."""
     return _suffix(path) in _READERS
@@ -134,6 +147,15 @@ def _check_regular(path: Path) -> None:
 
 def _known() -> str:
     return ", ".join(_READERS) + ", each also as .gz"
+
+
+def _some(records: Iterator[Record], path: Path) -> Iterator[Record]:
+    """Yield the records of a file, of which there must be one or more."""
+    record = None
+    for record in records:
+        yield record
+    if record is None:
+        raise _nothing_in(path)
 
 
 def _nothing_in(path: Path) -> DataError:
@@ -176,6 +198,17 @@ def _records_in_text(path: Path) -> Iterator[Record]:
     _check_no_nul(text, str(path))
     if text.strip():
         yield Record(f"{path}:1", {"text": text.removesuffix("\n")})
+
+
+def _records_in_columns(path: Path) -> Iterator[Record]:
+    for place, content in sentences(_checked_lines(path), is_conllu=_suffix(path) == ".conllu"):
+        yield Record(place, content)
+
+
+def _checked_lines(path: Path) -> Iterator[Line]:
+    for line in read_lines(path):
+        _check_no_nul(line.record, f"{path}:{line.line}")
+        yield line
 
 
 def _check_no_nul(text: str, where: str) -> None:
@@ -248,8 +281,7 @@ def _read_fields(path: Path, delimiter: str) -> Iterator[Line]:
 
 
 def _text_lines(path: Path) -> Iterator[str]:
-    for line in read_lines(path):
-        _check_no_nul(line.record, f"{path}:{line.line}")
+    for line in _checked_lines(path):
         yield line.record + "\n"
 
 
@@ -304,4 +336,6 @@ _READERS: dict[str, Callable[[Path, NamesOfColumns | None], Iterator[Record]]] =
     ".tsv": _records_in_tsv,
     ".parquet": lambda path, _: _records_in_parquet(path),
     ".txt": lambda path, _: _records_in_text(path),
+    ".conll": lambda path, _: _records_in_columns(path),
+    ".conllu": lambda path, _: _records_in_columns(path),
 }

@@ -15,7 +15,7 @@ from typing import Any
 from qlora_kit.config import RecordOptions
 from qlora_kit.data.convert import to_sample, unread_keys
 from qlora_kit.data.fields import Faults, RowAdapters, is_plain, kind_of, list_names
-from qlora_kit.data.labelled_fields import find_columns
+from qlora_kit.data.labelled_fields import find_columns, knows_columns
 from qlora_kit.data.read import Record
 from qlora_kit.data.shapes import (
     FIELDS,
@@ -25,6 +25,7 @@ from qlora_kit.data.shapes import (
     Pair,
     Sample,
     Shape,
+    TaggedWords,
 )
 from qlora_kit.errors import ConfigError, DataError
 
@@ -234,10 +235,10 @@ class _Recognition:
         """Return a record with its fields under their own names as well."""
         given = self.options.columns
         named = {name: _look_up(content, path, place) for name, path in given.items()}
-        if self.task != "classify":
+        if not knows_columns(self.task):
             return {**content, **named}
         if self.shape is None:
-            self.found = find_columns(content, given)
+            self.found = find_columns(content, given, self.task)
             self.columns = {**given, **self.found}
         found = {name: content[path] for name, path in self.found.items() if path in content}
         # A column that is one field is not another as well, by its name.
@@ -258,7 +259,7 @@ class _Recognition:
             raise DataError(
                 f"{record.place}: a record of shape {shape}; expected {self.shape} as in "
                 f"{self.first_place}; keep one shape a file, or say which with "
-                f"{'--columns' if self.task == 'classify' else '--format'}"
+                f"{'--columns' if knows_columns(self.task) else '--format'}"
             )
         missing = next(name for name in FIELDS[self.shape].required if name not in fields)
         missing = self.columns.get(missing, missing)
@@ -334,6 +335,8 @@ def _texts(sample: Sample) -> Iterator[str]:
         return iter((sample.prompt, sample.completion))
     if isinstance(sample, LabelledText):
         return iter((sample.text, sample.second or ""))
+    if isinstance(sample, TaggedWords):
+        return iter(sample.words)
     return iter((sample.text,))
 
 
@@ -347,8 +350,8 @@ def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions, 
             "fields, or name them with --columns"
         )
     known = ", ".join(dict.fromkeys(" + ".join(FIELDS[each].required) for each in SHAPES[task]))
-    # The columns of labelled texts have been looked for under every name that is known.
-    remedy = "" if task == "classify" else suggest_columns(record.content)
+    # The columns of labelled data have been looked for under every name that is known.
+    remedy = "" if knows_columns(task) else suggest_columns(record.content)
     asks = (
         f", or pass --columns {remedy}" if remedy else ", or name them with --columns FIELD=COLUMN"
     )
@@ -387,7 +390,7 @@ def check_format(options: RecordOptions, task: str) -> None:
     """
     if _is_open(options, task) or options.format in SHAPES[task]:
         return
-    has = "classify" if task == "classify" else ", ".join(SHAPES[task])
+    has = task if knows_columns(task) else ", ".join(SHAPES[task])
     raise ConfigError(
         f"--format {options.format}: no format of --task {task}; expected auto, {has}; pass one of "
         "these, or another --task"

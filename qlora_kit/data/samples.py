@@ -12,21 +12,29 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.config import RecordOptions
+from qlora_kit.data.class_names import (
+    ClassNames,
+    names_in_features,
+    names_in_file,
+    names_in_folder,
+)
 from qlora_kit.data.convert import read_turns
 from qlora_kit.data.fields import Faults, RowAdapters, filled, kind_of, list_names
-from qlora_kit.data.labelled_fields import TablesWithoutHeader
+from qlora_kit.data.labelled_fields import TablesWithoutHeader, find_columns, knows_columns
 from qlora_kit.data.read import (
     ALIGNED_FIELDS,
     NamesOfColumns,
     Record,
+    first_fields,
     is_data_file_name,
     read_aligned,
+    read_columns,
     read_records,
     without_gzip,
     without_nulls,
@@ -56,6 +64,7 @@ _INSTEAD: dict[Split, tuple[Split, ...]] = {
 }
 # Of a sample: neither its place nor the adapter it names, nor answers that are only accepted.
 _NOT_LEARNT = ("place", "adapter", "also_right")
+_FIELDS_OF_ALIGNED = {"classify": ("text", "label"), "tag": ("tokens", "tags")}
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
@@ -72,6 +81,8 @@ class Samples:
     """lines the user should read once: what was recognised, what was skipped, what looks wrong"""
     skipped: int = 0
     """number of records left out because of a fault"""
+    class_names: tuple[str, ...] = ()
+    """names of the classes that the labels are the numbers of, where the data set has them"""
 
     def first(self, count: int | None) -> Samples:
         """Return the first `count` samples; all of them if it is None."""
@@ -122,14 +133,17 @@ def load_samples(
     source = _source(str(data), split, tables.columns if task == "classify" else None, task)
     found = to_samples(source.records, options, adapters, task)
     notices = (*tables.notices(), *found.notices(source.name))
-    return Samples(found.samples, found.shape, str(data), notices, found.skipped)
+    wanted = "tags" if task == "tag" else "label"
+    names = source.class_names.get(found.columns.get(wanted, wanted), ())
+    return Samples(found.samples, found.shape, str(data), notices, found.skipped, names)
 
 
 def _built_in(split: Split, adapters: RowAdapters | None, task: str) -> Samples:
-    if task == "classify":
+    if knows_columns(task):
+        what = "tagged words" if task == "tag" else "labelled texts"
         raise ConfigError(
-            "--data: none is given, and the built-in sample data has no labels; expected labelled "
-            "texts for --task classify; pass --data FILE"
+            f"--data: none is given, and the built-in sample data has no labels; expected {what} "
+            f"for --task {task}; pass --data FILE"
         )
     found = to_samples(_built_in_records(BUILT_IN[split]), adapters=adapters)
     return Samples(found.samples, found.shape, "built-in sample data")
@@ -140,13 +154,28 @@ def _source(name: str, split: Split, names: NamesOfColumns | None, task: str) ->
     path = Path(name)
     asked, plus, answered = name.partition("+")
     if os.path.isdir(path):
-        return _in_folder(path, split, names)
+        return _in_folder(path, split, names, task)
     if not os.path.exists(path) and plus and os.path.isfile(asked):
-        fields = ("text", "label") if task == "classify" else ALIGNED_FIELDS
+        fields = _FIELDS_OF_ALIGNED.get(task, ALIGNED_FIELDS)
         return _Source(name, read_aligned(Path(asked), Path(answered), fields))
     if not os.path.exists(path) and is_hub_id(name):
         return _on_hub(name, split)
-    return _Source(name, read_records(path, names))
+    return _Source(name, _records_of(path, names, task), names_in_file(path))
+
+
+def _records_of(path: Path, names: NamesOfColumns | None, task: str) -> Iterator[Record]:
+    """Return the records of a file; words in columns where the task tags words and it is no table.
+
+    Files of CoNLL's kind are called anything: train.txt, dev.tsv, eng.testa.
+    """
+    suffix = without_gzip(path).suffix.lower()
+    if task != "tag" or (is_data_file_name(path) and suffix not in (".txt", ".tsv")):
+        return read_records(path, names)
+    if suffix == ".tsv" and find_columns(
+        dict.fromkeys(map(str.strip, first_fields(path))), {}, task
+    ):
+        return read_records(path, names)
+    return read_columns(path)
 
 
 def load_held_out(
@@ -178,6 +207,7 @@ class _Source:
 
     name: str
     records: Iterator[Record]
+    class_names: ClassNames = field(default_factory=dict)
 
 
 def _built_in_records(path: Path) -> Iterator[Record]:
@@ -189,14 +219,14 @@ def _built_in_records(path: Path) -> Iterator[Record]:
 # ---------------------------------------------------------------- folders
 
 
-def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None) -> _Source:
+def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None, task: str) -> _Source:
     for part in _INSTEAD[split]:
         files = _split_files(folder, part)
         if files:
             _check_one_set(folder, part, files)
             name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files)"
-            records = chain.from_iterable(read_records(path, names) for path in files)
-            return _Source(name, records)
+            records = chain.from_iterable(_records_of(path, names, task) for path in files)
+            return _Source(name, records, names_in_folder(folder, files[0]))
     raise DataError(_no_split(folder, split))
 
 
@@ -280,7 +310,10 @@ def _on_hub(name: str, split: Split) -> _Source:
     for part in _INSTEAD[split]:
         found = _name_of_split(part, splits)
         if found is not None:
-            return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", splits[found]))
+            rows = splits[found]
+            features = getattr(rows, "features", None)
+            names = names_in_features(features.to_dict() if features else {})
+            return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", rows), names)
     raise DataError(
         f"{name}: no {split} split, only {list_names(splits)}; expected one; "
         "download the data set and name a file of it"

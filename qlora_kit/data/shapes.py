@@ -1,8 +1,8 @@
 """The shapes of records, and the samples that records become.
 
-`Conversation`, `Pair`, `Text` and `LabelledText` are frozen, know their place in the data, and can
-be sent to another process. Never reads or converts anything, and imports neither torch nor
-transformers.
+`Conversation`, `Pair`, `Text`, `LabelledText` and `TaggedWords` are frozen, know their place in the
+data, and can be sent to another process. Never reads or converts anything, and imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -84,7 +84,22 @@ class LabelledText:
     adapter: str | None = None
 
 
-Sample = Conversation | Pair | Text | LabelledText
+@dataclass(frozen=True, slots=True)
+class TaggedWords:
+    """The words of a sentence, and the tag of each: a name, or a number in digits."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    place: str
+    adapter: str | None = None
+
+    @property
+    def label(self) -> tuple[str, ...]:
+        """What is to be said of the sentence: its tags."""
+        return self.tags
+
+
+Sample = Conversation | Pair | Text | LabelledText | TaggedWords
 
 
 class Shape(StrEnum):
@@ -102,6 +117,7 @@ class Shape(StrEnum):
     TEXT = "text"
     CLASSIFY_PAIR = "classify-pair"
     CLASSIFY = "classify"
+    TAG = "tag"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +145,15 @@ FIELDS: Mapping[Shape, Fields] = {
     Shape.TEXT: Fields(("text",)),
     Shape.CLASSIFY_PAIR: Fields(("text_a", "text_b", "label")),
     Shape.CLASSIFY: Fields(("text", "label")),
+    Shape.TAG: Fields(("tokens", "tags")),
 }
 """`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is read as a turn."""
 
-LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY)
+LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.TAG)
 SHAPES: Mapping[str, tuple[Shape, ...]] = {
     "causal": tuple(shape for shape in Shape if shape not in LABELLED),
-    "classify": LABELLED,
+    "classify": (Shape.CLASSIFY_PAIR, Shape.CLASSIFY),
+    "tag": (Shape.TAG,),
+    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *LABELLED)),
 }
 """The shapes that a task knows, by its name. No shape is of two: a field means one thing to one."""

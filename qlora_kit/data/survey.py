@@ -213,6 +213,7 @@ def survey(
     *,
     seed: int,
     shown_rows: int,
+    has_sources: bool = False,
 ) -> Survey:
     """Survey the data of a run.
 
@@ -223,6 +224,8 @@ def survey(
         options: the options that the rows were made with.
         seed: draws the rows that are shown and the prompts that are tried.
         shown_rows: number of rows that are cut into pieces for a reader.
+        has_sources: whether rows are sources and targets, which no template joins, so that there is
+            nothing to try of prompts.
     """
     rows, counts = RowArrays(training), training.tokenized.counts
     measured = None if validation is None else RowArrays(validation)
@@ -237,7 +240,7 @@ def survey(
         lengths=_lengths(lengths, options.max_length),
         longest=tuple(_longest(rows, counts, options.max_length)),
         ends=None if labels else _ends(rows, tokenizer),
-        prompts=None if labels else _try_prompts(rows, tokenizer, options, seed),
+        prompts=None if labels or has_sources else _try_prompts(rows, tokenizer, options, seed),
         labels=label_figures(labels, rows, measured) if labels else None,
         repeats=repeats,
         overlap=overlap,

@@ -27,11 +27,12 @@ import transformers
 from qlora_kit import storage
 from qlora_kit.config import LongSamples, TokenOptions
 from qlora_kit.data.batch import TokenTable
-from qlora_kit.data.encode import Labelled
+from qlora_kit.data.encode import IGNORED, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Shape
+from qlora_kit.data.tagged_rows import TAGS
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.errors import DataError, StorageError
 
@@ -40,6 +41,8 @@ MIN_ROWS_FOR_VALIDATION = 200
 # A part of the fingerprint: raise it when the code begins to make other rows of the same samples.
 _ROWS_VERSION = 3
 _BATCH_ROWS = 1000
+# What a cut takes away; a label goes with its row.
+_IN_WORDS = {SUPERVISED_TOKENS: "supervised token", TAGS: "tag"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class Counts:
 
     rows_read = rows_kept + rows_dropped, and the number of token rows is
     rows_kept - rows_split + chunks. The weight of a row is what its loss is a sum over: its
-    supervised tokens, or its label.
+    supervised tokens, its label, or the tags of its words.
     """
 
     shape: Shape
     weighs: str
-    """the name of what is weighed: supervised_tokens, or labels"""
+    """the name of what is weighed: supervised_tokens, labels or tags"""
     rows_read: int = 0
     rows_kept: int = 0
     """source rows of which at least one token row is left"""
@@ -113,10 +116,9 @@ class Counts:
             f"{count:,} {word}{'' if count == 1 else 's'}"
             for count, word in (
                 (self.rows_dropped, "row"),
-                # A row that is lost takes its label along.
-                (self.weight_lost if self._is_text else 0, "supervised token"),
+                (self.weight_lost, _IN_WORDS.get(self.weighs)),
             )
-            if count
+            if count and word
         ]
         return ", ".join(lost) or "nothing"
 
@@ -299,7 +301,8 @@ class _Tokenizing:
         self.max_length = options.max_length
         self.long_samples: LongSamples = options.long_samples
         if self.long_samples == "auto":
-            self.long_samples = "split" if samples.shape is Shape.TEXT else "truncate"
+            divides = samples.shape in (Shape.TEXT, Shape.TAG)
+            self.long_samples = "split" if divides else "truncate"
         self.tally: Counter[str] = Counter()
         self.dropped: dict[int, int] = {}
         self.faults = Faults()
@@ -359,7 +362,7 @@ class _Tokenizing:
     def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
         """Shorten the rows of one sample to the allowed length, and count what is lost."""
         left = [
-            _TableRow(part.ids, part.labels, index, len(row.ids), part.token_types)
+            _TableRow(part.ids, part.labels, index, row.length, part.token_types)
             for row in rows
             for part in self._shorten(index, row)
             if self.maker.weight(part.labels)
@@ -375,10 +378,10 @@ class _Tokenizing:
             weight_lost=in_all - weight,
         )
         if not left:
-            self.dropped[index] = max(len(row.ids) for row in rows)
+            self.dropped[index] = max(row.length for row in rows)
             return []
         by_turn, is_split = len(rows) > 1, self.long_samples == "split"
-        is_long = any(len(row.ids) > self.max_length for row in rows)
+        is_long = any(row.length > self.max_length for row in rows)
         if by_turn or (is_long and is_split):
             self.tally.update(rows_split=1, chunks=len(left), rows_by_turn=int(by_turn))
         if is_long and not is_split:
@@ -386,7 +389,7 @@ class _Tokenizing:
         return left
 
     def _shorten(self, index: int, row: Labelled) -> list[Labelled]:
-        length, limit = len(row.ids), self.max_length
+        length, limit = row.length, self.max_length
         if length <= limit:
             return [row]
         if self.long_samples == "error":
@@ -454,12 +457,19 @@ def split_validation(
 
 def _selected(tokenized: Tokenized, mask: Any, name: str) -> Tokenized:
     rows = tokenized.rows.select(numpy.flatnonzero(mask))
-    of_text = tokenized.counts.weighs == SUPERVISED_TOKENS
     counts = replace(
         tokenized.counts,
         rows_kept=len(numpy.unique(rows.column("row").to_numpy())),
         tokens=sum(rows.lengths()),
-        weight=int(rows.is_supervised().sum()) if of_text else len(rows),
+        weight=_weight(rows, tokenized.counts.weighs),
     )
     digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
     return replace(tokenized, rows=rows, counts=counts, fingerprint=digest)
+
+
+def _weight(rows: TokenTable, weighs: str) -> int:
+    if weighs == SUPERVISED_TOKENS:
+        return int(rows.is_supervised().sum())
+    if weighs == TAGS:
+        return int((rows.column("labels").combine_chunks().flatten().to_numpy() != IGNORED).sum())
+    return len(rows)

@@ -26,7 +26,8 @@ from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.class_head import fresh_value
 from qlora_kit.model.convert import Assembly, assemble
-from qlora_kit.model.load import freeze, fresh_parameters, open_tensors
+from qlora_kit.model.encoder_decoder import stays_unpacked
+from qlora_kit.model.load import freeze, open_tensors
 
 
 class Variant(StrEnum):
@@ -59,6 +60,7 @@ class Forms:
         stored: the parameter as the checkpoint has it.
         frozen: the weight as training held it; None unless it is the weight of a linear layer.
         written: the parameter as the export has it; None for a tied copy, which is not written.
+        stays_unpacked: whether no checkpoint of bitsandbytes packs it.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Forms:
     stored: Stored
     frozen: FrozenWeight | None
     written: Stored | None
+    stays_unpacked: bool = False
 
     @property
     def saved(self) -> Tensor | None:
@@ -111,7 +114,12 @@ class Forms:
         return packed
 
     def requantized(self) -> Tensor:
-        """Return the merged weight of a layer, quantised again and unpacked, fp32."""
+        """Return the merged weight of a layer, quantised again and unpacked, fp32.
+
+        A weight that is never packed is as the merge made it.
+        """
+        if self.stays_unpacked:
+            return self.merged(self.merge.over)
         return self.packed_again.dequantize(torch.float32)
 
     def as_written(self) -> Tensor:
@@ -166,14 +174,14 @@ class Parameters:
 
     def __init__(self, merge: Merge, skeleton: PreTrainedModel, folder: Path) -> None:
         self._merge = merge
-        self._linear = projected_weights(skeleton)
+        self._linear, self._config = projected_weights(skeleton), skeleton.config
         self._base = _Reader(open_tensors(merge.spec, skeleton, merge.device), skeleton)
         self._written = _Reader(open_checkpoint(folder), skeleton)
         self.has_original = has_original(merge.spec, skeleton)
         shapes = skeleton.state_dict()
         self._fresh = {
             name: fresh_value(name, shapes[name], is_linear=_is_linear(skeleton, name))
-            for name in fresh_parameters(merge.spec, skeleton)
+            for name in merge.spec.fresh
         }
 
     def missing_and_surplus(self, tied: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -198,7 +206,8 @@ class Parameters:
         """Yield the parameters of a module and of all modules inside it."""
         written = dict(self._written.under(path, self._merge.device))
         for name, stored in self._base.under(path, self._merge.device):
-            yield Forms(name, self._merge, stored, self._frozen(name, stored), written.get(name))
+            frozen, unpacked = self._frozen(name, stored), stays_unpacked(self._config, name)
+            yield Forms(name, self._merge, stored, frozen, written.get(name), unpacked)
         for name, value in self._fresh.items():
             if name.startswith(f"{path}."):
                 yield Forms(name, self._merge, value, self._frozen(name, value), written.get(name))

@@ -27,6 +27,7 @@ from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.lora.saved import check_saved
 from qlora_kit.model.convert import as_stored
+from qlora_kit.model.encoder_decoder import stays_unpacked
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, freeze, frozen_tensors, stored_quantization
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
@@ -135,7 +136,7 @@ def merge_to(
     skeleton = spec.skeleton()
     _check_possible(merge, skeleton)
     check_layers(stored, projections(skeleton), "the base")
-    check_saved(stored.saved, skeleton, stored.folder)
+    check_saved(stored.saved, spec, skeleton, stored.folder)
     if stored.changes_nothing:
         raise AdapterError(
             f"{stored.folder}: A or B of every layer is zero ({len(stored.tensors)} layers), so "
@@ -259,7 +260,7 @@ def stored_bytes(
     total = sum(sizes.values())
     if quantization is None:
         return total * dtype.itemsize
-    linear = sum(sizes[name] for name in projected_weights(skeleton))
+    linear = sum(sizes[name] for name in _packed_weights(skeleton))
     constants = 0.25 if quantization.double_quant else 0.5  # bits a weight, at most
     return int(linear * (quantization.bits + constants) / 8) + (total - linear) * dtype.itemsize
 
@@ -348,6 +349,12 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
+def _packed_weights(skeleton: PreTrainedModel) -> set[str]:
+    """Return the names of the weights that a checkpoint of bitsandbytes holds packed."""
+    config = skeleton.config
+    return {each for each in projected_weights(skeleton) if not stays_unpacked(config, each)}
+
+
 @torch.no_grad()
 def packed_tensors(
     tensors: Iterator[tuple[str, Tensor]],
@@ -368,7 +375,7 @@ def packed_tensors(
     Raises:
         ModelError: a value does not fit the dtype or the quantisation.
     """
-    linear = projected_weights(skeleton)
+    linear = _packed_weights(skeleton)
     for name, tensor in tensors:
         if name not in linear:
             yield name, _cast(name, tensor, dtype)

@@ -17,6 +17,7 @@ from qlora_kit.data.template import end_token_ids
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model.architecture import read_generation_config
 from qlora_kit.model.class_head import head_modules
+from qlora_kit.model.encoder_decoder import is_encoder_decoder, is_head_tied
 from qlora_kit.model.hardware import dtype_name
 from qlora_kit.storage import write_json
 
@@ -48,7 +49,12 @@ def write_model_files(
     numbers.pop("torch_dtype", None)
     numbers["architectures"] = [type(skeleton).__name__]
     numbers["dtype"] = dtype_name(dtype)
-    if untied:
+    if is_encoder_decoder(architecture):
+        # To a T5 the word also says that nothing is scaled before the head; whether the head is
+        # tied, transformers finds out from the tensors.
+        is_scaled = getattr(architecture, "scale_decoder_outputs", False)
+        numbers["tie_word_embeddings"] = bool(is_scaled or is_head_tied(skeleton))
+    elif untied:
         numbers["tie_word_embeddings"] = False
     if quantization is not None:
         kept = () if skeleton.get_output_embeddings() is not None else head_modules(skeleton)

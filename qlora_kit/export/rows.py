@@ -14,6 +14,7 @@ from qlora_kit.data.encode import IGNORED, prompt_ids
 from qlora_kit.model.class_head import is_encoder
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.tasks.classify import collate_labelled
+from qlora_kit.tasks.seq2seq import collate_sources
 
 _MOST_ROW_TOKENS = 256
 _PROMPTS = (
@@ -50,7 +51,7 @@ def some_rows(
     tokens: int,
     pad_token_id: int,
     source: str,
-    classifier: BaseSpec | None = None,
+    base: BaseSpec | None = None,
 ) -> VerificationRows:
     """Return the first rows of the task that together have `tokens` tokens.
 
@@ -59,37 +60,44 @@ def some_rows(
         tokens: the number of tokens after which no further row is taken.
         pad_token_id: pads shorter rows.
         source: the source of the rows, in words.
-        classifier: the base, where the rows are labelled texts.
+        base: the base, where the rows are labelled texts, or sources and targets; None: texts.
     """
     taken: list[Mapping[str, Any]] = []
     count = 0
     for row in rows:
-        taken.append(row if classifier else _cut_row(row))
+        taken.append(row if base else _cut_row(row))
         count += len(taken[-1]["input_ids"])
         if count >= tokens:
             break
-    return VerificationRows(_batch(taken, pad_token_id, classifier), source, of_task=True)
+    return VerificationRows(_batch(taken, pad_token_id, base), source, of_task=True)
 
 
-def built_in_rows(tokenizer: Any, classifier: BaseSpec | None = None) -> VerificationRows:
+def built_in_rows(tokenizer: Any, base: BaseSpec | None = None) -> VerificationRows:
     """Return built-in prompts. They belong to no task: they only show how far apart models are."""
     encoded = [prompt_ids(tokenizer, prompt) for prompt in _PROMPTS]
-    labels = encoded if classifier is None else [[0]] * len(encoded)
+    if base is None:
+        pairs = [(ids, ids) for ids in encoded]
+    elif base.classes is not None:
+        of_words = base.classes.kind == "tags"
+        pairs = [(ids, [0] * (len(ids) if of_words else 1)) for ids in encoded]
+    else:
+        # Each is its own target, behind a source that is read.
+        pairs = [(ids * 2, [IGNORED] * len(ids) + ids) for ids in encoded]
     rows = [
-        {"input_ids": ids, "labels": label, "row": row}
-        for row, (ids, label) in enumerate(zip(encoded, labels, strict=True))
+        {"input_ids": ids, "labels": labels, "row": row} for row, (ids, labels) in enumerate(pairs)
     ]
-    batch = _batch(rows, tokenizer.pad_token_id, classifier)
+    batch = _batch(rows, tokenizer.pad_token_id, base)
     return VerificationRows(batch, "built-in prompts", False)
 
 
-def _batch(
-    rows: Sequence[Mapping[str, Any]], pad_token_id: int, classifier: BaseSpec | None
-) -> Any:
-    if classifier is None or classifier.classes is None:
+def _batch(rows: Sequence[Mapping[str, Any]], pad_token_id: int, base: BaseSpec | None) -> Any:
+    if base is None:
         return collate(rows, pad_token_id)
-    masks = is_encoder(classifier.architecture())
-    return collate_labelled(rows, classifier.classes, pad_token_id, masks=masks)
+    architecture = base.architecture()
+    if base.classes is None:
+        return collate_sources(rows, pad_token_id, architecture.decoder_start_token_id)
+    masks = is_encoder(architecture)
+    return collate_labelled(rows, base.classes, pad_token_id, masks=masks)
 
 
 def _cut_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,15 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qlora_kit.data.batch import Batch
 from qlora_kit.export.forms import Forms, Variant
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LowRank
 from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter
+from qlora_kit.model.encoder_decoder import target_states
 from qlora_kit.private_torch import own_buffers
+from qlora_kit.tasks.seq2seq import SourceBatch
 
 # Their relative positions are read from a table that no module looks up.
 NOT_RUN_IN_PARTS = ("deberta", "deberta-v2")
@@ -58,6 +61,8 @@ class StreamedModel:
         self._forms: Mapping[str, Forms] = {}
         skeleton.eval()
         for path, projection in projections(skeleton).items():
+            # T5 casts the input of a layer to the dtype of its weight, whose place is kept empty.
+            projection.layer.float()
             self._multiply_by_borrowed(path, projection.layer, _low_rank_term(path, stored, device))
         embedding = skeleton.get_input_embeddings()
         for path, unit in units.items():
@@ -68,14 +73,23 @@ class StreamedModel:
                     own_buffers(module)[name] = buffer.to(device)
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor) -> dict[Variant, Tensor]:
+    def hidden_states(self, batch: Batch | SourceBatch) -> dict[Variant, Tensor]:
         """Return the last hidden states (B, T, D) of every variant, fp32.
 
         Args:
-            input_ids: (B, T), padded on the right.
+            batch: of texts, or of sources and targets.
         """
-        outputs = self._run(self._model.base_model, {"input_ids": input_ids, "use_cache": False})
-        return self._by_variant(outputs.last_hidden_state)
+        if isinstance(batch, SourceBatch):
+            return self._by_variant(self._target_states(batch))
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
+        return self._by_variant(self._run(self._model.base_model, inputs).last_hidden_state)
+
+    def _target_states(self, batch: SourceBatch) -> Tensor:
+        """Return the states that predict the targets, of all variants, one after the other."""
+        self._rows = len(batch.rows)
+        mask = None if batch.mask is None else self._repeated(batch.mask)
+        source, written = map(self._repeated, (batch.source_ids, batch.written_ids))
+        return target_states(self._model, source, mask, written)
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor]) -> dict[Variant, Tensor]:
@@ -89,12 +103,14 @@ class StreamedModel:
     def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Run a model on the rows of all variants, one variant after the other."""
         self._rows = len(inputs["input_ids"])
-        count = len(self._variants)
         repeated = {
-            name: value.repeat(count, 1).to(self._device) if isinstance(value, Tensor) else value
+            name: self._repeated(value) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
         return model(**repeated)
+
+    def _repeated(self, ids: Tensor) -> Tensor:
+        return ids.repeat(len(self._variants), 1).to(self._device)
 
     def _by_variant(self, outputs: Tensor) -> dict[Variant, Tensor]:
         return dict(zip(self._variants, outputs.chunk(len(self._variants)), strict=True))
@@ -132,7 +148,7 @@ class StreamedModel:
                 finally:
                     unit.forward = forward  # type: ignore[method-assign]
             self._forms = {}
-            return _joined(results)
+            return _joined(results, self._rows)
 
         unit.forward = forward  # type: ignore[method-assign]
 
@@ -209,10 +225,15 @@ def _part_of(value: Any, rows: int, part: slice) -> Any:
     return value
 
 
-def _joined(results: Sequence[Any]) -> Any:
+def _joined(results: Sequence[Any], rows: int) -> Any:
+    """Join what the variants returned, each for the given number of rows.
+
+    Position biases of T5 are computed once for all rows, but each variant has a table of its own.
+    """
     first = results[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(results))
+        is_shared = len(first) == 1 < rows
+        return torch.cat([t.expand(rows, *t.shape[1:]) if is_shared else t for t in results])
     if type(first) in (tuple, list):
-        return type(first)(_joined(each) for each in zip(*results, strict=True))
+        return type(first)(_joined(each, rows) for each in zip(*results, strict=True))
     return first

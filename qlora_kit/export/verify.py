@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import VerificationError
 from qlora_kit.events import Announce, LoadProgress, silent
 from qlora_kit.export.forms import Forms, Parameters, Stored, Variant, units_of
@@ -99,7 +100,7 @@ def verify_merge(
                 weigher.raise_faults()
                 measures = _measure_classes(logits, rows, merge)
             else:
-                hidden = model.hidden_states(rows.batch.input_ids)
+                hidden = model.hidden_states(rows.batch)
                 read(head_path)
                 weigher.raise_faults()
                 heads = _heads(skeleton, head_path, parameters, merge, variants)
@@ -314,7 +315,7 @@ def _measure_variants(
     """Compare the predictions of every variant with the adapter's, at the supervised tokens."""
     device = next(iter(hidden.values())).device
     positions = rows.batch.positions.to(device)
-    targets = rows.batch.labels.flatten().to(device).index_select(0, positions + 1)
+    targets = rows.batch.targets.to(device)
     states = {v: h.flatten(0, 1).index_select(0, positions) for v, h in hidden.items()}
     tallies = {variant: _Tally() for variant in hidden}
     for start in range(0, len(targets), _CHUNK_TOKENS):
@@ -331,11 +332,21 @@ def _measure_variants(
 def _measure_classes(
     logits: Mapping[Variant, Tensor], rows: VerificationRows, merge: Merge
 ) -> tuple[VariantMeasure, ...]:
-    """Compare the logits (B, K) of every variant of a classifier with the adapter's."""
+    """Compare the logits of every variant of a classifier with the adapter's.
+
+    They are (B, K), or (B, T, K) where words are tagged.
+    """
     assert merge.spec.classes is not None
-    kind, reference = merge.spec.classes.kind, logits[Variant.ADAPTER]
-    # Without labels the adapter's own answers are what the others are measured by.
-    targets = rows.batch.targets.to(reference.device) if rows.of_task else None
+    kind = merge.spec.classes.kind
+    targets = rows.batch.targets.to(logits[Variant.ADAPTER].device)
+    if kind == "tags":
+        is_word = targets != IGNORED
+        logits = {variant: found[is_word] for variant, found in logits.items()}
+        kind, targets = "single", targets[is_word]
+    reference = logits[Variant.ADAPTER]
+    if not rows.of_task:
+        # Without labels the adapter's own answers are what the others are measured by.
+        targets = None
     tallies = {variant: _Tally() for variant in logits}
     for variant, tally in tallies.items():
         found = logits[variant]

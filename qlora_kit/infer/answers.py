@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config import MetricName
-from qlora_kit.data.encode import prompt_ids
+from qlora_kit.data.asking import Asks
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
-from qlora_kit.data.template import Renderer
 from qlora_kit.errors import DataError
 from qlora_kit.events import Announce, silent
 from qlora_kit.infer.generate import TOGETHER, Sampling, generate_all
@@ -81,13 +80,13 @@ class Answers:
 
 
 def questions_of(
-    samples: Samples, tokenizer: Any, metrics: Sequence[MetricName], asked_by: str
+    samples: Samples, asks: Asks, metrics: Sequence[MetricName], asked_by: str
 ) -> list[Question]:
     """Return the last question of every sample.
 
     Args:
         samples: of any shape but plain text.
-        tokenizer: the model's, with the chat template that training used.
+        asks: gives the ids of a prompt, as the task of the model trains on them.
         metrics: what is to be measured of the answers.
         asked_by: the option for which answers are generated, for errors.
 
@@ -100,13 +99,12 @@ def questions_of(
             f"{samples.source}: plain text, which asks nothing; expected questions with answers; "
             f"leave out {asked_by}"
         )
-    renderer = Renderer(tokenizer)
     questions, faults = [], Faults()
     for sample in samples.items:
         try:
-            prompt, references = _question(sample, renderer)
+            prompt, references = _question(sample, asks)
             _check_references(references, sample.place, metrics, asked_by)
-            questions.append(Question(sample.place, prompt_ids(tokenizer, prompt), references))
+            questions.append(Question(sample.place, prompt, references))
         except DataError as error:
             faults.add(*error.faults)
     faults.raise_if_any()
@@ -149,12 +147,12 @@ def answer(
     return Answers(questions, [text.strip() for text in texts])
 
 
-def _question(sample: Sample, renderer: Renderer) -> tuple[str, tuple[str, ...]]:
-    """Return the prompt text of a sample's last answer, and the answers that are accepted."""
+def _question(sample: Sample, asks: Asks) -> tuple[Sequence[int], tuple[str, ...]]:
+    """Return the ids of the prompt of a sample's last answer, and the answers that are accepted."""
     if isinstance(sample, Pair):
-        return sample.prompt, (sample.completion.strip(),)
+        return asks.ids(sample.prompt, sample.place), (sample.completion.strip(),)
     assert isinstance(sample, Conversation)
-    prompt = renderer.prompt_text(sample.messages[:-1], sample.place, sample.tools)
+    prompt = asks.ids(sample.messages[:-1], sample.place, sample.tools)
     accepted = (sample.messages[-1].content, *sample.also_right)
     return prompt, tuple(text.strip() for text in accepted)
 

@@ -145,7 +145,7 @@ class _Sums:
         self.rows, self.batch_size = rows, batch_size
         self.weight, self.loss = torch.zeros(2, rows, dtype=torch.float64)
         self.metrics: dict[str, Tensor] = {}
-        self.outputs: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
 
     def add(self, indices: Sequence[int], found: RowSums) -> None:
         """Store the sums of some rows; `indices` are the rows' places among all rows."""
@@ -155,9 +155,7 @@ class _Sums:
             sums = self.metrics.setdefault(name, torch.zeros(self.rows, dtype=torch.float64))
             sums[chosen] = values
         if found.outputs is not None:
-            if self.outputs is None:
-                self.outputs = found.outputs.new_empty(self.rows, *found.outputs.shape[1:])
-            self.outputs[chosen] = found.outputs
+            self.outputs.update(zip(indices, found.outputs, strict=True))
 
     def of(self, some: Sequence[int], objective: Objective, rows: TokenRows) -> Evaluation:
         """Return the means over some of the rows, and their figures."""
@@ -166,8 +164,9 @@ class _Sums:
         loss = float(self.loss[chosen].sum()) / count
         means = {name: float(sums[chosen].sum()) / count for name, sums in self.metrics.items()}
         figures: Figures = {}
-        if self.outputs is not None:
-            figures = objective.figures(self.outputs[chosen], [rows[index] for index in some])
+        if self.outputs:
+            outputs = [self.outputs[index] for index in some]
+            figures = objective.figures(outputs, [rows[index] for index in some])
         numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
         tables = {name: value for name, value in figures.items() if name not in numbers}
         metrics = {**means, **numbers}

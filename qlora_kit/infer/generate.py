@@ -17,6 +17,7 @@ from qlora_kit.data.template import end_token_ids
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.lora.several import PerRow
 from qlora_kit.model.architecture import read_generation_config
+from qlora_kit.model.encoder_decoder import is_encoder_decoder
 from qlora_kit.model.halving import batches_that_fit
 from qlora_kit.model.load import Base
 
@@ -175,7 +176,10 @@ def _generate_batch(
         use_cache=True,
         **chosen,
     )
-    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
+    # A decoder that continues a prompt gives it back; one that reads a source begins with a token
+    # of its own.
+    begun = 1 if is_encoder_decoder(model.config) else width
+    return [tokenizer.decode(row[begun:], skip_special_tokens=True) for row in output]
 
 
 def _configured_ends(base: Base) -> list[int]:

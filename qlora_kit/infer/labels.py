@@ -1,4 +1,4 @@
-"""Label texts with a loaded classifier, with or without an adapter.
+"""Label texts, or their words, with a loaded classifier, with or without an adapter.
 
 Takes encoded texts; returns how likely each label is. Chooses nothing.
 """
@@ -21,8 +21,10 @@ def likelihoods(
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = 32,
     per_row: PerRow | None = None,
-) -> Iterator[list[float]]:
+) -> Iterator[list[Any]]:
     """Yield for each text the probability of each label, or the number that it is given.
+
+    Where words are tagged it is a list for each token, the padding of its batch included.
 
     Args:
         objective: the classifier, with the adapter it may carry.
@@ -42,7 +44,7 @@ def likelihoods(
         logits = objective.logits(objective.batch([rows[index] for index in indices])).cpu()
         if kind == "regression":
             return logits
-        return logits.softmax(1) if kind == "single" else logits.sigmoid()
+        return logits.sigmoid() if kind == "multi" else logits.softmax(-1)
 
     def line_of(index: int) -> str:
         return (

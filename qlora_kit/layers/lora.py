@@ -213,6 +213,11 @@ class LoRALinear(nn.Module):
         )
         return y.view(*x.shape[:-1], -1)
 
+    @property
+    def weight(self) -> FrozenWeight:
+        """The frozen weight: T5 asks its layers for their weight's dtype, where it is a tensor."""
+        return self.frozen.weight
+
     def low_rank(self, x: Tensor, kept: Tensor | None) -> LowRank:
         """Return the trained term of a call; to be called where no graph is recorded.
 

@@ -20,7 +20,8 @@ from qlora_kit.layers.frozen import FrozenLinear, TransposedLinear
 Group = Literal["attention", "mlp"]
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
+# The last is T5's name for it, whatever its activation.
+_MLP = re.compile(r"mlp|feed_?forward|ffn|dense_?relu_?dense", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

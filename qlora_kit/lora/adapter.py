@@ -27,6 +27,7 @@ from qlora_kit.lora.files import (
     BaseRecord,
     PeftConfig,
     check_adapter_folder,
+    check_one_task,
     read_base_record,
     read_peft_config,
 )
@@ -44,8 +45,6 @@ _SAVED_KEY = re.compile(
     r"(base_model\.model\.)?(?P<path>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)"
 )
 _MOST_FAULTS = 5
-# PEFT's word for the classification of whole texts.
-_CLASSIFIER = "SEQ_CLS"
 _HEADS = ("classifier", "score")
 _PATTERN_SECONDS = 5.0
 
@@ -240,7 +239,7 @@ def _check_all_saved(saved: Mapping[str, Tensor], config: PeftConfig, folder: Pa
     paths = {name.rpartition(".")[0] for name in saved}
     for module in config.modules_to_save or ():
         # PEFT names every head that a classifier may have, whichever this one has.
-        is_other_head = config.task_type == _CLASSIFIER and module in _HEADS and bool(saved)
+        is_other_head = bool(config.classifies and saved) and module in _HEADS
         if not is_other_head and not any(_is_within(path, module) for path in paths):
             raise AdapterError(
                 f"{folder / WEIGHTS}: modules_to_save names {module} and there is no tensor of it; "
@@ -301,12 +300,14 @@ def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
     Without a record the names are those that transformers gives: LABEL_0, LABEL_1 …
 
     Raises:
-        AdapterError: a classifier of another tool without its head.
+        AdapterError: a classifier of another tool without its head; or its two files disagree.
     """
-    record = read_base_record(folder)
+    record, config = read_base_record(folder), read_peft_config(folder)
     if record is not None:
+        check_one_task(folder, record, config)
         return None if record.labels is None else (record.label_kind, record.labels)
-    if read_peft_config(folder).task_type != _CLASSIFIER:
+    task = config.classifies
+    if task is None:
         return None
     saved = read_adapter(folder).saved
     outputs = [len(tensor) for name, tensor in saved.items() if name.endswith(".weight")]
@@ -317,6 +318,8 @@ def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
         )
     # The last layer of a head is its narrowest.
     names = tuple(f"LABEL_{number}" for number in range(min(outputs)))
+    if task == "tag":
+        return "tags", names
     return ("single" if len(names) > 1 else "regression"), names
 
 
@@ -342,8 +345,8 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
             weights than the base has.
     """
     check_layers(stored, projections(base.model), base.spec.source.name)
-    if stored.saved:
-        check_saved(stored.saved, base.spec.skeleton(), stored.folder)
+    if stored.saved or base.spec.classes is not None:
+        check_saved(stored.saved, base.spec, base.spec.skeleton(), stored.folder)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "

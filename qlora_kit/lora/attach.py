@@ -255,6 +255,21 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
     return paths
 
 
+def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
+    """Return the number of parameters that an adapter will have, before anything is loaded.
+
+    Raises:
+        ConfigError: a target or pattern names no layer.
+    """
+    layers = projections(skeleton)
+    low_rank = sum(
+        spec.rank_of(path) * (layers[path].in_features + layers[path].out_features)
+        for path in targeted_paths(skeleton, spec)
+    )
+    whole = (skeleton.get_submodule(path).parameters() for path in spec.whole)
+    return low_rank + sum(each.numel() for parameters in whole for each in parameters)
+
+
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """Wrap the targeted layers of `base` in LoRA layers; its output does not change yet.
 

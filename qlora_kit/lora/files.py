@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from qlora_kit.config import LabelKind
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.storage import check_confined, read_json
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
 RECORD = "qlora_kit.json"
+
+# PEFT's words for the tasks that classify.
+CLASSIFIERS: Mapping[str, str] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
 
 UNKNOWN_TEMPLATE = "unknown"
 """stands in a record whose author did not say which chat template the data went through"""
@@ -108,6 +112,17 @@ def _check_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- what the files may hold
 
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each name once")
+    return names
+
+
+_Labels = Annotated[
+    tuple[_Text, ...], Field(strict=False, min_length=1), AfterValidator(_check_once)
+]
 # Some tools write "" for a value that they do not know.
 _OrAbsent = BeforeValidator(lambda value: None if value == "" else value)
 _Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
@@ -141,6 +156,11 @@ class PeftConfig(_File):
     task_type: Any = None
 
     @property
+    def classifies(self) -> str | None:
+        """The task of a classifier, by the name it has here; None of another model."""
+        return CLASSIFIERS.get(str(self.task_type))
+
+    @property
     def targeted_names(self) -> tuple[str, ...]:
         """The names of layers that must have tensors, by which missing tensors are found.
 
@@ -165,7 +185,7 @@ class BaseRecord(_File):
         template_hash: hash of the chat template that the data went through; None if there was no
             template; `UNKNOWN_TEMPLATE` if it is not known.
         labels: names of a classifier's labels in the order of its outputs; None for other models.
-        label_kind: "single", "multi" or "regression"; None for other models.
+        label_kind: "single", "multi", "regression" or "tags"; None for other models.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -182,9 +202,16 @@ class BaseRecord(_File):
     block_size: Literal[64] = 64
     revision: _Text | None = None
     template_hash: _Text | None = None
-    labels: Annotated[tuple[_Text, ...], Field(strict=False, min_length=1)] | None = None
-    label_kind: Literal["single", "multi", "regression"] | None = None
+    labels: _Labels | None = None
+    label_kind: LabelKind | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def classifies(self) -> str | None:
+        """The task of a classifier, by the name it has here; None of another model."""
+        if self.labels is None:
+            return None
+        return "tag" if self.label_kind == "tags" else "classify"
 
     @classmethod
     def of(
@@ -295,6 +322,20 @@ def read_base_record(folder: Path) -> BaseRecord | None:
     if not path.is_file():
         return None
     return _checked(BaseRecord, _read_object(path), path, "not a record of this kit: ")
+
+
+def check_one_task(folder: Path, record: BaseRecord, config: PeftConfig) -> None:
+    """Check that both files of an adapter say alike whether it classifies, and what.
+
+    Raises:
+        AdapterError: they do not.
+    """
+    if record.classifies != config.classifies:
+        found = {None: "no labels", "classify": "labels of texts", "tag": "tags of words"}
+        raise AdapterError(
+            f"{folder}: {RECORD} has {found[record.classifies]}, and {CONFIG} says task_type "
+            f"{_short(str(config.task_type))}; expected files of one run; restore them"
+        )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

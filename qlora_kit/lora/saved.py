@@ -16,23 +16,30 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.projections import transposed_weights
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
+from qlora_kit.model.class_head import head_layers
+from qlora_kit.model.load import BaseSpec
 from qlora_kit.private_torch import own_buffers, own_parameters
 
 Original = FrozenWeight | Tensor | None
 
 
-def check_saved(saved: Mapping[str, Tensor], skeleton: PreTrainedModel, folder: Path) -> None:
-    """Check that saved parameters fit a base.
+def check_saved(
+    saved: Mapping[str, Tensor], spec: BaseSpec, skeleton: PreTrainedModel, folder: Path
+) -> None:
+    """Check that saved parameters fit a base, and that none is missing among them.
 
     Args:
         saved: the parameters, by their name in the base.
+        spec: the specification of the base.
         skeleton: the skeleton of the base.
         folder: the folder of the adapter, for the error.
 
     Raises:
         AdapterError: a parameter is missing in the base, or has another shape there, or is stored
-            transposed.
+            transposed; or a module is not whole, or a classifier has no head.
     """
+    if not saved and spec.classes is None:
+        return
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     if turned := sorted(saved.keys() & transposed_weights(skeleton)):
         raise AdapterError(
@@ -50,6 +57,30 @@ def check_saved(saved: Mapping[str, Tensor], skeleton: PreTrainedModel, folder: 
                 f"{folder}: its {name} {tuple(tensor.shape)} is {found} in the base{hint}; "
                 "expected the base it was trained on; name it with --model"
             )
+    missing = sorted(_needed(saved, spec, skeleton) - saved.keys())
+    if missing:
+        raise AdapterError(
+            f"{folder}: {missing[0]} is missing ({len(missing)} such parameters); expected modules "
+            "that were trained whole to be whole; save the adapter again"
+        )
+
+
+def _needed(
+    saved: Mapping[str, Tensor], spec: BaseSpec, skeleton: PreTrainedModel
+) -> frozenset[str]:
+    """Return the parameters that have to be saved: whole modules, and a head without values."""
+    paths = {name.rpartition(".")[0] for name in saved}
+    beside = {
+        f"{path}.{leaf}"
+        for path in paths
+        for leaf, _ in skeleton.get_submodule(path).named_parameters(recurse=False)
+    }
+    in_head = {
+        f"{path}.{leaf}"
+        for path in head_layers(skeleton, spec.fresh)
+        for leaf in ("weight", "bias")
+    }
+    return frozenset(beside | (in_head & spec.fresh))
 
 
 def put_in_place(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, Original]:

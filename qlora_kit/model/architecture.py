@@ -27,7 +27,12 @@ from qlora_kit.errors import ModelError
 from qlora_kit.layers.experts import Stack, run_experts
 from qlora_kit.layers.frozen import TransposedLinear
 from qlora_kit.layers.projections import projections, vocabulary_paths
-from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, is_encoder, outside_of_base
+from qlora_kit.model.class_head import (
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    is_encoder,
+    outside_of_base,
+)
 from qlora_kit.model.config_file import (
     SPECIAL_IDS,
     as_list,
@@ -35,6 +40,13 @@ from qlora_kit.model.config_file import (
     ids_beyond,
     read_json_object,
     read_model_config,
+)
+from qlora_kit.model.encoder_decoder import (
+    SEQ2SEQ_LM,
+    check_family,
+    is_encoder_decoder,
+    set_layers,
+    share_embedding,
 )
 from qlora_kit.model.faults import model_errors
 from qlora_kit.private_torch import own_buffers
@@ -48,6 +60,7 @@ _UNQUANTIZED_LIMIT = 0.05
 _EXPECTED = {
     CAUSAL_LM: "a causal language model of transformers",
     SEQUENCE_CLASSIFICATION: "a model that transformers has a classifier of",
+    TOKEN_CLASSIFICATION: "a model that transformers has a tagger of words of",
 }
 # How transformers calls `run_experts`.
 _ONE_BY_ONE = "qlora_kit"
@@ -143,11 +156,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
             than `_BUILD_SECONDS` to build.
     """
     name = architecture.model_type
-    if loads == CAUSAL_LM and is_encoder(architecture):
-        raise ModelError(
-            f"{name}: reads whole texts and writes none; expected a causal language model; pass "
-            "--task classify, or choose another model"
-        )
+    _check_kind(architecture, loads)
     try:
         with (
             time_limit(_BUILD_SECONDS),
@@ -156,6 +165,8 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
             with torch.device("meta"):
                 kind: Any = getattr(transformers, loads)
                 skeleton: PreTrainedModel = kind.from_config(architecture, trust_remote_code=False)
+            if loads == SEQ2SEQ_LM:
+                share_embedding(skeleton)
             _fill_computed_buffers(skeleton)
             _turn_transposed(skeleton)
             _take_stacks_apart(skeleton)
@@ -165,6 +176,33 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
             "a few seconds; check the numbers of its config.json"
         ) from error
     return skeleton
+
+
+def _check_kind(architecture: PreTrainedConfig, loads: str) -> None:
+    """Check that an architecture is of the kind that it is loaded as.
+
+    Raises:
+        ModelError: it is of another kind; the error names the task that it is for.
+    """
+    name, reads_apart = architecture.model_type, is_encoder_decoder(architecture)
+    if loads == CAUSAL_LM and is_encoder(architecture) and not reads_apart:
+        raise ModelError(
+            f"{name}: reads whole texts and writes none; expected a causal language model; train a "
+            "classifier of it with `train --task classify` or `train --task tag`, or choose "
+            "another model"
+        )
+    if loads == SEQ2SEQ_LM and not reads_apart:
+        raise ModelError(
+            f"{name}: has no encoder beside its decoder; expected an encoder-decoder such as T5; "
+            "leave --task seq2seq out, or choose another model"
+        )
+    if reads_apart and loads != SEQ2SEQ_LM:
+        raise ModelError(
+            f"{name}: an encoder-decoder, which reads one text and writes another; expected "
+            "another kind of model for this task; pass --task seq2seq, or choose another model"
+        )
+    if reads_apart:
+        check_family(architecture)
 
 
 def _turn_transposed(skeleton: PreTrainedModel) -> None:
@@ -200,6 +238,7 @@ def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     short = copy.deepcopy(architecture)
     text = short.get_text_config()
     text.num_hidden_layers = layers
+    set_layers(short, layers)
     if kinds := getattr(text, "layer_types", None):
         text.layer_types = (kinds * layers)[:layers]
     return short

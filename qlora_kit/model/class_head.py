@@ -9,24 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from qlora_kit.config import LabelKind
 from qlora_kit.layers.projections import base_prefix
-from qlora_kit.model.config_file import names_classifier
+from qlora_kit.model.config_file import classifying_task
 
 SEQUENCE_CLASSIFICATION = "AutoModelForSequenceClassification"
+TOKEN_CLASSIFICATION = "AutoModelForTokenClassification"
 
 # The name of the output of a classifier that gives a number.
 VALUE = "value"
 
-Kind = Literal["single", "multi", "regression"]
-# transformers' words for them.
-_PROBLEM_TYPES: dict[Kind, str] = {
+# transformers' words for them; it has none for the tags of words.
+_PROBLEM_TYPES: dict[LabelKind, str] = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
     "regression": "regression",
@@ -38,31 +38,34 @@ class ClassHead:
     """What the outputs of a classifier mean.
 
     Attributes:
-        kind: one label a sample, several, or a number.
+        kind: one label a sample, several, a number, or a tag for each of its words.
         names: of the labels, in the order of the outputs; of a number it is one name.
         pad_token_id: by which decoders find the last token of a padded row.
     """
 
-    kind: Kind
+    kind: LabelKind
     names: tuple[str, ...]
     pad_token_id: int | None = None
 
     @classmethod
     def of(cls, architecture: PreTrainedConfig) -> ClassHead | None:
         """Return the head of a stored classifier, or None where the model is none."""
-        if not names_classifier(architecture.architectures):
+        task = classifying_task(architecture.architectures)
+        if task is None:
             return None
         names = tuple(architecture.id2label[number] for number in range(architecture.num_labels))
-        kinds: dict[str | None, Kind] = {theirs: ours for ours, theirs in _PROBLEM_TYPES.items()}
+        kinds: dict[str | None, LabelKind] = {
+            theirs: ours for ours, theirs in _PROBLEM_TYPES.items()
+        }
         kind = kinds.get(architecture.problem_type, "single" if len(names) > 1 else "regression")
-        return cls(kind, names, architecture.pad_token_id)
+        return cls("tags" if task == "tag" else kind, names, architecture.pad_token_id)
 
     def configure(self, architecture: PreTrainedConfig) -> None:
         """Let transformers build this head."""
         architecture.num_labels = len(self.names)
         architecture.id2label = dict(enumerate(self.names))
         architecture.label2id = {name: number for number, name in enumerate(self.names)}
-        architecture.problem_type = _PROBLEM_TYPES[self.kind]
+        architecture.problem_type = _PROBLEM_TYPES.get(self.kind)
         if self.pad_token_id is not None:
             architecture.pad_token_id = self.pad_token_id
             architecture.get_text_config().pad_token_id = self.pad_token_id

@@ -175,7 +175,25 @@ def _check_number(path: Path, key: str, value: Any) -> None:
         return
 
 
-def names_classifier(architectures: Any) -> bool:
-    """Whether the `architectures` of a config.json, whatever stands there, name a classifier."""
+def names_encoder_decoder(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a config.json, or of an entry of `configs/`, is an encoder-decoder's.
+
+    transformers leaves out what every model of a family has.
+    """
+    is_of_family = content.get("model_type") in ("t5", "mt5")
+    return content.get("is_encoder_decoder", is_of_family) is True
+
+
+_CLASSIFIERS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
+
+
+def classifying_task(architectures: Any) -> str | None:
+    """Return the task of a classifier that the `architectures` of a config.json name.
+
+    None where they name no classifier, whatever stands there.
+    """
     named = architectures if isinstance(architectures, list) else []
-    return any(str(name).endswith("ForSequenceClassification") for name in named)
+    tasks = (
+        task for name in named for end, task in _CLASSIFIERS.items() if str(name).endswith(end)
+    )
+    return next(tasks, None)

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qlora_kit.errors import ModelError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
+from qlora_kit.model.encoder_decoder import is_encoder_decoder
 from qlora_kit.model.faults import model_errors
 from qlora_kit.model.hardware import Hardware
 
@@ -26,7 +27,9 @@ def head_of(model: PreTrainedModel) -> Head:
     assert isinstance(linear, FrozenLinear)
     config = model.config.get_text_config()
     scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
+    if getattr(config, "scale_decoder_outputs", False):  # T5, but not T5 v1.1
+        scale = float(config.d_model) ** -0.5
+    elif getattr(config, "logit_scale", None) is not None:  # Cohere
         scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None) is not None:  # Granite
         scale = 1.0 / float(config.logits_scaling)
@@ -56,11 +59,15 @@ def verify_head(model: PreTrainedModel, hardware: Hardware) -> None:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, _PROBE_TOKENS, head.linear.in_features, generator=generator)
         hidden = hidden.to(hardware.device, hardware.dtype)
-        layers: Any = model.base_model
+        # An encoder-decoder is given what its encoder read, and runs the decoder alone.
+        reads_apart = is_encoder_decoder(model.config)
+        layers: Any = model.get_decoder() if reads_apart else model.base_model
         layers.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden)
         try:
             ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=hardware.device)
-            theirs = model(input_ids=ids).logits[0].float()
+            read = {"decoder_input_ids": ids, "encoder_outputs": (hidden,)}
+            given = read if reads_apart else {"input_ids": ids}
+            theirs = model(**given).logits[0].float()
         finally:
             del layers.forward
     ours = torch.empty_like(theirs)

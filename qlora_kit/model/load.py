@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ModelError
-from qlora_kit.events import Announce, LoadProgress, silent
+from qlora_kit.events import Announce, LoadProgress, Notice, silent
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import quantize_head
 from qlora_kit.layers.projections import projected_weights
@@ -37,6 +38,14 @@ from qlora_kit.model.architecture import (
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
 from qlora_kit.model.class_head import ClassHead, fresh_value, head_layers, may_be_fresh
 from qlora_kit.model.convert import Assembly, assemble
+from qlora_kit.model.encoder_decoder import (
+    SEQ2SEQ_LM,
+    check_dtype,
+    has_own_head,
+    is_encoder_decoder,
+    is_head_tied,
+    untie_head,
+)
 from qlora_kit.model.hardware import Hardware, dtype_name
 from qlora_kit.model.head import verify_head
 from qlora_kit.model.memory import memory_returned
@@ -47,6 +56,8 @@ from qlora_kit.private_torch import own_buffers
 from qlora_kit.signals import safe_point
 
 RANDOM_SEED = 0
+# T5's table of what positions add to the scores of attention, in the dtype of the scores.
+_POSITION_BIAS = "relative_attention_bias"
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -96,7 +107,27 @@ class BaseSpec:
         """
         architecture = self.architecture()
         whole = architecture if layers is None else shortened(architecture, layers)
-        return build_skeleton(whole, self.loads)
+        skeleton = build_skeleton(whole, self.loads)
+        folder = None if self.random else self.folder
+        if self.loads == SEQ2SEQ_LM and has_own_head(architecture, folder):
+            untie_head(skeleton)
+        return skeleton
+
+    @cached_property
+    def fresh(self) -> frozenset[str]:
+        """The parameters of a classifier that its checkpoint has no values for.
+
+        The names of its tensors are read, once and without their values.
+        """
+        if self.classes is None or self.random:
+            return frozenset()
+        skeleton = self.skeleton()
+        names = open_tensors(self, skeleton, torch.device("cpu")).names
+        return frozenset(_fresh(assemble(names, skeleton), skeleton))
+
+    def trained_whole(self) -> tuple[str, ...]:
+        """Return the paths of the linear layers that a classifier trains whole; none of others."""
+        return () if self.classes is None else head_layers(self.skeleton(), self.fresh)
 
 
 @dataclass(frozen=True)
@@ -134,6 +165,8 @@ class Placement:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head of a skeleton is its input embedding."""
+    if is_encoder_decoder(model.config):
+        return is_head_tied(model)
     return bool(model.all_tied_weights_keys)
 
 
@@ -307,22 +340,6 @@ def _fresh(assemblies: list[Assembly], skeleton: PreTrainedModel) -> list[str]:
     return [name for name in missing if may_be_fresh(skeleton, name)]
 
 
-def fresh_parameters(spec: BaseSpec, skeleton: PreTrainedModel) -> frozenset[str]:
-    """Return the parameters of a classifier that its checkpoint has no values for; reads none."""
-    if spec.classes is None or spec.random:
-        return frozenset()
-    assemblies = assemble(open_tensors(spec, skeleton, torch.device("cpu")).names, skeleton)
-    return frozenset(_fresh(assemblies, skeleton))
-
-
-def trained_whole(spec: BaseSpec) -> tuple[str, ...]:
-    """Return the paths of the linear layers that a classifier trains whole; none of others."""
-    if spec.classes is None:
-        return ()
-    skeleton = spec.skeleton()
-    return head_layers(skeleton, fresh_parameters(spec, skeleton))
-
-
 def freeze(
     name: str,
     tensor: Tensor,
@@ -412,26 +429,30 @@ def load_base(
     Args:
         spec: the base to load.
         hardware: the device that it is loaded onto, and the dtype that it computes in.
-        announce: receives the progress.
+        announce: receives notices and the progress.
         placement: the place of the embedding, and the bits of the head; None: as suits the device.
 
     Raises:
         ModelError: the checkpoint does not fit its architecture, or the architecture would
             stay largely unquantised, or computes its logits in an unknown way.
     """
+    check_dtype(spec.architecture(), hardware.dtype)
     model = spec.skeleton()
     share = unquantized_share(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    fresh = fresh_parameters(spec, model)
     digest = Digest()
-    placement = (placement or Placement()).resolved(hardware.device, tied=is_tied(model))
+    asked, is_head = placement or Placement(), is_tied(model)
+    placement = asked.resolved(hardware.device, tied=is_head)
+    if asked.embedding_on_cpu and not placement.embedding_on_cpu:
+        why = "it is the head as well" if is_head else "all of it runs on the CPU"
+        announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
     on_host = names_on_host(model, placement)
     tensors = frozen_tensors(spec, model, hardware.device, digest, announce, on_host)
     with memory_returned(), torch.no_grad():
         fill(model, tensors, hardware, head_quantization(spec, placement))
         if model.get_output_embeddings() is not None:
             verify_head(model, hardware)
-    return Base(model, spec, hardware, digest.hexdigest(), parameters, share, placement, fresh)
+    return Base(model, spec, hardware, digest.hexdigest(), parameters, share, placement, spec.fresh)
 
 
 def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | None:
@@ -505,7 +526,8 @@ def _place(
     if isinstance(value, FrozenWeight):
         module.weight = value
         return
-    is_large = isinstance(module, nn.Embedding | FrozenLinear) and leaf == "weight"
+    is_table = isinstance(module, nn.Embedding) and not path.endswith(_POSITION_BIAS)
+    is_large = (is_table or isinstance(module, FrozenLinear)) and leaf == "weight"
     value = _stored_dtype(value, hardware.dtype, is_large=is_large)
     if isinstance(module, FrozenLinear):
         if leaf == "weight":

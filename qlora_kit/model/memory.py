@@ -37,6 +37,9 @@ _OUT_OF_MEMORY_TEXTS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+# oneDNN makes code for each new shape, and says no more than this if there is no memory for it. Of
+# what it cannot compute it says "a primitive descriptor".
+_NO_PRIMITIVE = "could not create a primitive"
 
 
 def memory_in_use_bytes(device: torch.device) -> int:
@@ -95,7 +98,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the host has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(t in str(error) for t in _OUT_OF_MEMORY_TEXTS)
+    text = str(error)
+    is_told = text == _NO_PRIMITIVE or any(each in text for each in _OUT_OF_MEMORY_TEXTS)
+    return isinstance(error, RuntimeError) and is_told
 
 
 def out_of_memory_while(doing: str, remedy: str) -> AbstractContextManager[None]:

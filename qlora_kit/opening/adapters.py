@@ -5,6 +5,7 @@ Takes folders of adapters; changes a loaded base. Trains nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,6 @@ from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice
 from qlora_kit.lora.files import (
     UNKNOWN_TEMPLATE,
-    BaseRecord,
     check_adapter_folder,
     read_base_record,
     read_peft_config,
@@ -25,22 +25,22 @@ from qlora_kit.lora.files import (
 from qlora_kit.model.names import find_model
 
 if TYPE_CHECKING:
-    from qlora_kit.lora.several import AdapterSet
+    from qlora_kit.lora.several import AdapterSet, PerRow
     from qlora_kit.model.load import Base
 
 
 AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
 
 
-def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord | None:
-    """Attach the adapter that is configured, if any, and return its record.
+def put_on(base: Base, config: AdapterOption, announce: Announce) -> None:
+    """Attach the adapter that is configured, if any.
 
     A notice says so if the adapter was trained on other bits than those of the base.
     """
     from qlora_kit.lora.adapter import load_adapter
 
     if config.adapter is None:
-        return None
+        return
     load_adapter(base, config.adapter)
     record = read_base_record(config.adapter)
     if record is not None and record.bits != base.quantization.bits:
@@ -50,7 +50,26 @@ def put_on(base: Base, config: AdapterOption, announce: Announce) -> BaseRecord 
                 f"{base.quantization.bits}: expect other numbers"
             )
         )
-    return record
+
+
+def put_by_row_on(
+    base: Base, config: AdapterOption, asked: Sequence[str | None], announce: Announce
+) -> PerRow | None:
+    """Put on a base what is configured: one adapter, or several of which each row asks for one.
+
+    Args:
+        base: a loaded base.
+        config: names the adapter or the adapters.
+        asked: the name of the adapter of each row; None for the base alone.
+        announce: receives notices.
+
+    Returns:
+        The adapter of each row, where several are on the base.
+    """
+    from qlora_kit.lora.several import PerRow
+
+    put_on(base, config, announce)
+    return PerRow(put_several_on(base, config, announce), asked) if config.adapters else None
 
 
 def put_several_on(base: Base, config: AdapterOption, announce: Announce) -> AdapterSet:

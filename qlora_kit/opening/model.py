@@ -28,7 +28,6 @@ from qlora_kit.model.names import ModelSource, find_model
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
     from qlora_kit.data.tokens import Tokenized
-    from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
     from qlora_kit.model.threads import Threads
@@ -98,24 +97,6 @@ class Opened:
                 "tokenizer's files"
             )
 
-    def trainable(self, options: BaseModelOptions, lora: LoraSpec) -> int:
-        """Return the number of parameters that an adapter will have, before anything is loaded.
-
-        Raises:
-            ConfigError: a target or pattern names no layer.
-        """
-        from qlora_kit.layers.projections import projections
-        from qlora_kit.lora.attach import targeted_paths
-
-        skeleton = self.spec(options).skeleton()
-        layers = projections(skeleton)
-        paths = targeted_paths(skeleton, lora)
-        shapes = ((layers[path].in_features + layers[path].out_features, path) for path in paths)
-        count: int = sum(width * lora.rank_of(path) for width, path in shapes)
-        for path in lora.whole:
-            count += sum(each.numel() for each in skeleton.get_submodule(path).parameters())
-        return count
-
     def load(
         self, options: BaseModelOptions, announce: Announce, threads: Threads | None = None
     ) -> Base:
@@ -127,14 +108,10 @@ class Opened:
             threads: the threads to compute with on a CPU, if they are chosen already.
         """
         from qlora_kit.model.hardware import choose_hardware
-        from qlora_kit.model.load import Placement, is_tied, load_base
+        from qlora_kit.model.load import Placement, load_base
 
         hardware = choose_hardware(options.device, options.dtype, threads)
-        base = load_base(self.spec(options), hardware, announce, Placement.of(options))
-        if options.embedding_on_cpu and not base.placement.embedding_on_cpu:
-            why = "it is the head as well" if is_tied(base.model) else "all of it runs on the CPU"
-            announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
-        return base
+        return load_base(self.spec(options), hardware, announce, Placement.of(options))
 
 
 def base_spec(
@@ -152,12 +129,15 @@ def base_spec(
         ConfigError: the user asked for other bits than a quantised checkpoint has.
     """
     from qlora_kit.layers.quantize import Quantization
+    from qlora_kit.model.encoder_decoder import check_dtype
     from qlora_kit.model.load import BaseSpec, stored_quantization
 
     asked = Quantization(options.bits, options.quant_type, options.double_quant)
     is_random = options.weights == "random"
     spec = BaseSpec(source, folder, asked, is_random, task.loads, task.classes)
-    stored = stored_quantization(spec.architecture())
+    architecture = spec.architecture()
+    check_dtype(architecture, options.dtype)
+    stored = stored_quantization(architecture)
     if stored is None or spec.random:
         return spec
     if "bits" in options.model_fields_set and options.bits != stored.bits:
@@ -185,6 +165,7 @@ def open_tokenizer(
     from qlora_kit.data.chat_template import choose_template
     from qlora_kit.model.class_head import is_encoder
     from qlora_kit.model.doctor import too_old
+    from qlora_kit.model.encoder_decoder import is_encoder_decoder
     from qlora_kit.model.fetch import fetch
     from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
 
@@ -193,16 +174,19 @@ def open_tokenizer(
     source = find_model(options.model)
     fetched = fetch(source, random=options.weights == "random", revision=options.revision)
     bare = base_spec(source, fetched.folder, options, asked_task())
-    writes = not is_encoder(bare.architecture())
+    reads_apart = is_encoder_decoder(bare.architecture())
+    writes = reads_apart or not is_encoder(bare.architecture())
     has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     folder = adapter if adapter and has_own else fetched.tokenizer_folder
-    tokenizer = load_tokenizer(folder, writes=writes)
-    if writes and (lost := lossy_characters(tokenizer)):
+    # The tokenizers of T5 lose line ends and repeated spaces, and its models learnt without them.
+    continues = writes and not reads_apart
+    tokenizer = load_tokenizer(folder, writes=writes, is_exact=continues)
+    if continues and (lost := lossy_characters(tokenizer)):
         announce(Notice(f"the tokenizer does not give these letters back: {lost}"))
     if options.weights == "random" and fetched.folder is None:
         announce(Notice("random weights: the demo's tokenizer stands in for the model's own"))
     has_template = chat_template is not None or tokenizer.chat_template is not None
-    if writes:
+    if continues:
         choose_template(tokenizer, chat_template)
         if adapter is not None:
             _compare_templates(tokenizer, adapter, announce)

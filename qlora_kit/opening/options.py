@@ -6,19 +6,11 @@ Takes layers of values; returns a configuration. Never opens a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qlora_kit.config import (
-    AnyConfig,
-    Layer,
-    TrainConfig,
-    resolve,
-)
+from qlora_kit.config import AnyConfig, Layer, TrainConfig, resolve
 from qlora_kit.model.names import find_model, known_models
 from qlora_kit.train.folder import stored_layer
-
-if TYPE_CHECKING:
-    pass
 
 
 def configure(

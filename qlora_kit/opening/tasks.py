@@ -5,6 +5,7 @@ Takes options and folders; returns a `Task`, or its name. No other room names a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,11 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
-from qlora_kit.model.config_file import names_classifier, read_model_config
+from qlora_kit.model.config_file import (
+    classifying_task,
+    names_encoder_decoder,
+    read_model_config,
+)
 from qlora_kit.model.names import find_model
 
 if TYPE_CHECKING:
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _TWO_LABELS = ("0", "1")
+_CLASSIFY = ("classify", "tag")
 
 
 def asked_task() -> Task:
@@ -35,12 +41,28 @@ def asked_task() -> Task:
     return CAUSAL
 
 
+def sources_task() -> Task:
+    """Return the task of every encoder-decoder."""
+    from qlora_kit.tasks.seq2seq import SEQ2SEQ
+
+    return SEQ2SEQ
+
+
+def classifies(task: str) -> bool:
+    """Return whether the models of a task have a head that tells labels apart."""
+    return task in _CLASSIFY
+
+
 def planned_task(config: TrainConfig) -> Task:
     """Return the task of a run whose data are not read: with two labels, if none are named."""
-    if config.task != "classify":
+    if config.task == "seq2seq":
+        return sources_task()
+    if not classifies(config.task):
         return asked_task()
     from qlora_kit.data.labels import Labels
 
+    if config.task == "tag":
+        return classifier(Labels("tags", config.labels or _TWO_LABELS), None)
     if config.label_kind == "regression":
         return classifier(Labels("regression"), None)
     names = config.labels or _TWO_LABELS
@@ -49,18 +71,22 @@ def planned_task(config: TrainConfig) -> Task:
 
 
 def classifier(labels: Labels, pad_token_id: int | None) -> Task:
-    """Return the task of texts with these labels.
+    """Return the task of texts, or of words, with these labels.
 
     Args:
         labels: their kind, names and weights.
         pad_token_id: token that fills short rows, by which decoders find the end of a text.
     """
     from qlora_kit.data.labelled_rows import LabelledRows
+    from qlora_kit.data.tagged_rows import TaggedRows
     from qlora_kit.model.class_head import VALUE, ClassHead
     from qlora_kit.tasks.classify import classify
+    from qlora_kit.tasks.tag import tag
 
     head = ClassHead(labels.kind, labels.names or (VALUE,), pad_token_id)
     weights = labels.weights if len(set(labels.weights)) > 1 else ()
+    if labels.kind == "tags":
+        return tag(head, TaggedRows(labels), weights)
     return classify(head, LabelledRows(labels), weights)
 
 
@@ -69,7 +95,10 @@ def stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None) 
     from qlora_kit.data.labels import Labels
     from qlora_kit.lora.adapter import stored_labels
     from qlora_kit.model.class_head import ClassHead
+    from qlora_kit.model.encoder_decoder import is_encoder_decoder
 
+    if is_encoder_decoder(spec.architecture()):
+        return sources_task()
     found = None if adapter is None else stored_labels(adapter)
     head = ClassHead.of(spec.architecture())
     if found is None and head is not None:
@@ -89,15 +118,72 @@ def stored_task_name(model: str, adapter: Path | None) -> str:
         model: name, folder or hub id.
         adapter: folder of an adapter, or None.
     """
+    source = find_model(model)
+    content = source.architecture or {}
+    if source.folder is not None and (source.folder / "config.json").is_file():
+        content = read_model_config(source.folder / "config.json")
+    if names_encoder_decoder(content):
+        return "seq2seq"
     if adapter is not None:
-        record = read_base_record(adapter)
-        is_classifier = read_peft_config(adapter).task_type == "SEQ_CLS"
-        return "classify" if is_classifier or (record and record.labels) else "causal"
-    folder = find_model(model).folder
-    if folder is None or not (folder / "config.json").is_file():
-        return "causal"
-    named = read_model_config(folder / "config.json").get("architectures")
-    return "classify" if names_classifier(named) else "causal"
+        record, config = read_base_record(adapter), read_peft_config(adapter)
+        others = "seq2seq" if config.task_type == "SEQ_2_SEQ_LM" else "causal"
+        return (record and record.classifies) or config.classifies or others
+    named = None if source.folder is None else content.get("architectures")
+    return classifying_task(named) or "causal"
+
+
+def check_task(task: Task, asked: str) -> None:
+    """Check that a model is one for the task that was asked for.
+
+    Raises:
+        ConfigError: it is an encoder-decoder and the task is another, or the other way round.
+    """
+    reads_apart = task.has_sources
+    if reads_apart and asked != "seq2seq":
+        raise ConfigError(
+            f"--task {asked}: the model is an encoder-decoder, which reads one text and writes "
+            "another; expected --task seq2seq; pass it, or choose another model"
+        )
+    if asked == "seq2seq" and not reads_apart:
+        raise ConfigError(
+            "--task seq2seq: the model has no encoder beside its decoder; expected an "
+            "encoder-decoder such as T5; leave --task out, or choose another model"
+        )
+
+
+def check_searchable(task: Task, config: TrainConfig) -> None:
+    """Check that no option counts the layers of an encoder-decoder, which are of two kinds.
+
+    Raises:
+        ConfigError: one does.
+    """
+    if not task.has_sources:
+        return
+    for name in ("vram", "ram"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"--{name}: settings are not chosen for an encoder-decoder, whose layers are of "
+                f"two kinds; expected no budget with --task seq2seq; leave --{name} out, and see "
+                "with `qlora-kit plan` what a --batch-size takes"
+            )
+    if config.keep_layers:
+        raise ConfigError(
+            f"--keep-layers {config.keep_layers}: an encoder-decoder has layers of two kinds; "
+            "expected 0 with --task seq2seq; leave it out, or pass --no-recompute to keep all"
+        )
+
+
+def check_one_adapter(task: Task, adapters: Mapping[str, Path]) -> None:
+    """Check that there are not several adapters on an encoder-decoder.
+
+    Raises:
+        ConfigError: there are.
+    """
+    if task.has_sources and adapters:
+        raise ConfigError(
+            f"--adapters: {len(adapters)} adapters, and rows of one batch cannot have different "
+            "ones on an encoder-decoder yet; expected one; pass --adapter, one after the other"
+        )
 
 
 def check_generates(task: Task, asked: str) -> None:

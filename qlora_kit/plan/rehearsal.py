@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_kit.data.batch import largest_batch
+from qlora_kit.data.batch import largest_batch, widest_batch
 from qlora_kit.errors import OutOfMemory, TornStep
 from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.plan.allocator_record import AllocatorRecord
@@ -47,7 +47,7 @@ class Rehearsal:
     timeline: tuple[tuple[int, ...], ...]
 
 
-def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
+def rehearse(step: OptimizerStep, micro_batches: int, *, has_sources: bool = False) -> Rehearsal:
     """Take one optimiser step on the longest rows, measure it and undo it.
 
     Where memory runs out the micro-batch is halved, as it would be in training.
@@ -56,12 +56,16 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
         step: takes the steps of the run.
         micro_batches: micro-batches of a step. Two are enough to rehearse: from the second on,
             the gradients of the first take memory too.
+        has_sources: whether rows are sources and targets, each with a width of its own.
 
     Raises:
         OutOfMemory: even one row does not fit, or the copies that are kept to undo the step do
             not.
     """
-    largest = largest_batch(step.rows.lengths(), step.micro_batch_rows)
+    if has_sources:
+        largest = widest_batch(step.rows.source_lengths(), step.micro_batch_rows)
+    else:
+        largest = largest_batch(step.rows.lengths(), step.micro_batch_rows)
     window = [largest] * min(2, micro_batches)
     ledger = Ledger(step.device.type)
     claim_model(ledger, step.model)
@@ -78,7 +82,7 @@ def rehearse(step: OptimizerStep, micro_batches: int) -> Rehearsal:
     return Rehearsal(
         rows=rows,
         rows_asked=len(largest),
-        tokens=len(step.rows[largest[0]]["input_ids"]),
+        tokens=max(len(step.rows[index]["input_ids"]) for index in largest),
         peak_bytes=record.peak_bytes,
         how=f"{'CUDA' if step.device.type == 'cuda' else 'CPU'} allocator",
         timeline=tuple(_timeline(changes)),

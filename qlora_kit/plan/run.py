@@ -1,6 +1,6 @@
 """The plan of a run that is about to start, and the account of the memory it then takes.
 
-Takes the options and the tokenised rows; settles the options that were left open, rehearses the
+Takes the options and a `Subject`; settles the options that were left open, rehearses the
 largest step, and compares the measured memory with the predicted: on the terminal, in
 `memory.json` and in `memory.png`.
 """
@@ -13,22 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import TokenRows
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.events import Announce, Facts, Notice
-from qlora_kit.lora.attach import LoraSpec
-from qlora_kit.model.hardware import Hardware, choose_hardware
-from qlora_kit.model.load import BaseSpec
+from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_memory
 from qlora_kit.plan.budget import budget_of, free_bytes
 from qlora_kit.plan.planning import Plan, make_plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse
-from qlora_kit.plan.subject import RowSizes, Subject, standing_in_for
+from qlora_kit.plan.subject import Subject, standing_in_for
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.memory import difference_text, draw_timeline, size_text
 from qlora_kit.storage import write_text
-from qlora_kit.tasks import CAUSAL, Task
 from qlora_kit.train.optimizer_step import OptimizerStep
 
 NAME = "memory.json"
@@ -36,26 +32,14 @@ PICTURE = "memory.png"
 
 
 def plan_run(
-    config: TrainConfig,
-    spec: BaseSpec,
-    lora: LoraSpec,
-    rows: TokenRows,
-    held_out: TokenRows | None,
-    announce: Announce,
-    *,
-    task: Task = CAUSAL,
-    choose: bool = True,
+    config: TrainConfig, subject: Subject, announce: Announce, *, choose: bool = True
 ) -> Plan | None:
     """Predict the memory of a run before anything is loaded, and keep the run to its budget.
 
     Args:
         config: the configuration as it was asked for.
-        spec: the base.
-        lora: the trained part.
-        rows: token rows of training.
-        held_out: token rows of validation, or None.
+        subject: the run, on the hardware of this machine.
         announce: receives the prediction and the choice.
-        task: what a row means.
         choose: False for a resumed run, whose settings were chosen before.
 
     Returns:
@@ -65,14 +49,11 @@ def plan_run(
     Raises:
         ConfigError: nothing fits the budget, or the settings do not fit the free memory.
     """
-    hardware = choose_hardware(config.device, config.dtype)
+    hardware = subject.hardware
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
-    evaluation_tokens = max(held_out.lengths()) if held_out is not None else None
-    most = config.batch_size * config.gradient_accumulation_steps
-    sizes = RowSizes.of(rows, most, evaluation_tokens)
-    subject = Subject(spec, lora, standing_in_for(hardware), sizes, task)
+    planned = replace(subject, hardware=standing_in_for(hardware))
     try:
-        plan = make_plan(config, subject, budget, choose=choose)
+        plan = make_plan(config, planned, budget, choose=choose)
     except QloraKitError:
         raise
     except Exception as error:
@@ -141,19 +122,21 @@ class MemoryAccount:
         output: the run's folder.
         plan: the plan with the prediction, or None.
         announce: receives the measured memory beside the predicted.
+        has_sources: whether rows are sources and targets.
         rehearsal: the rehearsed step, or None before it.
     """
 
     output: Path
     plan: Plan | None
     announce: Announce
+    has_sources: bool = False
     rehearsal: Rehearsal | None = field(default=None, init=False)
 
     def rehearse(self, step: OptimizerStep) -> None:
         """Take the largest step of the run, undo it, and announce the memory it took."""
         plan = self.plan
         micro_batches = plan.config.gradient_accumulation_steps if plan else 2
-        self.rehearsal = found = rehearse(step, micro_batches)
+        self.rehearsal = found = rehearse(step, micro_batches, has_sources=self.has_sources)
         measured = f"{size_text(found.peak_bytes)} by the {found.how}"
         if (predicted := self._predicted_step(found)) is not None:
             measured += f", predicted {size_text(predicted)}"

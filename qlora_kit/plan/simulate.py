@@ -45,7 +45,7 @@ from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, wa
 from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
-from qlora_kit.tasks.task import Objective
+from qlora_kit.tasks.task import Batch, Objective
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
@@ -62,13 +62,19 @@ class BatchShape:
 
     Attributes:
         rows: rows that go through the model at one time.
-        tokens: tokens of the longest row.
+        tokens: tokens of the longest row; of its source, where rows have sources.
         weight: targets of the whole batch; if None, every token but the first of each row.
+        answer_tokens: tokens of the longest target, where rows have sources.
     """
 
     rows: int
     tokens: int
     weight: int | None = None
+    answer_tokens: int | None = None
+
+    def stand_in(self, objective: Objective) -> Batch:
+        """Return a batch without data of these sizes."""
+        return objective.stand_in(self.rows, self.tokens, self.weight, self.answer_tokens)
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,14 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     rows, architecture = subject.rows, subject.spec.architecture()
     supervised = rows.supervised_of(config.batch_size)
     with simulated_run(subject, config, subject.spec.skeleton()) as run:
-        run.step(config, BatchShape(config.batch_size, rows.tokens, supervised))
+        run.step(config, BatchShape(config.batch_size, rows.tokens, supervised, rows.answer_tokens))
         run.hold()
         run.save()
-    evaluated = BatchShape(config.eval_batch_size, rows.evaluation_tokens or rows.tokens)
+    evaluated = BatchShape(
+        config.eval_batch_size,
+        rows.evaluation_tokens or rows.tokens,
+        answer_tokens=rows.evaluation_answer_tokens or rows.answer_tokens,
+    )
     short = subject.spec.skeleton(_EVALUATED_LAYERS)
     with simulated_run(subject, config, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
@@ -284,11 +294,13 @@ class SimulatedRun:
         if options.gradient_accumulation_steps > 1:
             self._give_gradients()
         objective = self._objective(options)
-        batch = objective.stand_in(shape.rows, shape.tokens, shape.weight)
+        batch = shape.stand_in(objective)
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.optimizer),
-            drawn_from(Draws(self.config.seed, 0, batch.rows, self.base.batch_width(shape.tokens))),
+            drawn_from(
+                Draws(self.config.seed, 0, batch.rows, self.base.batch_width(batch.longest))
+            ),
         ):
             with self.phase("forward"):
                 loss = objective.loss_sum(batch)
@@ -305,7 +317,7 @@ class SimulatedRun:
         """Evaluate a batch of validation rows."""
         self.model.eval()
         objective = self._objective(config)
-        batch = objective.stand_in(shape.rows, shape.tokens, shape.weight)
+        batch = shape.stand_in(objective)
         with self.phase("evaluation"), watched(self.ledger, self.optimizer):
             objective.measured(batch)
 

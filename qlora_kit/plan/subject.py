@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import TokenRows, largest_batch
+from qlora_kit.data.batch import TokenRows, largest_batch, widest_batch
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.checkpoint import stored_dtype
@@ -28,15 +28,19 @@ class RowSizes:
     """The sizes that decide the memory of the rows of a run.
 
     Attributes:
-        tokens: tokens of the longest row.
+        tokens: tokens of the longest row; of its source, where rows have sources.
         supervised: targets of the largest batch of one row, of two rows, and so on; if None, all
             tokens but the first of each row are targets.
         evaluation_tokens: tokens of the longest row in evaluation; if None, the same as `tokens`.
+        answer_tokens: tokens of the longest target, where rows have sources.
+        evaluation_answer_tokens: the same in evaluation.
     """
 
     tokens: int
     supervised: tuple[int, ...] | None = None
     evaluation_tokens: int | None = None
+    answer_tokens: int | None = None
+    evaluation_answer_tokens: int | None = None
 
     def supervised_of(self, rows: int) -> int | None:
         """Return the targets of the largest batch of this number of rows."""
@@ -45,19 +49,42 @@ class RowSizes:
         return self.supervised[min(rows, len(self.supervised)) - 1]
 
     @classmethod
-    def of(cls, rows: TokenRows, most: int, evaluation_tokens: int | None) -> RowSizes:
+    def of(cls, rows: TokenRows, held_out: TokenRows | None, config: TrainConfig) -> RowSizes:
         """Return the sizes of tokenised rows, from the largest batches that they can make.
 
         Args:
             rows: token rows of training.
-            most: rows that a batch may have.
-            evaluation_tokens: tokens of the longest row in evaluation, or None.
+            held_out: token rows of validation, or None.
+            config: says how many rows a batch may have.
         """
         lengths = rows.lengths()
+        most = config.batch_size * config.gradient_accumulation_steps
         # The largest batch contains every smaller one, so each of its rows is read only once.
         largest = largest_batch(lengths, most)
         supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))
-        return cls(max(lengths), supervised, evaluation_tokens)
+        return cls(max(lengths), supervised, None if held_out is None else max(held_out.lengths()))
+
+    @classmethod
+    def of_sources(
+        cls, rows: TokenRows, held_out: TokenRows | None, config: TrainConfig
+    ) -> RowSizes:
+        """Return the sizes of sources and targets, from the widest batch that they can make.
+
+        Args:
+            rows: token rows of training.
+            held_out: token rows of validation, or None.
+            config: says how many rows a batch has.
+        """
+        lengths = rows.source_lengths()
+        widest = [lengths[index] for index in widest_batch(lengths, config.batch_size)]
+        supervised = tuple(accumulate(target for _, target in widest))
+        measured = held_out.source_lengths() if held_out is not None else widest
+        (source, target), (others, answers) = (_widths(part) for part in (widest, measured))
+        return cls(source, supervised, others, target, answers)
+
+
+def _widths(lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return max(source for source, _ in lengths), max(target for _, target in lengths)
 
 
 def _targets(labels: Sequence[int]) -> int:

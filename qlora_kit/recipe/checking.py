@@ -5,26 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import (
-    CheckConfig,
-)
-from qlora_kit.errors import (
-    ConfigError,
-)
-from qlora_kit.events import (
-    Announce,
-    Closing,
-    Facts,
-    Notice,
-    RowShown,
-    silent,
-)
+from qlora_kit.config import CheckConfig
+from qlora_kit.errors import ConfigError
+from qlora_kit.events import Announce, Closing, Facts, Notice, RowShown, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.recipe.rows import read_data, surveyed, token_rows
-from qlora_kit.storage import (
-    check_writable,
-    write_text,
-)
+from qlora_kit.storage import check_writable, write_text
 
 
 def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:

@@ -140,19 +140,19 @@ def _verification_rows(
         return None
     tokenizer, makes = opened.tokenizer, opened.task.makes
     pad = tokenizer.pad_token_id
-    classifier = spec if spec.classes is not None else None
+    base = spec if spec.classes is not None or opened.task.has_sources else None
     run = _config_of_run(config.adapter, announce)
     if config.data is not None:
         samples = load_samples(config.data, "test", run, task=opened.task.name)
         options = run or TokenOptions()
         named = tokenize(samples, tokenizer, options, makes=makes)
         source = Path(config.data).name
-        return some_rows(named.rows, config.verify_tokens, pad, source, classifier)
+        return some_rows(named.rows, config.verify_tokens, pad, source, base)
     held_out = None if run is None else _held_out_rows(run, opened, announce)
     if held_out is None:
-        return built_in_rows(tokenizer, classifier)
+        return built_in_rows(tokenizer, base)
     source = "validation rows of the run"
-    return some_rows(held_out.rows, config.verify_tokens, pad, source, classifier)
+    return some_rows(held_out.rows, config.verify_tokens, pad, source, base)
 
 
 def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:

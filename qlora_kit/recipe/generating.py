@@ -13,10 +13,10 @@ from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.events import Announce, Answered, silent
 from qlora_kit.lora.files import read_base_record
 from qlora_kit.model.environment import prepare_environment
-from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_on, put_several_on
+from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_by_row_on
 from qlora_kit.opening.model import open_tokenizer
-from qlora_kit.opening.tasks import check_generates
-from qlora_kit.recipe.labelling import labelled
+from qlora_kit.opening.tasks import check_generates, check_one_adapter
+from qlora_kit.recipe.labelling import as_shown, labelled
 
 
 def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, Any]:
@@ -30,11 +30,8 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     check_base(config.model, adapter_of(config))
     asked = _asked_prompts(config)
 
-    from qlora_kit.data.encode import prompt_ids
-    from qlora_kit.data.template import Renderer
     from qlora_kit.infer.generate import Sampling
     from qlora_kit.infer.generate import generate as continue_prompts
-    from qlora_kit.lora.several import PerRow
     from qlora_kit.model.threads import choose_threads
 
     first = adapter_of(config)
@@ -42,29 +39,30 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
     if opened.task.classes is not None:
         return labelled(config, opened, asked, announce)
     check_generates(opened.task, "generate")
+    check_one_adapter(opened.task, config.adapters)
     record = None if first is None else read_base_record(first)
     # An adapter whose record has no template was trained on texts as they are.
     on_texts = record is not None and not record.template_hash and config.chat_template is None
     raw = config.raw or not opened.has_template or on_texts
-    renderer = Renderer(opened.tokenizer)
-    texts = [renderer.prompt_text(_as_turns(p, raw), p.place) for p in asked]
+    if opened.task.has_sources:
+        prompts = [prompt.content for prompt in asked]
+    else:
+        prompts = [_as_turns(prompt, raw) for prompt in asked]
+    asks = opened.task.asks(opened.tokenizer, None)
+    ids = [asks.ids(text, each.place) for text, each in zip(prompts, asked, strict=True)]
     base = opened.load(config, announce, choose_threads(config.threads))
-    put_on(base, config, announce)
-    per_row = None
-    if config.adapters:
-        adapters = put_several_on(base, config, announce)
-        per_row = PerRow(adapters, [prompt.adapter for prompt in asked])
+    per_row = put_by_row_on(base, config, [prompt.adapter for prompt in asked], announce)
     answers = continue_prompts(
         base,
         opened.tokenizer,
-        [prompt_ids(opened.tokenizer, text) for text in texts],
+        ids,
         Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
         per_row=per_row,
     )
     given = []
     for prompt, answer in zip(asked, answers, strict=True):
         given.append((prompt, answer))
-        announce(Answered(_answer_line(config, prompt, answer)))
+        announce(Answered(as_shown(config, prompt, answer.strip())))
     if config.prompts is not None:
         rows = [{"place": p.place, "adapter": p.adapter, "text": text} for p, text in given]
         return {"prompts": str(config.prompts), "answers": rows}
@@ -101,9 +99,3 @@ def _as_turns(prompt: PromptRecord, raw: bool) -> str | tuple[Message, ...]:
             )
         return prompt.content
     return prompt.content if raw else (Message("user", prompt.content),)
-
-
-def _answer_line(config: GenerateConfig, prompt: PromptRecord, answer: str) -> str:
-    labels = [prompt.place] if config.prompts is not None else []
-    labels += [prompt.adapter or "the base alone"] if config.adapters else []
-    return f"{', '.join(labels)}: {answer.strip()}" if labels else answer.strip()

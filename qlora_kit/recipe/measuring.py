@@ -15,7 +15,7 @@ from qlora_kit.infer.predictions import check_predictions, write_predictions
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.opening.adapters import adapter_of, as_trained, check_base, put_on, put_several_on
 from qlora_kit.opening.model import open_tokenizer
-from qlora_kit.opening.tasks import check_generates, stored_task_name
+from qlora_kit.opening.tasks import check_generates, check_one_adapter, stored_task_name
 from qlora_kit.report.labels import label_facts
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     from qlora_kit.model.threads import choose_threads
 
     opened = open_tokenizer(config, announce, adapter_of(config), config.chat_template)
+    check_one_adapter(opened.task, config.adapters)
     if config.generates_for is not None:
         check_generates(opened.task, config.generates_for)
     rows = tokenize(samples, opened.tokenizer, config, makes=opened.task.makes)
@@ -216,7 +217,8 @@ def _questions(config: EvaluateConfig, opened: Opened, samples: Samples) -> Sequ
         return ()
     from qlora_kit.infer.answers import questions_of
 
-    questions = questions_of(samples, opened.tokenizer, config.answer_metrics, config.generates_for)
+    asks = opened.task.asks(opened.tokenizer, config.max_length)
+    questions = questions_of(samples, asks, config.answer_metrics, config.generates_for)
     positions = opened.positions(config)
     longest = max(questions, key=lambda question: len(question.prompt))
     if positions is None or len(longest.prompt) + config.max_new_tokens <= positions:

@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import (
-    PlanConfig,
-)
-from qlora_kit.events import (
-    Announce,
-    Closing,
-    Facts,
-    Notice,
-    silent,
-)
+from qlora_kit.config import PlanConfig
+from qlora_kit.events import Announce, Closing, Facts, Notice, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
-from qlora_kit.opening.tasks import planned_task
+from qlora_kit.opening.tasks import check_searchable, planned_task
 
 if TYPE_CHECKING:
     from qlora_kit.plan.planning import Plan
@@ -40,9 +32,10 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
 
     hardware = planned_hardware(config)
     task = planned_task(config)
+    check_searchable(task, config)
     spec = base_spec(source, source.folder, config, task)
     config = config.model_copy(update=asdict(spec.quantization))
-    rows = RowSizes(config.max_length)
+    rows = RowSizes(config.max_length, answer_tokens=config.max_length)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows, task), budget)
     found, settled = made.as_json(), made.config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import (
@@ -17,6 +17,7 @@ from qlora_kit.events import (
     Notice,
 )
 from qlora_kit.opening.model import open_tokenizer
+from qlora_kit.opening.tasks import check_searchable, check_task, classifies
 from qlora_kit.redact import redacted_values
 
 if TYPE_CHECKING:
@@ -70,13 +71,19 @@ def token_rows(
             needs validation rows and there are none.
         ModelError: the tokenizer gives a token that the model does not have.
     """
-    if config.task == "classify":
+    notices: Iterable[str]
+    if config.task == "seq2seq":
+        opened = open_tokenizer(config, announce)
+        notices = _notices_of_text(config, "a source is read as it is, and its target learnt whole")
+    elif classifies(config.task):
         labels = _labels(samples, config, announce)
         opened = open_tokenizer(config, announce).classifying(labels)
-        notices = _notices_of_text(config)
+        notices = _notices_of_text(config, "a labelled text is given to the model as it is")
     else:
         opened = open_tokenizer(config, announce, chat_template=config.chat_template)
-        notices = _template_notices(opened)
+        notices = () if opened.task.has_sources else _template_notices(opened)
+    check_task(opened.task, config.task)
+    check_searchable(opened.task, config)
     for text in notices:
         announce(Notice(text))
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
@@ -96,12 +103,12 @@ def _template_notices(opened: Opened) -> Iterator[str]:
         )
 
 
-def _notices_of_text(config: TrainConfig) -> Iterator[str]:
-    """Options of text that is learnt must not be silently without effect on labelled texts."""
+def _notices_of_text(config: TrainConfig, why: str) -> Iterable[str]:
+    """Options of text that is continued must not be silently without effect on other tasks."""
     for name in ("train_on", "chat_template"):
         if name in config.model_fields_set:
             flag = name.replace("_", "-")
-            yield f"--{flag} has no effect: a labelled text is given to the model as it is"
+            yield f"--{flag} has no effect: {why}"
 
 
 def tokenize_data(
@@ -140,10 +147,12 @@ def tokenize_data(
 
 def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels:
     """Return the labels, which are those of the training samples, and announce them."""
-    from qlora_kit.data.labels import class_counts, labels_of, missing_from
+    from qlora_kit.data.labels import class_counts, labels_of, missing_from, tags_in_words
 
     labels = labels_of(samples, config)
     announce(Notice(f"labels: {labels.describe()}"))
+    if labels.kind == "tags":
+        announce(Notice(f"tags: {tags_in_words(labels, samples)}"))
     for text in missing_from(labels, class_counts(labels, samples), samples.source):
         announce(Notice(text))
     return labels
@@ -199,6 +208,7 @@ def surveyed(
         config,
         seed=config.seed,
         shown_rows=shown_rows,
+        has_sources=opened.task.has_sources,
     )
     # The survey names files, and is shown on a page; a path may hold a secret.
     redacted: Survey = redacted_values(found)

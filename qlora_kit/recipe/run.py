@@ -1,10 +1,11 @@
-"""One run of training: its parts, and its story from its preparation to the report."""
+"""One run of training that is ready to begin: its parts, and its story up to the report."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,13 @@ from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
 from qlora_kit.infer.samples import SampleAccount
 from qlora_kit.lora.adapter import save_adapter
-from qlora_kit.lora.attach import Adapter, LoraSpec, attach
+from qlora_kit.lora.attach import Adapter, count_trainable
 from qlora_kit.lora.files import BaseRecord
-from qlora_kit.model.hardware import make_deterministic
-from qlora_kit.model.load import Base, trained_whole
-from qlora_kit.model.threads import choose_threads
 from qlora_kit.opening.model import Opened
 from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.run import PICTURE, MemoryAccount, plan_run
-from qlora_kit.recipe.rows import surveyed, token_rows
+from qlora_kit.plan.subject import Subject
+from qlora_kit.recipe.rows import surveyed
 from qlora_kit.recipe.validation import Validation
 from qlora_kit.redact import redacted_values
 from qlora_kit.report import card, data_view, log, plot, run_page
@@ -33,12 +32,39 @@ from qlora_kit.report.facts import RunSummary, header, speed
 from qlora_kit.report.labels import write_labels
 from qlora_kit.report.trackers import Tracking
 from qlora_kit.signals import Stopped
-from qlora_kit.step.kernels import Kernels, choose_kernels
+from qlora_kit.step.kernels import Kernels
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
 from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
 from qlora_kit.train.resume import is_finished, resume_point
+
+
+def planned(
+    config: TrainConfig, subject: Subject, rows: int, output: Path, announce: Announce
+) -> tuple[TrainConfig, Plan | None]:
+    """Plan a run before any weight is loaded, and check that memory and disk have room for it.
+
+    Args:
+        config: the options of the run.
+        subject: the run, on the hardware of this machine.
+        rows: number of training rows.
+        output: the run folder.
+        announce: receives the prediction and the choice.
+
+    Returns:
+        The options with the settings that the plan chose, and the plan, if one could be made.
+
+    Raises:
+        ConfigError: a target or pattern names no layer, or nothing fits the memory.
+        StorageError: the disk is too full.
+    """
+    trainable = count_trainable(subject.spec.skeleton(), subject.lora)
+    goes_on = config.resume is not None and bool(checkpoints(output))
+    plan = plan_run(config, subject, announce, choose=not goes_on)
+    config = plan.config if plan else config
+    check_room(output, trainable, plan_steps(rows, config), config)
+    return config, plan
 
 
 @dataclass(frozen=True)
@@ -57,9 +83,6 @@ class Run:
         plan: the plan of the run's memory, if one could be made.
         adapter: the adapter, attached to the loaded base.
         kernels: the kernels that serve the loaded base.
-        record: the record of the base for the adapter's files.
-        identity: the values that must be equal for the run to be resumed, by name.
-        resume: the checkpoint to resume from; None to start from the beginning.
     """
 
     config: TrainConfig
@@ -73,62 +96,35 @@ class Run:
     plan: Plan | None
     adapter: Adapter
     kernels: Kernels
-    record: BaseRecord
-    identity: dict[str, Any]
-    resume: Path | None
 
-    # ------------------------------------------------------------ before it begins
+    @cached_property
+    def record(self) -> BaseRecord:
+        """The record of the base for the adapter's files."""
+        revision = self.opened.fetched.revision
+        return BaseRecord.of(self.adapter.base, revision, self.rows.template_hash)
 
-    @classmethod
-    def prepared(
-        cls,
-        config: TrainConfig,
-        output: Path,
-        samples: Samples,
-        validation: Samples | None,
-        announce: Announce,
-    ) -> Run:
-        """Plan the run, load its base and attach its adapter.
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All values that must be equal for a resumed run to have the same bits, by name."""
+        config, base = self.config, self.adapter.base
+        return {
+            **config.model_dump(mode="json", include=set(compared(TrainConfig))),
+            **self.rows.origin,
+            "rows": self.rows.rows.content_hash(),
+            "validation": self.held_out.rows.content_hash() if self.held_out else None,
+            "base": base.digest,
+            "dtype": base.hardware.dtype_name,
+            "device": base.hardware.device.type,
+            "kernels": self.kernels.names,
+            # The number of threads decides how a sum is divided.
+            "threads": config.threads if base.hardware.device.type == "cpu" else None,
+        }
 
-        Args:
-            config: the options of the run.
-            output: the run folder, claimed for this process.
-            samples: the training data.
-            validation: the validation data, if there is a file of it.
-            announce: receives the events.
-        """
-        if config.deterministic:
-            make_deterministic()
-        threads = choose_threads(config.threads)
-        config = config.model_copy(update={"threads": threads.count})
-        opened, rows, held_out = token_rows(samples, validation, config, announce)
-        whole = trained_whole(opened.spec(config))
-        lora = LoraSpec.of(config, opened.task.peft_type, whole)
-        trainable = opened.trainable(config, lora)
-        goes_on = config.resume is not None and bool(checkpoints(output))
-        plan = plan_run(
-            config,
-            opened.spec(config),
-            lora,
-            rows.rows,
-            held_out.rows if held_out else None,
-            announce,
-            task=opened.task,
-            choose=not goes_on,
-        )
-        config = plan.config if plan else config
-        steps = plan_steps(len(rows.rows), config)
-        check_room(output, trainable, steps, config)
-        base = opened.load(config, announce, threads)
-        adapter = attach(base, lora, config.seed)
-        kernels = choose_kernels(base.model, config, base.hardware)
-        record = BaseRecord.of(base, opened.fetched.revision, rows.template_hash)
-        identity = _identity(config, rows, held_out, base, kernels)
-        resume = resume_point(output, config, identity, steps.total, announce)
-        return cls(
-            config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
-            kernels, record, identity, resume,
-        )  # fmt: skip
+    @cached_property
+    def resume(self) -> Path | None:
+        """The checkpoint to resume from, which is looked for once; None to start anew."""
+        steps = plan_steps(len(self.rows.rows), self.config)
+        return resume_point(self.output, self.config, self.identity, steps.total, self.announce)
 
     def finished_before(self) -> dict[str, Any] | None:
         """Return the outcome of a run that was finished before; None if it has work left."""
@@ -150,7 +146,9 @@ class Run:
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))
         self._save_inputs()
         self._show_data()
-        memory = MemoryAccount(self.output, self.plan, self.announce)
+        memory = MemoryAccount(
+            self.output, self.plan, self.announce, has_sources=self.opened.task.has_sources
+        )
         samples = self._samples()
         try:
             validation = self._validation()
@@ -263,28 +261,6 @@ class Run:
         files = tuple(sorted(str(path) for path in output.glob("[!.]*")))
         self.announce(Closing(files, commands))
         return {"output": str(output), "finished": True, **asdict(result)}
-
-
-def _identity(
-    config: TrainConfig,
-    rows: Tokenized,
-    held_out: Tokenized | None,
-    base: Base,
-    kernels: Kernels,
-) -> dict[str, Any]:
-    """Return all values that must be equal for a resumed run to have the same bits, by name."""
-    return {
-        **config.model_dump(mode="json", include=set(compared(TrainConfig))),
-        **rows.origin,
-        "rows": rows.rows.content_hash(),
-        "validation": held_out.rows.content_hash() if held_out else None,
-        "base": base.digest,
-        "dtype": base.hardware.dtype_name,
-        "device": base.hardware.device.type,
-        "kernels": kernels.names,
-        # The number of threads decides how a sum is divided.
-        "threads": config.threads if base.hardware.device.type == "cpu" else None,
-    }
 
 
 def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:

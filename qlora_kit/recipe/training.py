@@ -11,7 +11,8 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.events import Announce, silent
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
-from qlora_kit.recipe.rows import read_data
+from qlora_kit.opening.model import base_spec
+from qlora_kit.recipe.rows import read_data, token_rows
 from qlora_kit.report.trackers import check_tracker
 from qlora_kit.train.folder import claimed_run
 
@@ -29,8 +30,33 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         config.output, source.name, resume=config.resume, overwrite=config.overwrite
     ) as output:
         samples, validation = read_data(config, announce)
-        # torch is imported here, after everything that can be checked without it.
-        from qlora_kit.recipe.run import Run
 
-        run = Run.prepared(config, output, samples, validation, announce)
+        # torch is imported here, after everything that can be checked without it.
+        from qlora_kit.lora.attach import LoraSpec, attach
+        from qlora_kit.model.hardware import choose_hardware, make_deterministic
+        from qlora_kit.model.load import Placement, load_base
+        from qlora_kit.model.threads import choose_threads
+        from qlora_kit.plan.subject import RowSizes, Subject
+        from qlora_kit.recipe.run import Run, planned
+        from qlora_kit.step.kernels import choose_kernels
+
+        if config.deterministic:
+            make_deterministic()
+        threads = choose_threads(config.threads)
+        config = config.model_copy(update={"threads": threads.count})
+        opened, rows, held_out = token_rows(samples, validation, config, announce)
+        spec = base_spec(source, opened.fetched.folder, config, opened.task)
+        lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
+        hardware = choose_hardware(config.device, config.dtype, threads)
+        sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
+        sizes = sizes_of(rows.rows, held_out.rows if held_out else None, config)
+        subject = Subject(spec, lora, hardware, sizes, opened.task)
+        config, plan = planned(config, subject, len(rows.rows), output, announce)
+        base = load_base(spec, hardware, announce, Placement.of(config))
+        adapter = attach(base, lora, config.seed)
+        kernels = choose_kernels(base.model, config, hardware)
+        run = Run(
+            config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
+            kernels,
+        )  # fmt: skip
         return run.finished_before() or run.taken()

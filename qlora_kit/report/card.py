@@ -17,11 +17,17 @@ from qlora_kit.report.page import render
 from qlora_kit.storage import write_text
 
 NAME = "README.md"
+# The hub's words for what models of a task do.
+_PIPELINES = {
+    "classify": "text-classification",
+    "tag": "token-classification",
+    "seq2seq": "text2text-generation",
+}
 
 
 def write_card(folder: Path, summary: RunSummary) -> None:
     """Write the model card into a run folder."""
-    kind = "text-classification" if summary.labels else "text-generation"
+    kind = _PIPELINES.get(summary.task, "text-generation")
     write_rendered_card(
         folder, "card.md.jinja", summary.base, "peft", "lora", kind, summary=summary
     )

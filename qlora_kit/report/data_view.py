@@ -79,7 +79,8 @@ def _supervised(survey: Survey) -> str:
 def _cut(survey: Survey) -> str:
     counts = survey.training
     if survey.labels is not None:
-        return f"{counts.rows_truncated:,} truncated, {counts.rows_dropped:,} dropped"
+        split = f"{counts.rows_split:,} split, " if survey.labels.kind == "tags" else ""
+        return f"{counts.rows_truncated:,} truncated, {split}{counts.rows_dropped:,} dropped"
     return (
         f"{counts.rows_truncated:,} truncated, {counts.rows_split:,} split, "
         f"{counts.rows_dropped:,} dropped; lost: {counts.weight_lost:,} supervised tokens"
@@ -118,7 +119,7 @@ def _label_title(labels: LabelFigures) -> str:
     return (
         "values of the training rows"
         if isinstance(labels, ValueFigures)
-        else "labels of the training rows"
+        else f"labels of the training {labels.counted}"
     )
 
 
@@ -128,8 +129,9 @@ def _label_summary(labels: LabelFigures) -> tuple[str, str]:
         if labels.validation is not None:
             parts.append(f"validation {_spread(labels.validation)}")
         return "values", "; ".join(parts)
-    how = "one" if labels.kind == "single" else "none, one or several"
-    return "labels", f"{how} of {len(labels.classes):,} each"
+    how = "none, one or several" if labels.kind == "multi" else "one"
+    each = "for each word" if labels.kind == "tags" else "each"
+    return "labels", f"{how} of {len(labels.classes):,} {each}"
 
 
 def _spread(values: Values) -> str:

@@ -50,6 +50,7 @@ class RunSummary:
         versions: versions of the libraries that computed the weights.
         commands: commands to type next.
         labels: names of a classifier's labels; none of other models.
+        task: the task of the run.
         pad_token_id: the token that fills short rows.
     """
 
@@ -62,6 +63,7 @@ class RunSummary:
     versions: Rows
     commands: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    task: str = "causal"
     pad_token_id: int | None = None
 
     @property
@@ -92,6 +94,7 @@ class RunSummary:
             deciding=_setting_rows(config, deciding),
             versions=tuple(versions.items()),
             commands=commands,
+            task=config.task,
         )
 
 

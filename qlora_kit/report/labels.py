@@ -19,6 +19,7 @@ _MOST_DRAWN = 40
 _MOST_WRITTEN_IN = 12
 _MOST_LISTED = 50
 _LONGEST_NAME = 24
+_COUNTED = ("rows", "words", "entities")
 
 
 def write_labels(folder: Path, details: Mapping[str, Any]) -> None:
@@ -30,11 +31,18 @@ def write_labels(folder: Path, details: Mapping[str, Any]) -> None:
     write_json(folder / NAME, redacted_values(dict(details)))
 
 
+def counted_of(details: Mapping[str, Any]) -> str:
+    """Return the name of what was labelled: rows, words or entities."""
+    first: Mapping[str, Any] = next(iter(details.get("per_class", ())), {})
+    return next((name for name in _COUNTED if name in first), _COUNTED[0])
+
+
 def label_rows(details: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Return a row a label: name, precision, recall, F1, rows."""
+    """Return a row a label: name, precision, recall, F1, and how often it is there."""
+    counted = counted_of(details)
     return [
         (each["label"], f"{each['precision']:.3f}", f"{each['recall']:.3f}", f"{each['f1']:.3f}",
-         f"{each['rows']:,}")
+         f"{each[counted]:,}")
         for each in details.get("per_class", ())
     ]  # fmt: skip
 
@@ -42,8 +50,8 @@ def label_rows(details: Mapping[str, Any]) -> list[tuple[str, str, str, str, str
 def label_facts(details: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return a row a label for a terminal: its name, and its figures in one line."""
     return tuple(
-        (name, f"precision {precision}  recall {recall}  F1 {f1}  rows {rows}")
-        for name, precision, recall, f1, rows in label_rows(details)[:_MOST_LISTED]
+        (name, f"precision {precision}  recall {recall}  F1 {f1}  {counted_of(details)} {count}")
+        for name, precision, recall, f1, count in label_rows(details)[:_MOST_LISTED]
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.facts import RunSummary
-from qlora_kit.report.labels import confusion_picture, label_rows
+from qlora_kit.report.labels import confusion_picture, counted_of, label_rows
 from qlora_kit.report.page import render
 from qlora_kit.report.plot import memory_curve
 from qlora_kit.report.tables import Rows
@@ -61,6 +61,7 @@ def write_run_page(
         summary=summary,
         samples=samples,
         label_rows=label_rows(labels),
+        labels_counted=counted_of(labels),
         confusion_picture=confusion_picture(labels),
         evaluations=_evaluation_rows(log_rows),
         incidents=_incidents(log_rows),

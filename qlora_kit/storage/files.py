@@ -61,9 +61,7 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, with the permissions that the umask gives.
 
     safetensors itself forces mode 0600, which would hide an adapter from the user who serves it.
@@ -76,7 +74,7 @@ def save_tensors(
     staging = staging_path(path)
     with storage_errors(path):
         try:
-            save_file(dict(tensors), staging, metadata={"format": "pt", **(metadata or {})})
+            save_file(dict(tensors), staging, metadata={"format": "pt"})
             staging.chmod(0o666 & ~_umask())
             sync_file(staging)
             staging.replace(path)

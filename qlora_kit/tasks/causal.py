@@ -62,7 +62,7 @@ def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
     # There is no mask: it would keep attention from its fast kernels, and a `Batch` needs none.
     outputs = model.base_model(input_ids=batch.input_ids, attention_mask=None, use_cache=False)
     hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
-    return Supervised(hidden, batch.labels.flatten().index_select(0, batch.positions + 1))
+    return Supervised(hidden, batch.targets)
 
 
 def loss_sum(
@@ -129,7 +129,9 @@ class CausalObjective:
         """See `Objective`; the batch is padded to a width that suits the device."""
         return collate(rows, self.pad_token_id, self.base.batch_width)
 
-    def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> Batch:
+    def stand_in(
+        self, rows: int, tokens: int, weight: int | None = None, answer_tokens: int | None = None
+    ) -> Batch:
         """See `Objective`; all ids are 0, and all but the first of each row can be targets."""
         ids = torch.zeros(rows, self.base.batch_width(tokens), dtype=torch.int64, device="cpu")
         count = weight or rows * (tokens - 1)
@@ -159,12 +161,12 @@ class CausalObjective:
         correct = {"token_accuracy": summed(measured.is_top)}
         return RowSums(weight, -summed(measured.logprobs), correct)
 
-    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
+    def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
         """See `Objective`: all that is measured are sums, and no outputs are kept."""
         return {}
 
 
-def _perplexity(loss: float) -> dict[str, tuple[float, str]]:
+def perplexity(loss: float) -> dict[str, tuple[float, str]]:
     """Return the perplexity exp(loss), with its format; it is infinite if exp overflows."""
     return {"perplexity": (math.exp(loss) if loss < _MOST_EXPONENT else math.inf, ".3f")}
 
@@ -177,7 +179,7 @@ CAUSAL = Task(
     weighs=SUPERVISED_TOKENS,
     unit="nats per token",
     metrics={"token_accuracy": ".2%"},
-    of_loss=_perplexity,
+    of_loss=perplexity,
     generates=True,
     objective=CausalObjective,
 )

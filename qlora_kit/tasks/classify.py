@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.data.batch import Indices
+from qlora_kit.data.batch import Indices, PaddedRows
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.data.labelled_rows import LABELS
+from qlora_kit.data.tagged_rows import words_of
 from qlora_kit.data.tokens import MakesRows
 from qlora_kit.layers.loss import CHUNK_TOKENS
 from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION, ClassHead, is_encoder
@@ -32,7 +34,7 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(PaddedRows):
     """One micro-batch of texts, padded on the right, with the target of each."""
 
     input_ids: Tensor
@@ -42,7 +44,10 @@ class LabelledBatch:
     rows: Indices
     """index of the source sample of each row"""
     targets: Tensor
-    """(B,) int64 classes; (B, K) fp32 of ones and zeros for several labels; (B,) fp32 numbers"""
+    """(B,) int64 classes; (B, K) fp32 of ones and zeros for several labels; (B,) fp32 numbers;
+    (B, T) int64 tags of words, `IGNORED` at other tokens"""
+    counts: tuple[int, ...]
+    """(B,) number of losses of each row: one, or one for each word"""
     mask: Tensor | None = None
     """(B, T) int64, 1 for a token; None where no token sees padding"""
     token_types: Tensor | None = None
@@ -56,19 +61,9 @@ class LabelledBatch:
         return {"input_ids": self.input_ids, **given}
 
     @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row; the batch may be wider."""
-        return max(self.lengths)
-
-    @property
     def weight(self) -> int:
-        """Rows: each has one loss."""
-        return len(self.lengths)
+        """Number of losses."""
+        return sum(self.counts)
 
     def to(self, device: torch.device | str) -> LabelledBatch:
         """Return the batch on another device.
@@ -86,7 +81,7 @@ class LabelledBatch:
 
 
 class Measured(NamedTuple):
-    """Logits (B, K) and the loss of each row (B,), fp32."""
+    """Logits (B, K), or (B, T, K) of words, and the loss of each row (B,), fp32."""
 
     logits: Tensor
     losses: Tensor
@@ -122,22 +117,28 @@ class ClassifyObjective:
         width = self.base.batch_width
         return collate_labelled(rows, self.classes, self.pad_token_id, masks=masks, width=width)
 
-    def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> LabelledBatch:
+    def stand_in(
+        self, rows: int, tokens: int, weight: int | None = None, answer_tokens: int | None = None
+    ) -> LabelledBatch:
         """See `Objective`: as padded as a batch can be, which takes the most."""
         width = self.base.batch_width(tokens)
         ids = torch.zeros(rows, width, dtype=torch.int64, device="cpu")
-        kind, names = self.classes.kind, self.classes.names
-        targets = torch.zeros(rows, dtype=torch.int64, device="cpu")
-        if kind == "multi":
-            targets = torch.zeros(rows, len(names), device="cpu")
-        elif kind == "regression":
-            targets = torch.zeros(rows, device="cpu")
+        targets, counts = self._stand_in_targets(rows, width)
         is_padded = rows > 1 and is_encoder(self.base.model.config)
         mask = torch.ones(rows, width, dtype=torch.int64, device="cpu") if is_padded else None
-        return LabelledBatch(ids, (tokens,) * rows, tuple(range(rows)), targets, mask)
+        return LabelledBatch(ids, (tokens,) * rows, tuple(range(rows)), targets, counts, mask)
+
+    def _stand_in_targets(self, rows: int, width: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Return targets that mean nothing, and the number of losses of each row."""
+        targets = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        if self.classes.kind == "multi":
+            targets = torch.zeros(rows, len(self.classes.names), device="cpu")
+        elif self.classes.kind == "regression":
+            targets = torch.zeros(rows, device="cpu")
+        return targets, (1,) * rows
 
     def logits(self, batch: LabelledBatch) -> Tensor:
-        """Return the logits of a batch, (B, K), fp32.
+        """Return the logits of a batch, (B, K), or (B, T, K) of words, fp32.
 
         Args:
             batch: in host memory.
@@ -177,16 +178,17 @@ class ClassifyObjective:
     def row_sums(self, batch: LabelledBatch, measured: Measured) -> RowSums:
         """See `Objective`; the logits are kept, as no sum over rows gives a macro-F1."""
         ones = torch.ones(batch.weight, dtype=torch.float64)
-        return RowSums(ones, measured.losses.double().cpu(), {}, measured.logits.cpu())
+        return RowSums(ones, measured.losses.double().cpu(), {}, measured.logits.cpu().unbind())
 
-    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
-        """See `Objective`; the outputs are the logits of each row, (rows, K)."""
+    def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
+        """See `Objective`; the outputs are the logits of each row, (K,)."""
+        logits = torch.stack([*outputs])
         targets = targets_of([row["labels"] for row in rows], self.classes)
         if self.classes.kind == "regression":
-            return number_figures(outputs.squeeze(1), targets)
+            return number_figures(logits.squeeze(1), targets)
         if self.classes.kind == "multi":
-            return class_figures((outputs > 0).long(), targets.long(), self.classes.names)
-        return class_figures(outputs.argmax(1), targets, self.classes.names)
+            return class_figures((logits > 0).long(), targets.long(), self.classes.names)
+        return class_figures(logits.argmax(1), targets, self.classes.names)
 
 
 def collate_labelled(
@@ -200,7 +202,8 @@ def collate_labelled(
     """Pad rows on the right to the longest of them, or further.
 
     Args:
-        rows: with `input_ids`, `labels` (see `targets_of`), `row`, and `token_types` where a model
+        rows: with `input_ids`, `labels` (see `targets_of`; of words, a tag or `IGNORED` for each
+            token), `row`, and `token_types` where a model
             tells two texts apart.
         classes: meaning of the labels.
         pad_token_id: fills `input_ids`.
@@ -214,9 +217,15 @@ def collate_labelled(
     mask = None
     if masks and min(lengths) < wide:
         mask = (torch.arange(wide) < torch.tensor(lengths).unsqueeze(1)).long()
-    targets = targets_of([row["labels"] for row in rows], classes)
+    labels = [row["labels"] for row in rows]
+    if classes.kind == "tags":
+        targets, counts = _padded(labels, wide, IGNORED), tuple(len(words_of(of)) for of in labels)
+        assert targets is not None
+    else:
+        targets, counts = targets_of(labels, classes), (1,) * len(rows)
     types = _padded([row.get("token_types") for row in rows], wide, 0)
-    return LabelledBatch(ids, lengths, tuple(int(row["row"]) for row in rows), targets, mask, types)
+    samples = tuple(int(row["row"]) for row in rows)
+    return LabelledBatch(ids, lengths, samples, targets, counts, mask, types)
 
 
 def targets_of(labels: Sequence[Sequence[float]], classes: ClassHead) -> Tensor:
@@ -255,15 +264,9 @@ def classify(classes: ClassHead, makes: MakesRows, class_weights: tuple[float, .
         metrics=_NUMBER_METRICS if is_number else _CLASS_METRICS,
         of_loss=lambda loss: {},
         generates=False,
-        objective=partial(_bound, class_weights=class_weights),
+        objective=partial(ClassifyObjective, class_weights=class_weights),
         classes=classes,
     )
-
-
-def _bound(
-    base: Base, pad_token_id: int, chunk_tokens: int, loss: RowLoss | None, **own: Any
-) -> ClassifyObjective:
-    return ClassifyObjective(base, pad_token_id, chunk_tokens, loss, **own)
 
 
 def _padded(rows: Sequence[Any], width: int, fill: int) -> Tensor | None:

@@ -5,20 +5,26 @@ Takes integers or numbers; returns plain figures, equal to those of scikit-learn
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_kit.data.tag_schemes import entities
 
-def class_figures(predicted: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
+
+def class_figures(
+    predicted: Tensor, targets: Tensor, names: Sequence[str], counted: str = "rows"
+) -> dict[str, Any]:
     """Return accuracy, macro-F1, a row for each label, and for single labels who is taken for whom.
 
     Args:
         predicted: labels, (N,) int64; or (N, K) of ones and zeros where a row may have several.
         targets: likewise.
         names: of the K labels.
+        counted: the name of what is labelled.
 
     Returns:
         `accuracy` (of several labels all must be right), `macro_f1` (over the labels that are
@@ -38,14 +44,8 @@ def class_figures(predicted: Tensor, targets: Tensor, names: Sequence[str]) -> d
     else:
         hits, wanted, given = (predicted * targets).sum(0), targets.sum(0), predicted.sum(0)
     per_class = [
-        {
-            "label": name,
-            "precision": _share(hits[number], given[number]),
-            "recall": _share(hits[number], wanted[number]),
-            "f1": _share(2 * hits[number], wanted[number] + given[number]),
-            "rows": int(wanted[number]),
-        }
-        for number, name in enumerate(names)
+        {"label": name, **_shares(hits[n], given[n], wanted[n]), counted: int(wanted[n])}
+        for n, name in enumerate(names)
     ]
     # Of several labels each is a column; a single one that nobody wants or gives is not there.
     there: list[Any] = [
@@ -58,6 +58,55 @@ def class_figures(predicted: Tensor, targets: Tensor, names: Sequence[str]) -> d
     if is_single:
         figures["confusion"] = confusion.tolist()
     return figures
+
+
+def entity_figures(
+    predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """Return what seqeval says of tags: an entity is right if its type and all its words are.
+
+    Args:
+        predicted: the tags of each sentence, which have a scheme.
+        wanted: likewise.
+
+    Returns:
+        `precision`, `recall` and `f1` over all entities, `macro_precision`, `macro_recall` and
+        `macro_f1` (means over the types that are there, predicted or wanted), `token_accuracy`,
+        and `per_class`, a row for each type.
+    """
+    hits, given, there = Counter[str](), Counter[str](), Counter[str]()
+    right = words = 0
+    for found, right_ones in zip(predicted, wanted, strict=True):
+        ours, theirs = set(entities(found)), set(entities(right_ones))
+        given.update(each.type for each in ours)
+        there.update(each.type for each in theirs)
+        hits.update(each.type for each in ours & theirs)
+        right += sum(one == other for one, other in zip(found, right_ones, strict=True))
+        words += len(right_ones)
+    types = sorted(given.keys() | there.keys())
+    per_class = [
+        {"label": kind, **_shares(hits[kind], given[kind], there[kind]), "entities": there[kind]}
+        for kind in types
+    ]
+    macro = {
+        f"macro_{name}": _share(sum(each[name] for each in per_class), len(per_class))
+        for name in ("precision", "recall", "f1")
+    }
+    return {
+        **_shares(hits.total(), given.total(), there.total()),
+        **macro,
+        "token_accuracy": _share(right, words),
+        "per_class": per_class,
+    }
+
+
+def _shares(hits: Any, given: Any, wanted: Any) -> dict[str, Any]:
+    """Return precision, recall and F1 of numbers of answers: right, given, and wanted ones."""
+    return {
+        "precision": _share(hits, given),
+        "recall": _share(hits, wanted),
+        "f1": _share(2 * hits, wanted + given),
+    }
 
 
 def _share(part: Any, whole: Any) -> float:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from qlora_kit.data.asking import Asks, TextAsker
 from qlora_kit.data.tokens import MakesRows
 from qlora_kit.model.class_head import ClassHead
 from qlora_kit.model.load import Base
@@ -55,13 +56,13 @@ class RowSums(NamedTuple):
         weight: number of units that the sums of a row are over, such as supervised tokens.
         loss: the loss of a row, summed.
         metrics: the metrics of a row, summed, by the names of `Task.metrics`.
-        outputs: (B, M), what `Objective.figures` works on; None if it needs nothing.
+        outputs: a tensor for each row, what `Objective.figures` works on; None if it needs nothing.
     """
 
     weight: Tensor
     loss: Tensor
     metrics: Mapping[str, Tensor]
-    outputs: Tensor | None = None
+    outputs: Sequence[Tensor] | None = None
 
 
 class Objective(Protocol):
@@ -76,13 +77,17 @@ class Objective(Protocol):
         """Return token rows as one micro-batch, in host memory."""
         ...
 
-    def stand_in(self, rows: int, tokens: int, weight: int | None = None) -> Batch:
+    def stand_in(
+        self, rows: int, tokens: int, weight: int | None = None, answer_tokens: int | None = None
+    ) -> Batch:
         """Return a batch without data that needs the memory and time of a real one of its size.
 
         Args:
             rows: B.
             tokens: tokens of each row.
             weight: weight of the batch; None: the most that a batch of this size can have.
+            answer_tokens: tokens of each target, where `tokens` are those of a source; None: as
+                many. Of no meaning where rows have no sources.
         """
         ...
 
@@ -103,7 +108,7 @@ class Objective(Protocol):
         """
         ...
 
-    def figures(self, outputs: Tensor, rows: Sequence[Mapping[str, Any]]) -> Figures:
+    def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
         """Return what no sum over rows gives, such as a macro-F1, where outputs were kept."""
         ...
 
@@ -130,6 +135,9 @@ class Task:
         objective: binds the task to a loaded base. Takes the base, the id that fills short rows,
             the tokens whose logits exist at one time, and a custom loss or None.
         classes: meaning of the outputs of a classifier; None for other models.
+        asks: how a prompt becomes the ids that generation begins with. Takes the tokenizer, and the
+            most tokens of a source or None.
+        has_sources: whether a row is a source and a target, each with a width of its own.
     """
 
     name: str
@@ -143,3 +151,5 @@ class Task:
     generates: bool
     objective: Callable[[Base, int, int, Any], Objective]
     classes: ClassHead | None = None
+    asks: Callable[[Any, int | None], Asks] = TextAsker
+    has_sources: bool = False

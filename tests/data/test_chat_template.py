@@ -169,11 +169,11 @@ def test_an_adapter_keeps_the_template_it_was_trained_with(
     recipe.evaluate(EvaluateConfig(adapter=run, data=str(chats)), heard.append)
     prompts: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        from qlora_kit.data import encode
+        from qlora_kit.data import asking
 
-        real = encode.prompt_ids
+        real = asking.prompt_ids
         patch.setattr(
-            encode, "prompt_ids", lambda tok, text: prompts.append(text) or real(tok, text)
+            asking, "prompt_ids", lambda tok, text: prompts.append(text) or real(tok, text)
         )
         config = GenerateConfig(adapter=run, prompt="7 dollars", max_new_tokens=2)
         recipe.generate(config, heard.append)

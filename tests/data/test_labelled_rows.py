@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.config import TaskOptions, TokenOptions
-from qlora_kit.data.labelled_rows import LabelledRows, TextEncoder
+from qlora_kit.data.labelled_rows import LabelledRows, TextEncoder, hash_of_tokenizer
 from qlora_kit.data.labels import Labels, labels_of
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import LabelledText, Pair, Shape
@@ -210,8 +210,8 @@ def test_everything_that_decides_rows_or_labels_is_in_the_fingerprint() -> None:
 def test_what_a_tokenizer_did_before_is_not_in_the_fingerprint() -> None:
     used = _encoder_tokenizer()
     used(["good film story"], truncation=True, max_length=4, padding=True)
-    fresh = TextEncoder(_encoder_tokenizer(), 9).content_hash()
-    assert TextEncoder(used, 9).content_hash() == fresh
+    fresh = hash_of_tokenizer(_encoder_tokenizer())
+    assert hash_of_tokenizer(used) == fresh
 
 
 def test_a_second_run_takes_rows_and_labels_from_the_cache(

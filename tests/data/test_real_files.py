@@ -124,8 +124,8 @@ REFUSED = [
         Refused(
             f"multi30k/multi30k_val.{language}.gz",
             f': suffix ".{language}"; expected one of .jsonl, .json, .csv, .tsv, .parquet, .txt, '
-            "each also as .gz; convert or rename the file, or name two line-aligned ones as "
-            "FILE+FILE",
+            ".conll, .conllu, each also as .gz; convert or rename the file, or name two "
+            "line-aligned ones as FILE+FILE",
         )
         for language in ("en", "de")
     ),

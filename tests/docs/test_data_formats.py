@@ -13,7 +13,10 @@ from support import PROJECT
 from qlora_kit.cli import main
 from qlora_kit.data.shapes import FIELDS, Shape
 
-SECTIONS = ("Formats: what a file may be", "Other names", "Labelled data", "What is refused")
+SECTIONS = (
+    "Formats: what a file may be", "Other names", "Labelled data", "Tagged words",
+    "What is refused",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,5 +80,6 @@ def test_every_suffix_has_its_row() -> None:
 
     named = re.findall(r"`[\w/]*(\.[a-z]+)`", _pages().split("A record is recognised")[0])
     formats = [suffix for suffix in named if suffix != ".gz" and suffix not in (".en", ".de")]
-    assert sorted(formats) == [".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt"]
+    known = [".conll", ".conllu", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt"]
+    assert sorted(formats) == known
     assert all(is_data_file_name(Path(f"a{suffix}")) for suffix in formats)

@@ -17,6 +17,13 @@ def test_the_blocks_of_the_api_page_run_in_order(tmp_path: Path) -> None:
     # In a process of its own, as it sets what holds for all of one.
     ended = finish(lambda: (os.chdir(tmp_path), exec(script, {})), tmp_path / "streams")
     assert ended.code == 0, ended.errors
+    # The losses, metrics and stop rules of one's own did what the page says.
+    found = dict(line.split(": ", 1) for line in ended.output.splitlines() if ": " in line)
+    assert float(found["label smoothing"]) > 0
+    assert found["text"] == "the stop rule was met True"
+    *reason, matthews, _ = found["classifier"].split(" ")
+    assert " ".join(reason) == "the stop rule was met"
+    assert float(matthews) > 0.4, "it learnt, by the metric of the page"
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:

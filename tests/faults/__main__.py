@@ -24,6 +24,7 @@ OPTIONS = {"few": ("--no-rehearse", "--no-recompute", "--samples", "0")}
 def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
     """Return the function that makes each row, by short name; `size` sets the number of faults."""
     from .artefacts import artefacts
+    from .classifier import classifier
     from .corruption import corruption
     from .disk import disk_errors, full_disks
     from .kills import kills
@@ -47,6 +48,18 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             "memory": partial(memory, per_phase=1, limits=0),
             "artefacts": partial(artefacts, count=4),
             "mutations": partial(mutations, wanted=MUTATIONS[:1]),
+            "classifier": partial(
+                classifier,
+                stride=150,
+                steps=(15,),
+                kinds=((4, 3),),
+                damaged=8,
+                errors=2,
+                disks=1,
+                shortages=1,
+                seed=_SEED,
+                damages=6,
+            ),
         }
     if size == "some":
         return {
@@ -60,6 +73,17 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             "memory": partial(memory, per_phase=1, limits=1),
             "artefacts": partial(artefacts, count=4),
             "mutations": partial(mutations, wanted=MUTATIONS[:2]),
+            "classifier": partial(
+                classifier,
+                stride=50,
+                steps=(7, 22),
+                kinds=((4, 3),),
+                damaged=20,
+                errors=4,
+                disks=2,
+                shortages=1,
+                seed=_SEED,
+            ),
         }
     return {
         "kills": partial(kills, count=200, seed=_SEED),
@@ -72,6 +96,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
         "memory": partial(memory, per_phase=6, limits=3),
         "artefacts": artefacts,
         "mutations": mutations,
+        "classifier": partial(classifier, seed=_SEED),
     }
 
 

@@ -215,7 +215,7 @@ def _prepare_save(sample: Sample, kind: str) -> None:
             at_event(StepFinished, _SAVES[kind], _kill)
         else:
             at_call(
-                "qlora_kit.tasks.causal:scores",
+                sample.measures,
                 _SCORES_OF_AN_EVALUATION * _EVALUATIONS_UNTIL_IT - 1,
                 _stop,
             )

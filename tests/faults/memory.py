@@ -18,7 +18,8 @@ import qlora_kit as qk
 from qlora_kit.errors import OutOfMemory
 from qlora_kit.events import Event, MicroBatchHalved, StepFinished
 from qlora_kit.infer.evaluate import evaluate
-from qlora_kit.tasks.causal import CausalObjective
+from qlora_kit.tasks.causal import CAUSAL, CausalObjective
+from qlora_kit.tasks.task import Task
 from qlora_kit.train.optimizer_step import OptimizerStep
 
 from .children import Ended, finish, spread
@@ -47,7 +48,7 @@ def memory(sample: Sample, per_phase: int, limits: int) -> Row:
         per_phase: number of faked shortages in each of training, evaluating, saving and merging.
         limits: number of runs that really have too little memory.
     """
-    makers = (_in_training, _in_evaluation, _in_a_save, _in_a_merge)
+    makers = (_in_training, _in_evaluation, in_a_save, in_a_merge)
     tasks = [partial(make, sample, number) for make in makers for number in range(per_phase)]
     tasks += [partial(_for_real, sample, number) for number in range(limits)]
     results = spread(lambda task: task(), tasks, sample.folder / "memory")
@@ -168,7 +169,8 @@ def _refuse(number: int) -> None:
     raise _ERRORS[number % len(_ERRORS)]()
 
 
-def _in_a_save(sample: Sample, number: int) -> list[str]:
+def in_a_save(sample: Sample, number: int) -> list[str]:
+    """Let memory run out while a checkpoint is written; return the faults."""
     output = sample.folder / "memory" / f"save-{number}"
     target = f"qlora_kit.train.checkpoint:{_IN_A_SAVE[number % len(_IN_A_SAVE)]}"
 
@@ -185,7 +187,8 @@ def _in_a_save(sample: Sample, number: int) -> list[str]:
     return [f"saving, {target}: {fault}" for fault in wrong]
 
 
-def _in_a_merge(sample: Sample, number: int) -> list[str]:
+def in_a_merge(sample: Sample, number: int) -> list[str]:
+    """Let memory run out while the adapter of the run is merged; return the faults."""
     folder = sample.folder / "memory" / f"merge-{number}"
     adapter = copy_run(sample.unbroken, folder / "run")
     arguments = ["export", str(adapter), "--to", str(folder / "merged"), "--device", "cpu"]
@@ -214,28 +217,45 @@ def _wrong_end(ended: Ended) -> list[str]:
 
 # ---------------------------------------------------------------- for real
 
-_REAL_ROWS, _REAL_TOKENS = 96, 120
+REAL_ROWS, REAL_TOKENS = 96, 120
 _SMALLEST_ROOM_BYTES = 8_000_000
+
+# What is trained: an adapter, its rows, and their task.
+Trained = tuple[Any, list[dict[str, Any]], Task]
 
 
 def _for_real(sample: Sample, number: int) -> list[str]:
-    """Take away the memory that the micro-batch needs, so that the allocator itself refuses."""
+    streams = sample.folder / "memory" / f"real-{number}"
+    return short_of_memory(
+        lambda: (make_adapter(sample.model), make_rows(REAL_ROWS, REAL_TOKENS), CAUSAL),
+        number,
+        streams,
+    )
+
+
+def short_of_memory(make: Callable[[], Trained], number: int, streams: Path) -> list[str]:
+    """Take away the memory that a micro-batch needs, so that the allocator itself refuses.
+
+    Args:
+        make: makes what is trained.
+        number: each has twice the room of the one before it.
+        streams: where the child writes.
+    """
 
     def do() -> None:
-        adapter = make_adapter(sample.model)
-        rows = make_rows(_REAL_ROWS, _REAL_TOKENS)
+        adapter, rows, task = make()
         few = options(max_steps=1, batch_size=1, gradient_accumulation_steps=1)
-        qk.train_adapter(adapter, rows, few)
+        qk.train_adapter(adapter, rows, few, task=task)
         room = _in_use_bytes() + _SMALLEST_ROOM_BYTES * 2**number
         resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
-        many = options(max_steps=2, batch_size=_REAL_ROWS, gradient_accumulation_steps=1)
+        many = options(max_steps=2, batch_size=len(rows), gradient_accumulation_steps=1)
         try:
-            qk.train_adapter(adapter, rows, many, announce=_say_cut)
+            qk.train_adapter(adapter, rows, many, task=task, announce=_say_cut)
         except OutOfMemory as error:
             print(error)  # noqa: T201
             raise SystemExit(error.exit_code) from error
 
-    ended = finish(do, sample.folder / "memory" / f"real-{number}")
+    ended = finish(do, streams)
     is_cut = ended.code == 0 and "cut to" in ended.output
     is_refused = ended.code == _EXIT and ended.output.count("out of memory") == 1
     if not (is_cut or is_refused):

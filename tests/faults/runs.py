@@ -15,7 +15,7 @@ import os
 import pkgutil
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ class Sample:
         folder: the folder of model, data and runs.
         options: more options of every run.
         seconds: duration of the unbroken run.
+        measures: the function that measures a batch, as `moments.at_call` names it.
     """
 
     folder: Path
     options: tuple[str, ...] = ()
     seconds: float = 0.0
+    measures: str = "qlora_kit.tasks.causal:scores"
 
     @property
     def model(self) -> Path:
@@ -74,25 +76,44 @@ class Sample:
 
 
 def make_sample(folder: Path, options: tuple[str, ...] = ()) -> Sample:
-    """Make the model and its data, and do the run once, without a fault."""
-    sample = Sample(folder, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_model(sample.model)
-    _write_rows(sample)
+    """Make a language model and its data, and do the run once, without a fault."""
+    return done_once(Sample(folder, options), _save_model, _write_rows)
+
+
+def done_once(
+    sample: Sample, save_model: Callable[[Path], None], write_rows: Callable[[Sample], None]
+) -> Sample:
+    """Make the model and the data of a sample, and do its run once, without a fault.
+
+    Args:
+        sample: its folder and options.
+        save_model: writes the model and its tokenizer into a folder.
+        write_rows: writes the files of training and validation data.
+    """
+    sample.folder.mkdir(parents=True, exist_ok=True)
+    save_model(sample.model)
+    write_rows(sample)
     start = time.perf_counter()
-    ended = kit(sample.arguments(sample.unbroken), folder / "unbroken-streams")
+    ended = kit(sample.arguments(sample.unbroken), sample.folder / "unbroken-streams")
     if ended.code:
         raise RuntimeError(f"the run without a fault failed:\n{ended.errors}")
     return replace(sample, seconds=time.perf_counter() - start)
 
 
-def _save_model(folder: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def demo_tokenizer() -> Any:
+    """Return the tokenizer that the tiny models share."""
+    from transformers import AutoTokenizer
 
     from qlora_kit.model.names import find_model
 
-    tokenizer = AutoTokenizer.from_pretrained(find_model("demo").folder)
+    return AutoTokenizer.from_pretrained(find_model("demo").folder)
+
+
+def _save_model(folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = demo_tokenizer()
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -108,10 +129,14 @@ def _save_model(folder: Path) -> None:
 def _write_rows(sample: Sample) -> None:
     from qlora_kit.data.samples import BUILT_IN
 
-    rows = BUILT_IN["train"].read_text(encoding="utf-8").splitlines(keepends=True)
-    sample.data.write_text("".join(rows[:_ROWS]), encoding="utf-8")
-    held_out = rows[_ROWS : _ROWS + _VALIDATION_ROWS]
-    sample.validation.write_text("".join(held_out), encoding="utf-8")
+    write_lines(sample, BUILT_IN["train"].read_text(encoding="utf-8").splitlines())
+
+
+def write_lines(sample: Sample, lines: Sequence[str]) -> None:
+    """Write the first lines as training data, and the next as validation data."""
+    held_out = lines[_ROWS : _ROWS + _VALIDATION_ROWS]
+    for file, chosen in ((sample.data, lines[:_ROWS]), (sample.validation, held_out)):
+        file.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- doing it

@@ -41,7 +41,7 @@ _PHASES: dict[str, tuple[Callable[[_Act], None], ...]] = {
         partial(at_event, LoadProgress, 1),
         partial(at_event, LoadProgress, 9),
         partial(at_call, "qlora_kit.recipe.rows:open_tokenizer", 1),
-        partial(at_call, "qlora_kit.recipe.run:attach", 1),
+        partial(at_call, "qlora_kit.recipe.run:resume_point", 1),
     ),
     "training": (
         partial(at_event, StepFinished, 1),

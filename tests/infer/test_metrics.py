@@ -248,6 +248,45 @@ def test_the_answers_of_gsm8k_end_with_their_number(assets: Path) -> None:
     assert measure(["final_number"], marked, others)["final_number"].value < 0.2
 
 
+SCRIPT = Path(__file__).parent / "gsm8k_script.py"
+
+
+def of_script(folder: Path, answers: list[str], references: References) -> dict[str, float]:
+    """Return what the reference script counts in a file of predictions."""
+    file = folder / "predictions.jsonl"
+    pairs = zip(answers, references, strict=True)
+    lines = [json.dumps({"answer": answer, "references": list(texts)}) for answer, texts in pairs]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    counted: dict[str, float] = json.loads(done.stdout)
+    return counted
+
+
+def test_a_reference_script_counts_the_same_answers_of_gsm8k(assets: Path, tmp_path: Path) -> None:
+    lines = (assets / "data" / "gsm8k" / "test.jsonl").read_text().splitlines()
+    expected = [json.loads(line)["answer"] for line in lines]
+    # Right, of another question, right without the mark, and without a number at the end.
+    ways = (
+        lambda at: expected[at],
+        lambda at: expected[at - 1],
+        lambda at: f"I think it is ${expected[at].rpartition('#### ')[2]}.",
+        lambda at: "I do not know.",
+    )
+    answers = [ways[at % len(ways)](at) for at in range(len(expected))]
+    references = [[text] for text in expected]
+    figure = measure(["final_number"], answers, references)["final_number"]
+    counted = of_script(tmp_path, answers, references)
+    assert figure.value == counted["last_number"]
+    assert 0.5 < figure.value < 0.6
+    # The published extraction wants the mark.
+    assert counted["marked_number"] < figure.value
+    marked = [answer for at, answer in enumerate(answers) if at % len(ways) < 2]
+    own = [texts for at, texts in enumerate(references) if at % len(ways) < 2]
+    figure = measure(["final_number"], marked, own)["final_number"]
+    assert figure.value == of_script(tmp_path, marked, own)["marked_number"]
+
+
 # ---------------------------------------------------------------- all of them
 
 

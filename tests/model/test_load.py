@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.errors import ModelError
-from qlora_kit.events import LoadProgress
+from qlora_kit.events import LoadProgress, Notice
 from qlora_kit.layers.projections import projections
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.model.architecture import architecture_from, build_skeleton, read_architecture
 from qlora_kit.model.checkpoint import open_checkpoint
 from qlora_kit.model.hardware import choose_hardware
-from qlora_kit.model.load import BaseSpec, load_base, stored_quantization
+from qlora_kit.model.load import BaseSpec, Placement, load_base, stored_quantization
 from qlora_kit.model.names import ModelSource, known_models
 from qlora_kit.model.random_weights import RandomWeights
 
@@ -222,6 +222,15 @@ def test_progress_is_announced_to_the_end(tiny: Path) -> None:
     steps = [event for event in seen if isinstance(event, LoadProgress)]
     assert len(steps) == len(load_file(tiny / "model.safetensors"))
     assert steps[-1] == LoadProgress(len(steps), len(steps))
+
+
+def test_an_embedding_that_cannot_be_on_the_host_is_announced(tiny: Path) -> None:
+    spec = BaseSpec(ModelSource("tiny", folder=tiny), tiny, Quantization())
+    for asked, said in ((True, ["all of it runs on the CPU"]), (None, []), (False, [])):
+        seen: list[Any] = []
+        load_base(spec, choose_hardware("cpu"), seen.append, Placement(asked))
+        told = [event.text.partition(": ")[2] for event in seen if isinstance(event, Notice)]
+        assert told == said
 
 
 # ---------------------------------------------------------------- faults

@@ -21,6 +21,7 @@ from qlora_kit.plan import run as plan_module
 from qlora_kit.plan.ledger import Ledger
 from qlora_kit.plan.rehearsal import rehearse
 from qlora_kit.plan.run import plan_run
+from qlora_kit.plan.subject import RowSizes, Subject
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.train.optimizer_step import OptimizerStep
 
@@ -204,8 +205,9 @@ def test_nothing_is_created_when_nothing_fits(
 def plan_tiny(folder: Path, announce: Callable[[Event], None], **changes: Any) -> Any:
     spec = qk.BaseSpec(qk.find_model(str(folder)), folder, qk.Quantization(4))
     config = options(**changes)
-    rows = TokenRows(rows_of([9, 20, 14]))
-    return plan_run(config, spec, qk.LoraSpec.of(config), rows, None, announce)
+    rows = RowSizes.of(TokenRows(rows_of([9, 20, 14])), None, config)
+    hardware = choose_hardware(config.device, config.dtype)
+    return plan_run(config, Subject(spec, qk.LoraSpec.of(config), hardware, rows), announce)
 
 
 def test_settings_that_do_not_fit_what_is_free_are_refused(

@@ -125,6 +125,52 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_what_a_classifier_is_written_as_can_be_measured(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = trained(model, data, tmp_path / "run", capsys, "--max-steps", "24")
+    merged, packed, again = (tmp_path / name for name in ("merged", "packed", "again"))
+    for command in (
+        ("export", str(own), "--to", str(merged), "--base", "original"),
+        ("export", str(own), "--to", str(packed), "--requantize"),
+        ("quantize", "--model", str(merged), "--bits", "8", "--to", str(again)),
+    ):
+        code, _, err = run(*command, capsys=capsys)
+        assert code == 0, err
+    for folder, bits in ((merged, "16"), (packed, "4"), (again, "8")):
+        code, out, err = run(
+            "evaluate", "--model", str(folder), "--bits", bits, "--data", str(data), "--json",
+            capsys=capsys,
+        )  # fmt: skip
+        assert code == 0, err
+        assert json.loads(out)["accuracy"] > 0.9, folder.name
+        assert [row["label"] for row in json.loads(out)["per_class"]] == ["bad", "good"]
+
+
+def test_what_training_would_be_is_told_without_it(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--task", "classify", "--model", str(model), "--max-length", "48")
+    code, out, err = run("plan", *asked, "--device", "cpu", "--json", capsys=capsys)
+    assert code == 0, err
+    assert json.loads(out)["predicted_peak_bytes"] > 0
+    page = tmp_path / "data.html"
+    code, _, err = run("check", *asked, "--data", str(data), "--html", str(page), capsys=capsys)
+    assert code == 0, err
+    assert "good" in page.read_text(encoding="utf-8")
+
+
+def test_an_encoder_by_itself_is_not_quantised(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "packed"
+    code, _, err = run("quantize", "--model", str(model), "--to", str(to), capsys=capsys)
+    assert code == 2
+    assert "bert: reads whole texts and writes none" in err
+    assert "train a classifier of it with `train --task classify`" in err
+    assert not to.exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

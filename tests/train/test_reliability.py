@@ -527,6 +527,8 @@ def test_evaluation_goes_on_with_fewer_rows(
 
 def test_other_errors_are_not_taken_for_a_shortage() -> None:
     assert all(is_out_of_memory(error) for error in SHORTAGES)
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -901,7 +903,7 @@ def test_a_disk_too_small_is_found_before_the_base_is_loaded(
     from types import SimpleNamespace
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr("qlora_kit.opening.model.Opened.load", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora_kit.model.load.load_base", lambda *args: pytest.fail("loaded"))
     code, _, err = run("train", "--output", str(tmp_path / "run"), *SMALL, capsys=capsys)
     assert code == 3
     assert "0.00 GB free; expected" in err
