@@ -6,11 +6,8 @@ means.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,34 +16,11 @@ from transformers import PreTrainedModel
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.layers.head import Head
-from qlora_kit.layers.loss import (
-    CHUNK_TOKENS,
-    ChunkLoss,
-    TokenScores,
-    chunked_loss_sum,
-    cross_entropy_sum,
-    score_tokens,
-)
+from qlora_kit.layers.loss import CHUNK_TOKENS, ChunkLoss, TokenScores, score_tokens
 from qlora_kit.lora.attach import TASK_TYPE
 from qlora_kit.model.architecture import CAUSAL_LM
-from qlora_kit.model.head import head_of
-from qlora_kit.model.load import Base
-from qlora_kit.tasks.task import Figures, RowSums, Task
-
-# exp() of a larger number is beyond fp64.
-_MOST_EXPONENT = 700
-
-
-class Supervised(NamedTuple):
-    """The supervised tokens of a batch, N in number.
-
-    Attributes:
-        hidden: the hidden states that predict them, (N, D).
-        targets: their ids, (N,), int64.
-    """
-
-    hidden: Tensor
-    targets: Tensor
+from qlora_kit.tasks.task import Task
+from qlora_kit.tasks.tokens import Supervised, TokenObjective, loss_of, perplexity
 
 
 def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
@@ -82,10 +56,7 @@ def loss_sum(
         loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
         chunk_tokens: tokens whose logits exist at one time.
     """
-    hidden, targets = supervised_states(model, batch)
-    if loss is None:
-        return cross_entropy_sum(hidden, targets, head, chunk_tokens)
-    return chunked_loss_sum(hidden, targets, head, loss, chunk_tokens)
+    return loss_of(supervised_states(model, batch), head, loss, chunk_tokens)
 
 
 @torch.no_grad()
@@ -100,30 +71,11 @@ def scores(
         head: formula of the model's logits.
         chunk_tokens: tokens whose logits exist at one time.
     """
-    hidden, targets = supervised_states(model, batch)
-    return score_tokens(hidden, targets, head, chunk_tokens)
+    return score_tokens(*supervised_states(model, batch), head, chunk_tokens)
 
 
-@dataclass(frozen=True)
-class CausalObjective:
-    """Causal language modelling on a loaded base.
-
-    Attributes:
-        base: the loaded base, with or without an adapter.
-        pad_token_id: id that fills short rows of a batch; the loss never sees it.
-        chunk_tokens: tokens whose logits exist at one time.
-        loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
-    """
-
-    base: Base
-    pad_token_id: int = 0
-    chunk_tokens: int = CHUNK_TOKENS
-    loss: ChunkLoss | None = None
-
-    @cached_property
-    def head(self) -> Head:
-        """The formula of the model's logits."""
-        return head_of(self.base.model)
+class CausalObjective(TokenObjective):
+    """Causal language modelling on a loaded base."""
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """See `Objective`; the batch is padded to a width that suits the device."""
@@ -150,25 +102,9 @@ class CausalObjective:
         where = batch.to(self.base.hardware.device)
         return scores(self.base.model, where, self.head, self.chunk_tokens)
 
-    def row_sums(self, batch: Batch, measured: TokenScores) -> RowSums:
-        """See `Objective`."""
-        row_of = batch.positions.cpu() // batch.input_ids.shape[1]
-
-        def summed(values: Tensor) -> Tensor:
-            return torch.bincount(row_of, values.double().cpu(), minlength=len(batch.rows))
-
-        weight = summed(torch.ones(len(row_of)))
-        correct = {"token_accuracy": summed(measured.is_top)}
-        return RowSums(weight, -summed(measured.logprobs), correct)
-
-    def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
-        """See `Objective`: all that is measured are sums, and no outputs are kept."""
-        return {}
-
-
-def perplexity(loss: float) -> dict[str, tuple[float, str]]:
-    """Return the perplexity exp(loss), with its format; it is infinite if exp overflows."""
-    return {"perplexity": (math.exp(loss) if loss < _MOST_EXPONENT else math.inf, ".3f")}
+    def rows_of(self, batch: Batch) -> Tensor:
+        """See `TokenObjective`."""
+        return batch.positions.cpu() // batch.input_ids.shape[1]
 
 
 CAUSAL = Task(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,20 +18,10 @@ from qlora_kit.data.batch import Indices, Row
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.data.source_rows import SourceAsker, SourceRows, source_tokens
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS
-from qlora_kit.layers.head import Head
-from qlora_kit.layers.loss import (
-    CHUNK_TOKENS,
-    ChunkLoss,
-    TokenScores,
-    chunked_loss_sum,
-    cross_entropy_sum,
-    score_tokens,
-)
+from qlora_kit.layers.loss import TokenScores, score_tokens
 from qlora_kit.model.encoder_decoder import SEQ2SEQ_LM, target_states
-from qlora_kit.model.head import head_of
-from qlora_kit.model.load import Base
-from qlora_kit.tasks.causal import Supervised, perplexity
-from qlora_kit.tasks.task import Figures, RowSums, Task
+from qlora_kit.tasks.task import Task
+from qlora_kit.tasks.tokens import Supervised, TokenObjective, loss_of, perplexity
 
 
 @dataclass(frozen=True)
@@ -138,26 +127,8 @@ def supervised_states(model: PreTrainedModel, batch: SourceBatch) -> Supervised:
     return Supervised(hidden.flatten(0, 1).index_select(0, batch.positions), batch.targets)
 
 
-@dataclass(frozen=True)
-class Seq2SeqObjective:
-    """Sequence to sequence on a loaded base.
-
-    Attributes:
-        base: the loaded base, with or without an adapter.
-        pad_token_id: id that fills short rows of a batch; the loss never sees it.
-        chunk_tokens: tokens whose logits exist at one time.
-        loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
-    """
-
-    base: Base
-    pad_token_id: int = 0
-    chunk_tokens: int = CHUNK_TOKENS
-    loss: ChunkLoss | None = None
-
-    @cached_property
-    def head(self) -> Head:
-        """The formula of the model's logits."""
-        return head_of(self.base.model)
+class Seq2SeqObjective(TokenObjective):
+    """Sequence to sequence on a loaded base."""
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> SourceBatch:
         """See `Objective`; both sides are padded to widths that suit the device."""
@@ -181,32 +152,18 @@ class Seq2SeqObjective:
 
     def loss_sum(self, batch: SourceBatch) -> Tensor:
         """See `Objective`."""
-        where = batch.to(self.base.hardware.device)
-        hidden, targets = supervised_states(self.base.model, where)
-        if self.loss is None:
-            return cross_entropy_sum(hidden, targets, self.head, self.chunk_tokens)
-        return chunked_loss_sum(hidden, targets, self.head, self.loss, self.chunk_tokens)
+        tokens = supervised_states(self.base.model, batch.to(self.base.hardware.device))
+        return loss_of(tokens, self.head, self.loss, self.chunk_tokens)
 
     @torch.no_grad()
     def measured(self, batch: SourceBatch) -> TokenScores:
         """See `Objective`."""
-        where = batch.to(self.base.hardware.device)
-        hidden, targets = supervised_states(self.base.model, where)
-        return score_tokens(hidden, targets, self.head, self.chunk_tokens)
+        tokens = supervised_states(self.base.model, batch.to(self.base.hardware.device))
+        return score_tokens(*tokens, self.head, self.chunk_tokens)
 
-    def row_sums(self, batch: SourceBatch, measured: TokenScores) -> RowSums:
-        """See `Objective`."""
-        row_of = batch.positions.cpu() // batch.written_ids.shape[1]
-
-        def summed(values: Tensor) -> Tensor:
-            return torch.bincount(row_of, values.double().cpu(), minlength=len(batch.rows))
-
-        correct = {"token_accuracy": summed(measured.is_top)}
-        return RowSums(summed(torch.ones(len(row_of))), -summed(measured.logprobs), correct)
-
-    def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
-        """See `Objective`: all that is measured are sums, and no outputs are kept."""
-        return {}
+    def rows_of(self, batch: SourceBatch) -> Tensor:
+        """See `TokenObjective`."""
+        return batch.positions.cpu() // batch.written_ids.shape[1]
 
 
 SEQ2SEQ = Task(
