@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -137,3 +138,13 @@ def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
         return _ANSWERS[key]
 
     return remembered
+
+
+def as_if_killed_at(run_folder: Path, step: int) -> None:
+    """Leave a run as a kill after `step` would: with no later checkpoint, and none named best."""
+    for name in ("last", "best"):
+        (run_folder / name).unlink()
+    for checkpoint in run_folder.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    (run_folder / "last").write_text(f"checkpoint-{step}\n")

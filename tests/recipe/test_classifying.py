@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from data_fixtures import make_tokenizer
 from safetensors.torch import load_file
-from support import run
+from support import as_if_killed_at, run
 from transformers import AutoConfig, AutoModel
 
 GOOD, BAD = ("one two three", "two four six"), ("nine eight seven", "eight five nine")
@@ -112,11 +111,7 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
     whole = trained(model, data, tmp_path / "whole", capsys, "--max-steps", "6")
     parts = tmp_path / "parts"
     trained(model, data, parts, capsys, "--max-steps", "6", "--save-steps", "3")
-    for name in ("last", "best"):
-        (parts / name).unlink()
-    # As if it had been killed after the third step.
-    shutil.rmtree(parts / "checkpoint-6")
-    (parts / "last").write_text("checkpoint-3\n")
+    as_if_killed_at(parts, 3)
     code, _, err = run("train", "--output", str(parts), "--resume", capsys=capsys)
     assert code == 0, err
     ours, theirs = (load_file(each / "adapter_model.safetensors") for each in (parts, whole))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import run
+from support import as_if_killed_at, run
 from t5_models import save_t5, t5_tokenizer
 
 LETTERS = "abcdefghijklmnopqrst"
@@ -119,11 +118,7 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
     more = ("--max-steps", "6", "--lora-dropout", "0.1", "--samples", "0")
     whole = trained(model, data, tmp_path / "whole", capsys, *more)
     parts = trained(model, data, tmp_path / "parts", capsys, *more, "--save-steps", "3")
-    for name in ("last", "best"):
-        (parts / name).unlink()
-    # As if it had been killed after the third step.
-    shutil.rmtree(parts / "checkpoint-6")
-    (parts / "last").write_text("checkpoint-3\n")
+    as_if_killed_at(parts, 3)
     code, _, err = run("train", "--output", str(parts), "--resume", capsys=capsys)
     assert code == 0, err
     ours, theirs = (load_file(each / "adapter_model.safetensors") for each in (parts, whole))
