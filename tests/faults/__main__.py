@@ -50,6 +50,8 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             "mutations": partial(mutations, wanted=MUTATIONS[:1]),
             "classifier": partial(
                 classifier,
+                at_random=0,
+                in_shell=0,
                 stride=150,
                 steps=(15,),
                 kinds=((4, 3),),
@@ -75,6 +77,8 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             "mutations": partial(mutations, wanted=MUTATIONS[:2]),
             "classifier": partial(
                 classifier,
+                at_random=1,
+                in_shell=0,
                 stride=50,
                 steps=(7, 22),
                 kinds=((4, 3),),
