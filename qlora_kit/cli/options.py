@@ -47,7 +47,7 @@ def parameters_of(config_class: type[Options], positional: str | None) -> list[c
         if name == positional:
             found.append(click.Argument([name], metavar=name.upper(), type=str))
         else:
-            found.append(_flag_option(name, field, declared(config_class, name)["also"]))
+            found.append(_flag_option(name, field, declared(config_class, name)))
     return [*found, *_switches(config_class), *_common()]
 
 
@@ -73,8 +73,9 @@ def _common() -> list[click.Parameter]:
     ]
 
 
-def _flag_option(name: str, field: FieldInfo, also: list[str]) -> click.Option:
-    flags = [_flag(each) for each in (name, *also)]
+def _flag_option(name: str, field: FieldInfo, extra: Mapping[str, Any]) -> click.Option:
+    flags = [_flag(each) for each in (name, *extra["also"])]
+    bare = extra["bare"]
     text = f"{field.description}{_default(field)}"
     if bool in _kinds(field.annotation):
         pairs = [f"{flag}/--no-{flag[2:]}" for flag in flags]
@@ -82,8 +83,9 @@ def _flag_option(name: str, field: FieldInfo, also: list[str]) -> click.Option:
     settings: dict[str, Any] = {"default": None, "help": text, "metavar": _metavar(field)}
     if name == "adapter":
         settings["multiple"] = True
-    if name == "resume":
-        settings |= {"is_flag": False, "flag_value": "latest", "metavar": "[latest|PATH]"}
+    if bare is not None:
+        kind = "N" if isinstance(bare, int) else "PATH"
+        settings |= {"is_flag": False, "flag_value": str(bare), "metavar": f"[{bare}|{kind}]"}
     return _Option([name, *flags], type=str, **settings)
 
 

@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from qlora_kit.config.decisions import ChangeGroup, Decision
+from qlora_kit.config.decisions import ChangeGroup, Decision, declared
 from qlora_kit.config.values import (
     as_meant,
     kinds_of,
@@ -111,6 +111,7 @@ def option(
     decides: Decision | Sequence[Decision] = (),
     known_by_result: bool = False,
     leads: bool = False,
+    bare: str | int | None = None,
     **bounds: Any,
 ) -> Any:
     """Declare one option.
@@ -123,11 +124,13 @@ def option(
         known_by_result: two runs are compared not by this value but by its result, such as a hash
             of the rows.
         leads: whether the option is one of the dozen that `--help` shows first.
+        bare: the value where the option is named without one, or is true in a file.
         bounds: bounds of the value, in pydantic's names.
     """
     decided = [decides] if isinstance(decides, str) else list(decides)
     extra: dict[str, Any] = {
         "also": list(also), "decides": decided, "known_by_result": known_by_result, "leads": leads,
+        "bare": bare,
     }  # fmt: skip
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
@@ -142,7 +145,11 @@ class Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        return as_meant(value, kinds_of(cls.model_fields[str(info.field_name)].annotation))
+        name = str(info.field_name)
+        bare = declared(cls, name)["bare"]
+        if bare is not None and isinstance(value, bool):
+            value = bare if value else None
+        return as_meant(value, kinds_of(cls.model_fields[name].annotation))
 
 
 # ---------------------------------------------------------------- groups
@@ -463,8 +470,9 @@ class RunOptions(Options):
         False, "replace a run already in the folder", also=["overwrite_output_dir"]
     )
     resume: Resume = option(
-        None, "continue from `latest` or a checkpoint folder", also=["resume_from_checkpoint"]
-    )
+        None, "continue from `latest` or a checkpoint folder", also=["resume_from_checkpoint"],
+        bare="latest",
+    )  # fmt: skip
     allow_change: ChangeNames = option(
         (), "what may differ from the run that --resume continues: data,tokenizer,base,batch,…"
     )
@@ -501,6 +509,11 @@ class RunOptions(Options):
     rehearse: bool = option(
         True, "take a step on the longest rows before the first, measure its memory, and undo it"
     )
+    profile: int | None = option(
+        None, "optimiser steps whose time is recorded and told by part, after two that warm up; "
+        "without a number 3",
+        ge=1, bare=3,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- commands

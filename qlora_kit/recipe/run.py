@@ -30,13 +30,14 @@ from qlora_kit.redact import redacted_values
 from qlora_kit.report import card, data_view, log, plot, run_page
 from qlora_kit.report.facts import RunSummary, header, speed
 from qlora_kit.report.labels import write_labels
+from qlora_kit.report.profile import Profile, read_profile
 from qlora_kit.report.trackers import Tracking
 from qlora_kit.signals import Stopped
 from qlora_kit.step.kernels import Kernels
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
-from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
+from qlora_kit.train.loop import Saving, TrainResult, no_block, plan_steps, train_adapter
 from qlora_kit.train.resume import is_finished, resume_point
 
 
@@ -187,9 +188,12 @@ class Run:
 
     def _trained(self, memory: MemoryAccount, validation: Validation | None) -> TrainResult:
         first_step = 1 if self.resume is None else step_of(self.resume) + 1
+        profile = None
+        if self.config.profile is not None:
+            profile = Profile(self.output, self.config.profile, self.adapter, self.announce)
         with Tracking(self.config, self.output, first_step, self.announce) as tracking:
             written = log.Log(self.output, self.config.logging_steps)
-            return train_adapter(
+            result = train_adapter(
                 self.adapter,
                 self.rows.rows,
                 self.config,
@@ -198,8 +202,12 @@ class Run:
                 evaluate=validation,
                 saving=Saving(self.output, self.record, self.resume, self.identity),
                 before_first_step=memory.rehearse if self.config.rehearse else None,
+                around_step=profile.step if profile else no_block,
                 announce=announce_to((written, tracking, self.announce)),
             )
+        if profile:
+            profile.close()
+        return result
 
     def _validation(self) -> Validation | None:
         """Return what measures the validation rows; None if there are none."""
@@ -253,6 +261,7 @@ class Run:
             on_gpu=self.adapter.base.hardware.device.type != "cpu",
             predicted_bytes=self.plan.prediction.peak.bytes if self.plan else None,
             labels=labels,
+            profile=read_profile(output),
         )
         # The adapter is written last: if a run folder has the weights of its last checkpoint, it
         # has all other files too.

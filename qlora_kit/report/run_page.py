@@ -15,6 +15,7 @@ from qlora_kit.report.facts import RunSummary
 from qlora_kit.report.labels import confusion_picture, counted_of, label_rows
 from qlora_kit.report.page import render
 from qlora_kit.report.plot import memory_curve
+from qlora_kit.report.profile import Summary, part_rows, title_of, top_rows
 from qlora_kit.report.tables import Rows
 from qlora_kit.storage import write_text
 
@@ -33,6 +34,7 @@ def write_run_page(
     on_gpu: bool,
     predicted_bytes: int | None,
     labels: Mapping[str, Any] | None = None,
+    profile: Summary | None = None,
 ) -> None:
     """Write the page into a run folder.
 
@@ -46,6 +48,7 @@ def write_run_page(
         on_gpu: whether the log has the memory of a GPU; otherwise it has that of the process.
         predicted_bytes: the peak that was predicted for the device, or None.
         labels: tables of a classifier's last evaluation, see `report.labels`.
+        profile: the time of a step by part, see `report.profile`; None without it.
 
     Raises:
         StorageError: the page could not be written.
@@ -63,6 +66,9 @@ def write_run_page(
         label_rows=label_rows(labels),
         labels_counted=counted_of(labels),
         confusion_picture=confusion_picture(labels),
+        time_rows=part_rows(profile) if profile else (),
+        longest_rows=top_rows(profile) if profile else (),
+        time_of=title_of(profile) if profile else "",
         evaluations=_evaluation_rows(log_rows),
         incidents=_incidents(log_rows),
         most_rows=_MOST_ROWS,

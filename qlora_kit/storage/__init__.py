@@ -14,6 +14,7 @@ from qlora_kit.storage.files import (
     load_tensors,
     save_tensors,
     sync_file,
+    write_by,
     write_bytes,
     write_json,
     write_text,
@@ -48,6 +49,6 @@ __all__ = [
     "check_writable", "clean_up", "decode", "delete_folder", "file_hash", "is_sealed",
     "load_tensors", "manifest_hash", "only_writer", "parse_json", "read_json", "read_json_list",
     "read_lines", "read_raw_lines", "read_text", "read_whole", "save_tensors", "staged_folder",
-    "storage_errors", "strict_json", "sync_file", "verify_folder", "write_bytes", "write_json",
-    "write_text",
+    "storage_errors", "strict_json", "sync_file", "verify_folder", "write_by", "write_bytes",
+    "write_json", "write_text",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,23 @@ def write_bytes(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
+def write_by(path: Path, write: Callable[[Path], None]) -> None:
+    """Replace `path` by the file that `write` writes where it is told, see `write_bytes`.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    staging = staging_path(path)
+    with storage_errors(path):
+        try:
+            write(staging)
+            sync_file(staging)
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, see `write_bytes`."""
     write_bytes(path, text.encode())
@@ -71,16 +88,11 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     from safetensors.torch import save_file
 
-    staging = staging_path(path)
-    with storage_errors(path):
-        try:
-            save_file(dict(tensors), staging, metadata={"format": "pt"})
-            staging.chmod(0o666 & ~_umask())
-            sync_file(staging)
-            staging.replace(path)
-        finally:
-            staging.unlink(missing_ok=True)
-        sync_folder(path.parent)
+    def write(staging: Path) -> None:
+        save_file(dict(tensors), staging, metadata={"format": "pt"})
+        staging.chmod(0o666 & ~_umask())
+
+    write_by(path, write)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ CONFIG = "training_config.yaml"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RUNS = Path("runs")
 # Options that hold for one start of a run, and not for the next.
-_OF_ONE_START = ("output", "overwrite", "resume", "allow_change")
+_OF_ONE_START = ("output", "overwrite", "resume", "allow_change", "profile")
 
 
 def checkpoints(output: Path) -> list[Path]:

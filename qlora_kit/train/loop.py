@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,9 @@ _LOWER_IS_BETTER = ("loss", "rmse", "mae")
 Measure = Callable[[], float | Mapping[str, float]]
 """Returns the validation loss, alone or as "loss" among other metrics."""
 
+AroundStep = Callable[[int], AbstractContextManager[None]]
+"""Takes the number of an optimiser step, and returns a block that it runs in."""
+
 
 @dataclass(frozen=True)
 class Saving:
@@ -112,6 +116,11 @@ class TrainResult:
     peak_memory_bytes: int
 
 
+def no_block(step: int) -> AbstractContextManager[None]:
+    """Let an optimiser step run in no block of its own, see `AroundStep`."""
+    return nullcontext()
+
+
 def _falls(metric: str) -> bool:
     """Whether a metric falls where a model gets better."""
     return metric in _LOWER_IS_BETTER
@@ -148,6 +157,7 @@ def train_adapter(
     stop_when: Callable[[Event], bool] | None = None,
     saving: Saving | None = None,
     before_first_step: Callable[[OptimizerStep], None] | None = None,
+    around_step: AroundStep = no_block,
     announce: Announce = silent,
 ) -> TrainResult:
     """Train an attached adapter.
@@ -167,6 +177,7 @@ def train_adapter(
         saving: the place of the checkpoints; without it nothing is written.
         before_first_step: called with the object that takes the steps; must leave its state as it
             was.
+        around_step: returns, for the number of an optimiser step, the block that it runs in.
         announce: receives the events of the run.
 
     Raises:
@@ -189,6 +200,7 @@ def train_adapter(
         stop_when,
         saving,
         before_first_step,
+        around_step,
         announce if processes.is_writer else silent,
         processes,
     )
@@ -210,6 +222,7 @@ class _Training:
     stop_when: Callable[[Event], bool] | None
     saving: Saving | None
     before_first_step: Callable[[OptimizerStep], None] | None
+    around_step: AroundStep
     announce: Announce
     processes: Processes
 
@@ -331,10 +344,12 @@ class _Training:
     # ------------------------------------------------------------ one step
 
     def _take(self, window: tuple[Indices, ...]) -> None:
-        start = time.perf_counter()
         step = self.progress.optimizer_step + 1
         rate = learning_rate_at(step, self.plan.total, self.config)
-        taken = self.step.take(window, rate, step, self._check_first_gradients)
+        with self.around_step(step):
+            start = time.perf_counter()
+            taken = self.step.take(window, rate, step, self._check_first_gradients)
+            seconds = time.perf_counter() - start
         self.progress.optimizer_step, self.last_loss = step, taken.loss
         self.progress.window += 1
         epoch = self._epoch()
@@ -354,7 +369,7 @@ class _Training:
                 weight=taken.weight,
                 weighs=self.task.weighs,
                 tokens=taken.tokens,
-                step_seconds=time.perf_counter() - start,
+                step_seconds=seconds,
                 memory_bytes=memory_in_use_bytes(self.device),
             )
         )

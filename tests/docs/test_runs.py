@@ -82,7 +82,7 @@ def test_every_file_of_a_run_is_documented() -> None:
     found = {"checkpoint-N/" if name.startswith("checkpoint") else name for name in RUN_FILES}
     assert found <= documented
     # Files that only some runs leave.
-    assert documented - found <= {"tensorboard/", "wandb/", "wandb.json"}
+    assert documented - found <= {"profile/", "tensorboard/", "wandb/", "wandb.json"}
 
 
 def test_every_metric_is_documented() -> None:

@@ -112,15 +112,17 @@ def test_from_two_files_to_a_merged_model(
     assert answers[0] == answers[1]
 
 
-def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
+def test_a_resumed_run_has_the_bits_of_the_unbroken_one_and_may_be_profiled(
     model: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--max-steps", "6", "--lora-dropout", "0.1", "--samples", "0")
     whole = trained(model, data, tmp_path / "whole", capsys, *more)
     parts = trained(model, data, tmp_path / "parts", capsys, *more, "--save-steps", "3")
     as_if_killed_at(parts, 3)
-    code, _, err = run("train", "--output", str(parts), "--resume", capsys=capsys)
+    again = ("train", "--output", str(parts), "--resume", "--profile", "1")
+    code, _, err = run(*again, capsys=capsys)
     assert code == 0, err
+    assert json.loads((parts / "profile" / "summary.json").read_text())["steps"] == [6]
     ours, theirs = (load_file(each / "adapter_model.safetensors") for each in (parts, whole))
     assert ours.keys() == theirs.keys()
     assert any("EncDecAttention" in name for name in ours)

@@ -186,15 +186,17 @@ def test_a_text_is_divided_into_words(is_raw: bool, words: list[str], most: int)
     assert {each["probability"] for each in found} == {0.75}
 
 
-def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
+def test_a_resumed_run_has_the_bits_of_the_unbroken_one_and_may_be_profiled(
     model: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = trained(model, data, tmp_path / "whole", capsys, "--max-steps", "6")
     parts = tmp_path / "parts"
     trained(model, data, parts, capsys, "--max-steps", "6", "--save-steps", "3")
     as_if_killed_at(parts, 3)
-    code, _, err = run("train", "--output", str(parts), "--resume", capsys=capsys)
+    again = ("train", "--output", str(parts), "--resume", "--profile", "1")
+    code, _, err = run(*again, capsys=capsys)
     assert code == 0, err
+    assert json.loads((parts / "profile" / "summary.json").read_text())["steps"] == [6]
     ours, theirs = (load_file(each / "adapter_model.safetensors") for each in (parts, whole))
     assert ours.keys() == theirs.keys()
     assert any("classifier" in name or "score" in name for name in ours)
