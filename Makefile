@@ -52,7 +52,7 @@ format: setup    ## let ruff format and fix
 
 bench: setup     ## peak memory and the comparison with peers
 	$(BIN)/python benchmarks/peak_vram.py --model deepseek-7b --bits 4
-	$(BIN)/python benchmarks/versus_peers.py
+	$(BIN)/python benchmarks/throughput.py
 
 gpu-report: setup  ## what has only been predicted, measured on this GPU; up to 13 minutes
 	$(BIN)/python benchmarks/gpu_report.py

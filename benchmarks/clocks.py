@@ -74,20 +74,22 @@ def timed(clock: Clock, work: Callable[[], Any]) -> float:
     return clock.seconds()[0]
 
 
-def matmul_rate(clock: Clock, size: int, rounds: int = 30) -> float:
-    """Return the floating-point operations a second of a bf16 product, in the best of the rounds.
+def matmul_rate(clock: Clock, size: int, dtype: str = "bfloat16", rounds: int = 30) -> float:
+    """Return the floating-point operations a second of a product, in the best of the rounds.
 
     The numbers are random: on a GPU products of zeros run faster than others.
 
     Args:
         clock: a clock for the device.
         size: rows and columns of the matrices; 8,192 fills a large GPU.
+        dtype: the dtype of the matrices.
         rounds: number of products.
     """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    kind = getattr(torch, dtype)
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     out = a @ b
     best = min(timed(clock, lambda: torch.mm(a, b, out=out)) for _ in range(rounds))
     return 2 * size**3 / best

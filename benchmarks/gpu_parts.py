@@ -21,8 +21,8 @@ from typing import Any
 
 import our_stack
 import speed_sides
-import step_parts
-from clocks import clock_of_this_machine, matmul_rate, timed
+import throughput
+from clocks import clock_of_this_machine, timed
 from measure import PROJECT
 from meters import meter_of_this_machine
 
@@ -41,11 +41,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     from qlora_kit.model.memory import is_out_of_memory
 
     return is_out_of_memory(error)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 # ---------------------------------------------------------------- tests
@@ -164,7 +159,7 @@ def peaks(settings: Settings, send: Send) -> None:
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            found = {"out_of_memory": _first_line(error)}
+            found = {"out_of_memory": throughput.first_line(error)}
         meter.phase("between lengths", lambda: optimizer.zero_grad(set_to_none=True))
         send({f"{length} tokens": found})
         if _on_gpu():
@@ -227,52 +222,8 @@ class _Step:
 
 
 def speed(settings: Settings, send: Send) -> None:
-    """Time optimiser steps of one side.
-
-    Args:
-        settings: `side`; `shapes`: rows and tokens of a step; `variants`: options by the name
-            of a variant, where peers have only "" without options; `warmup` and `steps`;
-            `matmul_size`.
-        send: receives the figures of each shape once it is measured.
-    """
-    if missing := speed_sides.missing_packages(settings["side"]):
-        send({"left_out": f"not installed: {', '.join(missing)}"})
-        return
-    clock = clock_of_this_machine()
-    rate = matmul_rate(clock, settings["matmul_size"])
-    send(
-        {"matmul": {"size": settings["matmul_size"], "dtype": "bfloat16", "flop_per_second": rate}}
-    )
-    started = time.perf_counter()
-    take = speed_sides.SIDES[settings["side"]](settings, clock)
-    send({"building_seconds": time.perf_counter() - started})
-    for variant, options in settings["variants"].items():
-        for rows, tokens in settings["shapes"]:
-            name = f"{rows} x {tokens}" + (variant and f", {variant}")
-            try:
-                found = _timed_shape(settings, partial(take, **options), rows, tokens, rate)
-            except Exception as error:
-                # A batch that does not fit is a finding too.
-                clock.seconds()
-                found = {"failed": _first_line(error)}
-            send({name: found})
-
-
-def _timed_shape(
-    settings: Settings, take: speed_sides.Take, rows: int, tokens: int, rate: float
-) -> dict[str, Any]:
-    import torch
-
-    if _on_gpu():
-        torch.cuda.reset_peak_memory_stats()
-    steps = take(rows, tokens, settings["warmup"] + settings["steps"])
-    found = steps.figures(rows * tokens, settings["warmup"])
-    flop = speed_sides.step_flop(settings, rows, tokens)
-    found["flop"] = flop
-    found["share_of_matmul_rate"] = flop / found["step_seconds"] / rate
-    if _on_gpu():
-        found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+    """Time optimiser steps of one side, see `throughput.measure`."""
+    throughput.measure(settings, send)
 
 
 # ---------------------------------------------------------------- profile
@@ -282,52 +233,13 @@ def profile(settings: Settings, send: Send) -> None:
     """Record one step of the kit, and add up its time by part.
 
     Args:
-        settings: `shapes`, each recorded after `warmup` steps.
+        settings: `shapes`.
         send: receives the parts of each shape.
     """
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as recording
-
-    clock = clock_of_this_machine()
-    adapter = speed_sides.our_adapter(settings)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
-    vocabulary = our_stack.source_of(settings).architecture["vocab_size"]
+    take = speed_sides.SIDES["ours"].build(settings, clock_of_this_machine())
     for rows, tokens in settings["shapes"]:
-        row = speed_sides.one_row(settings, tokens)
-        record = recording(activities=activities, record_shapes=True, acc_events=True)
-        recorded = settings["warmup"] + 1
-
-        def start_or_stop(step: int, record: Any = record, recorded: int = recorded) -> None:
-            if step == recorded - 1:
-                record.start()
-            elif step == recorded:
-                record.stop()
-
-        # The first and the last step of a run also check that something was learnt, so the recorded
-        # step is another.
-        with step_parts.labelled(adapter.base.model):
-            steps = speed_sides.our_steps(
-                adapter, row, rows, recorded + 1, clock, after_step=start_or_stop
-            )
-        launches, spans = step_parts.launches_of(record, on_gpu=_on_gpu())
-        found = step_parts.summarise(launches, settings["rank"], vocabulary)
-        # The clock would count the start of the recording as a part of the step, so its time is
-        # taken from the record.
-        whole = max(end for _, end in spans) - min(start for start, _ in spans)
-        busy = step_parts.busy_seconds(spans)
-        send(
-            {
-                f"{rows} x {tokens}": {
-                    "step_seconds_not_recorded": steps.seconds[recorded - 2],
-                    "span_seconds": whole,
-                    "busy_seconds": busy,
-                    "idle_seconds": whole - busy,
-                    "seconds": found.seconds,
-                    "launches": found.launches,
-                    "top": found.top,
-                }
-            }
-        )
+        found = throughput.profiled(settings, take, (rows, tokens))
+        send({throughput.shape_name(rows, tokens): found})
 
 
 # ---------------------------------------------------------------- ragged

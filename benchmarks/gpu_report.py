@@ -133,7 +133,7 @@ PARTS = {
             {**_TINY, "shapes": _TINY_SHAPES, "warmup": 1, "steps": 2, "matmul_size": 256},
         ),
         ReportPart(
-            "profile", 50, {"ours": {**_MODEL, "shapes": _SHAPES, "warmup": 2}},
+            "profile", 50, {"ours": {**_MODEL, "shapes": _SHAPES}},
             {**_TINY, "shapes": _TINY_SHAPES},
         ),
         ReportPart(

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from qlora_kit.model.environment import prepare_environment  # noqa: E402
 prepare_environment()
 
 _PACKAGES = (
-    "torch", "triton", "bitsandbytes", "transformers", "peft", "trl", "liger-kernel", "accelerate",
+    "torch", "triton", "bitsandbytes", "transformers", "peft", "trl", "liger-kernel", "unsloth",
+    "accelerate",
 )  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def run_kit(checkout: Path, *arguments: str, **environment: str) -> str:
 
 
 class AnonymousPeak:
-    """The peak of this process's anonymous memory, since this object was made.
+    """The peak of this process's anonymous memory, since this object was made or restarted.
 
     Mapped files, such as libraries and checkpoints, are resident too, but do not count: the system
     takes their pages back whenever it needs them. Linux keeps no peak without mapped files, so a
@@ -81,6 +83,10 @@ class AnonymousPeak:
         while True:
             self._look()
             time.sleep(0.01)
+
+    def restart(self) -> None:
+        """Forget the peak so far; the start stays."""
+        self._peak = _status("RssAnon")
 
     def _look(self) -> None:
         self._peak = max(self._peak, _status("RssAnon"))
@@ -165,9 +171,21 @@ def save_results(name: str, content: dict[str, Any]) -> Path:
     return path
 
 
-def print_table(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Print rows as an aligned table."""
-    cells = [columns, *([str(row.get(c, "not measured")) for c in columns] for row in rows)]
+def print_table(
+    rows: list[dict[str, Any]],
+    columns: list[str],
+    write: Callable[[str], object] = print,
+    absent: str = "not measured",
+) -> None:
+    """Print rows as an aligned table.
+
+    Args:
+        rows: the rows.
+        columns: the names of the values to show, in order.
+        write: receives each line.
+        absent: what stands where a row has no value.
+    """
+    cells = [columns, *([str(row.get(c, absent)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+        write("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))

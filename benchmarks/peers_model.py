@@ -30,14 +30,15 @@ Pack = Callable[[nn.Module, Callable[[], Tensor], torch.device], None]
 """Puts a packed weight into a layer, made of the values that the given function returns."""
 
 
-def quantization_of(bits: int) -> BitsAndBytesConfig:
+def quantization_of(bits: int, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """Return transformers' configuration of weights in 4 or 8 bits that compute in `dtype`."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
@@ -49,14 +50,15 @@ def lora_config(run: dict[str, Any]) -> LoraConfig:
     )  # fmt: skip
 
 
-def empty_model(architecture: Any, bits: int) -> Any:
+def empty_model(architecture: Any, bits: int, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Return the model with bitsandbytes' layers in place, and without weights.
 
     Args:
         architecture: the config of the model.
-        bits: 4 or 8 bits for the linear layers; head and embedding stay in 16.
+        bits: 4 or 8 bits for the linear layers; head and embedding stay unquantised.
+        dtype: the dtype that the linear layers compute in.
     """
-    quantization = quantization_of(bits)
+    quantization = quantization_of(bits, dtype)
     model: Any = build_skeleton(architecture)
     replace_with_bnb_linear(model, ["lm_head"], quantization)
     # `from_pretrained` sets these, and the trainer and peft ask for them.

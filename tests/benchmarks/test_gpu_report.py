@@ -11,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,8 +105,8 @@ def test_every_part_is_rehearsed_with_its_predictions(tmp_path: Path) -> None:
     assert len(first) == 5
     assert max(first) - min(first) < 1e-4, "the sides do not train the same weights"
     assert "step_seconds" in of["speed"]["ours"]["1 x 192, plain kernels"]
-    parts = of["profile"]["ours"]["1 x 192"]["seconds"]
-    assert all(value > 0 for part, value in parts.items() if part != "copies")
+    parts = of["profile"]["ours"]["1 x 192"]["parts"]
+    assert all(each["seconds"] > 0 for part, each in parts.items() if part != "copies")
     assert parts["everything else"] < 0.1 * sum(parts.values())
     padded = of["ragged"]["ours"]["default kernel"]["padded to 16"]
     assert [row["tokens"] for row in padded.values()] == [64, 144]
@@ -373,104 +372,3 @@ def test_the_committed_predictions_are_of_figures_that_are_measured() -> None:
             lengths = {f"{length} tokens" for length in settings[run].get("lengths", ())}
             shapes = {f"{rows} x {tokens}" for rows, tokens in settings[run].get("shapes", ())}
             assert lengths | shapes <= tree.keys()
-
-
-# ---------------------------------------------------------------- a step by part
-
-
-def launch(kernel: str, *chain: str, shape: tuple[tuple[int, ...], ...] = ()) -> Any:
-    from step_parts import Launch
-
-    return Launch(kernel, 1e-3, chain, shape)
-
-
-# As torch names them on a GPU; kernels' names shortened.
-GPU_LAUNCHES = [
-    ("Memcpy HtoD (Pinned -> Device)", ("aten::copy_",), (), "copies"),
-    ("nvjet_tst_128x256_64x4_TNN", ("aten::mm", "_LoRAMatmul"), ((2048, 4096), (4096, 11008)),
-     "base products"),
-    ("sm80_xmma_gemm_f32f32_f32f32", ("aten::mm", "_LoRAMatmul"), ((2048, 4096), (4096, 16)),
-     "LoRA"),
-    ("nvjet_tst_64x8", ("aten::addmm_",), ((2048, 11008), (2048, 48), (48, 11008)), "LoRA"),
-    ("vectorized_elementwise_kernel", ("aten::copy_", "_LoRAMatmul"), (), "LoRA"),
-    ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>",
-     ("bitsandbytes::dequantize_4bit", "_LoRAMatmul"), (), "dequantisation"),
-    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop",
-     ("aten::_scaled_dot_product_cudnn_attention",), (), "attention"),
-    ("reduce_kernel<512>", ("aten::mean", "part of step: norms"), (), "norms"),
-    ("vectorized_elementwise_kernel",
-     ("aten::mul", "autograd::engine::evaluate_function: MulBackward0", "aten::mul",
-      "part of step: norms"), (), "norms"),
-    ("elementwise_kernel", ("aten::mul", "part of step: rope"), (), "RoPE"),
-    ("silu_kernel", ("aten::silu", "part of step: mlp"), (), "MLP beside products"),
-    ("nvjet_tst", ("aten::mm", "_CrossEntropySum"), ((256, 4096), (4096, 102400)),
-     "head and loss"),
-    ("reduce_kernel", ("aten::amax", "_CrossEntropySum"), (), "head and loss"),
-    ("multi_tensor_apply_kernel", ("aten::_fused_adamw_", "Optimizer.step#AdamW.step"), (),
-     "optimizer"),
-    ("multi_tensor_apply_kernel", ("aten::_foreach_norm", "part of step: clipping"), (),
-     "optimizer"),
-    ("vectorized_elementwise_kernel", ("aten::add",), (), "everything else"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kernel", "chain", "shape", "part"), GPU_LAUNCHES)
-def test_a_kernel_is_counted_to_its_part(
-    kernel: str, chain: tuple[str, ...], shape: Any, part: str
-) -> None:
-    from step_parts import PARTS, part_of
-
-    assert part in PARTS
-    assert part_of(launch(kernel, *chain, shape=shape), rank=16, vocabulary=102400) == part
-
-
-def event(name: str, start: float, parent: Any = None, **other: Any) -> Any:
-    """Return an event as torch's profiler has it, by default on the host, in the main thread."""
-    from torch.autograd import DeviceType
-
-    usual: dict[str, Any] = {
-        "device_type": DeviceType.CPU, "thread": 1, "fwd_thread": 0, "sequence_nr": -1,
-        "kernels": [], "input_shapes": [], "is_user_annotation": False, "self_cpu_time_total": 1.0,
-    }  # fmt: skip
-    span = SimpleNamespace(start=start, end=start + 1)
-    return SimpleNamespace(name=name, cpu_parent=parent, time_range=span, **(usual | other))
-
-
-def kernel(name: str, micros: float) -> Any:
-    return SimpleNamespace(name=name, duration=micros)
-
-
-def test_a_kernel_of_the_backward_pass_is_led_back_to_its_module() -> None:
-    """On a GPU, torch records backward in a thread of its own, and labels on the device too."""
-    from step_parts import launches_of, summarise
-    from torch.autograd import DeviceType
-
-    on_gpu = {"device_type": DeviceType.CUDA}
-    label = "part of step: norms"
-    norm = event(label, 0, kernels=[kernel(label, 9)])
-    forward = event("aten::mul", 1, norm, sequence_nr=7, kernels=[kernel("mul_kernel", 2)])
-    # The same number in the other thread is that of a recomputed operation elsewhere.
-    elsewhere = event("aten::add", 2, sequence_nr=7, thread=2)
-    node = event("autograd::engine::evaluate_function: MulBackward0", 3, thread=2, fwd_thread=1,
-                 sequence_nr=7)  # fmt: skip
-    backward = event("aten::mul", 4, node, thread=2, kernels=[kernel("mul_kernel", 3)])
-    device = [
-        event("mul_kernel", 10, **on_gpu), event("mul_kernel", 10.5, **on_gpu),
-        event(label, 0, is_user_annotation=True, **on_gpu),
-    ]  # fmt: skip
-    record = SimpleNamespace(events=lambda: [norm, forward, elsewhere, node, backward, *device])
-    launches, spans = launches_of(record, on_gpu=True)
-    found = summarise(launches, rank=16, vocabulary=100)
-    assert found.seconds["norms"] == pytest.approx(5e-6)
-    assert sum(found.seconds.values()) == pytest.approx(5e-6)
-    assert found.launches["norms"] == 2
-    assert [start for start, _ in spans] == pytest.approx([10e-6, 10.5e-6])
-    with pytest.raises(RuntimeError, match="recorded no kernel"):
-        launches_of(SimpleNamespace(events=lambda: [norm, forward]), on_gpu=True)
-
-
-def test_kernels_that_overlap_are_busy_once() -> None:
-    from step_parts import busy_seconds
-
-    assert busy_seconds([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0), (5.2, 5.4)]) == pytest.approx(4.0)
-    assert busy_seconds([]) == 0
