@@ -60,20 +60,15 @@ class Timed:
         }
 
 
-Around = Callable[[int], AbstractContextManager[None]]
+Around = Callable[[int], AbstractContextManager[Any]]
 """Returns the block that a step runs in, given its number from 1."""
-
-
-def no_block(step: int) -> AbstractContextManager[None]:
-    """Return a block that does nothing."""
-    return nullcontext()
 
 
 class Steps(Protocol):
     """Takes optimiser steps."""
 
     def __call__(
-        self, rows: int, tokens: int, steps: int, around: Around = no_block, **options: Any
+        self, rows: int, tokens: int, steps: int, around: Around = nullcontext, **options: Any
     ) -> Timed:
         """Take steps on `rows` rows of `tokens` tokens; only the kit takes options, by name."""
         ...
@@ -185,7 +180,7 @@ def our_steps(
     steps: int,
     clock: Clock,
     *,
-    around: Around = no_block,
+    around: Around = nullcontext,
     **options: Any,
 ) -> Timed:
     """Take optimiser steps by `train_adapter`.
@@ -228,7 +223,7 @@ def ours(run: Run, clock: Clock) -> Take:
     always = always if run.get("recompute", True) else {**always, "recompute": False}
 
     def take(
-        rows: int, tokens: int, steps: int, around: Around = no_block, **options: Any
+        rows: int, tokens: int, steps: int, around: Around = nullcontext, **options: Any
     ) -> Timed:
         row = one_row(run, tokens)
         return our_steps(adapter, row, rows, steps, clock, around=around, **(always | options))
@@ -301,7 +296,7 @@ def plain_loop(model: Any, run: Run, clock: Clock) -> Take:
         return loss.detach()
 
     def take(
-        rows: int, tokens: int, steps: int, around: Around = no_block, **options: Any
+        rows: int, tokens: int, steps: int, around: Around = nullcontext, **options: Any
     ) -> Timed:
         ids = torch.tensor([one_row(run, tokens)] * rows, device=device)
         losses = []
@@ -354,7 +349,7 @@ def trl(run: Run, clock: Clock) -> Take:
     model, recompute = base, run.get("recompute", True)
 
     def take(
-        rows: int, tokens: int, steps: int, around: Around = no_block, **options: Any
+        rows: int, tokens: int, steps: int, around: Around = nullcontext, **options: Any
     ) -> Timed:
         nonlocal model, lora
         data = [one_row(run, tokens)] * (rows * steps)

@@ -35,6 +35,7 @@ from qlora_kit.config.values import (
     parse_size_or_auto,
     parse_steps,
     parse_tracker,
+    switch,
 )
 
 # ---------------------------------------------------------------- field types
@@ -147,8 +148,8 @@ class Options(BaseModel):
     def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
         bare = declared(cls, name)["bare"]
-        if bare is not None and isinstance(value, bool):
-            value = bare if value else None
+        if bare is not None and (is_on := switch(value)) is not None:
+            value = bare if is_on else None
         return as_meant(value, kinds_of(cls.model_fields[name].annotation))
 
 

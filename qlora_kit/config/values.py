@@ -214,14 +214,11 @@ def parse_size_or_auto(value: Any) -> Any:
 
 
 def parse_resume(value: Any) -> Any:
-    """Return "latest" for true and None for false, as Hugging Face's trainer means them.
+    """Return None for nothing, and any other value as it is.
 
     Raises:
         ValueError: the value is a path that no file system allows.
     """
-    is_on = switch(value)
-    if is_on is not None:
-        return "latest" if is_on else None
     if value in ("", "none"):
         return None
     if isinstance(value, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ from qlora_kit.step.kernels import Kernels
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
-from qlora_kit.train.loop import Saving, TrainResult, no_block, plan_steps, train_adapter
+from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
 from qlora_kit.train.resume import is_finished, resume_point
 
 
@@ -202,7 +203,7 @@ class Run:
                 evaluate=validation,
                 saving=Saving(self.output, self.record, self.resume, self.identity),
                 before_first_step=memory.rehearse if self.config.rehearse else None,
-                around_step=profile.step if profile else no_block,
+                around_step=profile.step if profile else nullcontext,
                 announce=announce_to((written, tracking, self.announce)),
             )
         if profile:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.errors import QloraKitError
 from qlora_kit.events import Announce, Facts, Notice
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.memory import return_free_memory
 from qlora_kit.report.tables import Rows
 from qlora_kit.step.parts import PARTS, Sizes
-from qlora_kit.step.recording import Recording, StepTime, finish, recorded
+from qlora_kit.step.recording import Recording, RecordingError, StepTime, finish, recorded
 from qlora_kit.storage import read_json, storage_errors, write_by, write_json
 
 FOLDER = "profile"
@@ -96,7 +97,12 @@ class Profile:
             folder.mkdir(exist_ok=True)
         if not self._found:
             _write_trace(recording, folder / TRACE)
-        self._found[number] = recording.time()
+        try:
+            self._found[number] = recording.time()
+        except RecordingError as error:
+            self.asked = len(self._found)
+            self.announce(Notice(f"--profile: {error}; the run goes on without it"))
+            return
         # Written after each step, so that a run that is killed keeps what was found.
         write_json(folder / SUMMARY, self.summary())
         if len(self._found) == self.asked:
@@ -203,13 +209,17 @@ def _top(steps: Sequence[StepTime]) -> list[dict[str, Any]]:
 
 
 def read_profile(output: Path) -> Summary | None:
-    """Return the summary in a run's folder; None if there is none.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """Return the summary in a run's folder; None if there is none, or one of another form."""
     path = output / FOLDER / SUMMARY
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        summary: Summary = read_json(path)
+        # A finished run must not fail for a table of one of its earlier starts.
+        title_of(summary), part_rows(summary), top_rows(summary)
+    except (QloraKitError, KeyError, IndexError, TypeError, ValueError):
+        return None
+    return summary
 
 
 def title_of(summary: Summary) -> str:

@@ -42,6 +42,10 @@ Span = tuple[float, float]
 """The start and the end of a piece of work, in seconds."""
 
 
+class RecordingError(RuntimeError):
+    """The device is a GPU, and the profiler recorded none of its kernels."""
+
+
 @dataclass(frozen=True)
 class StepTime:
     """The time of one step, by part.
@@ -84,7 +88,7 @@ class Recording:
         """Add up the recorded work.
 
         Raises:
-            RuntimeError: there is a GPU, and none of its kernels was recorded.
+            RecordingError: there is a GPU, and none of its kernels was recorded.
         """
         events = self.record.events() or []
         launches, spans = launches_of(events, on_gpu=self.on_gpu)
@@ -226,7 +230,7 @@ def launches_of(events: Iterable[Any], *, on_gpu: bool) -> tuple[list[Launch], l
         on_gpu: whether kernels were to be recorded; if not, operations take their place.
 
     Raises:
-        RuntimeError: no kernel was recorded.
+        RecordingError: no kernel was recorded.
     """
     events = list(events)
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
@@ -236,7 +240,9 @@ def launches_of(events: Iterable[Any], *, on_gpu: bool) -> tuple[list[Launch], l
         if event.device_type != DeviceType.CPU and not event.is_user_annotation
     ]
     if on_gpu and not kernels:
-        raise RuntimeError("the profiler recorded no kernel; it may have no access to the GPU here")
+        raise RecordingError(
+            "the profiler recorded no kernel; expected access to the GPU's counters"
+        )
     forward = _forward_operations(on_host)
     launches = []
     for event in on_host:

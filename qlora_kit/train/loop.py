@@ -75,7 +75,7 @@ _LOWER_IS_BETTER = ("loss", "rmse", "mae")
 Measure = Callable[[], float | Mapping[str, float]]
 """Returns the validation loss, alone or as "loss" among other metrics."""
 
-AroundStep = Callable[[int], AbstractContextManager[None]]
+AroundStep = Callable[[int], AbstractContextManager[Any]]
 """Takes the number of an optimiser step, and returns a block that it runs in."""
 
 
@@ -116,11 +116,6 @@ class TrainResult:
     peak_memory_bytes: int
 
 
-def no_block(step: int) -> AbstractContextManager[None]:
-    """Let an optimiser step run in no block of its own, see `AroundStep`."""
-    return nullcontext()
-
-
 def _falls(metric: str) -> bool:
     """Whether a metric falls where a model gets better."""
     return metric in _LOWER_IS_BETTER
@@ -157,7 +152,7 @@ def train_adapter(
     stop_when: Callable[[Event], bool] | None = None,
     saving: Saving | None = None,
     before_first_step: Callable[[OptimizerStep], None] | None = None,
-    around_step: AroundStep = no_block,
+    around_step: AroundStep = nullcontext,
     announce: Announce = silent,
 ) -> TrainResult:
     """Train an attached adapter.

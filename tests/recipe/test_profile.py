@@ -13,7 +13,7 @@ from support import as_if_killed_at, run
 
 from qlora_kit.report import profile
 from qlora_kit.step.parts import PARTS
-from qlora_kit.step.recording import Recording
+from qlora_kit.step.recording import Recording, RecordingError
 
 pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
@@ -142,3 +142,24 @@ def test_a_large_trace_is_compressed(
     }  # fmt: skip
     with gzip.open(output / "profile" / "trace.json.gz") as stream:
         assert json.load(stream)["traceEvents"]
+
+
+def test_a_device_that_lets_nothing_be_recorded_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def time(recording: Recording) -> None:
+        raise RecordingError("the profiler recorded no kernel")
+
+    monkeypatch.setattr(Recording, "time", time)
+    output = tmp_path / "run"
+    code, out, err = run(*RUN, "--profile", "--output", str(output), capsys=capsys)
+    assert code == 0, err
+    assert out.count("note: --profile: the profiler recorded no kernel; the run goes on") == 1
+    assert (output / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": [3]}'])
+def test_a_summary_of_another_form_is_not_shown(content: str, tmp_path: Path) -> None:
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "summary.json").write_text(content)
+    assert profile.read_profile(tmp_path) is None
