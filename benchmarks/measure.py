@@ -105,20 +105,6 @@ def _status(name: str) -> int:
     raise RuntimeError(f"{name} is not in /proc/self/status; this needs Linux")
 
 
-def matmul_flops(size: int = 1024, seconds: float = 1.0) -> float:
-    """Return the floating-point operations a second of a large fp32 product on this machine."""
-    import torch
-
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out = a @ b
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
 def machine() -> dict[str, Any]:
     """Return the things that a figure depends on: processor, device, versions, date."""
     import torch

@@ -11,8 +11,9 @@ their median is quoted. Steps are timed by CUDA events, or by the processor's cl
 
 The share of the ceiling is the operations a second of a step over those of one large product in the
 same dtype, measured in the same process right after the steps. The operations of a side that
-recomputes include its recomputation. Host memory is the peak of the process's anonymous memory,
-minus its anonymous memory after the imports; device memory is the peak that torch allocated.
+recomputes include its recomputation. Host memory is the peak of the process's anonymous memory
+while it takes steps, minus its anonymous memory after the imports; device memory is the peak that
+torch allocated meanwhile.
 
 After that each side records one step, and its time is told by part, as `qlora-kit train --profile`
 tells it.
@@ -95,7 +96,13 @@ def measure(settings: Settings, send: Send) -> None:
     clock.mark()
     take = SIDES[side].build(settings, clock)
     clock.mark()
-    send({"building_seconds": sum(clock.seconds()), "after_imports_bytes": memory.start_bytes})
+    send(
+        {
+            "building_seconds": sum(clock.seconds()),
+            "building_host_bytes": memory.growth_bytes,
+            "after_imports_bytes": memory.start_bytes,
+        }
+    )
     for variant, options in (settings.get("variants") or {"": {}}).items():
         for rows, tokens in settings["shapes"]:
             name = shape_name(rows, tokens) + (variant and f", {variant}")

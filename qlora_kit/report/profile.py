@@ -34,7 +34,7 @@ WARM_UP = 2
 IDLE = "idle"
 _TOP, _TOP_SHOWN = 20, 6
 _SHORT_NAME = 32
-# Above this size a trace is compressed, to about a twentieth; viewers open both.
+# Above this size a trace is compressed, to about a thirteenth; viewers open both.
 _LARGE_BYTES = 20 * 10**6
 
 Summary = Mapping[str, Any]
