@@ -156,7 +156,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
             than `_BUILD_SECONDS` to build.
     """
     name = architecture.model_type
-    _check_kind(architecture, loads)
+    check_kind(architecture, loads)
     try:
         with (
             time_limit(_BUILD_SECONDS),
@@ -178,7 +178,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
     return skeleton
 
 
-def _check_kind(architecture: PreTrainedConfig, loads: str) -> None:
+def check_kind(architecture: PreTrainedConfig, loads: str) -> None:
     """Check that an architecture is of the kind that it is loaded as.
 
     Raises:
