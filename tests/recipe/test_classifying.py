@@ -116,6 +116,7 @@ def test_from_a_table_to_a_merged_model(
 def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert AutoConfig.from_pretrained(model).hidden_dropout_prob > 0, "it has its own dropout"
     whole = trained(model, data, tmp_path / "whole", capsys, "--max-steps", "6")
     parts = tmp_path / "parts"
     trained(model, data, parts, capsys, "--max-steps", "6", "--save-steps", "3")
