@@ -39,7 +39,7 @@ def labelled(
         The labels of the texts and how likely they are, for programs.
 
     Raises:
-        DataError: a prompt is made of turns, is blank, or has no word to tag.
+        DataError: a prompt is made of turns, or has no word to label.
     """
     from qlora_kit.infer.labels import likelihoods
     from qlora_kit.model.threads import choose_threads
@@ -86,8 +86,6 @@ def _text(prompt: PromptRecord) -> str:
             f"{prompt.place}: turns, and a classifier labels one text; expected a text; write the "
             "prompt as one"
         )
-    if not prompt.content.strip():
-        raise DataError(f"{prompt.place}: white space only; expected a text to label; write one")
     return prompt.content
 
 
@@ -97,7 +95,7 @@ def _check_all_read(asked: Sequence[PromptRecord], rows: Sequence[Row]) -> None:
         if index not in read:
             raise DataError(
                 f"{prompt.place}: no word, or one that the tokenizer has no token for; expected "
-                "words to tag; correct it"
+                "words to label; correct it"
             )
 
 
@@ -105,7 +103,10 @@ class _Reader(Protocol):
     """Reads prompts for a classifier, and says what its outputs mean."""
 
     def rows(self, texts: Sequence[str]) -> list[Row]:
-        """Return the rows of all texts; `row` is the index of a text."""
+        """Return the rows of all texts; `row` is the index of a text.
+
+        A text without words has no row.
+        """
         ...
 
     def answer(self, index: int, values: Sequence[list[Any]]) -> dict[str, Any]:
@@ -145,6 +146,7 @@ class _TextReader:
         return [
             {"input_ids": each.ids, "token_types": each.token_types, "labels": no_label, "row": row}
             for row, each in enumerate(encoded)
+            if texts[row].strip()
         ]
 
     def answer(self, index: int, values: Sequence[list[Any]]) -> dict[str, Any]:

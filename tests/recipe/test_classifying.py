@@ -186,7 +186,10 @@ def test_a_prompt_is_a_text_and_is_not_cut_without_a_word(
     own = trained(model, data, tmp_path / "run", capsys, "--max-steps", "1")
     code, _, err = run("generate", "--adapter", str(own), "--prompt", " \n", capsys=capsys)
     assert code == 2
-    assert err == "error: --prompt: white space only; expected a text to label; write one\n"
+    assert err == (
+        "error: --prompt: no word, or one that the tokenizer has no token for; expected words to "
+        "label; correct it\n"
+    )
     code, out, err = run(
         "generate", "--adapter", str(own), "--prompt", "one two " * 60, capsys=capsys
     )
