@@ -22,7 +22,9 @@ def models(as_json: bool) -> None:
     for name, source in known.items():
         size = f"{(source.parameters or 0) / 1e9:8.3f} B"
         click.echo(f"{name:18} {size}  {source.hub_id or 'built in'}")
-    click.echo("\nAny folder or hub id (owner/name) of a causal language model works as well.")
+    click.echo(
+        "\nAny folder or hub id (owner/name) of a decoder, an encoder or a T5 works as well."
+    )
 
 
 @click.command()

@@ -166,7 +166,10 @@ def _parse_pairs(value: Any, form: str, expected: str) -> Any:
     pairs = [re.fullmatch(form, part) for part in split_list(value)]
     if not all(pairs):
         raise ValueError(f"{expected}, several separated by commas")
-    return {pair[1]: pair[2] for pair in pairs if pair is not None}
+    found = {pair[1]: pair[2] for pair in pairs if pair is not None}
+    if len(found) < len(pairs):
+        raise ValueError("expected each name once")
+    return found
 
 
 # ---------------------------------------------------------------- numbers and sizes

@@ -62,6 +62,10 @@ class TextEncoder:
         (encoded,) = self._encode([text], None if second is None else [second], cut=True)
         return encoded
 
+    def length(self, text: str) -> int:
+        """Return the number of tokens of a text before it is cut."""
+        return len(self._encode([text], None)[0].ids)
+
     def encode_whole(self, samples: Sequence[LabelledText]) -> list[EncodedText]:
         """Return samples, all of them pairs or none, however long they are."""
         seconds = [sample.second or "" for sample in samples]

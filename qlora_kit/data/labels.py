@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,6 +30,8 @@ _MOST_NAMED = 6
 # Words that programs write for a number that is missing belong to it: they are told, not learnt.
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?|[+-]?(nan|inf|infinity)", re.I)
 _WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?")
+# Among names they may be classes, but hardly are.
+_ABSENT = ("nan", "null", "n/a", "#n/a", "<na>")
 # A table has no lists: with several labels a sample, this is what people write between them.
 _BETWEEN = re.compile(r"[|,;]")
 
@@ -197,7 +199,7 @@ def names_in(label: Label, kind: LabelKind, where: str) -> list[str]:
         if kind == "single":
             raise DataError(
                 f"{where}: the label is a list; expected one name with --label-kind single; write "
-                "one, or pass --label-kind multi"
+                "one, or train with --label-kind multi"
             )
         return [*map(_one_way, label)]
     if kind == "multi" and isinstance(label, str):
@@ -230,7 +232,7 @@ def _value(label: Label, where: str) -> float:
         found = "is no number" if value is None else "is no finite number"
         raise DataError(
             f"{where}: the label {found}; expected one with --label-kind regression; correct it, "
-            "remove the record, or pass another --label-kind"
+            "remove the record, or train with another --label-kind"
         )
     return value
 
@@ -462,6 +464,25 @@ def missing_from(labels: Labels, counts: Sequence[int], what: str) -> Iterator[s
             f"labels that no row of {what} has: {len(missing):,} ({_listed(missing)}); "
             f"{'it is' if one else 'they are'} never learnt; add rows of "
             f"{'it' if one else 'them'}, or leave {'it' if one else 'them'} out of --labels"
+        )
+
+
+def doubtful(labels: Labels) -> Iterator[str]:
+    """Yield a notice if names of classes look like a slip: two spellings, or a missing value."""
+    spellings = defaultdict(list)
+    for name in labels.names:
+        spellings[name.casefold()].append(name)
+    alike = [name for names in spellings.values() if len(names) > 1 for name in names]
+    if alike:
+        yield (
+            f"labels that differ in capitals only: {len(alike):,} ({_listed(alike)}); each is a "
+            "class of its own; write them alike if they mean the same"
+        )
+    absent = [name for name in labels.names if name.casefold() in _ABSENT]
+    if absent:
+        yield (
+            f"labels that programs write where there is none: {len(absent):,} "
+            f"({_listed(absent)}); each is learnt as a class; remove the records if it is none"
         )
 
 

@@ -186,6 +186,12 @@ def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
     bases = {name: each.record for name, each in stored.items() if each.record is not None}
     for name, record in bases.items():
         first, other = next(iter(bases.items()))
+        if record.classifies != other.classifies:
+            kinds = [each.classifies or "causal" for each in (record, other)]
+            raise AdapterError(
+                f"adapter {name}: for task {kinds[0]}, and {first} for task {kinds[1]}; expected "
+                "adapters of one task; leave one of them out"
+            )
         if record.digest != other.digest:
             raise AdapterError(
                 f"adapter {name}: trained on {record.base}, and {first} on {other.base}, whose "

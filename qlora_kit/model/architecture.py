@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -156,7 +156,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
             than `_BUILD_SECONDS` to build.
     """
     name = architecture.model_type
-    _check_kind(architecture, loads)
+    check_kind(architecture, loads)
     try:
         with (
             time_limit(_BUILD_SECONDS),
@@ -170,6 +170,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
             _fill_computed_buffers(skeleton)
             _turn_transposed(skeleton)
             _take_stacks_apart(skeleton)
+            _let_padding_be(skeleton)
     except TimeUp as error:
         raise ModelError(
             f"{name}: takes longer than {_BUILD_SECONDS:.0f} s to build without weights; expected "
@@ -178,7 +179,7 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
     return skeleton
 
 
-def _check_kind(architecture: PreTrainedConfig, loads: str) -> None:
+def check_kind(architecture: PreTrainedConfig, loads: str) -> None:
     """Check that an architecture is of the kind that it is loaded as.
 
     Raises:
@@ -231,6 +232,21 @@ def _take_stacks_apart(skeleton: PreTrainedModel) -> None:
             experts.add_module(name, stack)
     if found:
         run_experts_by(skeleton, _ONE_BY_ONE, run_experts)
+
+
+def _let_padding_be(skeleton: PreTrainedModel) -> None:
+    """Keep a model from looking for padding, and from advising a mask.
+
+    Rows are masked where a token would see padding, and only there. To look at the ids at every
+    forward would make a GPU wait.
+    """
+    for module in skeleton.modules():
+        if isinstance(module, PreTrainedModel):
+            setattr(module, "warn_if_padding_and_no_attention_mask", _look_at_nothing)  # noqa: B010
+
+
+def _look_at_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Stand in for a check that is not wanted."""
 
 
 def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:

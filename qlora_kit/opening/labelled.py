@@ -51,7 +51,7 @@ def open_classifier(config: TrainConfig, announce: Announce = silent) -> OpenedC
 
     named = config.task if classifies(config.task) else "classify"
     samples = load_samples(config.data, "train", config, task=named)
-    opened = open_tokenizer(config, announce).classifying(labels_of(samples, config))
+    opened = open_tokenizer(config, announce).classifying(labels_of(samples, config), announce)
     task = opened.task
     data = tokenize(samples, opened.tokenizer, config, makes=task.makes)
     opened.check_positions(config, data)

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.threads import Threads
     from qlora_kit.tasks import Task
 
-from qlora_kit.opening.tasks import asked_task, classifier, stored_task
-
-# Models whose first position is the one behind the number of their padding token.
-_COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
+from qlora_kit.opening.tasks import asked_task, classifier, compare_heads, stored_task
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,20 @@ class Opened:
     has_template: bool
     task: Task
 
-    def classifying(self, labels: Labels) -> Opened:
-        """Return the same model, opened as a classifier with these labels."""
-        return replace(self, task=classifier(labels, self.tokenizer.pad_token_id))
+    def classifying(self, labels: Labels, announce: Announce = silent) -> Opened:
+        """Return the same model, opened as a classifier with these labels.
+
+        Args:
+            labels: the labels.
+            announce: receives a notice where the model's head has learnt others.
+
+        Raises:
+            ConfigError: the model has a head already, for other words or another number of labels.
+        """
+        task = classifier(labels, self.tokenizer.pad_token_id)
+        for text in compare_heads(self.source.name, self.task.classes, task.classes):
+            announce(Notice(text))
+        return replace(self, task=task)
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
@@ -67,11 +75,19 @@ class Opened:
 
     def positions(self, options: BaseModelOptions) -> int | None:
         """Return how many tokens of a row the model has positions for; None if it does not say."""
-        text = self.spec(options).architecture().get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
-        if positions is not None and text.model_type in _COUNTED_FROM_PADDING:
-            return int(positions) - (text.pad_token_id or 0) - 1
-        return positions
+        from qlora_kit.model.positions import positions_of
+
+        return positions_of(self.spec(options).architecture())
+
+    def check_kind(self, options: BaseModelOptions) -> None:
+        """Check that the model is of the kind that its task needs.
+
+        Raises:
+            ModelError: it is of another kind; the error names the task that it is for.
+        """
+        from qlora_kit.model.architecture import check_kind
+
+        check_kind(self.spec(options).architecture(), self.task.loads)
 
     def check_positions(self, options: BaseModelOptions, rows: Tokenized) -> None:
         """Check that the model has a position and an embedding for every token of every row.

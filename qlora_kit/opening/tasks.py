@@ -5,7 +5,7 @@ Takes options and folders; returns a `Task`, or its name. No other room names a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from qlora_kit.model.names import find_model
 
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
+    from qlora_kit.model.class_head import ClassHead
     from qlora_kit.model.load import BaseSpec
     from qlora_kit.tasks import Task
 
@@ -88,6 +89,38 @@ def classifier(labels: Labels, pad_token_id: int | None) -> Task:
     if labels.kind == "tags":
         return tag(head, TaggedRows(labels), weights)
     return classify(head, LabelledRows(labels), weights)
+
+
+def compare_heads(model: str, stored: ClassHead | None, asked: ClassHead | None) -> Iterator[str]:
+    """Compare the head that a model has with the one that its data asks for.
+
+    Args:
+        model: name of the model.
+        stored: the model's own head; None where it has none yet.
+        asked: the head that is wanted.
+
+    Yields:
+        A notice where equal outputs get other names.
+
+    Raises:
+        ConfigError: the heads have not the same shape, or one of them tags words.
+    """
+    if stored is None or asked is None:
+        return
+    kinds = (stored.kind == "tags", asked.kind == "tags")
+    if kinds[0] != kinds[1] or len(stored.names) != len(asked.names):
+        has, needs = ("tags words" if tags else "labels texts" for tags in kinds)
+        raise ConfigError(
+            f"{model}: a classifier that {has} and has {len(stored.names):,} outputs, while the "
+            f"data asks for one that {needs} with {len(asked.names):,}; expected the same of both; "
+            "name the model it was trained from, or the labels it has with --labels"
+        )
+    if stored.names != asked.names and asked.kind != "regression":
+        yield (
+            f"{model}: a classifier whose outputs have other names than the labels of the data; "
+            "training begins with what it has learnt, output by output; pass --labels in its order "
+            "if the labels mean the same"
+        )
 
 
 def stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None) -> Task:
@@ -194,6 +227,6 @@ def check_generates(task: Task, asked: str) -> None:
     """
     if not task.generates:
         raise ConfigError(
-            f"{asked}: a model of task {task.name} writes no text; expected one that does; use "
-            "`qlora-kit evaluate`, which measures what it is for"
+            f"{asked}: a model of task {task.name} writes no text; expected one that does; "
+            "`qlora-kit evaluate` without it measures what the model is for"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_kit.config import TrainConfig, that_decide
 from qlora_kit.model.architecture import unquantized_share
 from qlora_kit.model.hardware import Hardware
+from qlora_kit.model.positions import positions_of
 from qlora_kit.plan.alternatives import nothing_fits
 from qlora_kit.plan.budget import Budget
 from qlora_kit.plan.search import SearchResult, search
@@ -177,8 +178,7 @@ def _first_that_fits(
 
 
 def _warnings(subject: Subject) -> list[str]:
-    text = subject.spec.architecture().get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = positions_of(subject.spec.architecture())
     if positions is not None and subject.rows.tokens > positions:
         return [
             f"{subject.rows.tokens:,} tokens are more than the model's {positions:,} positions; "

@@ -35,6 +35,7 @@ from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.adapters import check_base, stored_options
 from qlora_kit.opening.model import open_tokenizer
+from qlora_kit.opening.tasks import stored_task_name
 from qlora_kit.recipe.rows import read_data, tokenize_data
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import (
@@ -254,6 +255,8 @@ def quantize(config: QuantizeConfig, announce: Announce = silent) -> dict[str, A
         ("of", f"{written.original_bytes / 1e9:.3f} GB"),
     )
     announce(Facts(f"quantised into {config.to}", facts))
-    train_it = f"qlora-kit train --model {shlex.quote(str(config.to))} --data my.jsonl"
+    task = stored_task_name(config.model, None)
+    of_task = "" if task == "causal" else f" --task {task}"
+    train_it = f"qlora-kit train{of_task} --model {shlex.quote(str(config.to))} --data my.jsonl"
     announce(Closing((str(config.to),), (train_it,)))
     return {**asdict(written), "folder": str(written.folder)}

@@ -39,7 +39,7 @@ def labelled(
         The labels of the texts and how likely they are, for programs.
 
     Raises:
-        DataError: a prompt is made of turns, or has no word to tag.
+        DataError: a prompt is made of turns, or has no word to label.
     """
     from qlora_kit.infer.labels import likelihoods
     from qlora_kit.model.threads import choose_threads
@@ -77,7 +77,7 @@ def _reader(config: GenerateConfig, opened: Opened, announce: Announce) -> _Read
     most = min(opened.positions(config) or _MOST_TOKENS, opened.tokenizer.model_max_length)
     if tags_words:
         return WordReader(classes, opened.tokenizer, most, is_raw=config.raw)
-    return _TextReader(classes, opened.tokenizer, most)
+    return _TextReader(classes, opened.tokenizer, most, announce)
 
 
 def _text(prompt: PromptRecord) -> str:
@@ -95,7 +95,7 @@ def _check_all_read(asked: Sequence[PromptRecord], rows: Sequence[Row]) -> None:
         if index not in read:
             raise DataError(
                 f"{prompt.place}: no word, or one that the tokenizer has no token for; expected "
-                "words to tag; correct it"
+                "words to label; correct it"
             )
 
 
@@ -103,7 +103,10 @@ class _Reader(Protocol):
     """Reads prompts for a classifier, and says what its outputs mean."""
 
     def rows(self, texts: Sequence[str]) -> list[Row]:
-        """Return the rows of all texts; `row` is the index of a text."""
+        """Return the rows of all texts; `row` is the index of a text.
+
+        A text without words has no row.
+        """
         ...
 
     def answer(self, index: int, values: Sequence[list[Any]]) -> dict[str, Any]:
@@ -118,19 +121,32 @@ class _Reader(Protocol):
 class _TextReader:
     """Reads each text as a whole, see `_Reader`."""
 
-    def __init__(self, classes: ClassHead, tokenizer: Any, max_length: int) -> None:
+    def __init__(
+        self, classes: ClassHead, tokenizer: Any, max_length: int, announce: Announce
+    ) -> None:
         from qlora_kit.data.labelled_rows import TextEncoder
 
         self._classes = classes
         self._encoder = TextEncoder(tokenizer, max_length)
+        self._most = max_length
+        self._announce = announce
 
     def rows(self, texts: Sequence[str]) -> list[Row]:
         """See `_Reader`."""
         no_label: list[float] = [0.0] if self._classes.kind != "multi" else []
         encoded = [self._encoder.encode(text) for text in texts]
+        cut = sum(self._encoder.length(text) > self._most for text in texts)
+        if cut:
+            self._announce(
+                Notice(
+                    f"{cut:,} of {len(texts):,} texts are cut: the model reads {self._most:,} "
+                    "tokens at most"
+                )
+            )
         return [
             {"input_ids": each.ids, "token_types": each.token_types, "labels": no_label, "row": row}
             for row, each in enumerate(encoded)
+            if texts[row].strip()
         ]
 
     def answer(self, index: int, values: Sequence[list[Any]]) -> dict[str, Any]:

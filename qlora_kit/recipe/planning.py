@@ -12,6 +12,7 @@ from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.tasks import check_searchable, planned_task
 
 if TYPE_CHECKING:
+    from qlora_kit.model.load import BaseSpec
     from qlora_kit.plan.planning import Plan
 
 
@@ -35,6 +36,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     check_searchable(task, config)
     spec = base_spec(source, source.folder, config, task)
     config = config.model_copy(update=asdict(spec.quantization))
+    config = _with_rows_that_fit(config, spec, announce)
     rows = RowSizes(config.max_length, answer_tokens=config.max_length)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows, task), budget)
@@ -56,6 +58,28 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
         draw_memory(found["breakdown_bytes"], PURPOSES, title, config.plot)
         announce(Closing((str(config.plot),), ()))
     return found
+
+
+def _with_rows_that_fit(config: PlanConfig, spec: BaseSpec, announce: Announce) -> PlanConfig:
+    """Plan an encoder's rows no longer than it has positions: it cannot compute longer ones.
+
+    A decoder's may be longer, and the plan warns of them.
+    """
+    from qlora_kit.model.class_head import is_encoder
+    from qlora_kit.model.positions import positions_of
+
+    architecture = spec.architecture()
+    positions = positions_of(architecture)
+    if positions is None or config.max_length <= positions or not is_encoder(architecture):
+        return config
+    announce(
+        Notice(
+            f"planned with rows of {positions:,} tokens instead of --max-length "
+            f"{config.max_length:,}: the model has no more positions, and training refuses longer "
+            "rows"
+        )
+    )
+    return config.model_copy(update={"max_length": positions})
 
 
 def _card_rows(made: Plan) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,7 @@ from qlora_kit.events import (
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_searchable, check_task, classifies
 from qlora_kit.redact import redacted_values
+from qlora_kit.train.best import LOSS, check_measured
 
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
@@ -77,18 +78,20 @@ def token_rows(
         notices = _notices_of_text(config, "a source is read as it is, and its target learnt whole")
     elif classifies(config.task):
         labels = _labels(samples, config, announce)
-        opened = open_tokenizer(config, announce).classifying(labels)
+        opened = open_tokenizer(config, announce).classifying(labels, announce)
         notices = _notices_of_text(config, "a labelled text is given to the model as it is")
     else:
         opened = open_tokenizer(config, announce, chat_template=config.chat_template)
         notices = () if opened.task.has_sources else _template_notices(opened)
     check_task(opened.task, config.task)
+    opened.check_kind(config)
     check_searchable(opened.task, config)
     for text in notices:
         announce(Notice(text))
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
+    check_measured(config.best_metric, opened.task.metrics)
     return opened, rows, held_out
 
 
@@ -106,7 +109,9 @@ def _template_notices(opened: Opened) -> Iterator[str]:
 def _notices_of_text(config: TrainConfig, why: str) -> Iterable[str]:
     """Options of text that is continued must not be silently without effect on other tasks."""
     for name in ("train_on", "chat_template"):
-        if name in config.model_fields_set:
+        # A resumed run names all of its options, those at their default too.
+        is_default = getattr(config, name) == TrainConfig.model_fields[name].default
+        if name in config.model_fields_set and not is_default:
             flag = name.replace("_", "-")
             yield f"--{flag} has no effect: {why}"
 
@@ -147,13 +152,20 @@ def tokenize_data(
 
 def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels:
     """Return the labels, which are those of the training samples, and announce them."""
-    from qlora_kit.data.labels import class_counts, labels_of, missing_from, tags_in_words
+    from qlora_kit.data.labels import (
+        class_counts,
+        doubtful,
+        labels_of,
+        missing_from,
+        tags_in_words,
+    )
 
     labels = labels_of(samples, config)
     announce(Notice(f"labels: {labels.describe()}"))
     if labels.kind == "tags":
         announce(Notice(f"tags: {tags_in_words(labels, samples)}"))
-    for text in missing_from(labels, class_counts(labels, samples), samples.source):
+    absent = missing_from(labels, class_counts(labels, samples), samples.source)
+    for text in (*absent, *doubtful(labels)):
         announce(Notice(text))
     return labels
 
@@ -176,6 +188,8 @@ def _check_validation(config: TrainConfig, held_out: Tokenized | None, announce:
         raise ConfigError(f"--early-stopping-patience: there are no validation rows; {remedy}")
     if config.eval_steps is not None:
         announce(Notice(f"--eval-steps has no effect: there are no validation rows; {remedy}"))
+    if config.best_metric != LOSS:
+        announce(Notice(f"--best-metric has no effect: there are no validation rows; {remedy}"))
 
 
 def surveyed(

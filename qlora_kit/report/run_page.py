@@ -69,6 +69,7 @@ def write_run_page(
         time_rows=part_rows(profile) if profile else (),
         longest_rows=top_rows(profile) if profile else (),
         time_of=title_of(profile) if profile else "",
+        evaluated=_evaluated_head(log_rows),
         evaluations=_evaluation_rows(log_rows),
         incidents=_incidents(log_rows),
         most_rows=_MOST_ROWS,
@@ -80,12 +81,30 @@ def write_run_page(
     write_text(folder / NAME, text)
 
 
-def _evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str, str, str]]:
+def _measured(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the keys of what evaluations measured beside the loss, in the log's order."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("eval_"))
+    return [key for key in keys if key != "eval_loss"]
+
+
+def _evaluated_head(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the head of the table of evaluations."""
+    metrics = (key.removeprefix("eval_").replace("_", " ") for key in _measured(rows))
+    return ("step", "epoch", "validation loss", *metrics, "")
+
+
+def _evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    keys = ["eval_loss", *_measured(rows)]
     return [
-        (row["optimizer_step"], f"{row['epoch']:.2f}", f"{row['eval_loss']:.4f}",
+        (row["optimizer_step"], f"{row['epoch']:.2f}", *(_figure(row.get(key)) for key in keys),
          "best so far" if row["is_best"] else "")
         for row in rows if "eval_loss" in row
     ]  # fmt: skip
+
+
+def _figure(value: Any) -> str:
+    """Return a figure of the log; what is no finite number stands there as a text."""
+    return f"{value:.4f}" if isinstance(value, float | int) else str(value or "")
 
 
 def _incidents(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:

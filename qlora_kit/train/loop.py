@@ -23,7 +23,7 @@ import torch
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, Row, TokenRows, epoch_batches, plan_windows
-from qlora_kit.errors import ConfigError, NumericsError, OutOfMemory, TornStep
+from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
     CheckpointSaved,
@@ -47,6 +47,7 @@ from qlora_kit.step.settle import settle
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.classify import RowLoss
 from qlora_kit.tasks.task import Task
+from qlora_kit.train.best import LOSS, falls, is_better
 from qlora_kit.train.checkpoint import (
     Progress,
     StepPlan,
@@ -68,9 +69,6 @@ _MOST_OVERFLOWS_IN_A_ROW = 20
 # The first position can attend to itself only, so queries and keys get no gradient from it.
 _TOKENS_TO_ATTEND = 3
 
-
-# All other metrics are better the higher they are.
-_LOWER_IS_BETTER = ("loss", "rmse", "mae")
 
 Measure = Callable[[], float | Mapping[str, float]]
 """Returns the validation loss, alone or as "loss" among other metrics."""
@@ -114,11 +112,6 @@ class TrainResult:
     last_loss: float
     seconds: float
     peak_memory_bytes: int
-
-
-def _falls(metric: str) -> bool:
-    """Whether a metric falls where a model gets better."""
-    return metric in _LOWER_IS_BETTER
 
 
 def _loss_and_metrics(found: float | Mapping[str, float]) -> tuple[float, dict[str, float]]:
@@ -424,7 +417,7 @@ class _Training:
         stop_early = ""
         if self._is_due(self.config.eval_steps) and self._evaluate():
             name = self.config.best_metric
-            stop_early = f"validation {name} stopped {'falling' if _falls(name) else 'rising'}"
+            stop_early = f"validation {name} stopped {'falling' if falls(name) else 'rising'}"
         if self.is_asked_to_stop:
             stop_early = "the stop rule was met"
         self.progress.evaluated_step = self.progress.optimizer_step
@@ -479,17 +472,10 @@ class _Training:
         Raises:
             ConfigError: it was not measured.
         """
-        name, best = self.config.best_metric, self.progress.best_metric
-        if name == "loss":
+        name = self.config.best_metric
+        if name == LOSS:
             return self.progress.best_loss is None or loss < self.progress.best_loss
-        if name not in metrics:
-            raise ConfigError(
-                f"--best-metric {name}: is not measured here; expected loss"
-                f"{''.join(f', {each}' for each in sorted(metrics))}; correct it"
-            )
-        if best is None:
-            return True
-        return metrics[name] < best if _falls(name) else metrics[name] > best
+        return is_better(name, metrics, self.progress.best_metric)
 
     def _save(self) -> None:
         """Save a checkpoint, unless there was no progress since the last one."""

@@ -7,6 +7,7 @@ run's identity and a checkpoint's state; changes neither.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,17 @@ COVERED: Mapping[str, tuple[str, ...]] = {
 """The values that each name of `--allow-change` covers."""
 
 # A value that follows from other values counts as a difference only if those are equal.
-_CAUSES = {*COVERED["data"], *COVERED["tokenizer"], "seed"} - {"rows", "validation"}
+_CAUSES = {*COVERED["data"], *COVERED["tokenizer"], "seed", "labels"} - {"rows", "validation"}
 _DERIVED: Mapping[str, set[str]] = {
     "template": {"chat_template"}, "rows": {*_CAUSES, "validation"}, "validation": _CAUSES,
+    "labels": {"label_kind", "class_weights"},
+}  # fmt: skip
+# What is compared by a digest has no value that a person could read, or pass.
+_DIGEST = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
+_HOLDS: Mapping[str, str] = {
+    "rows": "the token rows (of equal data and tokenizer)", "data": "the training data",
+    "validation": "the validation data", "template": "the chat template",
+    "labels": "the labels' kind, names, order or weights", "base": "the weights of the base",
 }  # fmt: skip
 # After a change in one of these groups, the rows have another order.
 _REORDERING = ("data", "tokenizer", "batch", "seed")
@@ -73,12 +82,14 @@ def differences(
             differing.remove(name)
     refused, accepted = [], []
     for name in differing:
-        found = f"{_spelled(name)} was {stored.get(name)!r} and is now {identity[name]!r}"
-        group = _group_of(name)
+        before, now, group = stored.get(name), identity[name], _group_of(name)
+        is_digest = all(_DIGEST.fullmatch(str(value)) for value in (before, now))
+        changed = f"{_HOLDS.get(name, name)} changed"
+        found = changed if is_digest else f"{name} was {before!r} and is now {now!r}"
         if group in allowed:
             accepted.append(f"resuming with a change: {found}")
         else:
-            refused.append(f"--resume: {found}; {_remedy(name, group)}")
+            refused.append(f"--resume: {found}; {_remedy(group, is_digest=is_digest)}")
     if any(_group_of(name) in _REORDERING for name in differing) and not refused:
         accepted.append(
             "the rest of this epoch is taken from a new order of the rows: some of them may come "
@@ -91,14 +102,11 @@ def _group_of(name: str) -> str | None:
     return next((group for group, names in COVERED.items() if name in names), None)
 
 
-def _spelled(name: str) -> str:
-    return "the token rows (of equal data and tokenizer)" if name == "rows" else name
-
-
-def _remedy(name: str, group: str | None) -> str:
+def _remedy(group: str | None, *, is_digest: bool) -> str:
     if group is None:
         return "a run cannot change it; pass the stored value, or start a new run"
-    return f"pass the stored one, or --allow-change {group} to go on with other bits"
+    back = "restore what the run had" if is_digest else "pass the stored one"
+    return f"{back}, or pass --allow-change {group} to go on with other bits"
 
 
 def check_resumable(

@@ -146,6 +146,7 @@ def test_every_option_has_a_help_text_and_a_name_of_its_own(config_class: Any) -
     [
         ({"load_in_4bit": False}, "false does not say how; give bits"),
         ({"rank_pattern": "x"}, "expected name=number"),
+        ({"class_weights": "a=1,b=2,a=3"}, "found a=1,b=2,a=3; expected each name once"),
         ({"rank_pattern": "q_proj=0"}, "greater than or equal to 1"),
         ({"alpha_pattern": "q_proj=-1"}, "greater than 0"),
         ({"learning_rate": "inf"}, "finite"),

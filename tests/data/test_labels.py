@@ -14,6 +14,7 @@ from qlora_kit.data.labels import (
     MOST_LABELS,
     Labels,
     class_counts,
+    doubtful,
     held_out_whole,
     labels_of,
     missing_from,
@@ -194,6 +195,13 @@ def test_labels_without_rows_are_told() -> None:
     assert not [*held_out_whole(labels, (1, 0, 3), (1, 0, 1))]
     (line,) = held_out_whole(labels, (1, 0, 3), (0, 0, 2))
     assert line.startswith("labels all of whose rows are held out: 1 (a); they are never learnt; ")
+
+
+def test_names_that_look_like_a_slip_are_told() -> None:
+    assert not [*doubtful(_labels("good", "bad", "none", "Zürich"))]
+    spellings, absent = doubtful(_labels("Good", "good", "bad", "NaN", "§", "N/A"))
+    assert spellings.startswith("labels that differ in capitals only: 2 (Good, good); each is a ")
+    assert absent.startswith("labels that programs write where there is none: 2 (NaN and 1 more); ")
 
 
 def test_labels_are_described_and_told_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,15 @@ def test_what_cannot_be_is_refused(
     )
     with pytest.raises(AdapterError, match=r"replaces lm_head\.weight of the base"):
         qk.load_adapters(base, {"a": folders["a"], "s": tmp_path})
+    tags = shutil.copytree(folders["b"], tmp_path / "tags")
+    for name, more in (
+        ("adapter_config.json", {"task_type": "TOKEN_CLS"}),
+        ("qlora_kit.json", {"labels": ["O", "B-X"], "label_kind": "tags"}),
+    ):
+        content = json.loads((tags / name).read_text())
+        (tags / name).write_text(json.dumps({**content, **more}))
+    with pytest.raises(AdapterError, match="adapter t: for task tag, and a for task causal; exp"):
+        qk.load_adapters(base, {"a": folders["a"], "t": tags})
 
 
 # ---------------------------------------------------------------- as a user runs it

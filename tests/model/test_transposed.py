@@ -15,7 +15,7 @@ from peft_twin import transformers_model
 from safetensors.torch import load_file, save_file
 from support import relative_error
 from tiny_models import OTHERS, fill_lora, load_folder, save_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qlora_kit as qk
 from qlora_kit.errors import AdapterError
@@ -35,6 +35,15 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits  # type: ignore[no-any-return]
+
+
+def test_rows_that_end_with_padding_are_no_reason_to_advise_a_mask(
+    gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2 pads with its end token; no token sees the padding on its right."""
+    advise = "warn_if_padding_and_no_attention_mask"
+    monkeypatch.setattr(PreTrainedModel, advise, lambda *_: pytest.fail("it advises a mask"))
+    logits(load_folder(gpt2, 16).model)
 
 
 def adapter_on(folder: Path, bits: int) -> qk.Adapter:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from data_fixtures import make_tokenizer
 from safetensors.torch import load_file
 from support import as_if_killed_at, run
-from transformers import AutoConfig, AutoModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 GOOD, BAD = ("one two three", "two four six"), ("nine eight seven", "eight five nine")
 STEPS = (
@@ -108,6 +116,7 @@ def test_from_a_table_to_a_merged_model(
 def test_a_resumed_run_has_the_bits_of_the_unbroken_one_and_may_be_profiled(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert AutoConfig.from_pretrained(model).hidden_dropout_prob > 0, "it has its own dropout"
     whole = trained(model, data, tmp_path / "whole", capsys, "--max-steps", "6")
     parts = tmp_path / "parts"
     trained(model, data, parts, capsys, "--max-steps", "6", "--save-steps", "3")
@@ -132,8 +141,9 @@ def test_what_a_classifier_is_written_as_can_be_measured(
         ("export", str(own), "--to", str(packed), "--requantize"),
         ("quantize", "--model", str(merged), "--bits", "8", "--to", str(again)),
     ):
-        code, _, err = run(*command, capsys=capsys)
+        code, out, err = run(*command, capsys=capsys)
         assert code == 0, err
+    assert "qlora-kit train --task classify --model" in out
     for folder, bits in ((merged, "16"), (packed, "4"), (again, "8")):
         code, out, err = run(
             "evaluate", "--model", str(folder), "--bits", bits, "--data", str(data), "--json",
@@ -155,6 +165,77 @@ def test_what_training_would_be_is_told_without_it(
     code, _, err = run("check", *asked, "--data", str(data), "--html", str(page), capsys=capsys)
     assert code == 0, err
     assert "good" in page.read_text(encoding="utf-8")
+
+
+def test_a_plan_has_no_longer_rows_than_an_encoder_has_positions(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for length in ("64", "4096"):
+        code, out, err = run(
+            "plan", "--task", "classify", "--model", str(model), "--device", "cpu", "--max-length",
+            length, "--json", capsys=capsys,
+        )  # fmt: skip
+        assert code == 0, err
+        found.append(json.loads(out)["predicted_peak_bytes"])
+    assert found[0] == found[1]
+    assert "planned with rows of 64 tokens instead of --max-length 4,096" in err
+
+
+def test_a_prompt_is_a_text_and_is_not_cut_without_a_word(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = trained(model, data, tmp_path / "run", capsys, "--max-steps", "1")
+    code, _, err = run("generate", "--adapter", str(own), "--prompt", " \n", capsys=capsys)
+    assert code == 2
+    assert err == (
+        "error: --prompt: no word, or one that the tokenizer has no token for; expected words to "
+        "label; correct it\n"
+    )
+    code, out, err = run(
+        "generate", "--adapter", str(own), "--prompt", "one two " * 60, capsys=capsys
+    )
+    assert code == 0, err
+    assert "note: 1 of 1 texts are cut: the model reads 64 tokens at most" in out
+
+
+@pytest.mark.parametrize(
+    ("loads", "labels", "said"),
+    [
+        (AutoModelForSequenceClassification, ("bad", "good"), ""),
+        (AutoModelForSequenceClassification, ("good", "bad"), "note: *outputs have other names*"),
+        (
+            AutoModelForSequenceClassification, ("a", "b", "c"),
+            "error: *: a classifier that labels texts and has 3 outputs, while the data asks for "
+            "one that labels texts with 2; expected the same of both; name the model it *",
+        ),
+        (
+            AutoModelForTokenClassification, ("bad", "good"),
+            "error: *: a classifier that tags words and has 2 outputs, while the data asks for one "
+            "that labels texts with 2; *",
+        ),
+    ],
+)  # fmt: skip
+def test_a_head_that_a_model_has_already_must_fit_the_labels(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    loads: Any,
+    labels: tuple[str, ...],
+    said: str,
+) -> None:
+    config = AutoConfig.from_pretrained(model, id2label=dict(enumerate(labels)))
+    loads.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    code, out, err = run(
+        "check", "--task", "classify", "--model", str(tmp_path), "--data", str(data),
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == (2 if said.startswith("error") else 0), err
+    lines = [line for line in (out + err).splitlines() if "a classifier" in line]
+    assert fnmatch.filter(lines, said or "*") == lines
+    assert len(lines) == bool(said)
 
 
 def test_an_encoder_by_itself_is_not_quantised(
@@ -196,11 +277,18 @@ def test_what_does_not_go_together_is_one_line(
     assert code == 2
     assert message in err
     assert len([line for line in err.splitlines() if line.startswith("error")]) == 1
+    assert not [*(tmp_path / "run").glob("*")], "the command can be corrected and given again"
 
 
 def test_an_encoder_is_told_apart_from_a_language_model(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = run("generate", "--model", str(model), "--prompt", "one", capsys=capsys)
-    assert code == 2
-    assert "bert: reads whole texts and writes none" in err
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "one", "completion": "two"}\n')
+    for command in (
+        ("generate", "--model", str(model), "--prompt", "one"),
+        ("check", "--model", str(model), "--data", str(pairs)),
+    ):
+        code, _, err = run(*command, capsys=capsys)
+        assert code == 2
+        assert "bert: reads whole texts and writes none" in err

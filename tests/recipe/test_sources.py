@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +117,10 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one_and_may_be_profiled(
     model: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--max-steps", "6", "--lora-dropout", "0.1", "--samples", "0")
+    # T5 has dropout of its own as well.
+    model = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.1}))
     whole = trained(model, data, tmp_path / "whole", capsys, *more)
     parts = trained(model, data, tmp_path / "parts", capsys, *more, "--save-steps", "3")
     as_if_killed_at(parts, 3)

@@ -106,6 +106,22 @@ def test_the_page_says_all_there_is_to_say(tmp_path: Path) -> None:
     assert re.findall(r"<tr><td>(\w+)</td>", changed) == ["rank", "learning_rate", "output"]
 
 
+def test_each_evaluation_has_all_that_was_measured(tmp_path: Path) -> None:
+    found = {"epoch": 1.0, "is_best": False, "seconds": 0.1}
+    rows = [
+        *log_rows(10),
+        {"optimizer_step": 5, "eval_loss": 0.5, **found},
+        {"optimizer_step": 9, "eval_loss": "nan", "eval_macro_f1": 0.75, **found, "is_best": True},
+    ]
+    table = write(tmp_path, rows).split("Evaluations (2)")[1].split("</table>")[0]
+    assert re.findall(r"<th>(.*?)</th>", table) == [
+        "step", "epoch", "validation loss", "macro f1", "",
+    ]  # fmt: skip
+    assert re.findall(r"<td[^>]*>(.*?)</td>", table) == [
+        "5", "1.00", "0.5000", "", "", "9", "1.00", "nan", "0.7500", "best so far",
+    ]  # fmt: skip
+
+
 def test_strangers_text_is_escaped_and_secrets_are_not_there(tmp_path: Path) -> None:
     text = write(tmp_path, log_rows())
     assert "<script" not in text

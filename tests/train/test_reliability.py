@@ -686,7 +686,9 @@ def test_each_difference_is_listed_with_the_group_that_allows_it() -> None:
         check_resumable(changed, state_of(stored))
     text = "\n".join(caught.value.faults)
     assert len(caught.value.faults) == 4, "other rows follow from another tokenizer"
-    assert "batch_size was 1 and is now 2; pass the stored one, or --allow-change batch" in text
+    assert (
+        "batch_size was 1 and is now 2; pass the stored one, or pass --allow-change batch" in text
+    )
     assert "--allow-change base" in text
     assert "--allow-change tokenizer" in text
     assert "rank was 8 and is now 16; a run cannot change it" in text
@@ -701,8 +703,28 @@ def test_each_difference_is_listed_with_the_group_that_allows_it() -> None:
 
 
 def test_rows_that_changed_on_their_own_are_a_difference() -> None:
-    with pytest.raises(ConfigError, match="token rows"):
-        check_resumable({"rows": 2, "data": 1}, state_of({"rows": 1, "data": 1}))
+    before, now = {"rows": "a" * 32, "data": 1}, {"rows": "b" * 32, "data": 1}
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(now, state_of(before))
+    assert caught.value.faults == (
+        "--resume: the token rows (of equal data and tokenizer) changed; restore what the run had, "
+        "or pass --allow-change data to go on with other bits",
+    )
+
+
+def test_labels_that_changed_are_told_once_and_without_a_digest() -> None:
+    before = {"labels": "a" * 64, "label_kind": "auto", "validation": "a" * 32}
+    relabelled = before | {"labels": "b" * 64, "validation": "b" * 32}
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(relabelled, state_of(before))
+    assert caught.value.faults == (
+        "--resume: the labels' kind, names, order or weights changed; restore what the run had, or "
+        "pass --allow-change task to go on with other bits",
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(relabelled | {"label_kind": "multi"}, state_of(before))
+    assert len(caught.value.faults) == 1, "other labels follow from another kind"
+    assert "label_kind was 'auto' and is now 'multi'" in caught.value.faults[0]
 
 
 def test_every_group_is_an_allowed_name_and_stands_in_the_documentation() -> None:
