@@ -3,8 +3,9 @@
     python benchmarks/time_predictions.py
     python benchmarks/time_predictions.py --only cpu
 
-On this CPU it measures the ceilings and takes optimiser steps, one shape after the other. With one
-thread (OMP_NUM_THREADS=1) both are times of the processor, so other processes hardly matter.
+On this CPU it measures the ceilings and takes optimiser steps, one shape after the other. The
+fastest step counts. With one thread (OMP_NUM_THREADS=1) both are times of the processor, so other
+processes matter less.
 
 For the GPU it takes the steps and rates that `results/gpu` has of one H100. There the host's time
 for a call was not measured. It is taken from one step that the host limits (marked "fitted"), and
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import time
 from typing import Any
 
@@ -84,7 +84,7 @@ def row_of(case: str, predicted: float, measured: float) -> dict[str, Any]:
 def cpu_row(
     model: str, rows: int, tokens: int, targets: str, dtype: str, steps: int
 ) -> dict[str, Any]:
-    """Measure the ceilings and some steps; return the prediction beside the median step."""
+    """Measure the ceilings and some steps; return the prediction beside the fastest step."""
     import torch
 
     import qlora_kit as qk
@@ -117,7 +117,7 @@ def cpu_row(
     qk.train_adapter(adapter, data, config, announce=listen)
     seconds = [end - start for start, end in itertools.pairwise(marks)]
     case = f"{model}, {rows} x {tokens}, {targets}, {dtype}"
-    return row_of(case, predicted, statistics.median(seconds[WARM_UP:]))
+    return row_of(case, predicted, min(seconds[WARM_UP:]))
 
 
 # ---------------------------------------------------------------- the record of a GPU

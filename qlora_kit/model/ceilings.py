@@ -1,6 +1,6 @@
 """The rates that a device reaches at its best: matrix products, passes over memory, calls.
 
-They are measured in about a second and kept in the user's cache, or taken from the data sheet of a
+They are measured in a few seconds and kept in the user's cache, or taken from the data sheet of a
 card that is not here (`model/cards.py`). No model is needed; the time of a step is predicted from
 them (`plan/duration.py`).
 """
@@ -11,7 +11,7 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ _PASS_BYTES = {"cpu": (1 << 16, 1 << 20, 1 << 23, 1 << 26), "cuda": (1 << 22, 1 
 _UNPACKED_SHAPE = {"cpu": (1024, 1024), "cuda": (4096, 4096)}
 _LINK_BYTES = 1 << 26
 _CALLS = 200
-# The best of several tries: on a shared machine most tries share their core.
-_LEAST_TRIES, _SECONDS_A_RATE = 3, 0.06
+# The best of several tries counts, in rounds that lie a while apart: on a shared machine most tries
+# share their core.
+_LEAST_TRIES, _SECONDS_A_TRY, _ROUNDS = 2, 0.04, 4
 # bfloat16 costs exactness, so a smaller gain is not worth a proposal.
 _GAIN_WORTH_SAYING = 1.5
 # Written into each file; a file of another layout is measured again.
@@ -102,9 +103,16 @@ def ceilings_of(device: torch.device, *, cache: Path | None = None) -> Ceilings:
     found = _from_cache(file, key)
     if found is None:
         found = measured(device)
-        release_memory(device)
+        _forget(device)
         _keep(file, key, found)
     return found
+
+
+def _forget(device: torch.device) -> None:
+    """Give the memory of a measurement back, and take it out of a GPU's record of its peak."""
+    release_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def proposing_bfloat16(hardware: Hardware) -> Hardware:
@@ -188,27 +196,43 @@ def _keep(file: Path, key: dict[str, Any], found: Ceilings) -> None:
 
 def measured(device: torch.device) -> Ceilings:
     """Measure the rates of a device of this machine."""
+    with torch.no_grad():
+        rounds = [_round(device) for _ in range(_ROUNDS)]
+    return replace(
+        rounds[0],
+        flop_per_second=_fastest([each.flop_per_second for each in rounds]),
+        bytes_per_second=tuple(
+            max(rates) for rates in zip(*(each.bytes_per_second for each in rounds), strict=True)
+        ),
+        unpacked_per_second=_fastest([each.unpacked_per_second for each in rounds]),
+        link_bytes_per_second=max(each.link_bytes_per_second or 0.0 for each in rounds) or None,
+        call_seconds=min(each.call_seconds or math.inf for each in rounds),
+    )
+
+
+def _fastest(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: max(each[name] for each in rounds) for name in rounds[0]}
+
+
+def _round(device: torch.device) -> Ceilings:
+    """Measure every rate once."""
     on_gpu = device.type == "cuda"
     dtypes = ("float32", "bfloat16", *(("float16",) if on_gpu else ()))
-    with torch.no_grad():
-        return Ceilings(
-            device=device_name(device),
-            flop_per_second={name: _product_rate(device, dtype_named(name)) for name in dtypes},
-            bytes_per_second=tuple(
-                (size, _pass_rate(device, size)) for size in _PASS_BYTES[device.type]
-            ),
-            unpacked_per_second={
-                name: _unpacking_rate(device, dtype_named(name)) for name in dtypes
-            },
-            link_bytes_per_second=_link_rate(device) if on_gpu else None,
-            call_seconds=_call_seconds(device),
-            is_measured=True,
-        )
+    sizes = _PASS_BYTES[device.type]
+    return Ceilings(
+        device=device_name(device),
+        flop_per_second={name: _product_rate(device, dtype_named(name)) for name in dtypes},
+        bytes_per_second=tuple((size, _pass_rate(device, size)) for size in sizes),
+        unpacked_per_second={name: _unpacking_rate(device, dtype_named(name)) for name in dtypes},
+        link_bytes_per_second=_link_rate(device) if on_gpu else None,
+        call_seconds=_call_seconds(device),
+        is_measured=True,
+    )
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = _PRODUCT_SIZE[device.type]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left, right = (_numbers(device, size, size).to(dtype) for _ in range(2))
     return 2 * size**3 / _best_seconds(device, lambda: left @ right)
 
 
@@ -219,10 +243,15 @@ def _pass_rate(device: torch.device, moved_bytes: int) -> float:
 
 
 def _unpacking_rate(device: torch.device, dtype: torch.dtype) -> float:
-    weight = Quantization(4).freeze(torch.randn(_UNPACKED_SHAPE[device.type], device=device))
+    weight = Quantization(4).freeze(_numbers(device, *_UNPACKED_SHAPE[device.type]))
     made = weight.dequantize(dtype)
     moved = weight.stored_bytes + made.nbytes
     return moved / _best_seconds(device, lambda: weight.dequantize(dtype))
+
+
+def _numbers(device: torch.device, *shape: int) -> torch.Tensor:
+    """Return random numbers, without a draw from the generator that a run draws from."""
+    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
 
 
 def _link_rate(device: torch.device) -> float:
@@ -249,7 +278,7 @@ def _best_seconds(device: torch.device, work: Callable[[], object]) -> float:
     work()
     _wait_for(device)
     begin = time.perf_counter()
-    while tries < _LEAST_TRIES or time.perf_counter() - begin < _SECONDS_A_RATE:
+    while tries < _LEAST_TRIES or time.perf_counter() - begin < _SECONDS_A_TRY:
         start = clock()
         work()
         _wait_for(device)

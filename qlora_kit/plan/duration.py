@@ -20,7 +20,7 @@ from qlora_kit.plan.ledger import Operation, Work
 # Share of the best rates that a step reaches. On a GPU: six steps of deepseek-7b on one H100; on a
 # CPU: the steps of `benchmarks/results/time_predictions.json`.
 GPU_SHARE = 0.78
-CPU_SHARE = 0.83
+CPU_SHARE = 0.70
 # An operation of a step takes the host longer than a small one alone: around it are Python,
 # autograd and the allocator. So many times as long, measured on a CPU.
 CALL_FACTOR = 23

@@ -17,14 +17,13 @@ from typing import Any
 from qlora_kit.config import TrainConfig
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.events import Announce, Facts, Notice
-from qlora_kit.model.ceilings import ceilings_of
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_memory
 from qlora_kit.plan.budget import budget_of, free_bytes
 from qlora_kit.plan.duration import about
 from qlora_kit.plan.planning import Plan, make_plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse
-from qlora_kit.plan.subject import Subject, standing_in_for
+from qlora_kit.plan.subject import Subject, rates_of, standing_in_for
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.memory import difference_text, draw_timeline, size_text
@@ -56,7 +55,7 @@ def plan_run(
     hardware = subject.hardware
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
     planned = replace(
-        subject, hardware=standing_in_for(hardware), ceilings=ceilings_of(hardware.device)
+        subject, hardware=standing_in_for(hardware), ceilings=rates_of(hardware.device)
     )
     try:
         plan = make_plan(config, planned, budget, choose=choose)

@@ -194,10 +194,21 @@ def planned_ceilings(hardware: Hardware, card: str | None) -> Ceilings | str:
             raise ConfigError(f"--card {card}: this plan is for a CPU; expected --device cuda")
         return ceilings_of_card(card)
     if on_cpu:
-        return ceilings_of(hardware.device)
+        return rates_of(hardware.device)
     if torch.cuda.is_available():
-        return ceilings_of(torch.device("cuda", torch.cuda.current_device()))
+        return rates_of(torch.device("cuda", torch.cuda.current_device()))
     return "there is no GPU here to measure; --card names one, such as --card 'RTX 4090'"
+
+
+def rates_of(device: torch.device) -> Ceilings | str:
+    """Return the rates of a device of this machine, or the reason why they are not known.
+
+    A device that cannot be measured now, because others have its memory, costs only the time.
+    """
+    try:
+        return ceilings_of(device)
+    except RuntimeError as error:
+        return f"the device could not be measured ({type(error).__name__})"
 
 
 def standing_in_for(hardware: Hardware) -> Hardware:

@@ -54,6 +54,12 @@ def test_a_cpu_is_measured() -> None:
     assert found.gain("float32") == 1
 
 
+def test_measuring_draws_nothing_from_the_generator_of_a_run() -> None:
+    before = torch.random.get_rng_state()
+    measured(CPU)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_rates_are_kept_and_read_again(tmp_path: Path, measurements: list[torch.device]) -> None:
     assert ceilings_of(CPU, cache=tmp_path) == ceilings_of(CPU, cache=tmp_path) == SOME
     assert measurements == [CPU]
