@@ -28,10 +28,10 @@ from qlora_kit.storage import parse_json
 WARM_UP = 1
 # Model, rows, tokens, targets, dtype, steps.
 CPU_SHAPES = (
-    ("smollm2-135m-instruct", 2, 256, "attention", "float32", 4),
-    ("smollm2-135m-instruct", 2, 256, "attention", "bfloat16", 4),
-    ("smollm2-135m-instruct", 1, 64, "all-linear", "float32", 6),
-    ("smollm2-135m-instruct", 4, 128, "all-linear", "bfloat16", 4),
+    ("smollm2-135m-instruct", 2, 256, "attention", "float32", 3),
+    ("smollm2-135m-instruct", 2, 256, "attention", "bfloat16", 3),
+    ("smollm2-135m-instruct", 1, 64, "all-linear", "float32", 5),
+    ("smollm2-135m-instruct", 4, 128, "all-linear", "bfloat16", 3),
     ("demo", 8, 56, "attention", "float32", 12),
 )
 GPU_SIDES: dict[str, dict[str, Any]] = {

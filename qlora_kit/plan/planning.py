@@ -138,7 +138,8 @@ class Plan:
             rows.append(
                 (
                     f"{place}.",
-                    f"{size_text(choice.needs.peak_bytes):>8}  work {choice.cost / best:4.2f}  "
+                    f"{size_text(choice.needs.peak_bytes):>8}  {self.found.ranked_by} "
+                    f"{choice.cost / best:4.2f}  "
                     f"{work:.2e} FLOP  {size_text(copied):>8} copied  "
                     f"{choice.describe(self.found.layers)}",
                 )

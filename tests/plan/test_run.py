@@ -254,3 +254,16 @@ def test_a_run_that_cannot_be_simulated_still_runs_unless_a_budget_was_asked_for
     assert any("is not predicted (RuntimeError)" in e.text for e in said if isinstance(e, Notice))
     with pytest.raises(RuntimeError, match="no such op"):
         plan_tiny(save_tiny("deepseek-7b"), said.append, vram="1GB")
+
+
+def test_the_dtype_that_was_chosen_is_kept_by_a_resumed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--batch-size", "2", "--gradient-accumulation-steps", "1", "--samples", "0",
+             "--no-rehearse", "--output", str(tmp_path / "run"))  # fmt: skip
+    code, out, err = train(*asked, "--dtype", "bfloat16", capsys=capsys)
+    assert code == 0, err
+    assert "bfloat16 (as asked)" in out
+    code, out, err = train(*asked, "--max-steps", "3", "--resume", capsys=capsys)
+    assert code == 0, err
+    assert "bfloat16 (as asked)" in out
