@@ -3,8 +3,8 @@
     python benchmarks/time_predictions.py
     python benchmarks/time_predictions.py --only cpu
 
-On this CPU it measures the ceilings and takes optimiser steps, one shape after the other. The
-fastest step counts. With one thread (OMP_NUM_THREADS=1) both are times of the processor, so other
+On this CPU it measures the ceilings and takes optimiser steps of each shape. The fastest step
+counts. With one thread (OMP_NUM_THREADS=1) both are times of the processor, so other
 processes matter less.
 
 For the GPU it takes the steps and rates that `results/gpu` has of one H100. There the host's time
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from typing import Any
 
@@ -31,7 +32,6 @@ CPU_SHAPES = (
     ("smollm2-135m-instruct", 2, 256, "attention", "float32", 3),
     ("smollm2-135m-instruct", 2, 256, "attention", "bfloat16", 3),
     ("smollm2-135m-instruct", 1, 64, "all-linear", "float32", 5),
-    ("smollm2-135m-instruct", 4, 128, "all-linear", "bfloat16", 3),
     ("demo", 8, 56, "attention", "float32", 12),
 )
 GPU_SIDES: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def main() -> None:
     if only != "cpu":
         found["gpu"] = gpu_rows()
     if only != "gpu":
-        found["cpu"] = [cpu_row(*shape) for shape in CPU_SHAPES]
+        found["cpu"] = cpu_rows()
     for rows in found.values():
         print_table(rows, list(rows[0]))
     kept = RESULTS / "time_predictions.json"
@@ -81,17 +81,26 @@ def row_of(case: str, predicted: float, measured: float) -> dict[str, Any]:
 # ---------------------------------------------------------------- a CPU
 
 
+def cpu_rows() -> list[dict[str, Any]]:
+    """Measure the ceilings, and the steps of each shape."""
+    import torch
+
+    from qlora_kit.model.ceilings import measured
+
+    ceilings = measured(torch.device("cpu"))
+    return [cpu_row(ceilings, *shape) for shape in CPU_SHAPES]
+
+
 def cpu_row(
-    model: str, rows: int, tokens: int, targets: str, dtype: str, steps: int
+    ceilings: Any, model: str, rows: int, tokens: int, targets: str, dtype: str, steps: int
 ) -> dict[str, Any]:
-    """Measure the ceilings and some steps; return the prediction beside the fastest step."""
+    """Take some steps; return the prediction beside the fastest of them."""
     import torch
 
     import qlora_kit as qk
     from qlora_kit.events import Event, RunStarted, StepFinished
-    from qlora_kit.model.ceilings import measured as measured_ceilings
-    from qlora_kit.plan.duration import step_seconds
-    from qlora_kit.plan.simulate import predict
+    from qlora_kit.plan.duration import StepWork, step_seconds
+    from qlora_kit.plan.simulate import BatchShape, simulated_run
     from qlora_kit.plan.subject import RowSizes, Subject
 
     run = run_of(model, rows, tokens, targets)
@@ -102,8 +111,9 @@ def cpu_row(
         targets=(targets,), device="cpu", dtype=dtype,
     )  # fmt: skip
     subject = Subject(spec, qk.LoraSpec.of(config), hardware, RowSizes(tokens))
-    work = predict(subject, config).step
-    predicted = step_seconds(work, measured_ceilings(torch.device("cpu"))).all
+    with simulated_run(subject, config, spec.skeleton()) as simulated:
+        simulated.step(config, BatchShape(rows, tokens))
+        work = StepWork(simulated.work, simulated.update_work, 1, rows * tokens)
     adapter = qk.attach(qk.load_base(spec, hardware), qk.LoraSpec.of(config))
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     marks: list[float] = []
@@ -117,7 +127,9 @@ def cpu_row(
     qk.train_adapter(adapter, data, config, announce=listen)
     seconds = [end - start for start, end in itertools.pairwise(marks)]
     case = f"{model}, {rows} x {tokens}, {targets}, {dtype}"
-    return row_of(case, predicted, min(seconds[WARM_UP:]))
+    found = row_of(case, step_seconds(work, ceilings).all, min(seconds[WARM_UP:]))
+    print(found, file=sys.stderr)
+    return found
 
 
 # ---------------------------------------------------------------- the record of a GPU

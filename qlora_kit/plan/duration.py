@@ -17,8 +17,8 @@ from typing import Any
 from qlora_kit.model.ceilings import Ceilings
 from qlora_kit.plan.ledger import Operation, Work
 
-# Share of the best rates that a step reaches. On a GPU: six steps of deepseek-7b on one H100; on a
-# CPU: the steps of `benchmarks/results/time_predictions.json`.
+# Share of the best rates that a step reaches. On a GPU: three steps of deepseek-7b, which one H100
+# limited and not its host; on a CPU: the steps of `benchmarks/results/time_predictions.json`.
 GPU_SHARE = 0.78
 CPU_SHARE = 0.70
 # Copies run beside the computation; the published cost of doing so is 0 to 2 % of the step.
@@ -26,6 +26,15 @@ SHARE_OF_COPIES_SEEN = 0.1
 # An operation of a step takes the host longer than a small one alone: around it are Python,
 # autograd and the allocator. So many times as long, measured on a CPU.
 CALL_FACTOR = 23
+
+_LIMITS = {
+    "device": "the device",
+    "host": "the host, whose time is known within a factor of two only",
+    "link": "the copies",
+}
+# From the first of these times on, a time is told in the unit beside it.
+_UNITS = ((86_400 * 2, 86_400, "days"), (5_400, 3_600, "h"), (90, 60, "min"))
+_STEPS_OF_UNKNOWN_DATA = 1000
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,9 @@ class Pace:
     def _source(self) -> str:
         if not self.ceilings.is_measured:
             return "from the card's data sheet, not measured; the host is taken to keep up"
-        limits = {"device": "the device", "host": "the host, which calls it", "link": "the copies"}
-        return f"measured on this device; the limit is {limits[self.step.bound]}"
+        if not self.ceilings.is_of_gpu:
+            return "measured on this device"
+        return f"measured on this device; the limit is {_LIMITS[self.step.bound]}"
 
     @property
     def share(self) -> float:
@@ -163,11 +173,6 @@ def about(seconds: float) -> str:
         if seconds >= least:
             return f"about {_digits(seconds / unit_seconds)} {unit}"
     return f"about {_digits(seconds)} s"
-
-
-# From the first of these times on, a time is told in the unit beside it.
-_UNITS = ((86_400 * 2, 86_400, "days"), (5_400, 3_600, "h"), (90, 60, "min"))
-_STEPS_OF_UNKNOWN_DATA = 1000
 
 
 def _rounded(value: float) -> float:

@@ -80,10 +80,10 @@ class _StepTaken(NamedTuple):
     The seconds, of the device and of the host that calls it, are 0 where no rates are known.
     """
 
-    forward: int
-    backward: int
-    flop: int
-    unpacked_bytes: int
+    forward: float
+    backward: float
+    flop: float
+    unpacked_bytes: float
     device_seconds: float
     host_seconds: float
 
@@ -97,9 +97,7 @@ class _Kind(NamedTuple):
 
 
 def _between(low: _StepTaken, high: _StepTaken, share: float) -> _StepTaken:
-    values = (a + share * (b - a) for a, b in zip(low, high, strict=True))
-    *whole, device_seconds, host_seconds = values
-    return _StepTaken(*map(round, whole), device_seconds, host_seconds)
+    return _StepTaken(*(a + share * (b - a) for a, b in zip(low, high, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,8 @@ class Extrapolation:
         beside = max(recomputed * checkpoints, self.layers * self.layer_copy_bytes)
         host = max(self.host_load_bytes, self.host_bytes + beside) - moved
         work = self._work(setting)
-        return Needs(max(peaks) + held + deeper + moved, host, work, self._seconds(setting, work))
+        peak = round(max(peaks)) + held + deeper + moved
+        return Needs(peak, host, work, self._seconds(setting, work))
 
     def _kind(self, setting: Setting) -> _Kind:
         """Return the steps measured with the setting's rows, or a point on the line through two."""
@@ -257,7 +256,7 @@ def extrapolate(
     host = {phase: run.host[phase].bytes for phase in ("load", "optimizer", "save")}
     first = kinds[tiles[0]][rows[0]]
     checkpoint = run.base.batch_width(tokens) * text.hidden_size * hardware.dtype.itemsize
-    layer = deeper.forward - first.one_kept.forward
+    layer = round(deeper.forward - first.one_kept.forward)
     outside, ceilings = _outside(first, deeper), subject.ceilings
     return Extrapolation(
         layers=text.num_hidden_layers,
@@ -267,7 +266,7 @@ def extrapolate(
         host_load_bytes=host["load"],
         host_bytes=host["optimizer"],
         layer_copy_bytes=(host["save"] - host["optimizer"]) // _DEPTH,
-        head_work=Work(outside.flop // rows[0], outside.unpacked_bytes),
+        head_work=Work(round(outside.flop / rows[0]), round(outside.unpacked_bytes)),
         head_seconds=(outside.device_seconds / rows[0], outside.host_seconds / rows[0]),
         link_bytes_per_second=(
             None if isinstance(ceilings, str) else ceilings.link_bytes_per_second

@@ -58,7 +58,7 @@ class Operation(NamedTuple):
 
     Attributes:
         kind: "product" of matrices or attention, "unpacking" of weights, "pass" over memory.
-        dtype: the dtype of the result, such as "bfloat16".
+        dtype: the dtype of the result, or of the matrices of a product, such as "bfloat16".
         flop: floating-point operations; 0 unless it is a product.
         bytes: bytes read and written.
     """
