@@ -8,6 +8,7 @@ them (`plan/duration.py`).
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import math
 import platform
 import time
@@ -135,7 +136,7 @@ def _key(device: torch.device) -> dict[str, Any]:
     return {
         "layout": _LAYOUT,
         "device": device_name(device),
-        "torch": torch.__version__,
+        "torch": importlib.metadata.version("torch"),
         "threads": torch.get_num_threads(),
         "deterministic": on_gpu and torch.are_deterministic_algorithms_enabled(),
     }

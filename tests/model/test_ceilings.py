@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,12 +66,16 @@ def test_rates_are_kept_and_read_again(tmp_path: Path, measurements: list[torch.
     assert measurements == [CPU]
 
 
-@pytest.mark.parametrize("part", ["get_num_threads", "__version__"])
+@pytest.mark.parametrize(
+    ("home", "name", "value"),
+    [(torch, "get_num_threads", 77), (importlib.metadata, "version", "9.9")],
+)
 def test_another_torch_or_number_of_threads_is_measured_anew(
-    part: str, tmp_path: Path, measurements: list[torch.device], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    home: Any, name: str, value: Any, tmp_path: Path, measurements: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     ceilings_of(CPU, cache=tmp_path)
-    monkeypatch.setattr(torch, part, (lambda: 77) if part == "get_num_threads" else "9.9")
+    monkeypatch.setattr(home, name, lambda *_: value)
     ceilings_of(CPU, cache=tmp_path)
     ceilings_of(CPU, cache=tmp_path)
     assert len(measurements) == 2

@@ -20,6 +20,7 @@ from qlora_kit.plan.duration import (
     CALL_FACTOR,
     CPU_SHARE,
     GPU_SHARE,
+    SHARE_OF_COPIES_SEEN,
     Pace,
     Seconds,
     StepWork,
@@ -139,7 +140,7 @@ def test_a_gpu_takes_as_long_as_the_slowest_of_three(
         {
             "device": count * flop / 1e14 / GPU_SHARE,
             "host": count * CALL_FACTOR * 1e-6,
-            "link": crossing / 1e10,
+            "link": (1 + SHARE_OF_COPIES_SEEN) * crossing / 1e10,
         }[bound]
     )
 
