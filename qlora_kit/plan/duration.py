@@ -18,7 +18,7 @@ from qlora_kit.model.ceilings import Ceilings
 from qlora_kit.plan.ledger import Operation, Work
 
 # Share of the best rates that a step reaches. On a GPU: three steps of deepseek-7b, which one H100
-# limited and not its host; on a CPU: the steps of `benchmarks/results/time_predictions.json`.
+# limited and not its host; on a CPU: three steps of SmolLM2-135M (docs/performance.md).
 GPU_SHARE = 0.78
 CPU_SHARE = 0.70
 # Copies run beside the computation; the published cost of doing so is 0 to 2 % of the step.
