@@ -202,13 +202,22 @@ class Extrapolation:
         _, one, two = self._kind(setting)
         if not one.device_seconds:
             return None
-        on_device, on_host = (seconds * setting.rows for seconds in self.head_seconds)
+        outside = self.head_seconds[0] * setting.rows
         link = self.link_bytes_per_second
         return Seconds(
-            self._whole(setting, one.device_seconds, two.device_seconds, on_device),
-            self._whole(setting, one.host_seconds, two.host_seconds, on_host),
+            self._whole(setting, one.device_seconds, two.device_seconds, outside),
+            self._host_seconds(setting, one.host_seconds, two.host_seconds),
             work.crossing_bytes / link if link else 0.0,
         )
+
+    def _host_seconds(self, setting: Setting, one: float, two: float) -> float:
+        """Return the host's time; the calls of a layer are as many for any number of rows."""
+        measured = self.kinds[setting.tile_tokens]
+        rows = min(measured)
+        _, first, second = measured[rows]
+        inside = 2 * first.host_seconds - second.host_seconds - self.head_seconds[1] * rows
+        layer = inside / _DEPTH
+        return one + (self.layers - _DEPTH) * layer - (setting.keep_layers - 1) * (one - two)
 
     def _whole(self, setting: Setting, one: float, two: float, outside: float) -> float:
         """Return an amount of the whole model, from those of one and of two layers kept.
