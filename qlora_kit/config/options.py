@@ -539,6 +539,9 @@ class PlanConfig(TrainConfig):
     """How to show the plan. `qlora-kit plan` takes the options of the run that is planned."""
 
     plot: Path | None = option(None, "picture of the memory of each phase, such as plan.png")
+    card: str | None = option(
+        None, "card to predict the time for, where it is not in this machine, such as 'RTX 4090'"
+    )
 
 
 class CheckConfig(TrainConfig):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.plan.ledger import Ledger
+from qlora_kit.model.hardware import dtype_name
+from qlora_kit.plan.ledger import Ledger, Operation
 
 
 class _Flash(torch.autograd.Function):
@@ -33,14 +34,14 @@ class _Flash(torch.autograd.Function):
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, bias)
         ctx.ledger, ctx.flop = ledger, _flop(query, key)
-        _count_flop(ledger, ctx.flop)
+        _count(ledger, ctx.flop, query, key, value, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, _, bias = ctx.saved_tensors
         # Five products where forward has two.
-        _count_flop(ctx.ledger, 5 * ctx.flop // 2)
+        _count(ctx.ledger, 5 * ctx.flop // 2, query, key, value, out, query, key, value)
         delta = query.new_empty(query.shape[:-1], dtype=torch.float32)
         summed = torch.empty_like(query, dtype=torch.float32)
         groups = query.shape[1] // key.shape[1]
@@ -52,9 +53,12 @@ class _Flash(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _count_flop(ledger: Ledger, flop: int) -> None:
+def _count(ledger: Ledger, flop: int, *moved: Tensor) -> None:
     if ledger.work is not None:
         ledger.work.flop += flop
+        name = dtype_name(moved[0].dtype)
+        work = Operation("product", name, flop, sum(each.nbytes for each in moved))
+        ledger.work.operations[work] += 1
 
 
 def _flop(query: Tensor, key: Tensor) -> int:

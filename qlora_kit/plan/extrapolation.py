@@ -1,4 +1,4 @@
-"""The memory and work of a step with any setting, extrapolated from a model of a few layers.
+"""Memory, work and time of a step with any setting, extrapolated from a model of a few layers.
 
 Takes the options of `train`; returns an `Extrapolation` that answers for any setting without
 another simulation. Every decoder layer takes as much as the next. So the share of one layer is the
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.plan.duration import Seconds, seconds_of
 from qlora_kit.plan.ledger import Work
 from qlora_kit.plan.simulate import BatchShape, SimulatedRun, simulated_run
 from qlora_kit.plan.subject import Subject
@@ -58,26 +59,33 @@ class Setting:
 
 @dataclass(frozen=True)
 class Needs:
-    """The memory and work that a step takes.
+    """The memory, the work and the time that a step takes.
 
     Attributes:
         peak_bytes: peak on the device.
         host_peak_bytes: peak on the host, without the process itself.
         work: work of one micro-batch.
+        seconds: time of one micro-batch; None where the rates of the device are not known.
     """
 
     peak_bytes: int
     host_peak_bytes: int
     work: Work
+    seconds: Seconds | None = None
 
 
 class _StepTaken(NamedTuple):
-    """The peaks, in bytes, and the work of one step of the shortened model."""
+    """The peaks, in bytes, the work and the time of one step of the shortened model.
 
-    forward: int
-    backward: int
-    flop: int
-    unpacked_bytes: int
+    The seconds, of the device and of the host that calls it, are 0 where no rates are known.
+    """
+
+    forward: float
+    backward: float
+    flop: float
+    unpacked_bytes: float
+    device_seconds: float
+    host_seconds: float
 
 
 class _Kind(NamedTuple):
@@ -89,7 +97,7 @@ class _Kind(NamedTuple):
 
 
 def _between(low: _StepTaken, high: _StepTaken, share: float) -> _StepTaken:
-    return _StepTaken(*(round(a + share * (b - a)) for a, b in zip(low, high, strict=True)))
+    return _StepTaken(*(a + share * (b - a) for a, b in zip(low, high, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,9 @@ class Extrapolation:
         host_bytes: bytes on the host at all times.
         layer_copy_bytes: bytes on the host for each layer while a checkpoint of the run is saved.
         head_work: work of a step outside of the layers, for one row.
+        head_seconds: its time, on the device and on the host that calls it.
+        link_bytes_per_second: rate of copies between host and device; None where there are none, or
+            no rates are known.
         is_offloaded: whether the measured steps held checkpoints on the host.
         has_embedding_on_cpu: whether the measured steps had the embedding on the host.
         kinds: the measured steps, by tile and rows.
@@ -119,6 +130,8 @@ class Extrapolation:
     host_bytes: int
     layer_copy_bytes: int
     head_work: Work
+    head_seconds: tuple[float, float]
+    link_bytes_per_second: float | None
     is_offloaded: bool
     has_embedding_on_cpu: bool
     kinds: dict[int, dict[int, _Kind]]
@@ -146,7 +159,9 @@ class Extrapolation:
         checkpoints = pinned_bytes(self.checkpoint_bytes * setting.rows) if setting.offload else 0
         beside = max(recomputed * checkpoints, self.layers * self.layer_copy_bytes)
         host = max(self.host_load_bytes, self.host_bytes + beside) - moved
-        return Needs(max(peaks) + held + deeper + moved, host, self._work(setting))
+        work = self._work(setting)
+        peak = round(max(peaks)) + held + deeper + moved
+        return Needs(peak, host, work, self._seconds(setting, work))
 
     def _kind(self, setting: Setting) -> _Kind:
         """Return the steps measured with the setting's rows, or a point on the line through two."""
@@ -176,18 +191,46 @@ class Extrapolation:
     def _work(self, setting: Setting) -> Work:
         _, one, two = self._kind(setting)
         recomputed = self.layers - setting.keep_layers
-
-        def whole(one: int, two: int, outside: int) -> int:
-            saved = one - two
-            layer = (one + saved - outside) / _DEPTH
-            return round(outside + self.layers * layer - setting.keep_layers * saved)
-
-        copies = 2 * recomputed * setting.offload + setting.embedding_on_cpu
-        return Work(
-            whole(one.flop, two.flop, self.head_work.flop * setting.rows),
-            whole(one.unpacked_bytes, two.unpacked_bytes, self.head_work.unpacked_bytes),
-            copies * self.checkpoint_bytes * setting.rows,
+        flop = self._whole(setting, one.flop, two.flop, self.head_work.flop * setting.rows)
+        unpacked = self._whole(
+            setting, one.unpacked_bytes, two.unpacked_bytes, self.head_work.unpacked_bytes
         )
+        copies = 2 * recomputed * setting.offload + setting.embedding_on_cpu
+        return Work(round(flop), round(unpacked), copies * self.checkpoint_bytes * setting.rows)
+
+    def _seconds(self, setting: Setting, work: Work) -> Seconds | None:
+        _, one, two = self._kind(setting)
+        if not one.device_seconds:
+            return None
+        outside = self.head_seconds[0] * setting.rows
+        link = self.link_bytes_per_second
+        return Seconds(
+            self._whole(setting, one.device_seconds, two.device_seconds, outside),
+            self._host_seconds(setting, one.host_seconds, two.host_seconds),
+            work.crossing_bytes / link if link else 0.0,
+        )
+
+    def _host_seconds(self, setting: Setting, one: float, two: float) -> float:
+        """Return the host's time; the calls of a layer are as many for any number of rows."""
+        measured = self.kinds[setting.tile_tokens]
+        rows = min(measured)
+        _, first, second = measured[rows]
+        inside = 2 * first.host_seconds - second.host_seconds - self.head_seconds[1] * rows
+        layer = inside / _DEPTH
+        return one + (self.layers - _DEPTH) * layer - (setting.keep_layers - 1) * (one - two)
+
+    def _whole(self, setting: Setting, one: float, two: float, outside: float) -> float:
+        """Return an amount of the whole model, from those of one and of two layers kept.
+
+        Args:
+            setting: says how many layers keep their activations.
+            one: the amount of the shortened model with one of them.
+            two: that with two of them.
+            outside: the amount outside of the layers.
+        """
+        saved = one - two
+        layer = (one + saved - outside) / _DEPTH
+        return outside + self.layers * layer - setting.keep_layers * saved
 
 
 def extrapolate(
@@ -222,7 +265,8 @@ def extrapolate(
     host = {phase: run.host[phase].bytes for phase in ("load", "optimizer", "save")}
     first = kinds[tiles[0]][rows[0]]
     checkpoint = run.base.batch_width(tokens) * text.hidden_size * hardware.dtype.itemsize
-    layer = deeper.forward - first.one_kept.forward
+    layer = round(deeper.forward - first.one_kept.forward)
+    outside, ceilings = _outside(first, deeper), subject.ceilings
     return Extrapolation(
         layers=text.num_hidden_layers,
         layer_bytes=layer - (0 if on_gpu else checkpoint * rows[0]),
@@ -231,7 +275,11 @@ def extrapolate(
         host_load_bytes=host["load"],
         host_bytes=host["optimizer"],
         layer_copy_bytes=(host["save"] - host["optimizer"]) // _DEPTH,
-        head_work=_outside(first, deeper, rows[0]),
+        head_work=Work(round(outside.flop / rows[0]), round(outside.unpacked_bytes)),
+        head_seconds=(outside.device_seconds / rows[0], outside.host_seconds / rows[0]),
+        link_bytes_per_second=(
+            None if isinstance(ceilings, str) else ceilings.link_bytes_per_second
+        ),
         is_offloaded=on_gpu,
         has_embedding_on_cpu=run.base.placement.embedding_on_cpu is True,
         kinds=kinds,
@@ -254,18 +302,17 @@ def _sample(
     recomputing = config.model_copy(update={"recompute": True})
     run.step(setting.applied(recomputing), batch)
     forward, backward = run.device["forward"].bytes, run.device["backward"].bytes
-    return _StepTaken(forward, backward, run.work.flop, run.work.unpacked_bytes)
+    ceilings = run.subject.ceilings
+    taken = Seconds(0.0) if isinstance(ceilings, str) else seconds_of(run.work, ceilings)
+    return _StepTaken(
+        forward, backward, run.work.flop, run.work.unpacked_bytes, taken.device, taken.host
+    )
 
 
-def _outside(first: _Kind, deeper: _StepTaken, rows: int) -> Work:
-    """Return the work outside of the layers, for one row, from steps of two depths."""
-    one, two = first.one_kept, first.two_kept
-
-    def outside(one: int, two: int, deeper: int) -> int:
-        return one + (one - two) - _DEPTH * (deeper - one)
-
-    unpacked = outside(one.unpacked_bytes, two.unpacked_bytes, deeper.unpacked_bytes)
-    return Work(outside(one.flop, two.flop, deeper.flop) // rows, unpacked)
+def _outside(first: _Kind, deeper: _StepTaken) -> _StepTaken:
+    """Return the amounts outside of the layers, from steps of two depths; peaks have no meaning."""
+    steps = zip(first.one_kept, first.two_kept, deeper, strict=True)
+    return _StepTaken(*(one + (one - two) - _DEPTH * (more - one) for one, two, more in steps))
 
 
 def _evaluation_peaks(run: SimulatedRun, config: TrainConfig, tokens: int) -> dict[int, int]:

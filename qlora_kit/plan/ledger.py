@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from qlora_kit.layers.purpose import UNPACKED
+from qlora_kit.model.hardware import dtype_name
 from qlora_kit.private_torch import FakeTensor, TorchDispatchMode, storage_key, tree_leaves
 
 # The CUDA allocator hands out multiples of this. Bytes on the host are rounded in the same way, so
@@ -27,11 +28,44 @@ ROUNDED_BYTES = 512
 
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
+# The namespace of the ops that unpack weights.
+_UNPACKING = "bitsandbytes"
+# They make tensors and write nothing.
+_EMPTY = frozenset(
+    (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided,
+     torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided)
+)  # fmt: skip
+# What torch's table lacks: attention as a CPU computes it.
+_FLOP_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
 
 class Change(NamedTuple):
     """A change of the bytes that a purpose holds on the device; negative where they are freed."""
 
     purpose: str
+    bytes: int
+
+
+class Operation(NamedTuple):
+    """One call of torch or of a kernel that computes on the device.
+
+    Attributes:
+        kind: "product" of matrices or attention, "unpacking" of weights, "pass" over memory.
+        dtype: the dtype of the result, or of the matrices of a product, such as "bfloat16".
+        flop: floating-point operations; 0 unless it is a product.
+        bytes: bytes read and written.
+    """
+
+    kind: str
+    dtype: str
+    flop: int
     bytes: int
 
 
@@ -43,11 +77,13 @@ class Work:
         flop: floating-point operations of matrix products and attention.
         unpacked_bytes: bytes written by dequantisation.
         crossing_bytes: bytes copied between host and device, in either direction.
+        operations: the number of operations of each kind and size on the device.
     """
 
     flop: int = 0
     unpacked_bytes: int = 0
     crossing_bytes: int = 0
+    operations: Counter[Operation] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -69,6 +105,15 @@ class Peak:
         parts.subtract(low.by_purpose)
         amount = self.bytes + high.bytes - low.bytes
         return Peak(amount, {name: size for name, size in parts.items() if size})
+
+
+def _named_in_table(func: Any) -> Any:
+    return _FLOP_ON_CPU.get(func.overloadpacket, func.overloadpacket)
+
+
+def _moved_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor that memory has; an expanded tensor has fewer than numbers."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 class _Account:
@@ -128,14 +173,34 @@ class Ledger(TorchDispatchMode):
     def _count(
         self, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
+        flop = 0
+        if (count := flop_registry.get(_named_in_table(func))) is not None:
             # The formula of a batch of products takes no dtype of the result.
             sized = (each for each in args if not isinstance(each, torch.dtype))
-            work.flop += int(count(*sized, **kwargs, out_val=result))
+            flop = int(count(*sized, **kwargs, out_val=result))
+            work.flop += flop
         elif func in _COPIES:
             source = args[1] if func is _COPIES[0] else args[0]
             if self._side(source) != self._side(result):
                 work.crossing_bytes += result.nbytes
+                return
+        self._count_operation(work, func, (args, kwargs), result, flop)
+
+    def _count_operation(self, work: Work, func: Any, given: Any, result: Any, flop: int) -> None:
+        """Count an operation that computes on the device; views and empty tensors do not."""
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        read = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        if not made or self._side(made[0]) != "device" or func.overloadpacket in _EMPTY:
+            return
+        known = {storage_key(leaf.untyped_storage()) for leaf in read}
+        is_view = all(storage_key(leaf.untyped_storage()) in known for leaf in made)
+        if is_view and not func._schema.is_mutable:
+            return
+        kind = "unpacking" if func.namespace == _UNPACKING else "pass"
+        # A product of 16-bit matrices may have a result in fp32; the matrices decide its rate.
+        dtype = read[0].dtype if flop else made[0].dtype
+        moved = sum(_moved_bytes(each) for each in (*read, *made))
+        work.operations[Operation("product" if flop else kind, dtype_name(dtype), flop, moved)] += 1
 
     def _side(self, tensor: Tensor) -> str:
         return "device" if tensor.device.type == self.device else "host"

@@ -1,4 +1,4 @@
-"""From a configuration to a plan: the memory of a run, and with a budget its settings.
+"""From a configuration to a plan: memory and time of a run, and with a budget its settings.
 
 Takes the options of `train`; returns a `Plan`. Needs no GPU, no weights and no network: it reads
 only the architecture of a model.
@@ -11,14 +11,17 @@ from typing import Any
 
 from qlora_kit.config import TrainConfig, that_decide
 from qlora_kit.model.architecture import unquantized_share
+from qlora_kit.model.ceilings import Ceilings
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.positions import positions_of
 from qlora_kit.plan.alternatives import nothing_fits
 from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.duration import Pace
 from qlora_kit.plan.search import SearchResult, search
 from qlora_kit.plan.simulate import Prediction, predict
-from qlora_kit.plan.subject import Subject
+from qlora_kit.plan.subject import Subject, UsualRows
 from qlora_kit.report.memory import size_text
+from qlora_kit.train.loop import plan_steps
 
 # Choices that are run in full, one after the other, where each turns out larger than extrapolated.
 _MOST_TRIES = 4
@@ -27,17 +30,19 @@ _CHOICES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run: its settings and the memory it will need.
+    """The plan of a run: its settings, and the memory and the time that it will need.
 
     Attributes:
         config: the configuration, with the settings that were planned.
         hardware: the hardware that was planned for.
-        prediction: the peak of each phase.
+        prediction: the peak of each phase, and the work of a step.
         budget: the memory that the run may take.
         warnings: lines that the user should read before the run.
         found: the result of the search for settings; None if there was no search.
         before_bytes: anonymous memory of the process before it loads the base, where the run is
             about to start on a CPU; 0 elsewhere.
+        ceilings: the rates of the device, or the reason why they are not known.
+        usual: the means over the rows of the run; None where the data are not known.
     """
 
     config: TrainConfig
@@ -47,6 +52,29 @@ class Plan:
     warnings: tuple[str, ...] = ()
     found: SearchResult | None = None
     before_bytes: int = 0
+    ceilings: Ceilings | str = "the rates of the device are not known"
+    usual: UsualRows | None = None
+
+    @property
+    def pace(self) -> Pace | None:
+        """The predicted time of the run; None where the rates of the device are not known."""
+        if isinstance(self.ceilings, str):
+            return None
+        return Pace.of(self.prediction.step, self._steps, self.ceilings)
+
+    @property
+    def _steps(self) -> int | None:
+        """The optimiser steps of the run; None where its data are not known."""
+        usual = self.usual
+        if usual is None:
+            return self.config.max_steps
+        return plan_steps(usual.rows, self.config).total
+
+    def time_rows(self) -> tuple[tuple[str, str], ...]:
+        """Return the predicted time as a table, or the reason why there is none."""
+        if self.pace is None:
+            return (("time", f"not predicted: {self.ceilings}"),)
+        return self.pace.rows()
 
     @property
     def card_bytes(self) -> int:
@@ -93,6 +121,7 @@ class Plan:
             "fits": self.fits,
             "budget_bytes": self.budget.card_bytes,
             "host_budget_bytes": self.budget.host_bytes,
+            "time": self.pace.as_json() if self.pace else {"why_not": self.ceilings},
             "warnings": list(self.warnings),
             "choices": self.found.as_json(_CHOICES_SHOWN) if self.found else [],
             "why": self.found.why if self.found else None,
@@ -110,7 +139,8 @@ class Plan:
             rows.append(
                 (
                     f"{place}.",
-                    f"{size_text(choice.needs.peak_bytes):>8}  work {choice.cost / best:4.2f}  "
+                    f"{size_text(choice.needs.peak_bytes):>8}  {self.found.ranked_by} "
+                    f"{choice.cost / best:4.2f}  "
                     f"{work:.2e} FLOP  {size_text(copied):>8} copied  "
                     f"{choice.describe(self.found.layers)}",
                 )
@@ -147,7 +177,10 @@ def _as_asked(config: TrainConfig, subject: Subject, budget: Budget) -> Plan:
     """Predict the settings as they are, and settle the evaluation's batch by the prediction."""
     prediction = predict(subject, config)
     settled = config.model_copy(update={"eval_batch_size": prediction.evaluation_rows})
-    return Plan(settled, subject.hardware, prediction, budget)
+    return Plan(
+        settled, subject.hardware, prediction, budget, ceilings=subject.ceilings,
+        usual=subject.rows.usual,
+    )  # fmt: skip
 
 
 def _first_that_fits(

@@ -1,15 +1,17 @@
-"""The plan of a run that is about to start, and the account of the memory it then takes.
+"""The plan of a run that is about to start, and the account of memory and time it then takes.
 
 Takes the options and a `Subject`; settles the options that were left open, rehearses the
-largest step, and compares the measured memory with the predicted: on the terminal, in
+largest step, and compares the measured memory and time with the predicted: on the terminal, in
 `memory.json` and in `memory.png`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from qlora_kit.config import TrainConfig
@@ -18,9 +20,10 @@ from qlora_kit.events import Announce, Facts, Notice
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_memory
 from qlora_kit.plan.budget import budget_of, free_bytes
+from qlora_kit.plan.duration import about
 from qlora_kit.plan.planning import Plan, make_plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse
-from qlora_kit.plan.subject import Subject, standing_in_for
+from qlora_kit.plan.subject import Subject, rates_of, standing_in_for
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.memory import difference_text, draw_timeline, size_text
@@ -51,7 +54,9 @@ def plan_run(
     """
     hardware = subject.hardware
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
-    planned = replace(subject, hardware=standing_in_for(hardware))
+    planned = replace(
+        subject, hardware=standing_in_for(hardware), ceilings=rates_of(hardware.device)
+    )
     try:
         plan = make_plan(config, planned, budget, choose=choose)
     except QloraKitError:
@@ -86,6 +91,7 @@ def _announce_plan(plan: Plan, announce: Announce) -> None:
     if plan.budget.card_bytes is not None:
         rows.append(("of the budget", f"{plan.card_bytes / plan.budget.card_bytes:.0%}"))
     announce(Facts("memory", tuple(rows)))
+    announce(Facts("time", plan.time_rows()))
 
 
 def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce) -> None:
@@ -214,3 +220,63 @@ class MemoryAccount:
             kind = "allocated" if on_gpu else "anonymous"
             content["run"] = {f"peak_{kind}_bytes": run_peak_bytes}
         write_text(self.output / NAME, json.dumps(redacted_values(content), indent=1) + "\n")
+
+
+# The first steps of a process also compile kernels, and fill caches and the allocator's pool.
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The measured time of a run's steps beside the predicted.
+
+    Attributes:
+        measured_seconds: mean of the measured steps.
+        steps: number of the measured steps.
+        predicted_seconds: the time that was predicted for steps of as many tokens; None where there
+            was no prediction.
+    """
+
+    measured_seconds: float
+    steps: int
+    predicted_seconds: float | None
+
+    @classmethod
+    def of(
+        cls, log_rows: Sequence[Mapping[str, Any]], plan: Plan | None, first_step: int
+    ) -> StepTimes | None:
+        """Return the times of the steps of this process, without its first ones.
+
+        Args:
+            log_rows: the rows of the run's log.
+            plan: the plan with the prediction, or None.
+            first_step: the first step that this process took; the log may have earlier ones.
+
+        Returns:
+            The times; None where the log has no step after the first ones.
+        """
+        begin = first_step + _WARM_UP_STEPS
+        taken = [
+            row for row in log_rows if "step_seconds" in row and row["optimizer_step"] >= begin
+        ]
+        if not taken:
+            return None
+        pace = plan.pace if plan else None
+        predicted = pace.seconds_for(fmean(row["tokens"] for row in taken)) if pace else None
+        return cls(fmean(row["step_seconds"] for row in taken), len(taken), predicted)
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """Return the times as a table."""
+        how = f"mean of {self.steps:,} after the first {_WARM_UP_STEPS}"
+        measured = f"{self.measured_seconds:.3g} s, {how}"
+        if self.predicted_seconds is None:
+            return (("measured step", measured),)
+        difference = self.measured_seconds / self.predicted_seconds - 1
+        return (
+            ("predicted step", about(self.predicted_seconds)),
+            ("measured step", f"{measured} ({difference:+.0%})"),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the times for programs."""
+        return asdict(self)

@@ -1,4 +1,4 @@
-"""Choose the settings of a step that fit a budget with the least work.
+"""Choose the settings of a step that fit a budget and take the least time.
 
 Takes the options of `train` and a `Budget`; returns ranked choices. Every option that the user
 set stays as it is, except the micro-batch: there only the effective batch stays the same.
@@ -13,19 +13,18 @@ from typing import Any
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.plan.budget import Budget
+from qlora_kit.plan.duration import SHARE_OF_COPIES_SEEN
 from qlora_kit.plan.extrapolation import Extrapolation, Needs, Setting, extrapolate
 from qlora_kit.plan.ledger import Work
 from qlora_kit.plan.subject import Subject
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
 
-# Rates that turn work into one number, as a card of 24 GB reaches them in practice. They rank
-# choices; no time is predicted from them.
+# Rates that turn work into one number where those of the device are not known, as a card of 24 GB
+# reaches them in practice. They rank choices; no time is predicted from them.
 _FLOP_RATE = 60e12
 _MEMORY_RATE = 0.7e12
 _LINK_RATE = 12e9
-# Copies run beside the computation; the published cost of doing so is 0 to 2 %.
-_SHARE_OF_COPIES_SEEN = 0.1
 # An unpacked weight is written once and read once; before, its packed form is read, a quarter as
 # large.
 _PASSES_OVER_UNPACKED = 2.25
@@ -42,7 +41,8 @@ class SettingChoice:
         needs: needs of one micro-batch and of an evaluation, extrapolated over the layers.
         micro_batches: micro-batches of an optimiser step.
         eval_rows: rows of a batch in evaluation: as many as were asked for, or as fit.
-        cost: work of an optimiser step as one number; only ratios of it have a meaning.
+        cost: predicted time of an optimiser step; where no rates of the device are known its work
+            as one number, of which only ratios have a meaning.
     """
 
     setting: Setting
@@ -81,7 +81,7 @@ class SearchResult:
 
     Attributes:
         layers: decoder layers of the model.
-        fitting: the choices that fit, the choice with the least work first.
+        fitting: the choices that fit, the choice with the least time or work first.
         least: the choice that goes least over the budget, or the first that fits.
         asked: the settings as they were asked for.
         considered: number of all choices.
@@ -102,14 +102,19 @@ class SearchResult:
         return tuple(best.values())
 
     @property
+    def ranked_by(self) -> str:
+        """What the choices are ranked by: "time" or "work"."""
+        return "time" if self.asked.needs.seconds else "work"
+
+    @property
     def why(self) -> str:
         """The reason for the first choice, in words."""
         chosen, asked = self.fitting[0], self.asked
         ratio = chosen.cost / asked.cost
         return (
-            f"the least work of {len(self.fitting):,} choices that fit, of {self.considered:,}: "
-            f"{ratio:.2f} times that of the settings as they were, which would need "
-            f"{size_text(asked.needs.peak_bytes)}"
+            f"the least {self.ranked_by} of {len(self.fitting):,} choices that fit, of "
+            f"{self.considered:,}: {ratio:.2f} times that of the settings as they were, which "
+            f"would need {size_text(asked.needs.peak_bytes)}"
         )
 
     def as_json(self, most: int) -> list[dict[str, Any]]:
@@ -123,6 +128,7 @@ class SearchResult:
                 "host_peak_bytes": choice.needs.host_peak_bytes,
                 "flop": choice.micro_batches * choice.needs.work.flop,
                 "crossing_bytes": choice.micro_batches * choice.needs.work.crossing_bytes,
+                "ranked_by": self.ranked_by,
                 "relative_cost": choice.cost / self.fitting[0].cost,
             }
             for choice in self.ranked[:most]
@@ -148,7 +154,7 @@ def search(
     def choice(setting: Setting) -> SettingChoice:
         micro_batches = _effective_batch(config) // setting.rows
         needs = extrapolation.needs(setting)
-        cost = micro_batches * _cost(needs.work)
+        cost = micro_batches * (needs.seconds.all if needs.seconds else _cost(needs.work))
         eval_rows = _eval_rows(extrapolation, setting, budget)
         peak = max(needs.peak_bytes, extrapolation.evaluation_bytes(eval_rows, setting))
         return SettingChoice(
@@ -186,7 +192,7 @@ def _cost(work: Work) -> float:
     computing = work.flop / _FLOP_RATE
     computing += _PASSES_OVER_UNPACKED * work.unpacked_bytes / _MEMORY_RATE
     copying = work.crossing_bytes / _LINK_RATE
-    return max(computing, copying) + _SHARE_OF_COPIES_SEEN * copying
+    return max(computing, copying) + SHARE_OF_COPIES_SEEN * copying
 
 
 # ---------------------------------------------------------------- the settings to choose from

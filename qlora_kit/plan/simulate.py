@@ -38,14 +38,16 @@ from qlora_kit.model.load import (
     names_on_host,
 )
 from qlora_kit.plan.attention import planned_attention
+from qlora_kit.plan.duration import StepWork
 from qlora_kit.plan.ledger import Ledger, Peak, Work
-from qlora_kit.plan.subject import Subject
+from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
 from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
 from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective
+from qlora_kit.train.loop import plan_steps
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
@@ -79,17 +81,19 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The memory that a run will need.
+    """The memory that a run will need, and the work of its steps.
 
     Attributes:
         device: the peak of each phase on the device, by phase.
         host: the peak of each phase on the host, without the process itself, by phase.
         evaluation_rows: rows of a batch in evaluation.
+        step: the work of an optimiser step on rows of the mean length.
     """
 
     device: dict[str, Peak]
     host: dict[str, Peak]
     evaluation_rows: int
+    step: StepWork
 
     @property
     def peak(self) -> Peak:
@@ -128,7 +132,7 @@ class _Planned(Quantization):
 
 
 def predict(subject: Subject, config: TrainConfig) -> Prediction:
-    """Predict the memory of a run with exactly these settings.
+    """Predict the memory and the work of a run with exactly these settings.
 
     Args:
         subject: the run.
@@ -136,8 +140,13 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     """
     rows, architecture = subject.rows, subject.spec.architecture()
     supervised = rows.supervised_of(config.batch_size)
+    largest = BatchShape(config.batch_size, rows.tokens, supervised, rows.answer_tokens)
+    usual = _usual_batch(rows.usual, config) if rows.usual else largest
     with simulated_run(subject, config, subject.spec.skeleton()) as run:
-        run.step(config, BatchShape(config.batch_size, rows.tokens, supervised, rows.answer_tokens))
+        run.step(config, usual)
+        work = run.work
+        if usual != largest:
+            run.step(config, largest)
         run.hold()
         run.save()
     evaluated = BatchShape(
@@ -155,7 +164,31 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     with _simulation(subject.hardware) as ledger:
         _simulate_merge(ledger, skeleton, subject, run, layers / merged)
     device = {phase: run.device[phase] for phase in PHASES}
-    return Prediction(device, {phase: run.host[phase] for phase in PHASES}, evaluation_rows)
+    return Prediction(
+        device,
+        {phase: run.host[phase] for phase in PHASES},
+        evaluation_rows,
+        _step_work(rows, config, work, run.update_work),
+    )
+
+
+def _usual_batch(usual: UsualRows, config: TrainConfig) -> BatchShape:
+    """Return the sizes of the mean micro-batch of a run."""
+    rows = min(config.batch_size, usual.rows)
+    answer = None if usual.answer_width is None else max(1, round(usual.answer_width))
+    supervised = max(1, round(rows * usual.supervised))
+    return BatchShape(rows, max(2, round(usual.width)), supervised, answer)
+
+
+def _step_work(rows: RowSizes, config: TrainConfig, one: Work, update: Work) -> StepWork:
+    """Return the work of a mean optimiser step, from that of a mean micro-batch."""
+    if rows.usual is None:
+        asked = config.gradient_accumulation_steps
+        tokens = rows.tokens + (rows.answer_tokens or 0)
+        return StepWork(one, update, asked, config.batch_size * asked * tokens)
+    steps = plan_steps(rows.usual.rows, config).per_epoch
+    micro_batches = math.ceil(rows.usual.rows / config.batch_size) / steps
+    return StepWork(one, update, micro_batches, rows.usual.rows * rows.usual.tokens / steps)
 
 
 @contextlib.contextmanager
@@ -197,7 +230,8 @@ class SimulatedRun:
     Attributes:
         device: the peak of each phase so far, on the device.
         host: the peak of each phase so far, on the host.
-        work: the work of the last step.
+        work: the work of the last micro-batch.
+        update_work: the work of clipping and of the optimiser.
     """
 
     def __init__(
@@ -267,8 +301,10 @@ class SimulatedRun:
             limit = self.config.max_grad_norm or 1.0
             with self.ledger.purpose("optimizer"):
                 make_state(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
-            self.optimizer.step()
+            with self.ledger.counted() as self.update_work:
+                with self.ledger.purpose("optimizer"):
+                    torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _give_gradients(self) -> None:

@@ -5,17 +5,22 @@ Takes the options of `train`; only the architecture need be on this machine. Nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from operator import itemgetter
+from statistics import fmean
 
 import torch
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import TokenRows, largest_batch, widest_batch
+from qlora_kit.data.batch import TokenRows, epoch_batches, largest_batch, widest_batch
 from qlora_kit.data.encode import IGNORED
+from qlora_kit.errors import ConfigError
 from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.model.cards import ceilings_of_card
+from qlora_kit.model.ceilings import Ceilings, ceilings_of
 from qlora_kit.model.checkpoint import stored_dtype
 from qlora_kit.model.hardware import Hardware, dtype_named
 from qlora_kit.model.load import BaseSpec
@@ -24,8 +29,45 @@ from qlora_kit.tasks.task import Task
 
 
 @dataclass(frozen=True)
+class UsualRows:
+    """The means over the rows of a run, which decide its time.
+
+    Attributes:
+        rows: number of rows.
+        tokens: tokens of a row, padding not counted.
+        supervised: targets of a row.
+        width: tokens to which a micro-batch is padded; of its sources, where rows have sources.
+            It is that of the micro-batch that was asked for.
+        answer_width: tokens to which its targets are padded, where rows have sources.
+    """
+
+    rows: int
+    tokens: float
+    supervised: float
+    width: float
+    answer_width: float | None = None
+
+    @classmethod
+    def of(cls, rows: TokenRows, config: TrainConfig, *, has_sources: bool = False) -> UsualRows:
+        """Return the means over token rows, in the micro-batches of a run's first epoch."""
+        sizes = rows.source_lengths()
+        batches = epoch_batches(rows, config.batch_size, config.seed, 0)
+
+        def mean_width(length: Callable[[tuple[int, int]], int]) -> float:
+            return fmean(max(length(sizes[index]) for index in batch) for batch in batches)
+
+        return cls(
+            rows=len(sizes),
+            tokens=fmean(map(sum, sizes)),
+            supervised=fmean(target for _, target in sizes),
+            width=mean_width(itemgetter(0) if has_sources else sum),
+            answer_width=mean_width(itemgetter(1)) if has_sources else None,
+        )
+
+
+@dataclass(frozen=True)
 class RowSizes:
-    """The sizes that decide the memory of the rows of a run.
+    """The sizes that decide the memory and the time of the rows of a run.
 
     Attributes:
         tokens: tokens of the longest row; of its source, where rows have sources.
@@ -34,6 +76,7 @@ class RowSizes:
         evaluation_tokens: tokens of the longest row in evaluation; if None, the same as `tokens`.
         answer_tokens: tokens of the longest target, where rows have sources.
         evaluation_answer_tokens: the same in evaluation.
+        usual: the means over all rows; if None, every row is as long as the longest.
     """
 
     tokens: int
@@ -41,6 +84,7 @@ class RowSizes:
     evaluation_tokens: int | None = None
     answer_tokens: int | None = None
     evaluation_answer_tokens: int | None = None
+    usual: UsualRows | None = None
 
     def supervised_of(self, rows: int) -> int | None:
         """Return the targets of the largest batch of this number of rows."""
@@ -62,7 +106,8 @@ class RowSizes:
         # The largest batch contains every smaller one, so each of its rows is read only once.
         largest = largest_batch(lengths, most)
         supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))
-        return cls(max(lengths), supervised, None if held_out is None else max(held_out.lengths()))
+        evaluated = None if held_out is None else max(held_out.lengths())
+        return cls(max(lengths), supervised, evaluated, usual=UsualRows.of(rows, config))
 
     @classmethod
     def of_sources(
@@ -80,7 +125,8 @@ class RowSizes:
         supervised = tuple(accumulate(target for _, target in widest))
         measured = held_out.source_lengths() if held_out is not None else widest
         (source, target), (others, answers) = (_widths(part) for part in (widest, measured))
-        return cls(source, supervised, others, target, answers)
+        usual = UsualRows.of(rows, config, has_sources=True)
+        return cls(source, supervised, others, target, answers, usual)
 
 
 def _widths(lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -101,6 +147,7 @@ class Subject:
         hardware: the device; `meta` stands in for a GPU and is told apart from the host.
         rows: the sizes of the rows.
         task: the task of the run.
+        ceilings: the rates of the device, or the reason why they are not known.
     """
 
     spec: BaseSpec
@@ -108,6 +155,7 @@ class Subject:
     hardware: Hardware
     rows: RowSizes
     task: Task = CAUSAL
+    ceilings: Ceilings | str = "the rates of the device are not known"
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
@@ -128,6 +176,39 @@ def planned_hardware(config: TrainConfig) -> Hardware:
         return Hardware(torch.device("cpu"), dtype, "planned")
     dtype = torch.bfloat16 if config.dtype == "auto" else dtype_named(config.dtype)
     return Hardware(torch.device("meta"), dtype, "planned")
+
+
+def planned_ceilings(hardware: Hardware, card: str | None) -> Ceilings | str:
+    """Return the rates of the hardware to plan for, or the reason why they are not known.
+
+    Args:
+        hardware: as `planned_hardware` returns it.
+        card: the name of a card that is not here, or None.
+
+    Raises:
+        ConfigError: the card is not known, or the plan is for a CPU.
+    """
+    on_cpu = hardware.device.type == "cpu"
+    if card is not None:
+        if on_cpu:
+            raise ConfigError(f"--card {card}: this plan is for a CPU; expected --device cuda")
+        return ceilings_of_card(card)
+    if on_cpu:
+        return rates_of(hardware.device)
+    if torch.cuda.is_available():
+        return rates_of(torch.device("cuda", torch.cuda.current_device()))
+    return "there is no GPU here to measure; --card names one, such as --card 'RTX 4090'"
+
+
+def rates_of(device: torch.device) -> Ceilings | str:
+    """Return the rates of a device of this machine, or the reason why they are not known.
+
+    A device that cannot be measured now, because others have its memory, costs only the time.
+    """
+    try:
+        return ceilings_of(device)
+    except RuntimeError as error:
+        return f"the device could not be measured ({type(error).__name__})"
 
 
 def standing_in_for(hardware: Hardware) -> Hardware:

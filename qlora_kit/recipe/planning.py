@@ -1,4 +1,4 @@
-"""Says how much memory a run would need, on this or another machine."""
+"""Says how much memory and time a run would need, on this or another machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
-    """Predict the memory of a run by running its code on fake tensors.
+    """Predict the memory and the time of a run by running its code on fake tensors.
 
     Returns:
         The plan, for programs.
@@ -25,13 +25,17 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     source = find_model(config.model)
 
     from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.model.threads import choose_threads
     from qlora_kit.plan.budget import budget_of
     from qlora_kit.plan.planning import make_plan
-    from qlora_kit.plan.subject import RowSizes, Subject, planned_hardware
+    from qlora_kit.plan.subject import RowSizes, Subject, planned_ceilings, planned_hardware
     from qlora_kit.plan.watch import PURPOSES
     from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
 
     hardware = planned_hardware(config)
+    if hardware.device.type == "cpu":
+        choose_threads(config.threads)
+    ceilings = planned_ceilings(hardware, config.card)
     task = planned_task(config)
     check_searchable(task, config)
     spec = base_spec(source, source.folder, config, task)
@@ -39,7 +43,8 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     config = _with_rows_that_fit(config, spec, announce)
     rows = RowSizes(config.max_length, answer_tokens=config.max_length)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
-    made = make_plan(config, Subject(spec, LoraSpec.of(config), hardware, rows, task), budget)
+    subject = Subject(spec, LoraSpec.of(config), hardware, rows, task, ceilings)
+    made = make_plan(config, subject, budget)
     found, settled = made.as_json(), made.config
     for warning in made.warnings:
         announce(Notice(warning))
@@ -54,6 +59,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     parts = breakdown_rows(made.prediction.peak.by_purpose, PURPOSES)
     announce(Facts(f"at the largest of them, {made.prediction.peak_phase}", parts))
     announce(Facts("predicted peak", _card_rows(made)))
+    announce(Facts("predicted time, of rows as long as --max-length", made.time_rows()))
     if config.plot is not None:
         draw_memory(found["breakdown_bytes"], PURPOSES, title, config.plot)
         announce(Closing((str(config.plot),), ()))

@@ -23,7 +23,7 @@ from qlora_kit.lora.attach import Adapter, count_trainable
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.opening.model import Opened
 from qlora_kit.plan.planning import Plan
-from qlora_kit.plan.run import PICTURE, MemoryAccount, plan_run
+from qlora_kit.plan.run import PICTURE, MemoryAccount, StepTimes, plan_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.recipe.rows import surveyed
 from qlora_kit.recipe.validation import Validation
@@ -188,11 +188,10 @@ class Run:
         return account
 
     def _trained(self, memory: MemoryAccount, validation: Validation | None) -> TrainResult:
-        first_step = 1 if self.resume is None else step_of(self.resume) + 1
         profile = None
         if self.config.profile is not None:
             profile = Profile(self.output, self.config.profile, self.adapter, self.announce)
-        with Tracking(self.config, self.output, first_step, self.announce) as tracking:
+        with Tracking(self.config, self.output, self._first_step, self.announce) as tracking:
             written = log.Log(self.output, self.config.logging_steps)
             result = train_adapter(
                 self.adapter,
@@ -209,6 +208,11 @@ class Run:
         if profile:
             profile.close()
         return result
+
+    @property
+    def _first_step(self) -> int:
+        """The first step that this process takes."""
+        return 1 if self.resume is None else step_of(self.resume) + 1
 
     def _validation(self) -> Validation | None:
         """Return what measures the validation rows; None if there are none."""
@@ -239,9 +243,11 @@ class Run:
         plot.draw_loss(rows, output / plot.NAME, self.opened.task.unit)
         if labels:
             write_labels(output, labels)
+        times = StepTimes.of(rows, self.plan, self._first_step)
         results = (
             *_results(result, self.config),
             *speed(rows),
+            *(times.rows() if times else ()),
             *memory.close(result.peak_memory_bytes),
         )
         commands = _next_commands(output, self.config)
@@ -270,7 +276,8 @@ class Run:
         self.announce(Facts("result", results))
         files = tuple(sorted(str(path) for path in output.glob("[!.]*")))
         self.announce(Closing(files, commands))
-        return {"output": str(output), "finished": True, **asdict(result)}
+        step = times.as_json() if times else None
+        return {"output": str(output), "finished": True, **asdict(result), "step_times": step}
 
 
 def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
 
         # torch is imported here, after everything that can be checked without it.
         from qlora_kit.lora.attach import LoraSpec, attach
+        from qlora_kit.model.ceilings import proposing_bfloat16
         from qlora_kit.model.hardware import choose_hardware, make_deterministic
         from qlora_kit.model.load import Placement, load_base
         from qlora_kit.model.threads import choose_threads
@@ -48,6 +49,8 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
         hardware = choose_hardware(config.device, config.dtype, threads)
+        if config.dtype == "auto":
+            hardware = proposing_bfloat16(hardware)
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
         sizes = sizes_of(rows.rows, held_out.rows if held_out else None, config)
         subject = Subject(spec, lora, hardware, sizes, opened.task)

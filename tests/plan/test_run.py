@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.events import Event, Notice
 from qlora_kit.model.hardware import choose_hardware
 from qlora_kit.plan import run as plan_module
+from qlora_kit.plan import subject as subject_module
 from qlora_kit.plan.ledger import Ledger
 from qlora_kit.plan.rehearsal import rehearse
 from qlora_kit.plan.run import plan_run
@@ -160,12 +162,20 @@ def test_every_run_ends_with_predicted_measured_and_difference(
 ) -> None:
     output = tmp_path / "run"
     code, out, err = train("--batch-size", "4", "--gradient-accumulation-steps", "4",
-                           "--output", str(output), capsys=capsys)  # fmt: skip
+                           "--max-steps", "4", "--output", str(output), capsys=capsys)  # fmt: skip
     assert code == 0, err
+    assert "4 steps" in out
+    assert "rates measured on this device" in " ".join(out.split())
+    assert re.search(r"predicted step +about [\d.]+ s\n", out)
+    assert re.search(r"measured step +[\d.]+ s, mean of 2 after the first 2 \([+-]\d+%\)\n", out)
+    assert "measured step" in (output / "report.html").read_text()
     assert "rehearsed a step on the longest rows, 4 × 56 tokens" in out + err
     assert "predicted peak" in out
     assert "measured peak" in out
     content = json.loads((output / "memory.json").read_text())
+    assert content["predicted"]["time"]["steps"] == 4
+    # Rows have 38 tokens in the mean, and 16 of them make a step.
+    assert 500 < content["predicted"]["time"]["tokens_per_step"] < 700
     assert abs(content["rehearsal"]["difference"]) < 0.02
     assert content["run"]["peak_anonymous_bytes"] > content["rehearsal"]["measured_peak_bytes"]
     assert len(content["rehearsal"]["timeline_bytes"]) > 100
@@ -210,6 +220,20 @@ def plan_tiny(folder: Path, announce: Callable[[Event], None], **changes: Any) -
     return plan_run(config, Subject(spec, qk.LoraSpec.of(config), hardware, rows), announce)
 
 
+def test_a_device_that_cannot_be_measured_costs_only_the_time(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: torch.device) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(subject_module, "ceilings_of", fails)
+    plan = plan_tiny(save_tiny("deepseek-7b"), lambda _: None)
+    assert plan.time_rows() == (
+        ("time", "not predicted: the device could not be measured (RuntimeError)"),
+    )
+    assert plan.prediction.peak.bytes > 0
+
+
 def test_settings_that_do_not_fit_what_is_free_are_refused(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,3 +254,16 @@ def test_a_run_that_cannot_be_simulated_still_runs_unless_a_budget_was_asked_for
     assert any("is not predicted (RuntimeError)" in e.text for e in said if isinstance(e, Notice))
     with pytest.raises(RuntimeError, match="no such op"):
         plan_tiny(save_tiny("deepseek-7b"), said.append, vram="1GB")
+
+
+def test_the_dtype_that_was_chosen_is_kept_by_a_resumed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--batch-size", "2", "--gradient-accumulation-steps", "1", "--samples", "0",
+             "--no-rehearse", "--output", str(tmp_path / "run"))  # fmt: skip
+    code, out, err = train(*asked, "--dtype", "bfloat16", capsys=capsys)
+    assert code == 0, err
+    assert "bfloat16 (as asked)" in out
+    code, out, err = train(*asked, "--max-steps", "3", "--resume", capsys=capsys)
+    assert code == 0, err
+    assert "bfloat16 (as asked)" in out

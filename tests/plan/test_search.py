@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ from qlora_kit.config import PlanConfig, TrainConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.architecture import build_skeleton
+from qlora_kit.model.cards import ceilings_of_card
+from qlora_kit.model.ceilings import Ceilings
 from qlora_kit.model.names import find_model
 from qlora_kit.plan import budget as budget_module
 from qlora_kit.plan.budget import Budget, budget_of
+from qlora_kit.plan.duration import seconds_of
+from qlora_kit.plan.ledger import Work
 from qlora_kit.plan.planning import Plan, make_plan
-from qlora_kit.plan.search import SearchResult, search
+from qlora_kit.plan.search import search
 from qlora_kit.plan.simulate import BatchShape, simulated_run
 from qlora_kit.plan.subject import RowSizes, Subject, planned_hardware
 
@@ -30,28 +34,34 @@ GIB = 1 << 30
 LAYERS = 8
 
 
-def planned(config: TrainConfig, rows: RowSizes | None = None) -> Subject:
+# By the device of a plan: a card that computes fast beside a slow host, and a CPU.
+RATES = {
+    "auto": replace(ceilings_of_card("RTX 4090"), call_seconds=5e-6),
+    "cpu": Ceilings("a CPU", {"float32": 1e11}, ((1, 1e10),), {"float32": 2e10}, None, 1e-6, True),
+}
+
+
+def planned(
+    config: TrainConfig, rows: RowSizes | None = None, ceilings: Ceilings | None = None
+) -> Subject:
     source = find_model(config.model)
     if config.model != "deepseek-7b":
         fewer = {**(source.architecture or {}), "num_hidden_layers": LAYERS}
-        source = dataclasses.replace(source, architecture=fewer)
+        source = replace(source, architecture=fewer)
     spec = qk.BaseSpec(source, None, qk.Quantization(config.bits), random=True)
     rows = rows or RowSizes(config.max_length)
-    return Subject(spec, LoraSpec.of(config), planned_hardware(config), rows)
+    subject = Subject(spec, LoraSpec.of(config), planned_hardware(config), rows)
+    return subject if ceilings is None else replace(subject, ceilings=ceilings)
 
 
-def found_for(config: TrainConfig, card_bytes: int, on_gpu: bool = True) -> SearchResult:
-    return search(planned(config), config, Budget(card_bytes, on_gpu=on_gpu))
-
-
-def step_peak(config: TrainConfig, tokens: int) -> tuple[int, int]:
-    """Return the peak of a step of the whole model, and its floating-point operations."""
+def step_taken(config: TrainConfig, tokens: int) -> tuple[int, Work]:
+    """Return the peak of a step of the whole model, and its work."""
     what = planned(config)
     skeleton = build_skeleton(what.spec.architecture())
     with simulated_run(what, config, skeleton) as run:
         run.step(config, BatchShape(config.batch_size, tokens))
         peak = max(run.device[phase].bytes for phase in ("forward", "backward"))
-        return peak, run.work.flop
+        return peak, run.work
 
 
 def plan_of(config: TrainConfig, card_bytes: int, **rows: Any) -> Plan:
@@ -73,11 +83,18 @@ def test_what_is_extrapolated_from_three_layers_is_what_the_whole_model_takes(
 ) -> None:
     effective = {"batch_size": 2, "gradient_accumulation_steps": 4}
     config = SMALL.model_copy(update={"device": device, "recompute": recompute, **effective})
-    found = found_for(config, 4 * GIB, on_gpu=device != "cpu")
+    what = planned(config, ceilings=RATES[device])
+    found = search(what, config, Budget(4 * GIB, on_gpu=device != "cpu"))
+    assert found.ranked_by == "time"
     for choice in found.fitting[:: max(1, (len(found.fitting) - 1) // parts)]:
-        peak, flop = step_peak(choice.setting.applied(config), config.max_length)
+        peak, work = step_taken(choice.setting.applied(config), config.max_length)
         assert 0.97 * peak < choice.needs.peak_bytes < 1.08 * peak, choice.setting
-        assert choice.needs.work.flop == pytest.approx(flop, rel=1e-6), choice.setting
+        assert choice.needs.work.flop == pytest.approx(work.flop, rel=1e-6), choice.setting
+        seconds, whole = choice.needs.seconds, seconds_of(work, RATES[device])
+        assert seconds is not None
+        assert seconds.device == pytest.approx(whole.device, rel=0.1), choice.setting
+        assert seconds.host == pytest.approx(whole.host, rel=0.1), choice.setting
+        assert seconds.link == pytest.approx(whole.link, rel=0.1, abs=1e-4), choice.setting
 
 
 def test_the_choice_fits_and_does_less_work_the_larger_the_budget() -> None:
@@ -90,6 +107,19 @@ def test_the_choice_fits_and_does_less_work_the_larger_the_budget() -> None:
         costs.append(plan.found.fitting[0].cost)
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.8 * costs[0]
+
+
+def test_where_the_host_is_the_limit_more_rows_go_at_a_time() -> None:
+    config = SMALL.model_copy(update={"gradient_accumulation_steps": 4, "max_length": 32})
+    slow_host = replace(RATES["auto"], call_seconds=1e-4)
+    found = search(planned(config, ceilings=slow_host), config, Budget(80 * GIB))
+    best = found.fitting[0]
+    assert best.needs.seconds is not None
+    assert best.needs.seconds.bound == "host"
+    assert (best.setting.rows, best.micro_batches) == (4, 1)
+    # By its work, one row at a time would hardly be slower.
+    assert found.asked.cost > 3 * best.cost
+    assert "the least time of" in found.why
 
 
 def test_with_memory_to_spare_nothing_is_recomputed_nor_copied() -> None:
