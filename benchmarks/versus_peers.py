@@ -4,9 +4,10 @@
 
 The sides are `ours`; `peft`, a plain loop of transformers + peft + bitsandbytes with
 `F.cross_entropy`; and `trl`, its SFTTrainer on the same stack. They run in turn, each in its own
-process, for several rounds. Ratios are taken round by round, and their median is quoted. Memory is
-the peak of the process's anonymous memory (mapped files do not count), minus its anonymous memory
-after the imports.
+process, for several rounds. Our side begins as the command line does, with the heap settings that
+`qlora-kit train` gives itself; the peers begin as Python does. Ratios are taken round by round, and
+their median is quoted. Memory is the peak of the process's anonymous memory (mapped files do not
+count), minus its anonymous memory after the imports.
 
 The models are `smollm2`, the shape of SmolLM2-135M, a real model with tied weights and grouped
 heads; `deep`, with a small vocabulary; and `wide`, four layers under DeepSeek's vocabulary of
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import AnonymousPeak, machine_and_command, matmul_flops, print_table, run_side
+
+from qlora_kit.model.environment import restart_with_tight_heap
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {
@@ -64,6 +67,8 @@ def main() -> None:
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
+        if arguments.side == "ours":
+            restart_with_tight_heap()
         settings = json.loads(arguments.settings)
         print(json.dumps(_SIDES[arguments.side](settings)))
         return

@@ -2,8 +2,8 @@
 
 A kernel serves where the device has it, where the model has something for it to compute, and where
 it agrees with the plain code on a few random tokens. In a plan tensors have no values: there the
-model's parts decide. Changes the norms of a model and the function that rotates its queries and keys, and
-puts both back where their kernel does not serve.
+model's parts decide. Changes the norms of a model and the function that rotates its queries and
+keys, and puts both back where their kernel does not serve.
 """
 
 from __future__ import annotations

@@ -281,9 +281,9 @@ def test_nothing_serves_where_the_plain_code_is_asked_for_or_in_16_bits_on_a_cpu
     assert planned(folder_of("tinyllama"), monkeypatch, kernels="plain") == []
     model = load_folder(folder_of("tinyllama")).model
     in_16_bits = replace(CPU, dtype=torch.bfloat16)
-    for options, hardware in ((StepOptions(kernels="plain"), CPU), (StepOptions(), in_16_bits)):
+    for asked, hardware in (("plain", CPU), ("auto", in_16_bits)):
         kernels.use(["norm"])
-        assert choose_kernels(model, options, hardware) == Kernels()
+        assert choose_kernels(model, StepOptions(kernels=asked), hardware) == Kernels()
         assert kernels.in_use() == frozenset()
         assert not any(isinstance(module, FusedNorm) for module in model.modules())
 
