@@ -24,7 +24,7 @@ from versus_peers import ALPHA, MODELS, RANK, TARGETS, save_model
 
 LAYER = {
     "plain": (), "norm": ("norm",), "rotary": ("rotary",), "gate": ("gate",),
-    "attention": ("attention",), "all": ("norm", "rotary", "gate", "attention"),
+    "all": ("norm", "rotary", "gate"),
 }  # fmt: skip
 LOSS = {"plain": (), "loss": ("loss",)}
 

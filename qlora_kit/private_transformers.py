@@ -20,11 +20,6 @@ def drop_kernels(config: PreTrainedConfig, kept: Collection[str | None]) -> None
             setattr(config, name, None)
 
 
-def attends_by_torch(model: PreTrainedModel) -> bool:
-    """Whether the layers of a model call `scaled_dot_product_attention`."""
-    return model.config.get_text_config()._attn_implementation == "sdpa"
-
-
 def initialize(model: PreTrainedModel, module: nn.Module) -> None:
     """Let a model initialise one of its modules, as it does before training from scratch."""
     model._init_weights(module)

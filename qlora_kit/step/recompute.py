@@ -1,7 +1,5 @@
 """Recomputation: a decoder layer keeps its input only, and runs again in backward.
 
-On a CPU it also keeps the output of its attention, unless `--kernels plain` is asked for.
-
 Also known as gradient checkpointing. It is the non-reentrant form, which stops as soon as the last
 tensor that backward needs is there, and which works even if no input requires a gradient.
 
@@ -14,14 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import ModelError
-from qlora_kit.layers.kernels import serves
-from qlora_kit.layers.kernels.attention import kept_attention
 from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, announce
 from qlora_kit.private_transformers import recompute_by
 from qlora_kit.step.offload import Offload
@@ -46,50 +42,26 @@ def set_recompute(
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if enabled and not layers:
         raise ModelError("the model has no layers that can be recomputed; pass --no-recompute")
-    run = _recomputed_layer if offload is None else partial(_offloaded, offload)
+    run = _recomputed if offload is None else partial(_offloaded, offload)
     recomputed = max(0, len(layers) - keep_layers) if enabled else 0
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < recomputed
         recompute_by(layer, run)
 
 
-def is_recomputed(model: nn.Module) -> bool:
-    """Whether a layer of a model runs again in backward."""
-    layers = (each for each in model.modules() if isinstance(each, GradientCheckpointingLayer))
-    return any(layer.gradient_checkpointing for layer in layers)
-
-
-def recomputed(like: Tensor, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """Return what `forward(*inputs)` returns; it runs again in backward.
-
-    Args:
-        like: any tensor on the device and in the dtype of the computation.
-        forward: the function.
-        inputs: its arguments, of which backward keeps no others.
-    """
-    keeps = serves("attention", like)
-    around: dict[str, Any] = {"context_fn": kept_attention} if keeps else {}
-    return checkpoint(forward, *inputs, use_reentrant=False, **around)
-
-
-def _recomputed_layer(forward: Callable[..., Any], *inputs: Any) -> Any:
-    # Nothing holds the input beside the checkpoint, which may move it to the host.
-    return recomputed(_hidden(forward, inputs), partial(_announced, forward), *inputs)
+def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(partial(_announced, forward), *inputs, use_reentrant=False)
 
 
 def _announced(forward: Callable[..., Any], *inputs: Any) -> Any:
     """Run a layer, in forward or again in backward, and announce the purpose of its input."""
-    announce(_hidden(forward, inputs), LAYER_CHECKPOINTS)
-    return forward(*inputs)
-
-
-def _hidden(forward: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
     # transformers binds the arguments that it passes by name to the forward.
-    hidden: Tensor = inputs[0] if inputs else forward.keywords["hidden_states"]  # type: ignore[attr-defined]
-    return hidden
+    hidden = inputs[0] if inputs else forward.keywords["hidden_states"]  # type: ignore[attr-defined]
+    announce(hidden, LAYER_CHECKPOINTS)
+    return forward(*inputs)
 
 
 def _offloaded(offload: Offload, forward: Callable[..., Any], *inputs: Any) -> Any:
     # Inside the layer the checkpoint's own hooks are in force, so these hooks see its inputs only.
     with saved_tensors_hooks(offload.pack, offload.unpack):
-        return _recomputed_layer(forward, *inputs)
+        return _recomputed(forward, *inputs)

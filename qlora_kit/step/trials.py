@@ -27,8 +27,6 @@ from qlora_kit.layers.weight import FourBitWeight
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.private_torch import outside_of_modes
-from qlora_kit.private_transformers import attends_by_torch
-from qlora_kit.step.recompute import is_recomputed, recomputed
 from qlora_kit.step.rotary import Rotation, has_kernel
 
 _TOKENS = 3
@@ -186,21 +184,6 @@ def _summed(model: PreTrainedModel, numbers: Numbers) -> list[Tensor]:
     return numbers.with_gradients(cross_entropy_sum(hidden, targets, head), hidden)
 
 
-def _attention(tried: Tried) -> Iterator[Trial]:
-    if is_recomputed(tried.model) and attends_by_torch(tried.model):
-        config = tried.model.config.get_text_config()
-        heads = config.num_attention_heads
-        yield partial(_attended, heads, getattr(config, "num_key_value_heads", None) or heads)
-
-
-def _attended(heads: int, key_heads: int, numbers: Numbers) -> list[Tensor]:
-    query = numbers.input(2, heads, _TOKENS, 16)
-    key, value = (numbers.input(2, key_heads, _TOKENS, 16) for _ in range(2))
-    attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=heads != key_heads)
-    return numbers.with_gradients(recomputed(query, attend, query, key, value), query, key, value)
-
-
 _TRIALS: dict[str, Callable[[Tried], Iterator[Trial]]] = {
     "nf4": _nf4, "lora": _lora, "norm": _norm, "rotary": _rotary, "gate": _gate, "loss": _loss,
-    "attention": _attention,
 }  # fmt: skip

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import relative_error
 from tiny_models import NAMES, fill_lora, load_folder
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ from qlora_kit.model.load import BaseSpec
 from qlora_kit.model.names import find_model
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import RowSizes, Subject
-from qlora_kit.private_torch import TorchDispatchMode
 from qlora_kit.recipe.run import Run
 from qlora_kit.recipe.training import train
 from qlora_kit.report.facts import header
@@ -46,10 +44,9 @@ from qlora_kit.step import kernels as chosen
 from qlora_kit.step import rotary
 from qlora_kit.step.kernels import Kernels, choose_kernels, decided
 from qlora_kit.step.norms import set_norms
-from qlora_kit.step.recompute import recomputed
 from qlora_kit.step.rotary import Rotation, set_rotary
 from qlora_kit.step.settle import settle
-from qlora_kit.step.trials import Numbers, Tried
+from qlora_kit.step.trials import Tried
 from qlora_kit.tasks.causal import loss_sum
 from qlora_kit.train.loop import train_adapter
 from qlora_kit.train.resume import differences
@@ -293,8 +290,8 @@ def test_nothing_serves_where_the_plain_code_is_asked_for_or_in_16_bits_on_a_cpu
     [
         ("tinyllama", {}, kernels.ON_CPU),
         ("tinyllama", {"recompute": False}, ("norm", "rotary", "loss")),
-        ("phi-4-mini", {"mlp_tile_tokens": 0}, ("norm", "rotary", "loss", "attention")),
-        ("gpt2", {}, ("loss", "attention")),
+        ("phi-4-mini", {"mlp_tile_tokens": 0}, ("norm", "rotary", "loss")),
+        ("gpt2", {}, ("loss",)),
     ],
 )
 def test_a_run_on_a_cpu_and_its_plan_choose_the_same(
@@ -466,56 +463,6 @@ def test_a_run_on_a_cpu_has_its_own_bits_again_and_again(
     assert all(torch.allclose(first[name], plain[name], atol=1e-5) for name in first)
 
 
-class _Flashes(TorchDispatchMode):
-    """Counts the calls of the flash kernels of a CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward = self.backward = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.forward += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        self.backward += (
-            func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-        )
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("asked", "runs"), [("plain", 2), ("auto", 1)])
-def test_recomputation_does_not_compute_attention_again(
-    folder_of: Callable[[str], Path], asked: str, runs: int
-) -> None:
-    model: Any = filled(folder_of("tinyllama")).base.model.train()
-    settle(model, StepOptions(kernels=asked), CPU)
-    layers = model.config.num_hidden_layers
-    with _Flashes() as counted:
-        loss_sum(model, collate(make_rows(3), 0), head_of(model)).backward()
-    # The first layer's input needs no gradient, and its attention does: LoRA is on its projections.
-    assert (counted.forward, counted.backward) == (runs * layers, layers)
-
-
-def test_kept_attention_changes_no_bit_and_serves_a_graph_twice() -> None:
-    numbers = Numbers(CPU)
-    q, k, v = (numbers.input(2, heads, 9, 16) for heads in (4, 2, 2))
-    grad = numbers.draw(2, 4, 9, 16)
-
-    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        more: Tensor = F.scaled_dot_product_attention(attended, k, v, scale=0.3, enable_gqa=True)
-        # A mask keeps torch from its flash kernel, and dropout draws: neither is kept.
-        return more + F.scaled_dot_product_attention(
-            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), torch.ones(9, 9).bool()
-        )
-
-    found = []
-    for names in ((), ("attention",)):
-        kernels.use(names)
-        y = recomputed(q, twice, q, k, v)
-        first = torch.autograd.grad(y, (q, k, v), grad, retain_graph=True)
-        found.append((y, *first, *torch.autograd.grad(y, (q, k, v), grad)))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
 # ---------------------------------------------------------------- what a run says
 
 
@@ -525,7 +472,7 @@ def test_the_header_names_the_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Run, "taken", lambda run: ready.append(run) or {})
     train(qk.TrainConfig(output=tmp_path))
     (run,) = ready
-    assert run.identity["kernels"] == "norm, rotary, gate, loss, attention"
+    assert run.identity["kernels"] == "norm, rotary, gate, loss"
 
     def line(kernels: Kernels) -> str:
         facts = header(run.adapter, run.rows, run.held_out, run.samples, run.config, kernels)

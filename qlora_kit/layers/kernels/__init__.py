@@ -19,8 +19,8 @@ from torch import Tensor
 NAMES = ("nf4", "lora", "norm", "rotary", "gate", "loss")
 """The kernels: 4-bit weights unpacked, LoRA's products, norms, rotary positions, MLP gate, loss."""
 
-ON_CPU = ("norm", "rotary", "gate", "loss", "attention")
-"""Those of a CPU: attention is that of a recomputed layer, which is not computed again."""
+ON_CPU = ("norm", "rotary", "gate", "loss")
+"""Those that a CPU has as well."""
 
 _in_use: frozenset[str] = frozenset()
 # Triton's interpreter runs kernels on a CPU, for tests.
