@@ -101,7 +101,8 @@ def part_of(launch: Launch, rank: int, vocabulary: int) -> str:
 
 # The kit's kernels in Triton, whose names are those of their functions.
 _OWN_KERNELS = {
-    "_unpack": "dequantisation", "_rotate": "RoPE", "right_factors": "LoRA", "left_factor": "LoRA",
+    "_unpack": "dequantisation", "_rotate": "RoPE", "_matrices": "LoRA", "_left": "LoRA",
+    "_add": "LoRA",
     "_gate": "MLP beside products", "_gate_back": "MLP beside products",
     "_cross_entropy": "head and loss",
 }  # fmt: skip

@@ -16,7 +16,7 @@ Shapes: N tokens, D hidden size, I width of the MLP.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -357,9 +357,10 @@ class _GatedMLP(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.call, ctx.node = call, node
-        return _joined(
-            ((rows, tile.output(x[rows])) for rows, tile in call.tiles(x, masks)), len(x)
-        )
+        y = _Whole(len(x))
+        for rows, tile in call.tiles(x, masks):
+            y.put(rows, tile.output(x[rows]))
+        return y.tensor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -367,27 +368,34 @@ class _GatedMLP(torch.autograd.Function):
         call: _Call = ctx.call
         x, *rest = ctx.node.saved_tensors
         masks = tuple(rest[: len(call.parts.layers)])
+        grad_x = _Whole(len(x))
         parameters: list[Tensor] = []
-
-        def of_tiles() -> Iterator[tuple[slice, Tensor]]:
-            for rows, tile in call.tiles(x, masks):
-                grad_x, more = tile.gradients(x[rows], grad_y[rows])
-                pairs = zip(parameters, more, strict=True) if parameters else ()
-                parameters[:] = [total.add_(part) for total, part in pairs] or more
-                yield rows, grad_x
-
-        grad_x = _joined(of_tiles(), len(x))
-        return (grad_x, None, None, None, None, *parameters)
+        for rows, tile in call.tiles(x, masks):
+            part, more = tile.gradients(x[rows], grad_y[rows])
+            grad_x.put(rows, part)
+            del part  # not to be held while the next tile computes
+            pairs = zip(parameters, more, strict=True) if parameters else ()
+            parameters = [total.add_(each) for total, each in pairs] or more
+        return (grad_x.tensor, None, None, None, None, *parameters)
 
 
-def _joined(parts: Iterable[tuple[slice, Tensor]], tokens: int) -> Tensor:
-    """Return the tiles of a result (N, D) as one tensor; a tile of all tokens is not copied."""
-    whole: Tensor | None = None
-    for rows, part in parts:
-        if len(part) == tokens:
-            return part
-        if whole is None:
-            whole = part.new_empty(tokens, part.shape[1])
-        whole[rows] = part
-    assert whole is not None
-    return whole
+class _Whole:
+    """A result (N, D) that is put together of tiles; a tile of all tokens is not copied.
+
+    Args:
+        tokens: N.
+    """
+
+    tensor: Tensor
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+
+    def put(self, rows: slice, part: Tensor) -> None:
+        """Take the result of a tile for its rows; the first tile begins with the first row."""
+        if len(part) == self._tokens:
+            self.tensor = part
+            return
+        if rows.start == 0:
+            self.tensor = part.new_empty(self._tokens, part.shape[1])
+        self.tensor[rows] = part

@@ -64,7 +64,8 @@ class FrozenWeight(nn.Module):
             onto: (N, D), to which the product of grad_y (N, K) is added, in place; it is returned.
         """
         weight = self.unpacked(grad_y.dtype)
-        return grad_y @ weight if onto is None else onto.addmm_(grad_y, weight)
+        # Not `addmm_`, whose work torch's counter of operations does not know.
+        return grad_y @ weight if onto is None else torch.addmm(onto, grad_y, weight, out=onto)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (K, D) in `dtype` for a product, and announce its purpose."""

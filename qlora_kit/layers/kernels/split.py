@@ -367,25 +367,52 @@ def wide_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tens
     return product
 
 
-def product_over_tokens(left: Tensor, right: Tensor, halves: int) -> Tensor:
-    """Return leftᵀ right in fp32, with the halves of one factor added.
+def gradient_of_a(grad_inner: Tensor, x: Tensor) -> Tensor:
+    """Return the gradients of all A, (M R, D), fp32.
 
     Tensor cores add long sums less exactly than fp32 units do: over 8,192 tokens the error reached
     2e-5 on an H100. So a sum over many tokens is computed in parts, which are added in fp32.
 
     Args:
-        left: (N, I), bf16.
-        right: (N, J), bf16.
-        halves: the factor whose columns are two halves: 0 for `left`, 1 for `right`.
-
-    Returns:
-        (I / 2, J) or (I, J / 2).
+        grad_inner: (N, 2 M R), bf16: high parts, then low parts.
+        x: (N, D), bf16.
     """
-    count = _parts_of(len(left))
-    first, second = (each.unflatten(0, (count, len(left) // count)) for each in (left, right))
-    products = wide_product(first.transpose(1, 2), second)
-    total: Tensor = products.unflatten(1 + halves, (2, -1)).sum((0, 1 + halves))
+    left, right = _in_parts(grad_inner), _in_parts(x)
+    products = wide_product(left.transpose(1, 2), right)
+    total: Tensor = products.unflatten(1, (2, -1)).sum((0, 1))
     return total
+
+
+def gradients_of_b(grads_y: Sequence[Tensor], h: Tensor) -> Sequence[Tensor]:
+    """Return the gradient of the B of each layer, (K, R), fp32, each contiguous.
+
+    Args:
+        grads_y: (N, K) of each layer, bf16.
+        h: (M, N, 2 R), bf16: for each layer, high parts and then low parts.
+    """
+    outputs = [grad_y.shape[1] for grad_y in grads_y]
+    if _parts_of(h.shape[1]) > 1:
+        pairs = zip(grads_y, h, strict=True)
+        return [_summed_over_parts(grad_y, of_layer) for grad_y, of_layer in pairs]
+    # The halves of all layers are added in one launch.
+    products = h.new_empty((sum(outputs), h.shape[2]), dtype=torch.float32)
+    for grad_y, of_layer, out in zip(grads_y, h, products.split(outputs), strict=True):
+        wide_product(grad_y.T, of_layer, out=out)
+    grads: Tensor = products.unflatten(1, (2, -1)).sum(1)
+    of_layers: Sequence[Tensor] = grads.split(outputs)
+    return of_layers
+
+
+def _summed_over_parts(grad_y: Tensor, h: Tensor) -> Tensor:
+    products = wide_product(_in_parts(grad_y).transpose(1, 2), _in_parts(h))
+    total: Tensor = products.unflatten(2, (2, -1)).sum((0, 2))
+    return total
+
+
+def _in_parts(rows: Tensor) -> Tensor:
+    """Return (N, J) seen as (parts, N / parts, J)."""
+    count = _parts_of(len(rows))
+    return rows.view(count, len(rows) // count, rows.shape[1])
 
 
 def _parts_of(tokens: int) -> int:
