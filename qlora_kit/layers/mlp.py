@@ -36,8 +36,9 @@ _Linear: TypeAlias = FrozenLinear | LoRALinear
 _INNER = (("gate_proj", "up_proj"), ("gate_up_proj",))
 _OUTER = "down_proj"
 # With more tiles than these, the weights are unpacked once a pass and held. With fewer, each tile
-# unpacks the gate's and the up projection's weight twice in backward, as plain layers do: holding
-# all three weights would take more memory than one or two tiles save.
+# unpacks the weights of gate and up twice in backward, as plain layers do, or one of them once where
+# that takes no more memory (`_hold_last`). To hold both would take that of one more, 90 MB in a 7B;
+# to hold all three, more than one or two tiles save.
 _TILES_THAT_UNPACK = 2
 
 
@@ -119,7 +120,7 @@ class TiledMLP(nn.Module):
 class _TileLayers:
     """Linear layers that see one x, all frozen or all with LoRA, for the tokens of one tile.
 
-    They see one x, and in backward one gradient of each y. So the small inner products of both are
+    In backward they see one gradient of each y. So the small inner products of x and of these are
     kept for the next call.
     """
 
@@ -229,13 +230,10 @@ class _Tile(NamedTuple):
         Between the two only the kernel of the gate computes. It makes no tensor, so no more memory
         is needed than for the first product. The plain gate makes wide tensors, and so does LoRA.
         """
-        last = self.inner[-1]
-        if (
-            last.term is None
-            and self.outer.term is None
-            and not isinstance(last.weights[-1], HeldWeight)
-        ):
-            last.weights[-1] = HeldWeight(last.weights[-1], uses=2)
+        is_frozen = self.outer.term is None and all(each.term is None for each in self.inner)
+        weights = self.inner[-1].weights
+        if is_frozen and not isinstance(weights[-1], HeldWeight):
+            weights[-1] = HeldWeight(weights[-1], uses=2)
 
 
 def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
