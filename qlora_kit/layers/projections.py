@@ -117,7 +117,7 @@ def with_one_input(model: nn.Module) -> list[list[str]]:
     groups = []
     for parent in {**first, **others}:
         one, rest = first.get(parent, []), others.get(parent, [])
-        is_cross = _CROSS.search(parent.rpartition(".")[2])
+        is_cross = _CROSS.search(".".join(parent.split(".")[-2:]))
         groups += [one, rest] if is_cross else [one + rest]
     return [paths for paths in groups if len(paths) > 1]
 
