@@ -36,9 +36,9 @@ _Linear: TypeAlias = FrozenLinear | LoRALinear
 _INNER = (("gate_proj", "up_proj"), ("gate_up_proj",))
 _OUTER = "down_proj"
 # With more tiles than these, the weights are unpacked once a pass and held. With fewer, each tile
-# unpacks the weights of gate and up twice in backward, as plain layers do, or one of them once where
-# that takes no more memory (`_hold_last`). To hold both would take that of one more, 90 MB in a 7B;
-# to hold all three, more than one or two tiles save.
+# unpacks the weights of gate and up twice in backward, as plain layers do; one of them once where
+# that takes no more memory, see `_hold_last`. To hold both would take 90 MB more in a 7B; to hold
+# all three, more than one or two tiles save.
 _TILES_THAT_UNPACK = 2
 
 
