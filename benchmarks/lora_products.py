@@ -170,15 +170,16 @@ class _Case:
         """Return the errors of h and of the gradients of A and B, relative to fp64."""
         import torch
 
+        from qlora_kit.layers.lora import term_of
+
         if self.side == "frozen":
             return {}
         self._forget()
         self._backward(self.layer(self.x))
         with torch.no_grad():
-            h = self.layer.low_rank(self.x, None).inner(self.x).double()
+            h = term_of([self.layer], self.x).inner(self.x).double()
             if self.side == "split":
-                rank = self.layer.rank
-                h = (h[:, :rank] + h[:, rank : 2 * rank]) / _SCALING
+                h = h[0].unflatten(1, (2, -1)).sum(1) / _SCALING
             a, b = self.layer.lora_A.double(), self.layer.lora_B.double()
             x, grad_y = self.x.double(), self.grad_y.double()
             exact_h = x @ a.T

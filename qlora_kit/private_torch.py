@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record",
     "end_memory_record", "is_in_backward", "largest_magnitudes", "outside_of_modes", "own_buffers",
-    "own_parameters", "storage_key", "tree_leaves",
+    "own_parameters", "storage_key", "tree_leaves", "version_of",
 ]  # fmt: skip
 
 # The binding of torch's profiler to C++, which has no types.
@@ -45,6 +45,11 @@ def outside_of_modes() -> AbstractContextManager[Any]:
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Return a number that is the same for every Python object of one storage."""
     return int(storage._cdata)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a number that grows when a tensor changes in place; -1 where torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def largest_magnitudes(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from qlora_kit.data.batch import Batch
 from qlora_kit.export.forms import Forms, Variant
 from qlora_kit.layers.frozen import FrozenLinear
-from qlora_kit.layers.lora import LowRank
+from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.model.encoder_decoder import target_states
@@ -186,7 +186,7 @@ def _low_rank_term(path: str, stored: StoredAdapter, device: torch.device) -> Lo
     if path not in stored.tensors:
         return None
     a, b = stored.tensors[path]
-    return LowRank(a.to(device), b.to(device), None, stored.spec.scaling_of(path), 1.0)
+    return LowRank((a.to(device),), (b.to(device),), scaling=stored.spec.scaling_of(path))
 
 
 # ---------------------------------------------------------------- rows of the variants

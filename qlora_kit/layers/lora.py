@@ -1,10 +1,9 @@
 """The LoRA layer: y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ, with W frozen and packed.
 
-One autograd function serves 4, 8 and 16 bits. It saves x and the small h = dropout(x) Aᵀ before the
-product with W. So a recomputed layer that ends in that product does not compute it again. Backward
-unpacks W again, so no unpacked weight outlives its product.
-
-The trained term is a `LowRank`. Where tensor cores multiply, a `SplitLowRank` stands in for it.
+One autograd function serves 4, 8 and 16 bits, and one layer or several that see one x. It saves x
+and the small h = dropout(x) Aᵀ before the product with W. So a recomputed layer that ends in that
+product does not compute it again. Backward unpacks W again, so no unpacked weight outlives its
+product. The trained term is a `LowRank`.
 
 Shapes: N tokens, D in, K out, R rank.
 
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,139 +23,11 @@ from torch import Tensor, nn
 from qlora_kit.layers import kernels
 from qlora_kit.layers.draws import draws_now
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.handover import Handover
 from qlora_kit.layers.kernels import split
+from qlora_kit.layers.low_rank import LowRank, SplitLowRank
 from qlora_kit.layers.save_first import save_first
 from qlora_kit.layers.weight import FrozenWeight
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The trained term of one call, scaling · h Bᵀ with h = dropout(x) Aᵀ, and its gradients.
-
-    Attributes:
-        a: (R, D), fp32 or wider.
-        b: (K, R), in the dtype of `a`.
-        kept: mask of the inputs of A that dropout kept, bool (N, D); None without dropout.
-        scaling: factor of the term.
-        keep_probability: probability that dropout keeps an input of A; 1 without dropout.
-    """
-
-    a: Tensor
-    b: Tensor
-    kept: Tensor | None
-    scaling: float
-    keep_probability: float
-
-    @property
-    def factors(self) -> tuple[float, float]:
-        """The scaling, and the probability that dropout keeps an input of A."""
-        return self.scaling, self.keep_probability
-
-    def rows(self, rows: slice) -> LowRank:
-        """Return the term of some rows of x."""
-        return self if self.kept is None else replace(self, kept=self.kept[rows])
-
-    def inner(self, x: Tensor) -> Tensor:
-        """Return h (N, R) of x (N, D), as `add_to` and `gradients` take it."""
-        h = _masked(x, self.kept).to(self.a.dtype) @ self.a.T
-        return h if self.keep_probability == 1 else h.div_(self.keep_probability)
-
-    def add_to(self, y: Tensor, h: Tensor) -> None:
-        """Add the term to y (N, K) in place."""
-        _add_product(y, h, self.b.T, self.scaling)
-
-    def as_multiplied(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of y (N, K) in the dtype in which the other methods take it."""
-        return grad_y.to(self.a.dtype)
-
-    def inner_gradient(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of x Aᵀ (N, R), given that of y (N, K) from `as_multiplied`."""
-        grad_inner = (grad_y @ self.b).mul_(self.scaling)
-        return grad_inner if self.keep_probability == 1 else grad_inner.div_(self.keep_probability)
-
-    def gradients(
-        self, x: Tensor, h: Tensor, grad_y: Tensor, grad_inner: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of A (R, D) and B (K, R).
-
-        Args:
-            x: (N, D), the input of the call.
-            h: the result of `inner` for x.
-            grad_y: gradient of y (N, K), the result of `as_multiplied`.
-            grad_inner: the result of `inner_gradient` for `grad_y`.
-        """
-        grad_a = grad_inner.T @ _masked(x, self.kept).to(self.a.dtype)
-        grad_b = (grad_y.T @ h).mul_(self.scaling)
-        return grad_a, grad_b
-
-    def add_input_gradient(self, grad_x: Tensor, grad_inner: Tensor) -> None:
-        """Add the term's share of the gradient of x to `grad_x` (N, D), in place."""
-        if self.kept is None:
-            _add_product(grad_x, grad_inner, self.a, 1.0)
-        else:
-            grad_x += _masked(grad_inner @ self.a, self.kept)
-
-
-@dataclass(frozen=True)
-class SplitLowRank(LowRank):
-    """The trained term for bf16 inputs, computed on tensor cores within 1e-5 of fp32.
-
-    A, B, h and the gradient of x Aᵀ are split into two bf16 parts each (`kernels.split`). x and the
-    gradient of y are never copied to fp32. h and the gradient of x Aᵀ carry all factors already.
-
-    Launches of a recomputed linear layer for its term, without dropout: the plain term takes 4 in
-    forward, 2 in recomputation and 9 in backward, and this one 4, 3 and 7. One of forward and one
-    of recomputation split A and B; backward finds them split. Layers that keep their activations
-    hold the parts too, 6 R (D + K) bytes each; else they live for one layer at a time.
-
-    Attributes:
-        a: A as a right factor, (3 R, D), bf16.
-        b: B as a right factor, (K, 3 R), bf16.
-    """
-
-    @classmethod
-    def of(cls, a: Tensor, b: Tensor, kept: Tensor | None, *factors: float) -> SplitLowRank:
-        """Return the term of A (R, D) and B (K, R), both fp32; see `LowRank` for the others."""
-        return cls(*split.as_right_factors(a, b), kept, *factors)
-
-    @property
-    def _rank(self) -> int:
-        return self.b.shape[1] // 3
-
-    def inner(self, x: Tensor) -> Tensor:
-        """Return scaling · h as a left factor, (N, 3 R), bf16."""
-        products = split.wide_product(_masked(x, self.kept), self.a[self._rank :].T)
-        return split.as_left_factor(products, self.scaling / self.keep_probability)
-
-    def add_to(self, y: Tensor, h: Tensor) -> None:
-        """See `LowRank`."""
-        torch.addmm(y, h, self.b.T, out=y)
-
-    def as_multiplied(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of y as it is."""
-        return grad_y
-
-    def inner_gradient(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of x Aᵀ as a left factor, (N, 3 R), bf16."""
-        products = split.wide_product(grad_y, self.b[:, self._rank :])
-        return split.as_left_factor(products, self.scaling / self.keep_probability)
-
-    def gradients(
-        self, x: Tensor, h: Tensor, grad_y: Tensor, grad_inner: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `LowRank`."""
-        both = 2 * self._rank
-        grad_a = split.product_over_tokens(grad_inner[:, :both], _masked(x, self.kept), halves=0)
-        grad_b = split.product_over_tokens(grad_y, h[:, :both], halves=1)
-        return grad_a, grad_b
-
-    def add_input_gradient(self, grad_x: Tensor, grad_inner: Tensor) -> None:
-        """See `LowRank`."""
-        if self.kept is None:
-            torch.addmm(grad_x, grad_inner, self.a, out=grad_x)
-        else:
-            whole = torch.addmm(grad_x, grad_inner, self.a)
-            torch.where(self.kept, whole, grad_x, out=grad_x)
 
 
 class LoRALinear(nn.Module):
@@ -174,6 +44,11 @@ class LoRALinear(nn.Module):
         dropout: probability that an input of A is zeroed in training.
         generator: draws A; None takes torch's global generator.
         number: number among the layers with LoRA, from which dropout draws its masks.
+
+    Attributes:
+        partners: other layers that will be called with the same x after this layer, and that
+            `can_share` its term. The first call computes the products of all; the others are
+            handed to their layers. A layer that is called with anything else computes alone.
     """
 
     def __init__(
@@ -192,6 +67,9 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.scaling = scaling
         self.dropout = dropout
+        # A tuple keeps them from being children, which would give their parameters second names.
+        self.partners: tuple[LoRALinear, ...] = ()
+        self._handover = Handover()
         device = frozen.weight.device
         # A is drawn on the CPU: the same seed gives the same A on every device.
         a = torch.empty(rank, frozen.in_features)
@@ -201,35 +79,26 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x."""
-        rows = x.reshape(-1, x.shape[-1])
-        with torch.no_grad():
-            term = self.low_rank(x, self.draw_kept(x))
-            h = term.inner(rows)
-        a, b = self.lora_A, self.lora_B
-        parts = (term.a, term.b) if isinstance(term, SplitLowRank) else ()
-        saved = save_first(rows, a, b, term.kept, h, *parts)
-        y: Tensor = _LoRAProduct.apply(
-            rows, a, b, h, parts, self.frozen.bias, self.frozen.weight, term.factors, *saved
-        )
-        return y.view(*x.shape[:-1], -1)
+        handed = self._handover.take(x, self.lora_A, self.lora_B)
+        if handed is not None:
+            return handed
+        layers = (self, *self.partners)
+        if any(layer.drops_out for layer in layers):
+            layers = (self,)  # each layer has a mask of its own, so no product is common to them
+        y, *others = _products(x, layers)
+        for layer, other in zip(layers[1:], others, strict=True):
+            layer._handover.put(other, x, layer.lora_A, layer.lora_B)
+        return y
 
     @property
     def weight(self) -> FrozenWeight:
         """The frozen weight: T5 asks its layers for their weight's dtype, where it is a tensor."""
         return self.frozen.weight
 
-    def low_rank(self, x: Tensor, kept: Tensor | None) -> LowRank:
-        """Return the trained term of a call; to be called where no graph is recorded.
-
-        Args:
-            x: the input, or any tensor on its device and in its dtype.
-            kept: the mask of `draw_kept` for that call.
-        """
-        factors = self.scaling, 1.0 if kept is None else 1 - self.dropout
-        is_split = x.dtype == torch.bfloat16 and self.lora_A.dtype == torch.float32
-        if is_split and kernels.serves("lora", x):
-            return SplitLowRank.of(self.lora_A, self.lora_B, kept, *factors)
-        return LowRank(self.lora_A, self.lora_B, kept, *factors)
+    @property
+    def drops_out(self) -> bool:
+        """Whether the next call draws a mask."""
+        return self.training and self.dropout > 0
 
     def draw_kept(self, x: Tensor) -> Tensor | None:
         """Draw the mask of the inputs of A that are kept: bool (N, D), or None without dropout.
@@ -237,7 +106,7 @@ class LoRALinear(nn.Module):
         Args:
             x: the input (..., D), or any tensor on its device that differs in the last size only.
         """
-        if not self.training or self.dropout == 0:
+        if not self.drops_out:
             return None
         keep, draws = 1 - self.dropout, draws_now()
         shape = torch.Size((*x.shape[:-1], self.frozen.in_features))
@@ -256,69 +125,82 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-class _LoRAProduct(torch.autograd.Function):
-    # With d for dropout, p for the share it keeps and s for the scaling:
+def can_share(layers: Sequence[LoRALinear]) -> bool:
+    """Whether layers that see one x can compute their terms together."""
+    kinds = {(each.lora_A.shape, each.lora_A.dtype, each.scaling) for each in layers}
+    is_trained = all(each.lora_A.requires_grad for each in layers)
+    return len(kinds) == 1 and is_trained and len(layers) <= split.MOST_LAYERS
+
+
+def term_of(layers: Sequence[LoRALinear], x: Tensor, kept: Tensor | None = None) -> LowRank:
+    """Return the trained term of a call; to be called where no graph is recorded.
+
+    Args:
+        layers: one layer, or some that can share it, see `can_share`.
+        x: the input, or any tensor on its device and in its dtype.
+        kept: the mask of `draw_kept` for that call; only of a single layer.
+    """
+    first = layers[0]
+    a, b = tuple(each.lora_A for each in layers), tuple(each.lora_B for each in layers)
+    term = LowRank(a, b, kept, first.scaling, 1.0 if kept is None else 1 - first.dropout)
+    is_split = x.dtype == torch.bfloat16 and first.lora_A.dtype == torch.float32
+    return SplitLowRank.of(term) if is_split and kernels.serves("lora", x) else term
+
+
+def _products(x: Tensor, layers: Sequence[LoRALinear]) -> list[Tensor]:
+    """Return the y (..., K) of each layer for one x (..., D)."""
+    rows = x.reshape(-1, x.shape[-1])
+    with torch.no_grad():
+        term = term_of(layers, x, layers[0].draw_kept(x))
+        h = term.inner(rows)
+    # What a graph holds of several layers must not hold x itself, see `Handover`.
+    held = rows if len(layers) == 1 else rows.detach()
+    parameters = [*(each.lora_A for each in layers), *(each.lora_B for each in layers)]
+    saved = save_first(parameters[0], held, term.kept, h, *term.a, *term.b)
+    frozen = [each.frozen for each in layers]
+    found = _LoRAProducts.apply(rows, frozen, term, h, *saved, *parameters)
+    return [y.view(*x.shape[:-1], -1) for y in found]
+
+
+class _LoRAProducts(torch.autograd.Function):
+    # With d for dropout, p for the share it keeps and s for the scaling, for each layer:
     #   h = d(x) Aᵀ / p           y = x Wᵀ + b + s h Bᵀ
-    #   g = s dy B / p            dx = dy W + d(g A)
-    #   dA = gᵀ d(x)              dB = s dyᵀ h
+    #   g = s dy B / p            dA = gᵀ d(x)              dB = s dyᵀ h
+    # and with the sum over the layers:
+    #   dx = Σ dy W + d(Σ g A)
+    # x Aᵀ, dA and the sum over g A are one product each, of the A of all layers on top of another.
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        a: Tensor,
-        b: Tensor,
+        frozen: Sequence[FrozenLinear],
+        term: LowRank,
         h: Tensor,
-        parts: tuple[Tensor, ...],
-        bias: Tensor | None,
-        weight: FrozenWeight,
-        factors: tuple[float, float],
         token: Tensor,
         node: Any,
-    ) -> Tensor:
-        ctx.weight, ctx.factors, ctx.node = weight, factors, node
-        y = weight.product(x, bias)
-        _term(a, b, None, parts, factors).add_to(y, h)
-        return y
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # The context holds no activation: a graph would keep that past recomputation.
+        ctx.weights, ctx.node = [each.weight for each in frozen], node
+        ctx.kind, ctx.factors, ctx.count_of_a = type(term), term.factors, len(term.a)
+        found = []
+        for number, layer in enumerate(frozen):
+            y = layer.weight.product(x, layer.bias)
+            term.add_to(y, h, number)
+            found.append(y)
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grads
-        x, a, b, kept, h, *parts = ctx.node.saved_tensors
-        term = _term(a, b, kept, parts, ctx.factors)
-        multiplied = term.as_multiplied(grad_y)
-        grad_inner = term.inner_gradient(multiplied)
-        grad_a, grad_b = term.gradients(x, h, multiplied, grad_inner)
-        del multiplied
-        grad_x = None
+    def backward(ctx: Any, *grads_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, h, *matrices = ctx.node.saved_tensors
+        a, b = matrices[: ctx.count_of_a], matrices[ctx.count_of_a :]
+        term: LowRank = ctx.kind(tuple(a), tuple(b), kept, *ctx.factors)
+        grads = term.gradients(x, h, grads_y)
+        grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.weight.product_back(grad_y)
-            term.add_input_gradient(grad_x, grad_inner)
-        return (grad_x, grad_a, grad_b, *(None,) * 7)
-
-
-def _term(
-    a: Tensor,
-    b: Tensor,
-    kept: Tensor | None,
-    parts: Sequence[Tensor],
-    factors: tuple[float, float],
-) -> LowRank:
-    """Return the term of a call; `parts` are A and B as right factors where it is split."""
-    if not parts:
-        return LowRank(a, b, kept, *factors)
-    a_parts, b_parts = parts
-    return SplitLowRank(a_parts, b_parts, kept, *factors)
-
-
-def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
-    # This is exact in any dtype. The small products are divided by the probability instead of x.
-    return x if kept is None else x * kept
-
-
-def _add_product(y: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """Add factor · left right to y in place, computed in the wider dtype and rounded once."""
-    if y.dtype == left.dtype:
-        y.addmm_(left, right, alpha=factor)
-    else:
-        y.add_(left @ right, alpha=factor)
+            for weight, grad_y in zip(ctx.weights, grads_y, strict=True):
+                grad_x = weight.product_back(grad_y, onto=grad_x)
+            assert grad_x is not None
+            term.add_input_gradient(grad_x, grads.inner)
+        return (grad_x, *(None,) * 5, *grads.a, *grads.b)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.kernels import serves
 from qlora_kit.layers.kernels.gate import gated, gated_back, name_of
-from qlora_kit.layers.lora import LoRALinear, LowRank
+from qlora_kit.layers.lora import LoRALinear, can_share, term_of
+from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.save_first import save_first
 from qlora_kit.layers.weight import FrozenWeight, HeldWeight
 
@@ -35,8 +36,9 @@ _Linear: TypeAlias = FrozenLinear | LoRALinear
 _INNER = (("gate_proj", "up_proj"), ("gate_up_proj",))
 _OUTER = "down_proj"
 # With more tiles than these, the weights are unpacked once a pass and held. With fewer, each tile
-# unpacks the gate's and the up projection's weight twice in backward, as plain layers do: holding
-# all three weights would take more memory than one or two tiles save.
+# unpacks the weights of gate and up twice in backward, as plain layers do; one of them once where
+# that takes no more memory, see `_hold_last`. To hold both would take 90 MB more in a 7B; to hold
+# all three, more than one or two tiles save.
 _TILES_THAT_UNPACK = 2
 
 
@@ -115,50 +117,123 @@ class TiledMLP(nn.Module):
 
 
 @dataclass
-class _TileLayer:
-    """A linear layer, frozen or with LoRA, for the tokens of one tile.
+class _TileLayers:
+    """Linear layers that see one x, all frozen or all with LoRA, for the tokens of one tile.
 
-    It sees one x, and in backward one gradient of y. So the small inner products of both are kept
-    for its next call.
+    In backward they see one gradient of each y. So the small inner products of x and of these are
+    kept for the next call.
     """
 
-    weight: FrozenWeight
-    bias: Tensor | None
+    weights: list[FrozenWeight]
+    biases: list[Tensor | None]
     term: LowRank | None
     _h: Tensor | None = None
     _grad_inner: Tensor | None = None
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return y (n, K) of x (n, D)."""
-        y = self.weight.product(x, self.bias)
-        if self.term is not None:
-            self.term.add_to(y, self._inner(self.term, x))
-        return y
+    def of(self, rows: slice) -> _TileLayers:
+        """Return the layers for some tokens."""
+        term = None if self.term is None else self.term.rows(rows)
+        return _TileLayers(list(self.weights), self.biases, term)
 
-    def input_gradient(self, grad_y: Tensor) -> Tensor:
-        """Return the gradient of x (n, D), given that of y (n, K); x itself is not needed."""
-        grad_x = self.weight.product_back(grad_y)
+    def products(self, x: Tensor) -> list[Tensor]:
+        """Return the y (n, K) of each layer for x (n, D)."""
+        found = []
+        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            y = weight.product(x, bias)
+            if self.term is not None:
+                self.term.add_to(y, self._inner(self.term, x), number)
+            found.append(y)
+        return found
+
+    def input_gradient(self, grads_y: list[Tensor], onto: Tensor | None = None) -> Tensor:
+        """Return the gradient of x (n, D), given that of each y (n, K); x itself is not needed.
+
+        Args:
+            grads_y: the gradients of y.
+            onto: what is added to, in place.
+        """
+        grad_x = onto
+        for weight, grad_y in zip(reversed(self.weights), reversed(grads_y), strict=True):
+            grad_x = weight.product_back(grad_y, onto=grad_x)
+        assert grad_x is not None
         if self.term is not None:
-            self.term.add_input_gradient(grad_x, self._inner_gradient(self.term, grad_y))
+            self.term.add_input_gradient(grad_x, self._inner_gradient(self.term, grads_y))
         return grad_x
 
-    def parameter_gradients(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
-        """Return the gradients of A and B; an empty list for a frozen layer."""
+    def parameter_gradients(self, x: Tensor, grads_y: list[Tensor]) -> list[Tensor]:
+        """Return the gradients of A and B of each layer; an empty list for frozen layers."""
         if self.term is None:
             return []
-        multiplied = self.term.as_multiplied(grad_y)
-        inner = self._inner_gradient(self.term, multiplied)
-        return list(self.term.gradients(x, self._inner(self.term, x), multiplied, inner))
+        grads = self.term.gradients(x, self._inner(self.term, x), grads_y, self._grad_inner)
+        self._grad_inner = grads.inner
+        return [each for pair in zip(grads.a, grads.b, strict=True) for each in pair]
 
     def _inner(self, term: LowRank, x: Tensor) -> Tensor:
         if self._h is None:
             self._h = term.inner(x)
         return self._h
 
-    def _inner_gradient(self, term: LowRank, grad_y: Tensor) -> Tensor:
+    def _inner_gradient(self, term: LowRank, grads_y: list[Tensor]) -> Tensor:
         if self._grad_inner is None:
-            self._grad_inner = term.inner_gradient(term.as_multiplied(grad_y))
+            self._grad_inner = term.inner_gradient(grads_y)
         return self._grad_inner
+
+
+class _Tile(NamedTuple):
+    """The layers of an MLP for the tokens of one tile.
+
+    Attributes:
+        inner: gate and up, together or each by itself, or the two fused.
+        outer: the down projection.
+        act: the activation.
+    """
+
+    inner: list[_TileLayers]
+    outer: _TileLayers
+    act: Callable[[Tensor], Tensor]
+
+    def products(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs of gate and up, or of the two fused."""
+        return [y for layers in self.inner for y in layers.products(x)]
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return y (n, D) of x (n, D)."""
+        gate, up = _split(self.products(x))
+        name = _kernel_name(self.act, gate)
+        product = gated(name, gate, up) if name else up.mul_(self.act(gate))
+        del gate, up
+        (y,) = self.outer.products(product)
+        return y
+
+    def gradients(self, x: Tensor, grad_y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradient of x and those of all A and B, given that of y.
+
+        At most five tensors as wide as the MLP exist at a time, or three of them and one weight.
+        With a kernel for the gate there are three at most.
+        """
+        if _kernel_name(self.act, x) is not None:
+            self._hold_last()
+        wide = [self.outer.input_gradient([grad_y]), *self.products(x)]
+        grads, of_outer = _gate_gradients(self.act, wide, self.outer, grad_y)
+        parameters: list[Tensor] = []
+        grad_x: Tensor | None = None
+        for layers in self.inner:
+            own, grads = grads[: len(layers.weights)], grads[len(layers.weights) :]
+            parameters += layers.parameter_gradients(x, own)
+            grad_x = layers.input_gradient(own, onto=grad_x)
+        assert grad_x is not None
+        return grad_x, parameters + of_outer
+
+    def _hold_last(self) -> None:
+        """Unpack the weight that multiplies last in forward, and first in backward, only once.
+
+        Between the two only the kernel of the gate computes. It makes no tensor, so no more memory
+        is needed than for the first product. The plain gate makes wide tensors, and so does LoRA.
+        """
+        is_frozen = self.outer.term is None and all(each.term is None for each in self.inner)
+        weights = self.inner[-1].weights
+        if is_frozen and not isinstance(weights[-1], HeldWeight):
+            weights[-1] = HeldWeight(weights[-1], uses=2)
 
 
 def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -167,47 +242,13 @@ def _split(inner: list[Tensor]) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _kernel_name(act: Callable[[Tensor], Tensor], gate: Tensor) -> str | None:
-    """Return the name of an activation if a kernel serves for it."""
-    return name_of(act) if serves("gate", gate) else None
-
-
-def _tile_output(x: Tensor, act: Callable[[Tensor], Tensor], layers: list[_TileLayer]) -> Tensor:
-    *inner, outer = layers
-    gate, up = _split([layer.product(x) for layer in inner])
-    name = _kernel_name(act, gate)
-    product = gated(name, gate, up) if name else up.mul_(act(gate))
-    del gate, up
-    return outer.product(product)
-
-
-def _tile_gradients(
-    x: Tensor,
-    grad_y: Tensor,
-    act: Callable[[Tensor], Tensor],
-    layers: list[_TileLayer],
-) -> tuple[Tensor, list[Tensor]]:
-    """Return, for one tile, the gradient of x and those of all A and B, given that of y.
-
-    At most five tensors as wide as the MLP exist at a time, or three of them and one weight. With
-    a kernel for the gate there are three at most.
-    """
-    *inner, outer = layers
-    wide = [outer.input_gradient(grad_y), *(layer.product(x) for layer in inner)]
-    grads, of_outer = _gate_gradients(act, wide, outer, grad_y)
-    parameters = [
-        each
-        for layer, grad in zip(inner, grads, strict=True)
-        for each in layer.parameter_gradients(x, grad)
-    ]
-    grad_x = inner[0].input_gradient(grads[0])
-    if len(inner) == 2:
-        grad_x += inner[1].input_gradient(grads[1])
-    return grad_x, parameters + of_outer
+def _kernel_name(act: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
+    """Return the name of an activation if a kernel serves for it, on the device of x."""
+    return name_of(act) if serves("gate", x) else None
 
 
 def _gate_gradients(
-    act: Callable[[Tensor], Tensor], wide: list[Tensor], outer: _TileLayer, grad_y: Tensor
+    act: Callable[[Tensor], Tensor], wide: list[Tensor], outer: _TileLayers, grad_y: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the gradients of the inner layers' outputs, and those of the outer layer's A and B.
 
@@ -225,7 +266,7 @@ def _gate_gradients(
         # It writes the gradients over the outputs.
         with_product = outer.term is not None
         *_, product = gated_back(name, gate, up, grad_product, with_product=with_product)
-        return outputs, [] if product is None else outer.parameter_gradients(product, grad_y)
+        return outputs, [] if product is None else outer.parameter_gradients(product, [grad_y])
 
     fused = len(outputs) == 1
     del outputs
@@ -233,7 +274,7 @@ def _gate_gradients(
     with torch.enable_grad():
         activated = act(gate)
     values = activated.detach()
-    of_outer = outer.parameter_gradients(values * up, grad_y) if outer.term else []
+    of_outer = outer.parameter_gradients(values * up, [grad_y]) if outer.term else []
     grad_activated = up.mul(grad_product)  # not in place: a fused gate shares its memory
     del up
     (grad_gate,) = torch.autograd.grad(activated, gate, grad_activated)
@@ -251,27 +292,41 @@ class _Call(NamedTuple):
     parts: Parts
     tile_tokens: int
 
-    def tiles(
-        self, x: Tensor, masks: tuple[Tensor | None, ...]
-    ) -> Iterator[tuple[slice, list[_TileLayer]]]:
+    def tiles(self, x: Tensor, masks: tuple[Tensor | None, ...]) -> Iterator[tuple[slice, _Tile]]:
         """Yield the rows of x of each tile, with its layers. All tiles are of nearly equal size."""
         tokens = len(x)
         count = math.ceil(tokens / self.tile_tokens)
-        weights = [layer.weight for layer in self.parts.frozen]
-        if count > _TILES_THAT_UNPACK:
-            weights = [HeldWeight(weight) for weight in weights]
-        terms = [
-            layer.low_rank(x, kept) if isinstance(layer, LoRALinear) else None
-            for layer, kept in zip(self.parts.layers, masks, strict=True)
-        ]
+        groups = list(self._groups(x, masks, is_held=count > _TILES_THAT_UNPACK))
         size = math.ceil(tokens / count)
         for start in range(0, tokens, size):
             rows = slice(start, start + size)
-            layers = [
-                _TileLayer(weight, layer.bias, None if term is None else term.rows(rows))
-                for weight, layer, term in zip(weights, self.parts.frozen, terms, strict=True)
-            ]
-            yield rows, layers
+            *inner, outer = (group.of(rows) for group in groups)
+            yield rows, _Tile(inner, outer, self.parts.act)
+
+    def _groups(
+        self, x: Tensor, masks: tuple[Tensor | None, ...], *, is_held: bool
+    ) -> Iterator[_TileLayers]:
+        """Yield the layers that see one x together, of all tokens, the down projection last."""
+        for layers, kept in self._together(masks):
+            frozen = [each.frozen if isinstance(each, LoRALinear) else each for each in layers]
+            weights = [HeldWeight(each.weight) if is_held else each.weight for each in frozen]
+            trained = [each for each in layers if isinstance(each, LoRALinear)]
+            term = term_of(trained, x, kept) if trained else None
+            yield _TileLayers(weights, [each.bias for each in frozen], term)
+
+    def _together(
+        self, masks: tuple[Tensor | None, ...]
+    ) -> Iterator[tuple[tuple[_Linear, ...], Tensor | None]]:
+        """Yield the layers that compute together, with the mask of a single layer."""
+        layers = self.parts.layers
+        *inner, outer = layers
+        trained = [each for each in inner if isinstance(each, LoRALinear)]
+        is_shared = len(trained) == len(inner) and can_share(trained)
+        if (is_shared or not trained) and all(kept is None for kept in masks[:-1]):
+            yield tuple(inner), None
+            yield (outer,), masks[-1]
+        else:
+            yield from (((each,), kept) for each, kept in zip(layers, masks, strict=True))
 
 
 def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
@@ -283,7 +338,7 @@ def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
         layer.draw_kept(x) if isinstance(layer, LoRALinear) else None for layer in call.parts.layers
     )
     parameters = [each for layer in trained for each in (layer.lora_A, layer.lora_B)]
-    saved = save_first(rows, *masks, *parameters)
+    saved = save_first(rows, rows, *masks, *parameters)
     y: Tensor = _GatedMLP.apply(rows, call, masks, *saved, *parameters)
     return y
 
@@ -300,10 +355,10 @@ class _GatedMLP(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.call, ctx.node = call, node
-        y = x.new_empty(len(x), call.parts.frozen[-1].out_features)
-        for rows, layers in call.tiles(x, masks):
-            y[rows] = _tile_output(x[rows], call.parts.act, layers)
-        return y
+        y = _Whole(len(x))
+        for rows, tile in call.tiles(x, masks):
+            y.put(rows, tile.output(x[rows]))
+        return y.tensor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -311,10 +366,34 @@ class _GatedMLP(torch.autograd.Function):
         call: _Call = ctx.call
         x, *rest = ctx.node.saved_tensors
         masks = tuple(rest[: len(call.parts.layers)])
-        grad_x = torch.empty_like(x)
+        grad_x = _Whole(len(x))
         parameters: list[Tensor] = []
-        for rows, layers in call.tiles(x, masks):
-            grad_x[rows], more = _tile_gradients(x[rows], grad_y[rows], call.parts.act, layers)
+        for rows, tile in call.tiles(x, masks):
+            part, more = tile.gradients(x[rows], grad_y[rows])
+            grad_x.put(rows, part)
+            del part  # not to be held while the next tile computes
             pairs = zip(parameters, more, strict=True) if parameters else ()
-            parameters = [total.add_(part) for total, part in pairs] or more
-        return (grad_x, None, None, None, None, *parameters)
+            parameters = [total.add_(each) for total, each in pairs] or more
+        return (grad_x.tensor, None, None, None, None, *parameters)
+
+
+class _Whole:
+    """A result (N, D) that is put together of tiles; a tile of all tokens is not copied.
+
+    Args:
+        tokens: N.
+    """
+
+    tensor: Tensor
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+
+    def put(self, rows: slice, part: Tensor) -> None:
+        """Take the result of a tile for its rows; the first tile begins with the first row."""
+        if len(part) == self._tokens:
+            self.tensor = part
+            return
+        if rows.start == 0:
+            self.tensor = part.new_empty(self._tokens, part.shape[1])
+        self.tensor[rows] = part

@@ -22,6 +22,13 @@ Group = Literal["attention", "mlp"]
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # The last is T5's name for it, whatever its activation.
 _MLP = re.compile(r"mlp|feed_?forward|ffn|dense_?relu_?dense", re.IGNORECASE)
+# The projections that see one x: attention's of its queries, keys and values (q_proj, query, q_lin,
+# query_proj, q, …), and a gated MLP's. A model calls the first before the others.
+_FIRST = re.compile(r"q(uery)?(_(proj|lin))?|gate_proj|wi_0")
+_OTHERS = re.compile(r"(k(ey)?|v(alue)?)(_(proj|lin))?|up_proj|wi_1")
+# Attention to what another half of the model computed: its keys and values have an input of their
+# own.
+_CROSS = re.compile(r"enc_?dec|encoder_attn|cross", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,27 @@ def projections(model: nn.Module) -> dict[str, Projection]:
     # The frozen layer inside a LoRA layer was found already, under the path of the LoRA layer.
     inner = {f"{path}.frozen" for path in found}
     return {path: each for path, each in found.items() if path not in inner}
+
+
+def with_one_input(model: nn.Module) -> list[list[str]]:
+    """Return the paths of the projections that see one x, by x, in the order of their calls.
+
+    They are the queries, keys and values of each attention, and gate and up of each MLP. Their
+    names tell: a caller must expect a model that calls one of them with something else after all.
+    """
+    first: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
+    for path, projection in projections(model).items():
+        parent, _, name = path.rpartition(".")
+        for pattern, found in ((_FIRST, first), (_OTHERS, others)):
+            if projection.group is not None and pattern.fullmatch(name):
+                found.setdefault(parent, []).append(path)
+    groups = []
+    for parent in {**first, **others}:
+        one, rest = first.get(parent, []), others.get(parent, [])
+        is_cross = _CROSS.search(".".join(parent.split(".")[-2:]))
+        groups += [one, rest] if is_cross else [one + rest]
+    return [paths for paths in groups if len(paths) > 1]
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:

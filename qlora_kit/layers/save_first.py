@@ -28,25 +28,27 @@ class SavedFirst(NamedTuple):
     node: Any
 
 
-def save_first(like: Tensor, *tensors: Tensor | None) -> SavedFirst:
-    """Save `like` and `tensors` for backward, now.
+def save_first(trained: Tensor, *tensors: Tensor | None) -> SavedFirst:
+    """Save `tensors` for backward, now.
 
     Args:
-        like: the first tensor to save; the token is made on its device.
-        tensors: the other tensors. If no tensor requires a gradient, nothing is saved.
+        trained: an input of the function that requires a gradient, if any does; it is not saved,
+            and the token is made on its device.
+        tensors: the tensors to save. If neither `trained` nor one of them requires a gradient,
+            nothing is saved.
     """
-    token: Tensor = _Save.apply(like, *tensors)
+    token: Tensor = _Save.apply(trained, *tensors)
     return SavedFirst(token, token.grad_fn)
 
 
 class _Save(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, like: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, trained: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.count = 1 + len(tensors)
         # The token has no gradient, and no tensor of zeros is made for it.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(like, *tensors)
-        return like.new_empty(0)
+        ctx.save_for_backward(*tensors)
+        return trained.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:

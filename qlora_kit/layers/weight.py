@@ -56,9 +56,16 @@ class FrozenWeight(nn.Module):
         """
         return F.linear(x, self.unpacked(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def product_back(self, grad_y: Tensor) -> Tensor:
-        """Return grad_y W (..., D) of grad_y (..., K): the gradient of x, in its dtype."""
-        return grad_y @ self.unpacked(grad_y.dtype)
+    def product_back(self, grad_y: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return grad_y W (..., D) of grad_y (..., K): the gradient of x, in its dtype.
+
+        Args:
+            grad_y: gradient of y.
+            onto: (N, D), to which the product of grad_y (N, K) is added, in place; it is returned.
+        """
+        weight = self.unpacked(grad_y.dtype)
+        # Not `addmm_`, whose work torch's counter of operations does not know.
+        return grad_y @ weight if onto is None else torch.addmm(onto, grad_y, weight, out=onto)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (K, D) in `dtype` for a product, and announce its purpose."""
@@ -95,12 +102,14 @@ class HeldWeight(FrozenWeight):
 
     Args:
         packed: the packed weight. All products must be in one dtype.
+        uses: the number of products that it is held for; None: as long as this object is there.
     """
 
-    def __init__(self, packed: FrozenWeight) -> None:
+    def __init__(self, packed: FrozenWeight, uses: int | None = None) -> None:
         super().__init__(packed.shape)
         self.bits = packed.bits
         self._packed = packed
+        self._uses = uses
         self._values: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -109,9 +118,11 @@ class HeldWeight(FrozenWeight):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight as the first call unpacked it."""
-        if self._values is None:
-            self._values = self._packed.unpacked(dtype)
-        return self._values
+        values = self._packed.unpacked(dtype) if self._values is None else self._values
+        if self._uses is not None:
+            self._uses -= 1
+        self._values = None if self._uses == 0 else values
+        return values
 
 
 class PlainWeight(FrozenWeight):

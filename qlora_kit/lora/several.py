@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.layers.frozen import FrozenLinear
-from qlora_kit.layers.lora import LowRank
+from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.projections import projections
 from qlora_kit.lora.adapter import StoredAdapter, check_fits, read_adapter
 from qlora_kit.lora.attach import check_free
@@ -118,7 +118,7 @@ class AdapterSet:
     def bytes(self) -> int:
         """The bytes of all adapters, without the base."""
         terms = (term for layer in self.layers.values() for term in layer.terms.values())
-        return sum(term.a.nbytes + term.b.nbytes for term in terms)
+        return sum(each.nbytes for term in terms for each in (*term.a, *term.b))
 
     def detach(self) -> Base:
         """Take all adapters off; the base is the same as before, bit for bit."""
@@ -201,4 +201,4 @@ def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
 
 def _term(adapter: StoredAdapter, path: str, device: torch.device) -> LowRank:
     a, b = adapter.tensors[path]
-    return LowRank(a.to(device), b.to(device), None, adapter.spec.scaling_of(path), 1.0)
+    return LowRank((a.to(device),), (b.to(device),), scaling=adapter.spec.scaling_of(path))

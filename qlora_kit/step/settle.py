@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.config import StepOptions
 from qlora_kit.model.hardware import Hardware
+from qlora_kit.step.groups import set_groups
 from qlora_kit.step.kernels import Kernels, choose_kernels
 from qlora_kit.step.reducers import Reducers, apply, resolve
 
@@ -43,4 +44,5 @@ def settle(model: PreTrainedModel, options: StepOptions, hardware: Hardware) -> 
     """
     reducers = resolve(options, hardware)
     tiled = apply(model, reducers, hardware)
+    set_groups(model)
     return Settled(reducers, tiled, choose_kernels(model, options, hardware))

@@ -28,6 +28,7 @@ from qlora_kit.model.architecture import (
 from qlora_kit.model.class_head import SEQUENCE_CLASSIFICATION
 from qlora_kit.model.head import head_of
 from qlora_kit.model.names import known_models
+from qlora_kit.step.groups import set_groups
 from qlora_kit.tasks.causal import loss_sum
 
 
@@ -68,6 +69,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     adapter = attach(load_folder(folder), LoraSpec(rank=3, alpha=4.0, targets=("all-linear",)))
     fill_lora(adapter, std=0.05)
     model = adapter.base.model.train()
+    set_groups(model)
     total = loss_sum(model, batch, head_of(model), chunk_tokens=5)
     total.backward()
 

@@ -103,7 +103,7 @@ def assert_equal_steps(adapter: Adapter, batch: Batch) -> None:
     for name, reducers in REDUCED.items():
         apply(model, reducers, CPU)
         found, found_grads = step(adapter, batch)
-        if reducers.mlp_tile_tokens != 5:
+        if reducers.mlp_tile_tokens == 0:  # tiles sum in another order
             assert found == loss, name
             assert all(torch.equal(grads[n], found_grads[n]) for n in grads), name
         assert found == pytest.approx(loss, rel=1e-6), name

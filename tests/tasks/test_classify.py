@@ -35,6 +35,7 @@ from qlora_kit.model.hardware import Hardware
 from qlora_kit.opening.tasks import classifier
 from qlora_kit.plan.simulate import predict, simulated_run
 from qlora_kit.plan.subject import RowSizes, Subject
+from qlora_kit.step.groups import set_groups
 from qlora_kit.step.kernels import Kernels
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.step.settle import settle
@@ -183,6 +184,8 @@ def test_loss_and_gradients_are_those_of_a_plain_twin(
     objective, twin = objective_of(adapter), twin_of(adapter)
     batch = objective.batch(TASKS[task][3])
     set_recompute(adapter.base.model, True)
+    groups = set_groups(adapter.base.model)
+    assert (groups == 0) is (kind in ("modernbert", "gpt2"))
     adapter.base.model.train()
     loss = objective.loss_sum(batch)
     loss.backward()

@@ -33,6 +33,7 @@ from qlora_kit.model.head import head_of
 from qlora_kit.model.load import is_tied
 from qlora_kit.plan.simulate import predict, simulated_run
 from qlora_kit.plan.subject import RowSizes, Subject
+from qlora_kit.step.groups import set_groups
 from qlora_kit.step.kernels import Kernels
 from qlora_kit.step.norms import set_norms
 from qlora_kit.step.recompute import set_recompute
@@ -172,6 +173,7 @@ def test_loss_and_gradients_are_those_of_a_plain_twin(
     assert batch.mask is not None
     assert batch.weight == 7 + 12 + 2
     set_recompute(adapter.base.model, recompute)
+    assert set_groups(adapter.base.model) > 0
     adapter.base.model.train()
     loss = objective.loss_sum(batch)
     loss.backward()

@@ -6,13 +6,15 @@ simulation on fake tensors sees the memory of a kernel, as it sees that of torch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 # `torch.library.custom_op` wraps each call in layers of Python; what is defined here has none.
 _LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
+# Tensors of other types are simulated, or want to see the op.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,8 +26,8 @@ def define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> 
         shapes: makes empty tensors like the results.
 
     Returns:
-        The op, to be called with the arguments of the schema in their order. Of a plain tensor on
-        a GPU it calls `run` itself: the way through torch's dispatcher takes as long as a launch.
+        The op, to be called with the arguments of the schema in their order. Of plain tensors on a
+        GPU it calls `run` itself: the way through torch's dispatcher takes as long as a launch.
     """
     name = _LIBRARY.define(schema)
     for backend in ("CUDA", "CPU"):
@@ -33,8 +35,15 @@ def define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> 
     torch.library.register_fake(f"qlora_kit::{name}", shapes, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.qlora_kit, name).default
 
-    def call(first: torch.Tensor, *rest: Any) -> Any:
-        is_plain = type(first) is torch.Tensor and first.is_cuda
-        return run(first, *rest) if is_plain else op(first, *rest)
+    def call(*arguments: Any) -> Any:
+        tensor = _first_tensor(arguments)
+        is_plain = type(tensor) in _PLAIN and tensor.is_cuda
+        return run(*arguments) if is_plain else op(*arguments)
 
     return call
+
+
+def _first_tensor(arguments: Sequence[Any]) -> torch.Tensor:
+    """Return the first argument that is a tensor, or the first of the first list of tensors."""
+    first = next(each for each in arguments if isinstance(each, torch.Tensor | list | tuple))
+    return first if isinstance(first, torch.Tensor) else first[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_kit.layers import kernels
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
-from qlora_kit.layers.kernels import cross_entropy, gate, nf4, rotary
+from qlora_kit.layers.kernels import cross_entropy, gate, nf4, rotary, split
 from qlora_kit.layers.kernels.dialect import IS_INSTALLED
 from qlora_kit.layers.loss import cross_entropy_sum
 from qlora_kit.layers.mlp import TiledMLP
@@ -132,12 +132,34 @@ def logprobs(dtype: torch.dtype) -> None:
             cross_entropy._run(logits, targets, 1.0, gradient)
 
 
+def split_matrices(dtype: torch.dtype) -> None:
+    for layers in (1, 3):
+        a, b = ([torch.zeros(size)] * layers for size in ((16, 4096), (4096, 16)))
+        split._run_matrices(a, b)
+
+
+def split_left(dtype: torch.dtype) -> None:
+    for rank in (1, 16):
+        split._run_left(torch.zeros(3, 64, 2, rank), 2.0, True)
+
+
+def add_product(dtype: torch.dtype) -> None:
+    for rank in (1, 16, 192):
+        left, right = torch.zeros(64, 2 * rank), torch.zeros(2 * rank, 96)
+        kept = torch.ones(64, 96, dtype=torch.bool)
+        for mask in (None, kept):
+            split._run_add(torch.zeros(64, 96).to(dtype), left.to(dtype), right.to(dtype), mask)
+
+
 LAUNCHES: dict[str, tuple[Any, str, Callable[[torch.dtype], None], int]] = {
     "nf4": (nf4, "_unpack", unpack, 8),
     "rotary": (rotary, "_rotate", rotate, 4),
     "gate": (gate, "_gate", gated, 2),
     "gate back": (gate, "_gate_back", gated_back, 4),
     "loss": (cross_entropy, "_cross_entropy", logprobs, 4),
+    "LoRA matrices": (split, "_matrices", split_matrices, 2),
+    "LoRA left factors": (split, "_left", split_left, 2),
+    "LoRA sum": (split, "_add", add_product, 6),
 }
 
 
@@ -154,6 +176,7 @@ def test_compiles_for_a_gpu(
     """The interpreter accepts code that the compiler refuses; ptxas needs no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     module, kernel, launch, count = LAUNCHES[name]
+    monkeypatch.setattr(split, "_can_launch", lambda tensor: True)
     compiler = Compiler(getattr(module, kernel), capability)
     monkeypatch.setattr(module, kernel, compiler)
     launch(TARGETS[capability])
