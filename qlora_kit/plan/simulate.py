@@ -46,6 +46,7 @@ from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective
+from qlora_kit.tasks.tokens import packing
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
@@ -294,12 +295,20 @@ class SimulatedRun:
         if options.gradient_accumulation_steps > 1:
             self._give_gradients()
         objective = self._objective(options)
+        if options.packing:
+            objective = packing(objective)
         batch = shape.stand_in(objective)
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.optimizer),
             drawn_from(
-                Draws(self.config.seed, 0, batch.rows, self.base.batch_width(batch.longest))
+                Draws(
+                    self.config.seed,
+                    0,
+                    batch.rows,
+                    self.base.batch_width(batch.longest),
+                    batch.lengths if options.packing else None,
+                )
             ),
         ):
             with self.phase("forward"):
