@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def drop_kernels(config: PreTrainedConfig, kept: Collection[str | None]) -> None:
@@ -78,3 +80,30 @@ def masks_as_in_a_run() -> Iterator[None]:
         yield
     finally:
         module.is_tracing = is_tracing
+
+
+_TORCHS_ATTENTION = "sdpa"
+# transformers builds no mask for an attention whose name it does not know.
+_UNMASKED = "qlora_kit"
+
+
+def has_torchs_attention(config: PreTrainedConfig) -> bool:
+    """Whether the attention of a model with this configuration is torch's own."""
+    return bool(config._attn_implementation == _TORCHS_ATTENTION)
+
+
+def attend_by(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let all models attend by `around` torch's attention, as transformers calls it."""
+    attention = around(sdpa_attention_forward)
+    for name in (_TORCHS_ATTENTION, _UNMASKED):
+        ALL_ATTENTION_FUNCTIONS.register(name, attention)
+
+
+@contextlib.contextmanager
+def without_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model with torch's attention build no attention mask in the block."""
+    model.config._attn_implementation = _UNMASKED
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = _TORCHS_ATTENTION

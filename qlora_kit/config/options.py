@@ -379,6 +379,12 @@ class StepOptions(Options):
         decides=["batch", "memory"],
         leads=True,
     )
+    packing: bool = option(
+        False, "lay the samples of a step end to end in few full micro-batches, each as if alone",
+        decides=["batch", "memory"])  # fmt: skip
+    group_by_length: bool = option(
+        True, "put rows of about the same length into one micro-batch", decides="batch"
+    )
     recompute: bool = option(
         True, "recompute activations in backward (gradient checkpointing)",
         also=["gradient_checkpointing"], decides="memory")  # fmt: skip

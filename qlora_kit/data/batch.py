@@ -245,6 +245,57 @@ def collate(
     return Batch(input_ids, labels, lengths, sources, predicting_positions(labels))
 
 
+@dataclass(frozen=True)
+class PackedBatch(Batch):
+    """One micro-batch whose samples lie end to end in one row.
+
+    `lengths` and `rows` have an entry for each sample. `input_ids` and `labels` are (1, T), where T
+    may be larger than the sum of the lengths: then the last segment is padding.
+    """
+
+    segments: tuple[int, ...]
+    """tokens of each sample, and of the padding; together T"""
+
+    @property
+    def place_of_sample(self) -> torch.Tensor:
+        """The number of the sample of each supervised token, (N,) int64."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return torch.searchsorted(ends, self.positions.cpu(), right=True)
+
+
+def collate_packed(
+    rows: Sequence[Row],
+    pad_token_id: int,
+    width: Callable[[int], int] | None = None,
+) -> PackedBatch:
+    """Lay rows end to end in one row.
+
+    Args:
+        rows: see `collate`.
+        pad_token_id: see `collate`.
+        width: returns T, given the tokens of all rows; if None, T is their number.
+    """
+    lengths = tuple(len(row["input_ids"]) for row in rows)
+    tokens = sum(lengths)
+    total = tokens if width is None else width(tokens)
+    input_ids = torch.full((1, total), pad_token_id, dtype=torch.int64)
+    labels = torch.full((1, total), IGNORED, dtype=torch.int64)
+    # The first label of a sample has no token before it that could predict it.
+    predicted = torch.full((1, total), IGNORED, dtype=torch.int64)
+    start = 0
+    for row, length in zip(rows, lengths, strict=True):
+        own = slice(start, start + length)
+        input_ids[0, own] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+        labels[0, own] = torch.as_tensor(row["labels"], dtype=torch.int64)
+        predicted[0, own] = labels[0, own]
+        predicted[0, start] = IGNORED
+        start += length
+    sources = tuple(int(row["row"]) for row in rows)
+    segments = lengths if total == tokens else (*lengths, total - tokens)
+    positions = predicting_positions(predicted)
+    return PackedBatch(input_ids, labels, lengths, sources, positions, segments)
+
+
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
     """Return the positions whose next token is supervised.
 
@@ -289,23 +340,27 @@ def widest_batch(lengths: Sequence[tuple[int, int]], count: int) -> Indices:
     return tuple(dict.fromkeys((*widest, *order)))[:count]
 
 
-def epoch_batches(rows: TokenRows, batch_size: int, seed: int, epoch: int) -> list[Indices]:
+def epoch_batches(
+    rows: TokenRows, batch_size: int, seed: int, epoch: int, *, by_length: bool = True
+) -> list[Indices]:
     """Return the row indices of each micro-batch of an epoch; every row once.
 
-    Rows are shuffled by (seed, epoch), sorted by length within windows of 50 batches, and the
-    batches are shuffled again.
+    Rows are shuffled by (seed, epoch). By length they are then sorted within windows of 50 batches,
+    and the batches are shuffled again.
 
     Args:
         rows: the rows of the epoch.
         batch_size: rows a micro-batch; one batch of the epoch may have fewer.
         seed: the run's seed.
         epoch: counted from 0.
+        by_length: whether rows of about the same length come into one batch.
     """
     source = random.Random(f"order {seed} {epoch}")
     order = list(range(len(rows)))
     source.shuffle(order)
-    if batch_size == 1:
-        return [(index,) for index in order]
+    if batch_size == 1 or not by_length:
+        starts = range(0, len(order), batch_size)
+        return [tuple(order[start : start + batch_size]) for start in starts]
     lengths = rows.lengths()
     window = batch_size * _SORTED_BATCHES
     batches: list[Indices] = []

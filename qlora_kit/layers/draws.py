@@ -8,6 +8,8 @@ Outside of a step the masks come from torch's own random state, which this modul
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -31,12 +33,20 @@ class Draws:
         samples: number of the sample in each row of the batch, (B,).
         tokens: T of the widest batch of the run. The mask of every sample is drawn at this width
             and cut: on a GPU, the first values of a draw depend on the number of values drawn.
+        lengths: tokens of each sample, (B,), where all lie end to end in one row; else None.
     """
 
     seed: int
     step: int
     samples: tuple[int, ...]
     tokens: int
+    lengths: tuple[int, ...] | None = None
+
+    def covers(self, shape: torch.Size) -> bool:
+        """Whether an input of this shape has the samples of the micro-batch, and their tokens."""
+        if len(shape) != 3:
+            return False
+        return shape[0] == (len(self.samples) if self.lengths is None else 1)
 
     def kept(self, shape: torch.Size, layer: int, keep: float, device: torch.device) -> Tensor:
         """Return the mask of the inputs that a layer keeps: bool (B · T, D).
@@ -52,10 +62,26 @@ class Draws:
         kept = torch.empty(rows, tokens, width, dtype=torch.bool, device=device)
         drawn = torch.empty(max(self.tokens, tokens), width, dtype=torch.bool, device=device)
         generator = _generator(device)
-        for row, sample in enumerate(self.samples):
+        places = (
+            _rows(len(self.samples), tokens) if self.lengths is None else _end_to_end(self.lengths)
+        )
+        flat = kept.view(-1, width)
+        for sample, place in zip(self.samples, places, strict=True):
             generator.manual_seed(_mixed(self.seed, self.step, sample, layer))
-            kept[row] = drawn.bernoulli_(keep, generator=generator)[:tokens]
-        return kept.view(-1, width)
+            flat[place] = drawn.bernoulli_(keep, generator=generator)[: place.stop - place.start]
+        flat[place.stop :] = True  # padding behind the last sample
+        return flat
+
+
+def _rows(rows: int, tokens: int) -> Iterator[slice]:
+    """Yield the places of the rows of a batch, all of them `tokens` wide."""
+    return (slice(row * tokens, (row + 1) * tokens) for row in range(rows))
+
+
+def _end_to_end(lengths: tuple[int, ...]) -> Iterator[slice]:
+    """Yield the places of samples that lie end to end."""
+    ends = itertools.accumulate(lengths)
+    return (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
 
 
 _now: InForce[Draws] = InForce()

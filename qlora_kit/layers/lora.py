@@ -110,7 +110,7 @@ class LoRALinear(nn.Module):
             return None
         keep, draws = 1 - self.dropout, draws_now()
         shape = torch.Size((*x.shape[:-1], self.frozen.in_features))
-        if draws is not None and len(shape) == 3 and shape[0] == len(draws.samples):
+        if draws is not None and draws.covers(shape):
             return draws.kept(shape, self.number, keep, x.device)
         kept = torch.empty(shape, dtype=torch.bool, device=x.device)
         return kept.bernoulli_(keep).view(-1, shape[-1])

@@ -47,6 +47,7 @@ from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective
+from qlora_kit.tasks.tokens import packing
 from qlora_kit.train.loop import plan_steps
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
@@ -174,7 +175,7 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
 
 def _usual_batch(usual: UsualRows, config: TrainConfig) -> BatchShape:
     """Return the sizes of the mean micro-batch of a run."""
-    rows = min(config.batch_size, usual.rows)
+    rows = min(round(usual.at_once or config.batch_size), usual.rows)
     answer = None if usual.answer_width is None else max(1, round(usual.answer_width))
     supervised = max(1, round(rows * usual.supervised))
     return BatchShape(rows, max(2, round(usual.width)), supervised, answer)
@@ -187,7 +188,8 @@ def _step_work(rows: RowSizes, config: TrainConfig, one: Work, update: Work) -> 
         tokens = rows.tokens + (rows.answer_tokens or 0)
         return StepWork(one, update, asked, config.batch_size * asked * tokens)
     steps = plan_steps(rows.usual.rows, config).per_epoch
-    micro_batches = math.ceil(rows.usual.rows / config.batch_size) / steps
+    at_once = rows.usual.at_once or config.batch_size
+    micro_batches = math.ceil(rows.usual.rows / at_once) / steps
     return StepWork(one, update, micro_batches, rows.usual.rows * rows.usual.tokens / steps)
 
 
@@ -330,12 +332,20 @@ class SimulatedRun:
         if options.gradient_accumulation_steps > 1:
             self._give_gradients()
         objective = self._objective(options)
+        if options.packing:
+            objective = packing(objective)
         batch = shape.stand_in(objective)
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.optimizer),
             drawn_from(
-                Draws(self.config.seed, 0, batch.rows, self.base.batch_width(batch.longest))
+                Draws(
+                    self.config.seed,
+                    0,
+                    batch.rows,
+                    self.base.batch_width(batch.longest),
+                    batch.lengths if options.packing else None,
+                )
             ),
         ):
             with self.phase("forward"):

@@ -17,6 +17,7 @@ import torch
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import TokenRows, epoch_batches, largest_batch, widest_batch
 from qlora_kit.data.encode import IGNORED
+from qlora_kit.data.packing import Fill
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.attach import LoraSpec
 from qlora_kit.model.cards import ceilings_of_card
@@ -39,6 +40,7 @@ class UsualRows:
         width: tokens to which a micro-batch is padded; of its sources, where rows have sources.
             It is that of the micro-batch that was asked for.
         answer_width: tokens to which its targets are padded, where rows have sources.
+        at_once: rows of a micro-batch, where the samples of a step are packed.
     """
 
     rows: int
@@ -46,20 +48,29 @@ class UsualRows:
     supervised: float
     width: float
     answer_width: float | None = None
+    at_once: float | None = None
 
     @classmethod
     def of(cls, rows: TokenRows, config: TrainConfig, *, has_sources: bool = False) -> UsualRows:
         """Return the means over token rows, in the micro-batches of a run's first epoch."""
         sizes = rows.source_lengths()
-        batches = epoch_batches(rows, config.batch_size, config.seed, 0)
+        tokens = fmean(map(sum, sizes))
+        supervised = fmean(target for _, target in sizes)
+        if config.packing:
+            fill = Fill.of(config, rows)
+            at_once = fill.tokens / fill.micro_batches / tokens
+            return cls(len(sizes), tokens, supervised, width=tokens, at_once=at_once)
+        batches = epoch_batches(
+            rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
+        )
 
         def mean_width(length: Callable[[tuple[int, int]], int]) -> float:
             return fmean(max(length(sizes[index]) for index in batch) for batch in batches)
 
         return cls(
             rows=len(sizes),
-            tokens=fmean(map(sum, sizes)),
-            supervised=fmean(target for _, target in sizes),
+            tokens=tokens,
+            supervised=supervised,
             width=mean_width(itemgetter(0) if has_sources else sum),
             answer_width=mean_width(itemgetter(1)) if has_sources else None,
         )

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from qlora_kit.config import TrainConfig, compared
+from qlora_kit.data.packing import Fill
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
@@ -141,8 +142,9 @@ class Run:
         """Train, and write all files of the run; return its outcome, for programs."""
         if self.config.overwrite:
             clear_run(self.output)
+        fill = Fill.of(self.config, self.rows.rows) if self.config.packing else None
         facts = header(
-            self.adapter, self.rows, self.held_out, self.samples, self.config, self.kernels
+            self.adapter, self.rows, self.held_out, self.samples, self.config, self.kernels, fill
         )
         name = self.opened.source.name
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))

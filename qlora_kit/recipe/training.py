@@ -40,6 +40,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         from qlora_kit.plan.subject import RowSizes, Subject
         from qlora_kit.recipe.run import Run, planned
         from qlora_kit.step.settle import settle
+        from qlora_kit.train.packing import check_packing
 
         if config.deterministic:
             make_deterministic()
@@ -54,6 +55,8 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
         sizes = sizes_of(rows.rows, held_out.rows if held_out else None, config)
         subject = Subject(spec, lora, hardware, sizes, opened.task)
+        if config.packing:
+            check_packing(opened.task, spec.skeleton(), max(rows.rows.lengths()))
         config, plan = planned(config, subject, len(rows.rows), output, announce)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)

@@ -15,6 +15,7 @@ from qlora_kit.config import GROUPS, TrainConfig, that_decide
 from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
+    from qlora_kit.data.packing import Fill
     from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
@@ -127,6 +128,7 @@ def header(
     samples: Samples,
     config: TrainConfig,
     kernels: Kernels,
+    fill: Fill | None = None,
 ) -> Rows:
     """Return the facts that are known before training: model, data, device and batch."""
     base = adapter.base
@@ -146,4 +148,5 @@ def header(
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),
         ("batch", f"{batch} rows an optimiser step ({config.batch_size} × "
                   f"{config.gradient_accumulation_steps})"),
+        *((("packing", fill.described()),) if fill else ()),
     )  # fmt: skip

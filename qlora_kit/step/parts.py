@@ -43,7 +43,8 @@ _ATTENTION = ("scaled_dot_product", "flash_attention", "fmha", "_sdpa", "flash_f
 _LOSS = ("crossentropy", "cross_entropy", "losssum", "log_softmax", "nll_loss", "logsumexp")
 # The names of kernels in Triton are those of their functions.
 _OWN_KERNELS = {
-    "_unpack": "dequantisation", "_rotate": "RoPE", "right_factors": "LoRA", "left_factor": "LoRA",
+    "_unpack": "dequantisation", "_rotate": "RoPE", "_matrices": "LoRA", "_left": "LoRA",
+    "_add": "LoRA",
     "_gate": "MLP beside products", "_gate_back": "MLP beside products",
     "_cross_entropy": "head and loss",
 }  # fmt: skip

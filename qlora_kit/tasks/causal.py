@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.data.batch import Batch, collate
+from qlora_kit.data.batch import Batch, PackedBatch, collate, collate_packed
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.loss import CHUNK_TOKENS, ChunkLoss, TokenScores, score_tokens
 from qlora_kit.lora.attach import TASK_TYPE
 from qlora_kit.model.architecture import CAUSAL_LM
+from qlora_kit.model.segments import run_in_segments
 from qlora_kit.tasks.task import Task
 from qlora_kit.tasks.tokens import Supervised, TokenObjective, loss_of, perplexity
 
@@ -34,7 +35,11 @@ def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
         batch: on the model's device.
     """
     # There is no mask: it would keep attention from its fast kernels, and a `Batch` needs none.
-    outputs = model.base_model(input_ids=batch.input_ids, attention_mask=None, use_cache=False)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": None, "use_cache": False}
+    if isinstance(batch, PackedBatch):
+        outputs = run_in_segments(model, batch.segments, **inputs)
+    else:
+        outputs = model.base_model(**inputs)
     hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
     return Supervised(hidden, batch.targets)
 
@@ -79,16 +84,23 @@ class CausalObjective(TokenObjective):
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """See `Objective`; the batch is padded to a width that suits the device."""
-        return collate(rows, self.pad_token_id, self.base.batch_width)
+        lay = collate_packed if self.packs else collate
+        return lay(rows, self.pad_token_id, self.base.batch_width)
 
     def stand_in(
         self, rows: int, tokens: int, weight: int | None = None, answer_tokens: int | None = None
     ) -> Batch:
         """See `Objective`; all ids are 0, and all but the first of each row can be targets."""
-        ids = torch.zeros(rows, self.base.batch_width(tokens), dtype=torch.int64, device="cpu")
         count = weight or rows * (tokens - 1)
         positions = torch.zeros(count, dtype=torch.int64, device="cpu")
-        return Batch(ids, ids, (tokens,) * rows, tuple(range(rows)), positions)
+        lengths, sources = (tokens,) * rows, tuple(range(rows))
+        if self.packs:
+            total = self.base.batch_width(rows * tokens)
+            ids = torch.zeros(1, total, dtype=torch.int64, device="cpu")
+            segments = (*lengths[:-1], total - tokens * (rows - 1))
+            return PackedBatch(ids, ids, lengths, sources, positions, segments)
+        ids = torch.zeros(rows, self.base.batch_width(tokens), dtype=torch.int64, device="cpu")
+        return Batch(ids, ids, lengths, sources, positions)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """See `Objective`."""
@@ -104,6 +116,8 @@ class CausalObjective(TokenObjective):
 
     def rows_of(self, batch: Batch) -> Tensor:
         """See `TokenObjective`."""
+        if isinstance(batch, PackedBatch):
+            return batch.place_of_sample
         return batch.positions.cpu() // batch.input_ids.shape[1]
 
 
@@ -118,4 +132,5 @@ CAUSAL = Task(
     of_loss=perplexity,
     generates=True,
     objective=CausalObjective,
+    packs=True,
 )

@@ -35,6 +35,11 @@ class Batch(Protocol):
         ...
 
     @property
+    def lengths(self) -> tuple[Any, ...]:
+        """Tokens of each row, without padding; where rows have sources, of source and target."""
+        ...
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         ...
@@ -138,6 +143,8 @@ class Task:
         asks: how a prompt becomes the ids that generation begins with. Takes the tokenizer, and the
             most tokens of a source or None.
         has_sources: whether a row is a source and a target, each with a width of its own.
+        packs: whether its samples can lie end to end in one row, where the model allows it. Then
+            its objective has a field `packs`.
     """
 
     name: str
@@ -153,3 +160,4 @@ class Task:
     classes: ClassHead | None = None
     asks: Callable[[Any, int | None], Asks] = TextAsker
     has_sources: bool = False
+    packs: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from qlora_kit.layers.loss import (
 )
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base
-from qlora_kit.tasks.task import Figures, RowSums
+from qlora_kit.tasks.task import Figures, Objective, RowSums
 
 # exp() of a larger number is beyond fp64.
 _MOST_EXPONENT = 700
@@ -68,12 +68,14 @@ class TokenObjective:
         pad_token_id: id that fills short rows of a batch; the loss never sees it.
         chunk_tokens: tokens whose logits exist at one time.
         loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
+        packs: whether the samples of a batch lie end to end in one row.
     """
 
     base: Base
     pad_token_id: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     loss: ChunkLoss | None = None
+    packs: bool = False
 
     @cached_property
     def head(self) -> Head:
@@ -98,6 +100,13 @@ class TokenObjective:
     def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
         """See `Objective`: all that is measured are sums, and no outputs are kept."""
         return {}
+
+
+def packing(objective: Objective) -> Objective:
+    """Return an objective of a task that packs, with batches whose samples lie end to end."""
+    assert isinstance(objective, TokenObjective), "its task says that it packs"
+    packs: Objective = replace(objective, packs=True)  # type: ignore[assignment]
+    return packs
 
 
 def perplexity(loss: float) -> dict[str, tuple[float, str]]:

@@ -46,7 +46,8 @@ from qlora_kit.step.reducers import without_effect
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.classify import RowLoss
-from qlora_kit.tasks.task import Task
+from qlora_kit.tasks.task import Objective, Task
+from qlora_kit.tasks.tokens import packing
 from qlora_kit.train.best import LOSS, falls, is_better
 from qlora_kit.train.checkpoint import (
     Progress,
@@ -60,6 +61,7 @@ from qlora_kit.train.checkpoint import (
 from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
 from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
 from qlora_kit.train.optimizer_step import OptimizerStep, Taken
+from qlora_kit.train.packing import check_packing, try_packing
 from qlora_kit.train.random_states import seed_everything
 
 # A run can go on after one bad row; several skipped steps in a row show that it has gone wrong.
@@ -225,15 +227,14 @@ class _Training:
         )
         self.step = OptimizerStep(
             adapter=self.adapter,
-            objective=self.task.objective(
-                self.adapter.base, self.pad_token_id, config.loss_chunk_tokens, self.loss
-            ),
+            objective=self._objective(),
             rows=self.rows,
             optimizer=self.trainee.optimizer,
             scaler=self.trainee.scaler,
             micro_batch_rows=config.batch_size,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
+            packs=config.packing,
             processes=self.processes,
             on_halved=self._record_halving,
         )
@@ -242,6 +243,17 @@ class _Training:
         self.saved: Progress | None = None
         self.last_loss = math.nan
         self.is_asked_to_stop = False
+
+    def _objective(self) -> Objective:
+        """Return the objective of the run, which packs its batches where the user asks for it."""
+        config = self.config
+        objective = self.task.objective(
+            self.adapter.base, self.pad_token_id, config.loss_chunk_tokens, self.loss
+        )
+        if not config.packing:
+            return objective
+        check_packing(self.task, self.model, max(self.rows.lengths()))
+        return packing(objective)
 
     def run(self) -> TrainResult:
         start = time.perf_counter()
@@ -266,6 +278,8 @@ class _Training:
     def _begin(self) -> None:
         seed_everything(self.config.seed)
         self._settle()
+        if self.config.packing:
+            try_packing(self.model)
         self.model.train()
         if self.saving is not None and self.saving.resume is not None:
             self.progress = restore_checkpoint(self.saving.resume, self.trainee)
@@ -321,7 +335,11 @@ class _Training:
         """Yield, epoch after epoch without end, the windows that are still to be done."""
         while True:
             batches = epoch_batches(
-                self.rows, self.config.batch_size, self.config.seed, self.progress.epoch
+                self.rows,
+                self.config.batch_size,
+                self.config.seed,
+                self.progress.epoch,
+                by_length=self.config.group_by_length,
             )
             windows = plan_windows(batches, self.config.gradient_accumulation_steps)
             yield windows[self.progress.window :]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.data.batch import Indices, TokenRows
+from qlora_kit.data.packing import packed
 from qlora_kit.errors import TornStep
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.lora.attach import Adapter
@@ -87,6 +88,8 @@ class OptimizerStep:
         micro_batch_rows: the most rows that go through the model at a time.
         max_grad_norm: norm that the gradient is clipped to; 0 is no clipping.
         seed: the seed of the dropout masks.
+        packs: whether the samples of a step are laid end to end in few full micro-batches. Then
+            `micro_batch_rows` rows of the longest sample are the most that one of them holds.
         processes: the processes that take the step together, each with rows of its own.
         on_halved: receives the new `micro_batch_rows` after memory ran out.
     """
@@ -99,6 +102,7 @@ class OptimizerStep:
     micro_batch_rows: int
     max_grad_norm: float
     seed: int = 0
+    packs: bool = False
     processes: Processes = field(default_factory=OneProcess)
     on_halved: Callable[[int], None] = lambda rows: None
 
@@ -106,8 +110,9 @@ class OptimizerStep:
         self.model = self.adapter.base.model
         self.device = self.adapter.base.hardware.device
         self.parameters = list(self.adapter.parameters().values())
-        # The width of the widest batch: masks are drawn at this width for every batch.
-        self.most_tokens = self.adapter.base.batch_width(max(self.rows.lengths()))
+        self.lengths = self.rows.lengths()
+        # The width of the widest row: masks are drawn at this width for every batch.
+        self.most_tokens = self.adapter.base.batch_width(max(self.lengths))
 
     def take(
         self,
@@ -179,13 +184,14 @@ class OptimizerStep:
         restore_random_states(states, self.device)
 
     def _backward(self, window: Window, step: int) -> _Gradients:
-        micro_batches = list(cut(window, self.micro_batch_rows))
+        micro_batches = self._micro_batches(window)
         batches = [self._collate(indices) for indices in micro_batches]
         weight = self.processes.total(sum(batch.weight for batch in batches))
         sums = []
         for indices, batch in zip(micro_batches, batches, strict=True):
             safe_point(self.processes.any)
-            with drawn_from(Draws(self.seed, step, indices, self.most_tokens)):
+            lengths = batch.lengths if self.packs else None
+            with drawn_from(Draws(self.seed, step, indices, self.most_tokens, lengths)):
                 summed = self.objective.loss_sum(batch)
                 differentiate(self.scaler.scale(summed / weight))
             sums.append(summed.detach().double())
@@ -224,9 +230,17 @@ class OptimizerStep:
     def _collate(self, indices: Indices) -> Batch:
         return self.objective.batch([self.rows[index] for index in indices])
 
+    def _micro_batches(self, window: Window) -> list[Indices]:
+        if self.packs:
+            return packed(window, self.lengths, self.micro_batch_rows * max(self.lengths))
+        return list(cut(window, self.micro_batch_rows))
+
     def _halve(self, window: Window) -> None:
-        micro_batches = cut(window, self.micro_batch_rows)
+        micro_batches = self._micro_batches(window)
         most = max(len(indices) for indices in micro_batches)
+        if self.packs:
+            tokens = max(sum(self.lengths[row] for row in indices) for indices in micro_batches)
+            most = math.ceil(tokens / max(self.lengths))
         longest = max(len(self.rows[i]["input_ids"]) for indices in window for i in indices)
         self.micro_batch_rows = halved(
             most,
@@ -266,7 +280,7 @@ class OptimizerStep:
             The time with these algorithms, divided by the time without.
         """
         states = random_states(self.device)
-        batch = self._collate(next(cut(window, self.micro_batch_rows)))
+        batch = self._collate(self._micro_batches(window)[0])
         was_on = torch.are_deterministic_algorithms_enabled()
         seconds = {}
         try:

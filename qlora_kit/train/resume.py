@@ -56,7 +56,7 @@ _REORDERING = ("data", "tokenizer", "batch", "seed")
 # Options that older checkpoints do not name, with the value that they had in effect.
 _BEFORE: Mapping[str, Any] = {
     "head_bits": 16, "chat_template": None, "task": "causal", "labels": [], "label_kind": "auto",
-    "class_weights": {}, "kernels": "plain",
+    "class_weights": {}, "kernels": "plain", "packing": False, "group_by_length": True,
 }  # fmt: skip
 
 

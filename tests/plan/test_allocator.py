@@ -13,7 +13,7 @@ from support import recorded_peak
 
 import qlora_kit as qk
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Batch, collate
+from qlora_kit.data.batch import Batch, collate, collate_packed
 from qlora_kit.layers import kernels
 from qlora_kit.model.hardware import Hardware, choose_hardware
 from qlora_kit.model.head import head_of
@@ -133,7 +133,8 @@ def measured(case: Case) -> dict[str, int]:
     def batch_of(rows: int) -> Batch:
         most = head.linear.out_features
         ids = [torch.randint(0, most, (length,)).tolist() for length in case.lengths(rows)]
-        return collate([{"input_ids": i, "labels": i, "row": 0} for i in ids], 0)
+        lay = collate_packed if config.packing and base.model.training else collate
+        return lay([{"input_ids": i, "labels": i, "row": 0} for i in ids], 0)
 
     def step() -> None:
         batch = batch_of(config.batch_size)
@@ -188,6 +189,7 @@ QUICK = (
     Case("llama-3.1-8b", 4, 192, rows=3, shorter=30),
     Case("gemma-2-9b", 4, 96, rows=2, shorter=30, recompute=False),  # scores of T × T
     Case("deepseek-7b", 4, 200, rows=2, options={"kernels": "plain"}),
+    Case("llama-3.1-8b", 4, 128, rows=4, accumulation=2, options={"packing": True}),
 )  # fmt: skip
 
 # The grid: the options that most users change, in combination.
@@ -209,6 +211,8 @@ GRID = tuple(
 _SLOW = (
     *GRID,
     Case("deepseek-7b", 8, 320, targets="all-linear", options={"mlp_tile_tokens": 96}),
+    Case("mistral-7b", 16, 96, rows=6, recompute=False, options={"packing": True}),
+    Case("qwen3-8b", 4, 300, rows=3, options={"packing": True, "mlp_tile_tokens": 64}),
     Case("phi-4-mini", 4, 96, options={"head_bits": 8}),  # no longer tied
     Case("deepseek-7b", 4, 1024, scale=4, layers=6),
     Case("deepseek-7b", 8, 768, scale=4, options={"mlp_tile_tokens": 128}),

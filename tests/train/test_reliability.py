@@ -252,7 +252,7 @@ def test_a_replayed_step_draws_the_same_numbers(
         # The windows have two rows, in the same order whatever the batch size.
         monkeypatch.setattr(
             "qlora_kit.train.loop.epoch_batches",
-            lambda rows, size, seed, epoch: [
+            lambda rows, size, seed, epoch, **_: [
                 tuple(range(i, i + size)) for i in range(0, len(rows), size)
             ],
         )
@@ -272,9 +272,9 @@ def test_masks_are_drawn_for_the_widest_batch_however_wide_their_own_is(
     """On a GPU batches are wider than their rows, and a mask depends on the width of the draw."""
     drawn: list[int] = []
 
-    def noted(seed: int, step: int, samples: Any, tokens: int) -> Draws:
+    def noted(seed: int, step: int, samples: Any, tokens: int, lengths: Any) -> Draws:
         drawn.append(tokens)
-        return Draws(seed, step, samples, tokens)
+        return Draws(seed, step, samples, tokens, lengths)
 
     monkeypatch.setattr("qlora_kit.model.load.batch_width", lambda tokens, *_: -(-tokens // 8) * 8)
     monkeypatch.setattr(optimizer_step, "Draws", noted)

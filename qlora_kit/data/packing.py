@@ -1,0 +1,97 @@
+"""Packing: the samples of an optimiser step, laid end to end in few full micro-batches.
+
+Takes the micro-batches of a step as indices of rows, and the rows' lengths; returns the same
+indices in other micro-batches. The samples of a step stay the same, so packing changes how fast a
+step is, and not what it learns from.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qlora_kit.config import TrainConfig
+from qlora_kit.data.batch import Indices, TokenRows, epoch_batches, plan_windows
+
+# The first steps of a run show well enough how full its micro-batches are.
+_STEPS_LOOKED_AT = 50
+
+
+def packed(window: Iterable[Indices], lengths: Sequence[int], capacity: int) -> list[Indices]:
+    """Return the rows of a window in as few micro-batches as best fit needs.
+
+    The longest row is placed first. Each row goes where the least room is left over. In a
+    micro-batch, and among the micro-batches, the rows keep the order that they have in the window.
+
+    Args:
+        window: the micro-batches of an optimiser step.
+        lengths: tokens of every row of the data.
+        capacity: tokens a micro-batch may have, without padding. A longer row stands alone.
+
+    Returns:
+        The micro-batches; together they have the rows of the window.
+
+    Source: best-fit decreasing, in Near-optimal bin packing algorithms (Johnson, 1973).
+    """
+    rows = [row for indices in window for row in indices]
+    by_length = sorted(range(len(rows)), key=lambda place: (-lengths[rows[place]], place))
+    bins: list[list[int]] = []
+    # (room, bin) of every micro-batch, sorted, so that the smallest room that suffices is found.
+    rooms: list[tuple[int, int]] = []
+    for place in by_length:
+        length = lengths[rows[place]]
+        found = bisect.bisect_left(rooms, (length, -1))
+        if found == len(rooms):
+            bins.append([place])
+            bisect.insort(rooms, (max(0, capacity - length), len(bins) - 1))
+        else:
+            room, chosen = rooms.pop(found)
+            bins[chosen].append(place)
+            bisect.insort(rooms, (room - length, chosen))
+    return [tuple(rows[place] for place in sorted(each)) for each in sorted(bins, key=min)]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How full the micro-batches of some optimiser steps are.
+
+    Attributes:
+        steps: number of the steps.
+        padded: number of their micro-batches without packing.
+        micro_batches: number of their micro-batches with packing.
+        tokens: their tokens, without padding.
+        capacity: tokens that a micro-batch may have.
+    """
+
+    steps: int
+    padded: int
+    micro_batches: int
+    tokens: int
+    capacity: int
+
+    @staticmethod
+    def of(config: TrainConfig, rows: TokenRows) -> Fill:
+        """Return how full the micro-batches of the first steps of a packed run are.
+
+        Args:
+            config: the options of the run.
+            rows: the training rows.
+        """
+        lengths = rows.lengths()
+        capacity = config.batch_size * max(lengths)
+        batches = epoch_batches(
+            rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
+        )
+        windows = plan_windows(batches, config.gradient_accumulation_steps)[:_STEPS_LOOKED_AT]
+        micro_batches = sum(len(packed(window, lengths, capacity)) for window in windows)
+        tokens = sum(lengths[row] for window in windows for indices in window for row in indices)
+        return Fill(len(windows), sum(map(len, windows)), micro_batches, tokens, capacity)
+
+    def described(self) -> str:
+        """Say it in words, such as "2 micro-batches a step instead of 16, …"."""
+        share = self.tokens / (self.micro_batches * self.capacity)
+        return (
+            f"{self.micro_batches / self.steps:.3g} micro-batches a step instead of "
+            f"{self.padded / self.steps:.3g}, of at most {self.capacity:,} tokens, {share:.0%} full"
+        )

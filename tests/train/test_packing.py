@@ -1,0 +1,165 @@
+"""A packed run learns what a padded one learns, from the same samples in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import relative_error
+from training import losses, make_adapter, make_rows, options, record, weights_of
+
+import qlora_kit as qk
+from qlora_kit.data.batch import TokenRows
+from qlora_kit.errors import ConfigError, ModelError
+from qlora_kit.layers import segments
+from qlora_kit.model.segments import agrees_packed
+from qlora_kit.tasks.causal import CAUSAL
+from qlora_kit.tasks.seq2seq import SEQ2SEQ
+from qlora_kit.tasks.tokens import packing
+from qlora_kit.train.loop import Saving
+from qlora_kit.train.optimizer_step import OptimizerStep
+from qlora_kit.train.packing import check_packing
+
+Tiny = Callable[..., Path]
+
+
+def trained(
+    folder: Path, *, dropout: float = 0.0, **changes: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    events: list[Any] = []
+    adapter = make_adapter(folder, dropout=dropout)
+    config = options(**{"batch_size": 2, "gradient_accumulation_steps": 4, **changes})
+    qk.train_adapter(adapter, make_rows(20), config, announce=record(events))
+    return losses(events), weights_of(adapter)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_steps_are_those_of_a_padded_run(save_tiny: Tiny, dropout: float) -> None:
+    folder = save_tiny()
+    plain, weights = trained(folder, packing=False, dropout=dropout)
+    packed, others = trained(folder, packing=True, dropout=dropout)
+    assert packed == pytest.approx(plain, rel=1e-5)
+    for name, weight in weights.items():
+        assert relative_error(others[name], weight) <= 1e-3, name
+    other_masks, _ = trained(folder, packing=True, dropout=0.4)
+    assert other_masks != pytest.approx(plain, rel=1e-4)
+
+
+def test_a_step_has_fewer_micro_batches(save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, ...]] = []
+    real = CAUSAL.objective.loss_sum  # type: ignore[attr-defined]
+
+    def noted(objective: Any, batch: Any) -> Any:
+        sizes.append(tuple(batch.input_ids.shape))
+        return real(objective, batch)
+
+    monkeypatch.setattr(CAUSAL.objective, "loss_sum", noted)
+    trained(save_tiny(), packing=True, max_steps=2)
+    lengths = TokenRows(make_rows(20)).lengths()
+    assert all(rows == 1 and tokens <= 2 * max(lengths) for rows, tokens in sizes)
+    assert len(sizes) < 2 * 4
+
+
+def test_a_leak_between_samples_is_seen(save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make_adapter(save_tiny())
+    assert agrees_packed(adapter.base.model)
+    monkeypatch.setattr(segments, "_slices", lambda lengths: iter([slice(0, sum(lengths))]))
+    assert not agrees_packed(adapter.base.model)
+    with pytest.raises(ModelError, match="--packing: two samples in one row are not computed"):
+        qk.train_adapter(adapter, make_rows(20), options(packing=True))
+
+
+def test_positions_that_go_on_are_seen(save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make_adapter(save_tiny("gpt2"))  # whose positions are learnt
+    assert agrees_packed(adapter.base.model)
+    monkeypatch.setattr(
+        "qlora_kit.model.segments.positions_of", lambda lengths: torch.arange(sum(lengths))[None]
+    )
+    assert not agrees_packed(adapter.base.model)
+
+
+def test_a_resumed_run_has_the_bits_of_the_unbroken_one(save_tiny: Tiny, tmp_path: Path) -> None:
+    folder, rows, found = save_tiny(), make_rows(12), []
+    for name, resume in (("whole", None), ("part", tmp_path / "whole" / "checkpoint-3")):
+        adapter = make_adapter(folder, dropout=0.2)
+        (tmp_path / name).mkdir()
+        saving = Saving(tmp_path / name, qk.BaseRecord.of(adapter.base), resume)
+        config = options(
+            max_steps=5, save_steps=3, batch_size=2, gradient_accumulation_steps=2, packing=True
+        )
+        qk.train_adapter(adapter, rows, config, saving=saving)
+        found.append(weights_of(adapter))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_memory_that_runs_out_makes_the_micro_batches_smaller(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny()
+    expected, _ = trained(folder, packing=True, batch_size=4, max_steps=2)
+    longest = max(TokenRows(make_rows(20)).lengths())
+    refused: list[int] = []
+    real = CAUSAL.objective.loss_sum  # type: ignore[attr-defined]
+
+    def short(objective: Any, batch: Any) -> Any:
+        if batch.input_ids.numel() > longest:
+            refused.append(batch.input_ids.numel())
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(objective, batch)
+
+    monkeypatch.setattr(CAUSAL.objective, "loss_sum", short)
+    found, _ = trained(folder, packing=True, batch_size=4, max_steps=2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(refused) == 2  # 4 rows at a time, then 2, then 1
+
+
+# ---------------------------------------------------------------- where it is refused
+
+
+def test_a_task_that_does_not_pack_says_so(save_tiny: Tiny) -> None:
+    model = make_adapter(save_tiny()).base.model
+    with pytest.raises(ConfigError, match="--packing: --task seq2seq computes a row as one"):
+        check_packing(SEQ2SEQ, model, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"_attn_implementation": "eager"}, "its own"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layers of linear_attention"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic"}, "max_position_embeddings": 9},
+            "scaled by the longest row beyond 9 tokens",
+        ),
+    ],
+)
+def test_models_whose_samples_would_see_each_other_say_so(
+    save_tiny: Tiny, change: dict[str, Any], reason: str
+) -> None:
+    model = make_adapter(save_tiny()).base.model
+    check_packing(CAUSAL, model, 10)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ConfigError, match=f"--packing: .*{reason}"):
+        check_packing(CAUSAL, model, 10)
+
+
+def test_masks_of_a_sample_do_not_depend_on_the_packing(save_tiny: Tiny) -> None:
+    """Two rows packed, and each alone, with dropout: the gradients add up."""
+    rows, found = make_rows(2), []
+    for packs, windows in ((True, [[(0,), (1,)]]), (False, [[(0,), (1,)]])):
+        adapter = make_adapter(save_tiny(), dropout=0.3)
+        adapter.base.model.train()
+        objective = CAUSAL.objective(adapter.base, 0, 64, None)
+        if packs:
+            objective = packing(objective)
+        step = OptimizerStep(
+            adapter, objective, TokenRows.of(rows),
+            torch.optim.AdamW(adapter.parameters().values()),
+            torch.amp.GradScaler("cpu", enabled=False), 2, 0.0, packs=packs,
+        )  # fmt: skip
+        found.append(step.take(windows[0], 0.0).grad_norm)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
