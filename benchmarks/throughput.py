@@ -9,6 +9,9 @@ rounds, every other round in reverse. All learn the same row with the same weigh
 recomputation; a side whose first loss differs is not compared. Ratios are taken round by round, and
 their median is quoted. Steps are timed by CUDA events, or by the processor's clock.
 
+Our sides begin as the command line does, with the heap settings that `qlora-kit train` gives itself;
+the peers begin as Python does.
+
 The share of the ceiling is the operations a second of a step over those of one large product in the
 same dtype, measured in the same process right after the steps. The operations of a side that
 recomputes include its recomputation. Host memory is the peak of the process's anonymous memory
@@ -42,6 +45,8 @@ import speed_sides
 from clocks import Clock, clock_of_this_machine, matmul_rate
 from measure import AnonymousPeak, machine_and_command, print_table, run_side
 from speed_sides import SIDES, Take
+
+from qlora_kit.model.environment import restart_with_tight_heap
 
 Settings = dict[str, Any]
 Send = Callable[[dict[str, Any]], None]
@@ -199,6 +204,8 @@ def main() -> None:
     """Compare the sides, print the tables, and write every figure."""
     arguments = _arguments()
     if arguments.side:
+        if arguments.side.startswith("ours"):
+            restart_with_tight_heap()
         figures: dict[str, Any] = {}
         measure(json.loads(arguments.settings), figures.update)
         print(json.dumps(figures))
