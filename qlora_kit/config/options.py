@@ -407,7 +407,7 @@ class StepOptions(Options):
         decides=["precision", "memory"],
     )
     kernels: Literal["auto", "plain"] = option(
-        "auto", "auto: fused kernels, on a GPU or in fp32 on a CPU, where they compute the same; "
+        "auto", "auto: fused kernels where the model runs on a GPU and they compute the same; "
         "plain: the code without them", decides=["precision", "memory"], known_by_result=True,
     )  # fmt: skip
 

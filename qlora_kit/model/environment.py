@@ -15,9 +15,6 @@ _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _SPINS = "10000"
 _C_LIBRARY = "GLIBC_TUNABLES"
 _NO_SMALL_CACHES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-# Large pages for the heap, where Linux gives them to those who ask: a step of SmolLM2's shape then
-# takes 550 page faults instead of 12,300. glibc before 2.35 does not know it, and ignores it.
-_LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 # With these sizes of its workspaces cuBLAS promises the same bits in each run. It reads the sizes
 # at its first product.
@@ -58,7 +55,7 @@ def restart_with_tight_heap() -> None:
     """
     if _C_LIBRARY in os.environ or not _keeps_offcuts():
         return
-    os.environ[_C_LIBRARY] = f"{_NO_SMALL_CACHES}:{_LARGE_PAGES}"
+    os.environ[_C_LIBRARY] = _NO_SMALL_CACHES
     # The original arguments, so that `python -X` and `-m` stay.
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -39,7 +39,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         from qlora_kit.model.threads import choose_threads
         from qlora_kit.plan.subject import RowSizes, Subject
         from qlora_kit.recipe.run import Run, planned
-        from qlora_kit.step.settle import settle
+        from qlora_kit.step.kernels import choose_kernels
         from qlora_kit.train.packing import check_packing
 
         if config.deterministic:
@@ -60,7 +60,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         config, plan = planned(config, subject, len(rows.rows), output, announce)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
-        kernels = settle(base.model, config, hardware).kernels
+        kernels = choose_kernels(base.model, config, hardware)
         run = Run(
             config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
             kernels,

@@ -134,6 +134,7 @@ def header(
     base = adapter.base
     share = adapter.trainable / base.parameters
     batch = config.batch_size * config.gradient_accumulation_steps
+    on_gpu = base.hardware.device.type != "cpu"
     return (
         ("model", f"{base.spec.source.identity}, {base.parameters:,} parameters"),
         ("bits", f"{base.quantization.describe()}; {base.unquantized_share:.2%} of the weights "
@@ -142,7 +143,7 @@ def header(
                       f"{len(adapter.layers)} layers"),
         ("device", base.hardware.device_name),
         ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
-        ("kernels", kernels.described()),
+        *((("kernels", kernels.described()),) if on_gpu else ()),
         ("data", f"{samples.source}, {len(rows.rows):,} rows, "
                  f"{rows.counts.weight:,} {rows.counts.weighs.replace('_', ' ')}"),
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),

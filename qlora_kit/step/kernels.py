@@ -1,15 +1,15 @@
 """Decides which fused kernels serve a loaded model, and lets them.
 
-A kernel serves where the device has it, where the model has something for it to compute, and where
-it agrees with the plain code on a few random tokens. In a plan tensors have no values: there the
-model's parts decide. Changes the norms of a model and the function that rotates its queries and
-keys, and puts both back where their kernel does not serve.
+A kernel serves on a GPU only, where the model has something for it to compute, and where it agrees
+with the plain code on a few random tokens. In a plan tensors have no values: there the model's
+parts decide. Changes the norms of a model and the function that rotates its queries and keys, and
+puts both back where their kernel does not serve.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.config import StepOptions
-from qlora_kit.layers.kernels import offered, use
+from qlora_kit.layers.kernels import NAMES, use
 from qlora_kit.model.hardware import Hardware
-from qlora_kit.private_torch import FakeTensor
 from qlora_kit.step.norms import set_norms
 from qlora_kit.step.reducers import resolve
 from qlora_kit.step.rotary import set_rotary
@@ -64,7 +63,7 @@ def choose_kernels(model: PreTrainedModel, options: StepOptions, hardware: Hardw
         hardware: the device that the model runs on; `meta` stands in for a GPU in a plan.
     """
     use(())
-    wanted = options.kernels == "auto" and bool(offered(hardware.device, hardware.dtype))
+    wanted = options.kernels == "auto" and hardware.device.type != "cpu"
     set_norms(model, wanted, hardware.dtype)
     rotations = set_rotary(model, wanted)
     if not wanted:
@@ -80,10 +79,9 @@ def choose_kernels(model: PreTrainedModel, options: StepOptions, hardware: Hardw
 def decided(tried: Tried) -> Kernels:
     """Try every kernel that a model has something for; return which may serve."""
     serving, left_out = [], {}
-    is_simulated = isinstance(next(tried.model.parameters()), FakeTensor)
-    for name in offered(tried.hardware.device, tried.hardware.dtype):
+    for name in NAMES:
         if trials := tried.trials(name):
-            reason = _fault(name, () if is_simulated else trials, tried.hardware)
+            reason = _fault(name, trials, tried.hardware)
             if reason is None:
                 serving.append(name)
             else:
@@ -91,9 +89,9 @@ def decided(tried: Tried) -> Kernels:
     return Kernels(tuple(serving), left_out)
 
 
-def _fault(name: str, trials: Sequence[Trial], hardware: Hardware) -> str | None:
+def _fault(name: str, trials: list[Trial], hardware: Hardware) -> str | None:
     """Return the reason why a kernel cannot serve, or None."""
-    if hardware.device.type != "cpu" and name in _IN_TRITON and _lacks_triton(hardware):
+    if name in _IN_TRITON and _lacks_triton(hardware):
         return "install triton"
     if hardware.device.type == "meta":
         return None

@@ -80,7 +80,7 @@ class Tried:
     rotations: tuple[Rotation, ...] = ()
 
     def trials(self, kernel: str) -> list[Trial]:
-        """Return the trials of a kernel, by its name in `layers.kernels`."""
+        """Return the trials of a kernel, one of `layers.kernels.NAMES`."""
         return list(_TRIALS[kernel](self))
 
 

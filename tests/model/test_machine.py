@@ -300,10 +300,7 @@ print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), environment.has_tight_heap(
 @pytest.mark.parametrize(
     ("own", "found"),
     [
-        (
-            None,
-            "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1 True",
-        ),
+        (None, "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0 True"),
         ("glibc.malloc.check=0", "glibc.malloc.check=0 False"),
     ],
 )

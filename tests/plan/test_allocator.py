@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +13,13 @@ from support import recorded_peak
 import qlora_kit as qk
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Batch, collate, collate_packed
-from qlora_kit.layers import kernels
 from qlora_kit.model.hardware import Hardware, choose_hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Placement
 from qlora_kit.model.names import ModelSource, known_models
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import RowSizes, Subject
-from qlora_kit.step.settle import settle
+from qlora_kit.step.reducers import apply, resolve
 from qlora_kit.tasks.causal import loss_sum, scores
 from qlora_kit.train.optimizer import build_optimizer
 
@@ -105,12 +103,6 @@ class Case:
         return Subject(self.spec, self.lora, hardware, RowSizes(self.tokens, supervised))
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays_in_use() -> Iterator[None]:
-    yield
-    kernels.use(())
-
-
 # ---------------------------------------------------------------- the allocator's own record
 
 
@@ -127,7 +119,7 @@ def measured(case: Case) -> dict[str, int]:
     parameters = list(adapter.parameters().values())
     optimizer = build_optimizer(parameters, config)
     head = head_of(base.model)
-    settle(base.model, config, base.hardware)
+    apply(base.model, resolve(config, base.hardware), base.hardware)
     base.model.train()
 
     def batch_of(rows: int) -> Batch:
@@ -188,7 +180,6 @@ QUICK = (
     Case("mistral-7b", 4, 128, rows=2, double_quant=False),
     Case("llama-3.1-8b", 4, 192, rows=3, shorter=30),
     Case("gemma-2-9b", 4, 96, rows=2, shorter=30, recompute=False),  # scores of T × T
-    Case("deepseek-7b", 4, 200, rows=2, options={"kernels": "plain"}),
     Case("llama-3.1-8b", 4, 128, rows=4, accumulation=2, options={"packing": True}),
 )  # fmt: skip
 

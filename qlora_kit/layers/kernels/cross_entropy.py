@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.layers.kernels import is_on_cpu, on_cpu
 from qlora_kit.layers.kernels.dialect import constexpr, jit, power_of_two, tl
 from qlora_kit.layers.kernels.op import define
 
@@ -92,12 +91,11 @@ def target_logprobs(
     """Return log p(target) of each token (n,), fp32, of the logits times `scale`.
 
     Args:
-        logits: (n, V), each row contiguous; spent afterwards. With `gradient` they are overwritten
-            by softmax − onehot, which is the gradient of −log p in the logits times `scale`.
+        logits: (n, V), each row contiguous. With `gradient` they are overwritten by
+            softmax − onehot, which is the gradient of −log p in the logits times `scale`.
         targets: (n,), int64, each in 0 … V−1.
         scale: factor of the logits.
         gradient: whether to write the gradient.
     """
-    compute = on_cpu.target_logprobs if is_on_cpu(logits) else _op
-    logprobs: Tensor = compute(logits, targets, scale, gradient)
+    logprobs: Tensor = _op(logits, targets, scale, gradient)
     return logprobs

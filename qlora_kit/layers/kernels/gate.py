@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_kit.layers.kernels import is_on_cpu, on_cpu
 from qlora_kit.layers.kernels.dialect import constexpr, jit, tiles, tl
 from qlora_kit.layers.kernels.op import define
 
@@ -129,10 +128,10 @@ def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
 
     Args:
         activation: a name by `name_of`.
-        gate: (n, I), each row contiguous; spent afterwards: on a CPU it is overwritten too.
+        gate: (n, I), each row contiguous.
         up: likewise, in the same dtype. The two may be the halves of one tensor.
     """
-    (on_cpu.gated if is_on_cpu(up) else _gated)(activation, gate, up)
+    _gated(activation, gate, up)
     return up
 
 
@@ -148,6 +147,5 @@ def gated_back(
         grad: the gradient of act(gate) ∘ up, likewise; overwritten by act(gate) ∘ up.
         with_product: whether to return the product. If not, `grad` stays as it is.
     """
-    write = on_cpu.gated_back if is_on_cpu(gate) else _gated_back
-    write(activation, gate, up, grad, with_product)
+    _gated_back(activation, gate, up, grad, with_product)
     return gate, up, grad if with_product else None

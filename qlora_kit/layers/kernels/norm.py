@@ -2,7 +2,8 @@
 
 torch has both kernels on a GPU, under names that its public `rms_norm` hides: in a simulation that
 function falls apart into the steps of the formula, whose tensors no GPU would make. Here they are
-ops of the kit, which say which tensors they return. A CPU has a form of its own (`on_cpu`).
+ops of the kit, which say on every device which tensors they return. On a CPU they compute the plain
+formula, for tests.
 
 The weight is frozen, so backward gives the gradient of x alone. It keeps x, which the residual
 stream holds anyway, and one number a token.
@@ -19,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.layers.kernels import on_cpu, serves
-from qlora_kit.layers.kernels.op import define
+from qlora_kit.layers.kernels import serves
 from qlora_kit.private_torch import own_parameters
 
 
@@ -92,11 +92,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # The kernels would copy what is not contiguous themselves, where no plan sees it.
         x = x.contiguous()
-        dtype = torch.promote_types(x.dtype, weight.dtype)
-        # A GPU's kernel adds up in fp32 by itself.
-        weight = weight.to(_accumulated(dtype) if _is_on_cpu(x) else dtype)
-        norm = on_cpu.rms_norm if _is_on_cpu(x) else _norm
-        y, rstd = norm(x.to(weight.dtype), weight, eps)
+        weight = weight.to(torch.promote_types(x.dtype, weight.dtype))
+        y, rstd = torch.ops.qlora_kit.rms_norm(x.to(weight.dtype), weight, eps)
         ctx.weight = weight
         ctx.save_for_backward(x, rstd)
         out: Tensor = y.to(x.dtype)
@@ -106,17 +103,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,), (x, rstd), dtype = grads, ctx.saved_tensors, ctx.weight.dtype
         grad_y = grad_y.contiguous().to(dtype)
-        norm_back = on_cpu.rms_norm_back if _is_on_cpu(x) else _norm_back
-        grad_x: Tensor = norm_back(grad_y, x.to(dtype), ctx.weight, rstd)
+        grad_x = torch.ops.qlora_kit.rms_norm_backward(grad_y, x.to(dtype), ctx.weight, rstd)
         return grad_x.to(x.dtype), None, None
 
 
-def _is_on_cpu(x: Tensor) -> bool:
-    # Triton, and so its interpreter, has nothing to do with this kernel.
-    return x.device.type == "cpu"
-
-
-# ---------------------------------------------------------------- ops of a GPU
+# ---------------------------------------------------------------- ops
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -124,12 +115,12 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _run(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _on_gpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, rstd = torch.ops.aten._fused_rms_norm(x, list(weight.shape), weight, eps)
     return y, rstd
 
 
-def _run_back(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def _back_on_gpu(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     wanted = [True, False]  # the gradient of x, and not that of the weight
     grad_x: Tensor
     grad_x, _ = torch.ops.aten._fused_rms_norm_backward(
@@ -138,18 +129,35 @@ def _run_back(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return grad_x
 
 
-def _shapes(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _on_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(_accumulated(x.dtype))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd * weight).to(x.dtype), rstd
+
+
+def _back_on_cpu(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """Return rstd · (g − x̂ · mean(g · x̂)) with g = grad · w and x̂ = x · rstd."""
+    wide = grad.to(rstd.dtype) * weight
+    unit = x * rstd
+    back = rstd * (wide - unit * (wide * unit).mean(-1, keepdim=True))
+    return back.to(x.dtype)
+
+
+def _in_a_simulation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=_accumulated(x.dtype))
     return torch.empty_like(x), rstd
 
 
-def _shapes_back(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def _back_in_a_simulation(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-_norm = define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _run, _shapes)
-_norm_back = define(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
-    _run_back,
-    _shapes_back,
-)
+_ops = torch.library.Library("qlora_kit", "FRAGMENT")
+_ops.define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+_ops.impl("rms_norm", _on_gpu, "CUDA")
+_ops.impl("rms_norm", _on_cpu, "CPU")
+_ops.impl("rms_norm", _in_a_simulation, "Meta")
+_ops.define("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor")
+_ops.impl("rms_norm_backward", _back_on_gpu, "CUDA")
+_ops.impl("rms_norm_backward", _back_on_cpu, "CPU")
+_ops.impl("rms_norm_backward", _back_in_a_simulation, "Meta")

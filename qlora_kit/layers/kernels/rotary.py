@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.layers.kernels import is_on_cpu, on_cpu
 from qlora_kit.layers.kernels.dialect import constexpr, jit, power_of_two, tiles, tl
 from qlora_kit.layers.kernels.op import define
 
@@ -155,23 +154,17 @@ _op = define(
 )
 
 
-def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
-    if is_on_cpu(q):
-        return on_cpu.rotated(q, cos, sin, back=back), on_cpu.rotated(k, cos, sin, back=back)
-    q_out, k_out = _op(q, k, cos, sin, back)
-    return q_out, k_out
-
-
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turned(q, k, cos, sin, back=False)
+        q_out, k_out = _op(q, k, cos, sin, False)
+        return q_out, k_out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_q, grad_k = grads
-        return *_turned(grad_q, grad_k, *ctx.saved_tensors, back=True), None, None
+        grad_q, grad_k = _op(*grads, *ctx.saved_tensors, True)
+        return grad_q, grad_k, None, None
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

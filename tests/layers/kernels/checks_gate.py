@@ -40,9 +40,11 @@ def test_the_product_is_written_over_up(
 ) -> None:
     gate, up, grad = inputs(shape, fused)
     wanted, *_ = exact(activation, gate, up, grad)
+    before = gate.clone()
     found = gated(activation, gate, up)
     assert found is up
     assert relative_error(found, wanted) <= 1e-6
+    assert torch.equal(gate, before)
 
 
 @pytest.mark.parametrize("fused", [False, True])
