@@ -333,11 +333,11 @@ def _gate_back(sizes: Sizes) -> Iterator[Case]:
     import torch
     from torch import nn
 
-    from qlora_kit.layers.mlp import _gate_gradients, _TileLayer
+    from qlora_kit.layers.mlp import _gate_gradients, _TileLayers
     from qlora_kit.layers.weight import PlainWeight
 
     act = nn.SiLU()
-    outer = _TileLayer(PlainWeight(_random(1, 1)), None, None)
+    outer = _TileLayers([PlainWeight(_random(1, 1))], [None], None)
     for rows in sizes.rows:
         (gate, up, grad), values, reset = _wide(sizes, rows)
 

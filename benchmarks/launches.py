@@ -388,13 +388,13 @@ def _counted(model: str, side: str, rows: int, tokens: int, layers: int) -> Coun
     subject = Subject(spec, qk.LoraSpec.of(config), hardware, RowSizes(tokens))
     counted = Counted()
 
-    def count_attention(_: Any, flop: int) -> None:
+    def count_attention(_: Any, flop: int, *__: Any) -> None:
         _, phase = _place(None)
         counted.add(0, 0, flop, _ATTENTION_LAUNCHES[phase])
 
     with (
         simulated_run(subject, config, spec.skeleton(layers)) as run,
-        mock.patch.object(attention, "_count_flop", count_attention),
+        mock.patch.object(attention, "_count", count_attention),
         _nodes_told(run.model, counted),
         mock.patch.object(settle, "set_groups") if alone else contextlib.nullcontext(),
         counted,

@@ -188,8 +188,10 @@ class Ledger(TorchDispatchMode):
 
     def _count_operation(self, work: Work, func: Any, given: Any, result: Any, flop: int) -> None:
         """Count an operation that computes on the device; views and empty tensors do not."""
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         read = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not made and func._schema.is_mutable:
+            made = read[:1]  # an op of the kit that adds to its first tensor, and returns nothing
         if not made or self._side(made[0]) != "device" or func.overloadpacket in _EMPTY:
             return
         known = {storage_key(leaf.untyped_storage()) for leaf in read}

@@ -78,7 +78,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the fsync of tensors", "storage.files",
-        (Change("save_tensors", "sync_file(...)"),), _FILE_FLUSHED,
+        (Change("write_by", "sync_file(...)"),), _FILE_FLUSHED,
     ),
     Mutation(
         "the rename of a file", "storage.files",
