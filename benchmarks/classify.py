@@ -43,6 +43,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument(
+        "--group-by-length", action="store_true",
+        help="let the kit put rows of about the same length into one batch, as it does by default; "
+        "PEFT's trainer does not",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="file for every figure of every run")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
@@ -50,7 +55,10 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(_SIDES[arguments.side](json.loads(arguments.settings))))
         return
-    names = ("model", "train", "test", "rows", "steps", "batch_size", "learning_rate", "max_length")
+    names = (
+        "model", "train", "test", "rows", "steps", "batch_size", "learning_rate", "max_length",
+        "group_by_length",
+    )  # fmt: skip
     common = {name: getattr(arguments, name) for name in names}
     rows = []
     for bits in map(int, arguments.bits.split(",")):
@@ -88,6 +96,7 @@ def run_ours(settings: dict[str, Any]) -> dict[str, Any]:
             "--alpha", str(ALPHA), "--lora-dropout", str(DROPOUT), "--max-grad-norm", str(CLIP),
             "--warmup-ratio", str(WARMUP), "--max-length", str(settings["max_length"]),
             "--validation-fraction", "0", "--save-steps", "100000",
+            "--group-by-length" if settings["group_by_length"] else "--no-group-by-length",
         ]  # fmt: skip
         subprocess.run(train, check=True, capture_output=True)
         measure = [*kit, "evaluate", "--adapter", f"{folder}/run", "--data", settings["test"]]

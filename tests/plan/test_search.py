@@ -92,8 +92,9 @@ def test_what_is_extrapolated_from_three_layers_is_what_the_whole_model_takes(
         assert choice.needs.work.flop == pytest.approx(work.flop, rel=1e-6), choice.setting
         seconds, whole = choice.needs.seconds, seconds_of(work, RATES[device])
         assert seconds is not None
-        assert seconds.device == pytest.approx(whole.device, rel=0.1), choice.setting
-        assert seconds.host == pytest.approx(whole.host, rel=0.1), choice.setting
+        # Settings are ranked by it; the time itself is that of a simulation of the whole model.
+        assert seconds.device == pytest.approx(whole.device, rel=0.15), choice.setting
+        assert seconds.host == pytest.approx(whole.host, rel=0.15), choice.setting
         assert seconds.link == pytest.approx(whole.link, rel=0.1, abs=1e-4), choice.setting
 
 
