@@ -9,8 +9,8 @@ rounds, every other round in reverse. All learn the same row with the same weigh
 recomputation; a side whose first loss differs is not compared. Ratios are taken round by round, and
 their median is quoted. Steps are timed by CUDA events, or by the processor's clock.
 
-Our sides begin as the command line does, with the heap settings that `qlora-kit train` gives itself;
-the peers begin as Python does.
+Our sides begin as the command line does, with the heap settings that `qlora-kit train` gives
+itself; the peers begin as Python does.
 
 The share of the ceiling is the operations a second of a step over those of one large product in the
 same dtype, measured in the same process right after the steps. The operations of a side that
