@@ -56,6 +56,13 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return int(stopped.value.code or 0), out, err
 
 
+def run_well(*arguments: str) -> None:
+    """Run a command that must end well, for a fixture of a module, which cannot capture output."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 0
+
+
 # Code that `run_python` puts before the code it runs: `Peak` measures the memory of a block.
 MEASURE = textwrap.dedent(
     """

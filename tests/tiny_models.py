@@ -136,6 +136,19 @@ def fill_lora(adapter: Any, seed: int = 7, std: float = 0.1) -> None:
         )
 
 
+def padded_batch() -> Any:
+    """Return a `Batch` of two rows of 21 and 13 tokens, part of them not supervised."""
+    import torch
+
+    from qlora_kit.data.batch import Batch, predicting_positions
+
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, TINY["vocab_size"], (2, 21), generator=generator)
+    labels = ids.clone()
+    labels[0, :6] = labels[1, 13:] = -100
+    return Batch(ids, labels, (21, 13), (0, 1), predicting_positions(labels))
+
+
 def mask_of(batch: Any) -> Any:
     """Return the attention mask that transformers expects of a padded batch: (B, T), 1 a token."""
     import torch

@@ -280,20 +280,16 @@ def collate_packed(
     total = tokens if width is None else width(tokens)
     input_ids = torch.full((1, total), pad_token_id, dtype=torch.int64)
     labels = torch.full((1, total), IGNORED, dtype=torch.int64)
-    # The first label of a sample has no token before it that could predict it.
-    predicted = torch.full((1, total), IGNORED, dtype=torch.int64)
     start = 0
     for row, length in zip(rows, lengths, strict=True):
         own = slice(start, start + length)
         input_ids[0, own] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
         labels[0, own] = torch.as_tensor(row["labels"], dtype=torch.int64)
-        predicted[0, own] = labels[0, own]
-        predicted[0, start] = IGNORED
+        labels[0, start] = IGNORED  # no token of its sample is before it, to predict it
         start += length
     sources = tuple(int(row["row"]) for row in rows)
     segments = lengths if total == tokens else (*lengths, total - tokens)
-    positions = predicting_positions(predicted)
-    return PackedBatch(input_ids, labels, lengths, sources, positions, segments)
+    return PackedBatch(input_ids, labels, lengths, sources, predicting_positions(labels), segments)
 
 
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:

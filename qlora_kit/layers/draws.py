@@ -8,8 +8,6 @@ Outside of a step the masks come from torch's own random state, which this modul
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.layers.in_force import InForce
+from qlora_kit.layers.segments import slices_of
 
 # The constants of splitmix64: neighbouring steps, samples and layers get seeds far apart.
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -62,26 +61,13 @@ class Draws:
         kept = torch.empty(rows, tokens, width, dtype=torch.bool, device=device)
         drawn = torch.empty(max(self.tokens, tokens), width, dtype=torch.bool, device=device)
         generator = _generator(device)
-        places = (
-            _rows(len(self.samples), tokens) if self.lengths is None else _end_to_end(self.lengths)
-        )
+        lengths = self.lengths or (tokens,) * len(self.samples)
         flat = kept.view(-1, width)
-        for sample, place in zip(self.samples, places, strict=True):
+        for sample, place in zip(self.samples, slices_of(lengths), strict=True):
             generator.manual_seed(_mixed(self.seed, self.step, sample, layer))
             flat[place] = drawn.bernoulli_(keep, generator=generator)[: place.stop - place.start]
         flat[place.stop :] = True  # padding behind the last sample
         return flat
-
-
-def _rows(rows: int, tokens: int) -> Iterator[slice]:
-    """Yield the places of the rows of a batch, all of them `tokens` wide."""
-    return (slice(row * tokens, (row + 1) * tokens) for row in range(rows))
-
-
-def _end_to_end(lengths: tuple[int, ...]) -> Iterator[slice]:
-    """Yield the places of samples that lie end to end."""
-    ends = itertools.accumulate(lengths)
-    return (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
 
 
 _now: InForce[Draws] = InForce()

@@ -26,7 +26,13 @@ ARGUMENT = "segments_of_row"
 """The name under which a model passes the segments on to its attention."""
 
 
-def positions_of(segments: Segments) -> Tensor:
+def slices_of(segments: Segments) -> Iterator[slice]:
+    """Yield the place of each segment in its row."""
+    for end, length in zip(accumulate(segments), segments, strict=True):
+        yield slice(end - length, end)
+
+
+def positions_within(segments: Segments) -> Tensor:
     """Return the position of each token in its segment, (1, T) int64."""
     return torch.cat([torch.arange(length) for length in segments]).unsqueeze(0)
 
@@ -53,16 +59,11 @@ def by_segments(attention: Attention) -> Attention:
                 _window_mask(tokens.stop - tokens.start, window, query.device),
                 **options,
             )[0]
-            for tokens in _slices(segments)
+            for tokens in slices_of(segments)
         ]
         return torch.cat(outputs, dim=1), None
 
     return attend
-
-
-def _slices(segments: Segments) -> Iterator[slice]:
-    for end, length in zip(accumulate(segments), segments, strict=True):
-        yield slice(end - length, end)
 
 
 def _window_mask(tokens: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_kit.layers.segments import ARGUMENT, Segments, by_segments, positions_of
+from qlora_kit.layers.segments import ARGUMENT, Segments, by_segments, positions_within
 from qlora_kit.private_transformers import attend_by, has_torchs_attention, without_masks
 
 _KINDS_OF_ATTENTION = {"full_attention", "sliding_attention"}
@@ -32,10 +32,11 @@ def run_in_segments(model: PreTrainedModel, segments: Segments, **inputs: Any) -
         inputs: other inputs, `input_ids` (1, T) among them; no mask.
     """
     _install()
-    # In host memory, as the ids are: an embedding of positions may be there.
-    positions = positions_of(segments)
+    # The ids may be in host memory. Positions are made where a model makes its own, on the device
+    # of its layers, whose packed weights are buffers.
     device = next(model.base_model.buffers(), inputs["input_ids"]).device
-    named = {ARGUMENT: segments, "position_ids": positions.to(device, non_blocking=True)}
+    positions = positions_within(segments).to(device, non_blocking=True)
+    named = {ARGUMENT: segments, "position_ids": positions}
     with without_masks(model):
         return model.base_model(**inputs, **named)
 

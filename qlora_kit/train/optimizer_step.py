@@ -112,7 +112,8 @@ class OptimizerStep:
         self.parameters = list(self.adapter.parameters().values())
         self.lengths = self.rows.lengths()
         # The width of the widest row: masks are drawn at this width for every batch.
-        self.most_tokens = self.adapter.base.batch_width(max(self.lengths))
+        self.longest = max(self.lengths)
+        self.most_tokens = self.adapter.base.batch_width(self.longest)
 
     def take(
         self,
@@ -232,7 +233,7 @@ class OptimizerStep:
 
     def _micro_batches(self, window: Window) -> list[Indices]:
         if self.packs:
-            return packed(window, self.lengths, self.micro_batch_rows * max(self.lengths))
+            return packed(window, self.lengths, self.micro_batch_rows * self.longest)
         return list(cut(window, self.micro_batch_rows))
 
     def _halve(self, window: Window) -> None:
@@ -240,7 +241,7 @@ class OptimizerStep:
         most = max(len(indices) for indices in micro_batches)
         if self.packs:
             tokens = max(sum(self.lengths[row] for row in indices) for indices in micro_batches)
-            most = math.ceil(tokens / max(self.lengths))
+            most = math.ceil(tokens / self.longest)
         longest = max(len(self.rows[i]["input_ids"]) for indices in window for i in indices)
         self.micro_batch_rows = halved(
             most,

@@ -24,9 +24,8 @@ def check_packing(task: Task, model: PreTrainedModel, tokens: int) -> None:
     Raises:
         ConfigError: the task or the model computes a row as one sample.
     """
-    reason = why_not_packed(model, tokens)
-    if not task.packs:
-        reason = f"--task {task.name} computes a row as one sample"
+    own = f"--task {task.name} computes a row as one sample"
+    reason = why_not_packed(model, tokens) if task.packs else own
     if reason is not None:
         raise ConfigError(
             f"--packing: {reason}; expected a task and a model whose samples do not depend on "

@@ -15,7 +15,7 @@ import torch
 from data_fixtures import make_tokenizer
 from merging import difference, plain, save, spec_of
 from safetensors.torch import load_file, save_file
-from support import run
+from support import run, run_well
 from tiny_models import mask_of
 
 import qlora_kit as qk
@@ -350,14 +350,9 @@ def test_the_threshold(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(simulated_once: None, few_rows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qlora_kit.cli import main
-
     output = tmp_path_factory.mktemp("runs") / "short"
     arguments = ["train", "--output", str(output), "--max-steps", "6", "--device", "cpu"]
-    arguments += ["--samples", "0", "--no-rehearse"]
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 0
+    run_well(*arguments, "--samples", "0", "--no-rehearse")
     return output
 
 

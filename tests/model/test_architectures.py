@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import relative_error
-from tiny_models import NAMES, SIZES, fill_lora, load_folder, mask_of, tiny_numbers
+from tiny_models import NAMES, SIZES, fill_lora, load_folder, mask_of, padded_batch, tiny_numbers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -34,15 +34,6 @@ from qlora_kit.tasks.causal import loss_sum
 
 def plain_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def padded_batch() -> Batch:
-    """Return two rows of 21 and 13 tokens, part of them not supervised."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 96, (2, 21), generator=generator)
-    labels = ids.clone()
-    labels[0, :6] = labels[1, 13:] = -100
-    return Batch(ids, labels, (21, 13), (0, 1), predicting_positions(labels))
 
 
 @pytest.mark.parametrize("name", NAMES)

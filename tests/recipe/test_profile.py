@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import as_if_killed_at, run
+from support import as_if_killed_at, run, run_well
 
 from qlora_kit.report import profile
 from qlora_kit.step.parts import PARTS
@@ -32,12 +32,8 @@ def summary_of(output: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def plain(few_rows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without a profile."""
-    from qlora_kit.cli import main
-
     output = tmp_path_factory.mktemp("runs") / "plain"
-    with pytest.raises(SystemExit) as stopped:
-        main([*RUN, "--output", str(output)])
-    assert stopped.value.code == 0
+    run_well(*RUN, "--output", str(output))
     return output
 
 

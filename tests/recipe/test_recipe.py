@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import RUN_FILES, run
+from support import RUN_FILES, run, run_well
 
 from qlora_kit.data.samples import BUILT_IN
 from qlora_kit.model.names import find_model
@@ -27,12 +27,8 @@ PLAIN = ("--no-rehearse", "--samples", "0")
 @pytest.fixture(scope="module")
 def short_run(few_rows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps on the demo, for tests that only read it."""
-    from qlora_kit.cli import main
-
     output = tmp_path_factory.mktemp("runs") / "short"
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--model", "demo", "--bits", "4", "--output", str(output), *SHORT])
-    assert stopped.value.code == 0
+    run_well("train", "--model", "demo", "--bits", "4", "--output", str(output), *SHORT)
     return output
 
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from support import relative_error
 from t5_models import KINDS, save_t5, t5_adapter
-from tiny_models import NAMES, fill_lora, load_folder
+from tiny_models import NAMES, fill_lora, load_folder, padded_batch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from qlora_kit.data.batch import Batch, predicting_positions
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.projections import with_one_input
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach
@@ -25,14 +24,6 @@ from qlora_kit.step.recompute import set_recompute
 from qlora_kit.tasks.causal import loss_sum
 
 
-def batch() -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 96, (2, 21), generator=generator)
-    labels = ids.clone()
-    labels[0, :6] = labels[1, 13:] = -100
-    return Batch(ids, labels, (21, 13), (0, 1), predicting_positions(labels))
-
-
 def adapter_on(folder: Path, *targets: str, bits: int = 16) -> Adapter:
     adapter = attach(load_folder(folder, bits), LoraSpec(rank=3, alpha=4.0, targets=targets))
     fill_lora(adapter, std=0.05)
@@ -41,7 +32,7 @@ def adapter_on(folder: Path, *targets: str, bits: int = 16) -> Adapter:
 
 def step(adapter: Adapter) -> tuple[float, dict[str, Tensor]]:
     model: Any = adapter.base.model.train()
-    loss: Any = loss_sum(model, batch(), head_of(model), chunk_tokens=5)
+    loss: Any = loss_sum(model, padded_batch(), head_of(model), chunk_tokens=5)
     loss.backward()
     grads = {}
     for name, parameter in adapter.parameters().items():

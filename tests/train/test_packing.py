@@ -66,7 +66,7 @@ def test_a_step_has_fewer_micro_batches(save_tiny: Tiny, monkeypatch: pytest.Mon
 def test_a_leak_between_samples_is_seen(save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make_adapter(save_tiny())
     assert agrees_packed(adapter.base.model)
-    monkeypatch.setattr(segments, "_slices", lambda lengths: iter([slice(0, sum(lengths))]))
+    monkeypatch.setattr(segments, "slices_of", lambda lengths: iter([slice(0, sum(lengths))]))
     assert not agrees_packed(adapter.base.model)
     with pytest.raises(ModelError, match="--packing: two samples in one row are not computed"):
         qk.train_adapter(adapter, make_rows(20), options(packing=True))
@@ -76,7 +76,8 @@ def test_positions_that_go_on_are_seen(save_tiny: Tiny, monkeypatch: pytest.Monk
     adapter = make_adapter(save_tiny("gpt2"))  # whose positions are learnt
     assert agrees_packed(adapter.base.model)
     monkeypatch.setattr(
-        "qlora_kit.model.segments.positions_of", lambda lengths: torch.arange(sum(lengths))[None]
+        "qlora_kit.model.segments.positions_within",
+        lambda lengths: torch.arange(sum(lengths))[None],
     )
     assert not agrees_packed(adapter.base.model)
 
