@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
@@ -82,28 +82,45 @@ def masks_as_in_a_run() -> Iterator[None]:
         module.is_tracing = is_tracing
 
 
-_TORCHS_ATTENTION = "sdpa"
+_TORCHS_ATTENTION, _OWN_ATTENTION = "sdpa", "eager"
+_OWN = "eager_attention_forward"
 # transformers builds no mask for an attention whose name it does not know.
-_UNMASKED = "qlora_kit"
+_UNMASKED = {_TORCHS_ATTENTION: "qlora_kit", _OWN_ATTENTION: "qlora_kit_eager"}
+
+Attention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
+"""Attention as transformers calls it: (module, query, key, value, mask, **options)."""
 
 
-def has_torchs_attention(config: PreTrainedConfig) -> bool:
-    """Whether the attention of a model with this configuration is torch's own."""
-    return bool(config._attn_implementation == _TORCHS_ATTENTION)
+def has_known_attention(model: PreTrainedModel) -> bool:
+    """Whether a model attends by torch's function, or by the formula in its own file."""
+    name = model.config._attn_implementation
+    return name == _TORCHS_ATTENTION or (name == _OWN_ATTENTION and hasattr(_file_of(model), _OWN))
 
 
-def attend_by(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Let all models attend by `around` torch's attention, as transformers calls it."""
-    attention = around(sdpa_attention_forward)
-    for name in (_TORCHS_ATTENTION, _UNMASKED):
+def _file_of(module: nn.Module) -> Any:
+    return sys.modules[type(module).__module__]
+
+
+def _by_own_formula(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+    return getattr(_file_of(module), _OWN)(module, *inputs, **options)
+
+
+def attend_by(
+    of_torch: Callable[[Attention], Attention], own: Callable[[Attention], Attention]
+) -> None:
+    """Let all models attend by what these functions make of torch's attention and of their own."""
+    attention = of_torch(sdpa_attention_forward)
+    for name in (_TORCHS_ATTENTION, _UNMASKED[_TORCHS_ATTENTION]):
         ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_ATTENTION_FUNCTIONS.register(_UNMASKED[_OWN_ATTENTION], own(_by_own_formula))
 
 
 @contextlib.contextmanager
 def without_masks(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model with torch's attention build no attention mask in the block."""
-    model.config._attn_implementation = _UNMASKED
+    """Let a model build no attention mask in the block."""
+    name = model.config._attn_implementation
+    model.config._attn_implementation = _UNMASKED[name]
     try:
         yield
     finally:
-        model.config._attn_implementation = _TORCHS_ATTENTION
+        model.config._attn_implementation = name

@@ -11,17 +11,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import run
 from tiny_models import fill_lora
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import qlora_kit as qk
 from qlora_kit.config import StepOptions
 from qlora_kit.data.batch import collate
-from qlora_kit.layers import kernels
+from qlora_kit.layers import kernels, segments
 from qlora_kit.layers.kernels.norm import rms_norm
 from qlora_kit.layers.weight import FourBitWeight
 from qlora_kit.model.hardware import make_deterministic
@@ -324,6 +326,36 @@ def test_a_step_with_all_kernels_agrees_with_the_plain_code(
     assert found == pytest.approx(loss, rel=tolerance)
     for ours, theirs in zip(found_grads, grads, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_kernel_attends_among_segments_as_among_each_alone(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None
+) -> None:
+    lengths, device = (70, 1, 200, 33), torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [
+        torch.randn(1, heads, sum(lengths), 64, device=device, dtype=dtype, generator=generator)
+        for heads in (8, 2, 2)
+    ]
+    module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=4)
+
+    def attend() -> list[Tensor]:
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        of_row = {segments.ARGUMENT: segments.Segments.of(lengths, device)}
+        out, _ = segments.by_segments(sdpa_attention_forward)(
+            module, *leaves, None, scaling=0.2, sliding_window=window, **of_row
+        )
+        (
+            out.float() * torch.linspace(-1, 1, out.numel(), device=device).view_as(out)
+        ).sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    together = attend()
+    monkeypatch.setattr(segments, "_flash_computes", lambda *_: False)
+    for found, alone in zip(together, attend(), strict=True):
+        assert (found.float() - alone.float()).norm() <= 2e-2 * alone.float().norm()
 
 
 def test_a_norm_takes_the_memory_that_a_plan_says() -> None:

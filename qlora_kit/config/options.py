@@ -379,9 +379,10 @@ class StepOptions(Options):
         decides=["batch", "memory"],
         leads=True,
     )
-    packing: bool = option(
-        False, "lay the samples of a step end to end in few full micro-batches, each as if alone",
-        decides=["batch", "memory"])  # fmt: skip
+    packing: bool | None = option(
+        None, "lay the samples of a step end to end in few full micro-batches, each as if alone; "
+        "default: where it is exact and saves micro-batches", decides=["batch", "memory"],
+    )  # fmt: skip
     group_by_length: bool = option(
         True, "put rows of about the same length into one micro-batch", decides="batch"
     )

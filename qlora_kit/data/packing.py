@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, TokenRows, epoch_batches, plan_windows
+from qlora_kit.data.samples import Samples
 
 # The first steps of a run show well enough how full its micro-batches are.
 _STEPS_LOOKED_AT = 50
@@ -80,18 +81,72 @@ class Fill:
         """
         lengths = rows.lengths()
         capacity = config.batch_size * max(lengths)
-        batches = epoch_batches(
-            rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
-        )
-        windows = plan_windows(batches, config.gradient_accumulation_steps)[:_STEPS_LOOKED_AT]
+        windows = _windows(config, rows)[:_STEPS_LOOKED_AT]
         micro_batches = sum(len(packed(window, lengths, capacity)) for window in windows)
         tokens = sum(lengths[row] for window in windows for indices in window for row in indices)
         return Fill(len(windows), sum(map(len, windows)), micro_batches, tokens, capacity)
+
+    @property
+    def saves(self) -> bool:
+        """Whether a packed run has fewer micro-batches."""
+        return self.micro_batches < self.padded
+
+    @property
+    def a_step(self) -> str:
+        """The micro-batches of a packed step, in words."""
+        return f"{self.micro_batches / self.steps:.3g}"
 
     def described(self) -> str:
         """Say it in words, such as "2 micro-batches a step instead of 16, …"."""
         share = self.tokens / (self.micro_batches * self.capacity)
         return (
-            f"{self.micro_batches / self.steps:.3g} micro-batches a step instead of "
-            f"{self.padded / self.steps:.3g}, of at most {self.capacity:,} tokens, {share:.0%} full"
+            f"{self.a_step} micro-batches a step instead of {self.padded / self.steps:.3g}, "
+            f"of at most {self.capacity:,} tokens, {share:.0%} full"
         )
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample in a packed micro-batch: its place in the data, and its tokens."""
+
+    place: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """The first optimiser step of a packed run, to look at.
+
+    Attributes:
+        micro_batches: the samples of each micro-batch, as they lie in its row.
+        capacity: tokens that a micro-batch may have.
+    """
+
+    micro_batches: tuple[tuple[PackedSample, ...], ...]
+    capacity: int
+
+    @staticmethod
+    def of(config: TrainConfig, rows: TokenRows, samples: Samples) -> PackedStep:
+        """Return the first step of a packed run.
+
+        Args:
+            config: the options of the run.
+            rows: the training rows.
+            samples: the samples that they are made of.
+        """
+        lengths = rows.lengths()
+        capacity = config.batch_size * max(lengths)
+        micro_batches = packed(_windows(config, rows)[0], lengths, capacity)
+
+        def sample(row: int) -> PackedSample:
+            return PackedSample(samples.items[rows[row]["row"]].place, lengths[row])
+
+        return PackedStep(tuple(tuple(map(sample, each)) for each in micro_batches), capacity)
+
+
+def _windows(config: TrainConfig, rows: TokenRows) -> list[tuple[Indices, ...]]:
+    """Return the micro-batches of each optimiser step of the first epoch, not packed yet."""
+    batches = epoch_batches(
+        rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
+    )
+    return plan_windows(batches, config.gradient_accumulation_steps)

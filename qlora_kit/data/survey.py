@@ -19,6 +19,7 @@ from qlora_kit.config import TokenOptions
 from qlora_kit.data.encode import IGNORED, Piece, pieces_of, prompt_ids
 from qlora_kit.data.label_survey import LabelFigures, RepeatedTexts, label_figures, repeated_texts
 from qlora_kit.data.labels import Labels
+from qlora_kit.data.packing import PackedStep
 from qlora_kit.data.row_arrays import Part, RowArrays, hash_of_ids
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
 from qlora_kit.data.template import Renderer, end_tokens
@@ -132,6 +133,10 @@ class Survey:
     overlap: Repeats | RepeatedTexts | None
     """of the validation rows with the training rows"""
     shown: tuple[ShownRow, ...]
+    packing: str = ""
+    """whether the samples of a step are packed, in words"""
+    packed: PackedStep | None = None
+    """the first step, where its samples are packed"""
 
     @property
     def supervised_share(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.layers.segments import ARGUMENT, Segments, by_segments, positions_within
-from qlora_kit.private_transformers import attend_by, has_torchs_attention, without_masks
+from qlora_kit.private_transformers import attend_by, has_known_attention, without_masks
 
 _KINDS_OF_ATTENTION = {"full_attention", "sliding_attention"}
 # Their frequencies follow from the longest row of a batch, so samples would depend on each other.
@@ -23,27 +24,27 @@ _TRIED = (5, 3)
 _TOLERANCE, _TOLERANCE_OF_16_BITS = 1e-4, 2e-2
 
 
-def run_in_segments(model: PreTrainedModel, segments: Segments, **inputs: Any) -> Any:
+def run_in_segments(model: PreTrainedModel, lengths: tuple[int, ...], **inputs: Any) -> Any:
     """Run the layers of a model on a row of segments, each with positions from 0.
 
     Args:
         model: a model of which `why_not_packed` has nothing to say.
-        segments: tokens of each segment.
+        lengths: tokens of each segment.
         inputs: other inputs, `input_ids` (1, T) among them; no mask.
     """
     _install()
     # The ids may be in host memory. Positions are made where a model makes its own, on the device
     # of its layers, whose packed weights are buffers.
     device = next(model.base_model.buffers(), inputs["input_ids"]).device
-    positions = positions_within(segments).to(device, non_blocking=True)
-    named = {ARGUMENT: segments, "position_ids": positions}
+    positions = positions_within(lengths).to(device, non_blocking=True)
+    named = {ARGUMENT: Segments.of(lengths, device), "position_ids": positions}
     with without_masks(model):
         return model.base_model(**inputs, **named)
 
 
 @functools.cache
 def _install() -> None:
-    attend_by(by_segments)
+    attend_by(by_segments, partial(by_segments, needs_masks=True))
 
 
 def why_not_packed(model: PreTrainedModel, tokens: int) -> str | None:
@@ -56,8 +57,8 @@ def why_not_packed(model: PreTrainedModel, tokens: int) -> str | None:
     config = model.config.get_text_config()
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "the model counts positions itself"
-    if not has_torchs_attention(model.config):
-        return "the model's attention is its own"
+    if not has_known_attention(model):
+        return f"its attention, {model.config._attn_implementation}, is not known to keep them apart"
     other = set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_ATTENTION
     if other:
         return f"the model has layers of {', '.join(sorted(other))}"

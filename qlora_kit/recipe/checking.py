@@ -23,15 +23,20 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
     Returns:
         The survey of the data, for programs.
     """
-    find_model(config.model)
+    source = find_model(config.model)
     if config.html is not None:
         _check_page(config.html)
     samples, validation = read_data(config, announce)
 
+    from qlora_kit.opening.model import base_spec
     from qlora_kit.report import data_view
+    from qlora_kit.train.packing import choose_packing
 
     opened, rows, held_out = token_rows(samples, validation, config, announce)
-    found = surveyed(samples, validation, rows, held_out, opened, config, config.rows)
+    spec = base_spec(source, opened.fetched.folder, config, opened.task)
+    packing = choose_packing(config, opened.task, spec.skeleton(), rows.rows)
+    config = packing.settled(config)
+    found = surveyed(samples, validation, rows, held_out, opened, config, config.rows, packing)
     for title, table in data_view.tables(found):
         announce(Facts(title, table))
     for row in found.shown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.survey import Survey
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.opening.model import Opened
+    from qlora_kit.train.packing import Packing
 
 
 def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:
@@ -200,6 +202,7 @@ def surveyed(
     opened: Opened,
     config: TrainConfig,
     shown_rows: int,
+    packing: Packing,
 ) -> Survey:
     """Survey the data, and take secrets out of the result.
 
@@ -211,7 +214,9 @@ def surveyed(
         opened: the model with its tokenizer.
         config: the options of the run.
         shown_rows: number of rows to show token by token.
+        packing: whether the samples of a step are packed.
     """
+    from qlora_kit.data.packing import PackedStep
     from qlora_kit.data.row_arrays import Part
     from qlora_kit.data.survey import survey
 
@@ -223,6 +228,11 @@ def surveyed(
         seed=config.seed,
         shown_rows=shown_rows,
         has_sources=opened.task.has_sources,
+    )
+    found = replace(
+        found,
+        packing=packing.described(config, rows.rows),
+        packed=PackedStep.of(config, rows.rows, samples) if packing.is_on else None,
     )
     # The survey names files, and is shown on a page; a path may hold a secret.
     redacted: Survey = redacted_values(found)

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from qlora_kit.config import TrainConfig, compared
-from qlora_kit.data.packing import Fill
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
@@ -38,8 +37,9 @@ from qlora_kit.signals import Stopped
 from qlora_kit.step.kernels import Kernels
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
-from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, step_of
+from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, goes_on, step_of
 from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
+from qlora_kit.train.packing import Packing
 from qlora_kit.train.resume import is_finished, resume_point
 
 
@@ -63,8 +63,7 @@ def planned(
         StorageError: the disk is too full.
     """
     trainable = count_trainable(subject.spec.skeleton(), subject.lora)
-    goes_on = config.resume is not None and bool(checkpoints(output))
-    plan = plan_run(config, subject, announce, choose=not goes_on)
+    plan = plan_run(config, subject, announce, choose=not goes_on(output, config.resume))
     config = plan.config if plan else config
     check_room(output, trainable, plan_steps(rows, config), config)
     return config, plan
@@ -86,6 +85,7 @@ class Run:
         plan: the plan of the run's memory, if one could be made.
         adapter: the adapter, attached to the loaded base.
         kernels: the kernels that serve the loaded base.
+        packing: whether the samples of a step are packed, and why.
     """
 
     config: TrainConfig
@@ -99,6 +99,7 @@ class Run:
     plan: Plan | None
     adapter: Adapter
     kernels: Kernels
+    packing: Packing
 
     @cached_property
     def record(self) -> BaseRecord:
@@ -142,10 +143,10 @@ class Run:
         """Train, and write all files of the run; return its outcome, for programs."""
         if self.config.overwrite:
             clear_run(self.output)
-        fill = Fill.of(self.config, self.rows.rows) if self.config.packing else None
         facts = header(
-            self.adapter, self.rows, self.held_out, self.samples, self.config, self.kernels, fill
-        )
+            self.adapter, self.rows, self.held_out, self.samples, self.config, self.kernels,
+            self.packing.described(self.config, self.rows.rows),
+        )  # fmt: skip
         name = self.opened.source.name
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))
         self._save_inputs()
@@ -172,7 +173,7 @@ class Run:
     def _show_data(self) -> None:
         found = surveyed(
             self.samples, self.validation, self.rows, self.held_out, self.opened, self.config,
-            data_view.ROWS,
+            data_view.ROWS, self.packing,
         )  # fmt: skip
         write_text(self.output / data_view.NAME, data_view.data_page(found))
         for warning in found.warnings():

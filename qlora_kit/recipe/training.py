@@ -14,7 +14,7 @@ from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.recipe.rows import read_data, token_rows
 from qlora_kit.report.trackers import check_tracker
-from qlora_kit.train.folder import claimed_run
+from qlora_kit.train.folder import claimed_run, goes_on
 
 
 def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         from qlora_kit.plan.subject import RowSizes, Subject
         from qlora_kit.recipe.run import Run, planned
         from qlora_kit.step.kernels import choose_kernels
-        from qlora_kit.train.packing import check_packing
+        from qlora_kit.train.packing import choose_packing
 
         if config.deterministic:
             make_deterministic()
@@ -52,17 +52,23 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         hardware = choose_hardware(config.device, config.dtype, threads)
         if config.dtype == "auto":
             hardware = proposing_bfloat16(hardware)
+        asked = config.packing
+        packing = choose_packing(
+            config, opened.task, spec.skeleton(), rows.rows, goes_on=goes_on(output, config.resume)
+        )
+        config = packing.settled(config)
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
         sizes = sizes_of(rows.rows, held_out.rows if held_out else None, config)
         subject = Subject(spec, lora, hardware, sizes, opened.task)
-        if config.packing:
-            check_packing(opened.task, spec.skeleton(), max(rows.rows.lengths()))
         config, plan = planned(config, subject, len(rows.rows), output, announce)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
+        if asked is None:
+            packing = packing.tried(base.model)
+            config = packing.settled(config)
         kernels = choose_kernels(base.model, config, hardware)
         run = Run(
             config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
-            kernels,
+            kernels, packing,
         )  # fmt: skip
         return run.finished_before() or run.taken()

@@ -5,7 +5,7 @@ Takes a `Survey`; returns tables and HTML. Writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.label_survey import RepeatedTexts, ValueFigures
@@ -16,6 +16,7 @@ from qlora_kit.report.tables import Rows
 if TYPE_CHECKING:
     from qlora_kit.data.encode import Piece
     from qlora_kit.data.label_survey import ClassCount, LabelFigures, Values
+    from qlora_kit.data.packing import PackedSample, PackedStep
     from qlora_kit.data.survey import Bin, Ends, Repeats, ShownRow, Survey
 
 NAME = "data.html"
@@ -27,6 +28,8 @@ _BAR_WIDTH = 40
 _MOST_OF_A_RUN = 600
 _MOST_CLASSES = 20
 _LONGEST_NAME = 40
+_MOST_MICRO_BATCHES = 16
+_MOST_NAMED = 12
 
 
 # ---------------------------------------------------------------- tables
@@ -40,6 +43,7 @@ def tables(survey: Survey) -> tuple[tuple[str, Rows], ...]:
         *(labels or ()),
         ("tokens of a row, before any is cut", length_rows(survey)),
         ("longest rows", longest_rows(survey)),
+        *((("the first step, packed", packed_rows(survey.packed)),) if survey.packed else ()),
     )
 
 
@@ -62,6 +66,8 @@ def summary_rows(survey: Survey) -> Rows:
     rows.append(("repeated", _repeat_text(survey.repeats)))
     if survey.overlap is not None:
         rows.append(("in both parts", _repeat_text(survey.overlap)))
+    if survey.packing:
+        rows.append(("packing", survey.packing))
     return tuple(rows)
 
 
@@ -211,6 +217,24 @@ def longest_rows(survey: Survey) -> Rows:
     return tuple((f"{row.tokens:,} tokens, {row.outcome}", row.place) for row in survey.longest)
 
 
+def packed_rows(step: PackedStep) -> Rows:
+    """Return the tokens of each sample of a packed step, by micro-batch."""
+    return tuple(
+        (f"micro-batch {number}", f"{_filled(samples, step)} tokens: {_in_a_row(samples)}")
+        for number, samples in enumerate(step.micro_batches[:_MOST_MICRO_BATCHES], 1)
+    )
+
+
+def _filled(samples: Sequence[PackedSample], step: PackedStep) -> str:
+    return f"{sum(sample.tokens for sample in samples):,} of {step.capacity:,}"
+
+
+def _in_a_row(samples: Sequence[PackedSample]) -> str:
+    more = len(samples) - _MOST_NAMED
+    named = " + ".join(f"{sample.tokens:,}" for sample in samples[:_MOST_NAMED])
+    return f"{named} and {more:,} more" if more > 0 else named
+
+
 def shown_title(row: ShownRow) -> str:
     """Return the title of a sampled row."""
     cut = f" of {row.uncut_tokens:,}" if row.uncut_tokens > row.tokens else ""
@@ -238,6 +262,8 @@ def data_page(survey: Survey) -> str:
         bars=[*_bars(survey)],
         longest=longest_rows(survey),
         repeated=[*_repeated(survey)],
+        packing=survey.packing,
+        packed=[*_strips(survey.packed)] if survey.packed else [],
         shown=[(shown_title(row), [*_spans(row.pieces)]) for row in survey.shown],
     )
 
@@ -263,6 +289,26 @@ def _page_label_bars(labels: LabelFigures) -> Iterator[_Bar]:
     for bar in bars:
         width = f"{100 * bar.rows / most:.2f}%"
         yield _Bar(bar.name, f"{bar.rows:,} {bar.note}".strip(), width, is_cut=False)
+
+
+class _Segment(NamedTuple):
+    """A sample in the picture of a packed micro-batch."""
+
+    width: str
+    title: str
+
+
+def _strips(step: PackedStep) -> Iterator[tuple[list[_Segment], str]]:
+    """Yield the samples of each micro-batch as wide as they are long, and its tokens in words."""
+    for samples in step.micro_batches[:_MOST_MICRO_BATCHES]:
+        segments = [
+            _Segment(
+                f"{100 * sample.tokens / step.capacity:.2f}%",
+                f"{sample.place}: {sample.tokens:,} tokens",
+            )
+            for sample in samples
+        ]
+        yield segments, _filled(samples, step)
 
 
 def _repeated(survey: Survey) -> Iterator[tuple[str, Rows, str]]:

@@ -15,7 +15,6 @@ from qlora_kit.config import GROUPS, TrainConfig, that_decide
 from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
-    from qlora_kit.data.packing import Fill
     from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
@@ -128,9 +127,19 @@ def header(
     samples: Samples,
     config: TrainConfig,
     kernels: Kernels,
-    fill: Fill | None = None,
+    packing: str,
 ) -> Rows:
-    """Return the facts that are known before training: model, data, device and batch."""
+    """Return the facts that are known before training: model, data, device and batch.
+
+    Args:
+        adapter: the adapter, attached to the loaded base.
+        rows: the training rows.
+        held_out: the validation rows, if there are any.
+        samples: the training data as it was read.
+        config: the options of the run.
+        kernels: the kernels that serve the loaded base.
+        packing: whether the samples of a step are packed, in words.
+    """
     base = adapter.base
     share = adapter.trainable / base.parameters
     batch = config.batch_size * config.gradient_accumulation_steps
@@ -149,5 +158,5 @@ def header(
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),
         ("batch", f"{batch} rows an optimiser step ({config.batch_size} × "
                   f"{config.gradient_accumulation_steps})"),
-        *((("packing", fill.described()),) if fill else ()),
+        ("packing", packing),
     )  # fmt: skip

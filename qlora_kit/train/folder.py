@@ -38,6 +38,11 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def goes_on(output: Path, resume: str | None) -> bool:
+    """Return whether a run that is started in a folder goes on from a checkpoint in it."""
+    return resume is not None and bool(checkpoints(output))
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the optimiser step of a checkpoint from its name."""
     return int(checkpoint.name.rpartition("-")[2])

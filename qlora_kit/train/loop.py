@@ -61,7 +61,7 @@ from qlora_kit.train.checkpoint import (
 from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
 from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
 from qlora_kit.train.optimizer_step import OptimizerStep, Taken
-from qlora_kit.train.packing import check_packing, try_packing
+from qlora_kit.train.packing import choose_packing, try_packing
 from qlora_kit.train.random_states import seed_everything
 
 # A run can go on after one bad row; several skipped steps in a row show that it has gone wrong.
@@ -217,8 +217,11 @@ class _Training:
     processes: Processes
 
     def __post_init__(self) -> None:
-        config, hardware = self.config, self.adapter.base.hardware
         self.model = self.adapter.base.model
+        self.config = choose_packing(self.config, self.task, self.model, self.rows).settled(
+            self.config
+        )
+        config, hardware = self.config, self.adapter.base.hardware
         self.device = hardware.device
         self.trainee = Trainee(
             self.adapter,
@@ -234,7 +237,7 @@ class _Training:
             micro_batch_rows=config.batch_size,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
-            packs=config.packing,
+            packs=bool(config.packing),
             processes=self.processes,
             on_halved=self._record_halving,
         )
@@ -245,15 +248,12 @@ class _Training:
         self.is_asked_to_stop = False
 
     def _objective(self) -> Objective:
-        """Return the objective of the run, which packs its batches where the user asks for it."""
+        """Return the objective of the run, which packs its batches where the run does."""
         config = self.config
         objective = self.task.objective(
             self.adapter.base, self.pad_token_id, config.loss_chunk_tokens, self.loss
         )
-        if not config.packing:
-            return objective
-        check_packing(self.task, self.model, max(self.rows.lengths()))
-        return packing(objective)
+        return packing(objective) if config.packing else objective
 
     def run(self) -> TrainResult:
         start = time.perf_counter()

@@ -1,36 +1,104 @@
-"""Says whether the samples of a run can be packed.
+"""Says whether the samples of a run are packed.
 
-Packing changes nothing but speed, so it is refused wherever the samples of a row would depend on
-each other.
+Packing changes nothing but speed. So a run packs by default wherever the samples of a row do not
+depend on each other and a step has fewer micro-batches for it; elsewhere it is off, with the
+reason, and refused where the user asks for it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TypeVar
+
 from transformers import PreTrainedModel
 
+from qlora_kit.config import TrainConfig
+from qlora_kit.data.batch import TokenRows
+from qlora_kit.data.packing import Fill
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.model.segments import agrees_packed, why_not_packed
 from qlora_kit.tasks.task import Task
 
+_Options = TypeVar("_Options", bound=TrainConfig)
 
-def check_packing(task: Task, model: PreTrainedModel, tokens: int) -> None:
-    """Refuse packing where the samples would not be as if alone.
+_DIFFERS = "two samples in one row are not computed as if alone by this model"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Whether the samples of a run are packed.
+
+    Attributes:
+        is_on: whether they are.
+        why_off: the reason that they are not, in words.
+    """
+
+    is_on: bool
+    why_off: str = ""
+
+    def described(self, config: TrainConfig, rows: TokenRows) -> str:
+        """Return one line for people: how full the micro-batches are, or why it is off.
+
+        Args:
+            config: the options of the run.
+            rows: the training rows.
+        """
+        return Fill.of(config, rows).described() if self.is_on else f"off: {self.why_off}"
+
+    def settled(self, config: _Options) -> _Options:
+        """Return the options of a run that packs or does not."""
+        return config.model_copy(update={"packing": self.is_on})
+
+    def tried(self, model: PreTrainedModel) -> Packing:
+        """Return the choice for a loaded model: off where the model does not compute as it says."""
+        if self.is_on and not agrees_packed(model):
+            return Packing(False, _DIFFERS)
+        return self
+
+
+def choose_packing(
+    config: TrainConfig,
+    task: Task,
+    model: PreTrainedModel,
+    rows: TokenRows,
+    *,
+    goes_on: bool = False,
+) -> Packing:
+    """Choose whether to pack, where `--packing` leaves it open.
 
     Args:
+        config: the options of the run.
         task: the task of the run.
         model: loaded, or a skeleton without values.
-        tokens: tokens of the longest sample.
+        rows: the training rows.
+        goes_on: whether the run is resumed; one that does not name the choice was begun before
+            there was any.
 
     Raises:
-        ConfigError: the task or the model computes a row as one sample.
+        ConfigError: `--packing` is asked for, and the samples would not be as if alone.
     """
-    own = f"--task {task.name} computes a row as one sample"
-    reason = why_not_packed(model, tokens) if task.packs else own
+    if config.packing is False:
+        return Packing(False, "--no-packing")
+    if config.packing is None and goes_on:
+        return Packing(False, "the run was begun without it")
+    reason = _why_not(task, model, max(rows.lengths()))
     if reason is not None:
+        if config.packing is None:
+            return Packing(False, reason)
         raise ConfigError(
             f"--packing: {reason}; expected a task and a model whose samples do not depend on "
             "each other in one row; leave it out"
         )
+    fill = Fill.of(config, rows)
+    if config.packing is None and not fill.saves:
+        return Packing(False, f"{fill.a_step} micro-batches a step either way")
+    return Packing(True)
+
+
+def _why_not(task: Task, model: PreTrainedModel, tokens: int) -> str | None:
+    if not task.packs:
+        return f"--task {task.name} computes a row as one sample"
+    return why_not_packed(model, tokens)
 
 
 def try_packing(model: PreTrainedModel) -> None:
@@ -41,6 +109,5 @@ def try_packing(model: PreTrainedModel) -> None:
     """
     if not agrees_packed(model):
         raise ModelError(
-            "--packing: two samples in one row are not computed as if alone by this model; "
-            "expected the same hidden states; leave --packing out"
+            f"--packing: {_DIFFERS}; expected the same hidden states; pass --no-packing"
         )

@@ -27,11 +27,7 @@ def rows(*lengths: int) -> list[dict[str, Any]]:
     return made
 
 
-# They attend by formulas of their own: with soft caps, and with sinks.
-OTHERS = ("gemma-2-9b", "gpt-oss")
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in OTHERS])
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_are_those_of_the_samples_alone(
     folder_of: Callable[[str], Path], name: str
 ) -> None:

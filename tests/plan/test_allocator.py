@@ -204,6 +204,7 @@ _SLOW = (
     Case("deepseek-7b", 8, 320, targets="all-linear", options={"mlp_tile_tokens": 96}),
     Case("mistral-7b", 16, 96, rows=6, recompute=False, options={"packing": True}),
     Case("qwen3-8b", 4, 300, rows=3, options={"packing": True, "mlp_tile_tokens": 64}),
+    Case("gemma-2-9b", 4, 128, rows=3, options={"packing": True}),
     Case("phi-4-mini", 4, 96, options={"head_bits": 8}),  # no longer tied
     Case("deepseek-7b", 4, 1024, scale=4, layers=6),
     Case("deepseek-7b", 8, 768, scale=4, options={"mlp_tile_tokens": 128}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qlora_kit.tasks.seq2seq import SEQ2SEQ
 from qlora_kit.tasks.tokens import packing
 from qlora_kit.train.loop import Saving
 from qlora_kit.train.optimizer_step import OptimizerStep
-from qlora_kit.train.packing import check_packing
+from qlora_kit.train.packing import Packing, choose_packing
 
 Tiny = Callable[..., Path]
 
@@ -117,19 +118,52 @@ def test_memory_that_runs_out_makes_the_micro_batches_smaller(
     assert len(refused) == 2  # 4 rows at a time, then 2, then 1
 
 
+# ---------------------------------------------------------------- where it is on
+
+
+def test_it_is_on_by_default_where_it_saves_micro_batches(save_tiny: Tiny) -> None:
+    model, rows = make_adapter(save_tiny()).base.model, TokenRows(make_rows(20))
+    config = options(gradient_accumulation_steps=4)
+    found = choose_packing(config, CAUSAL, model, rows)
+    assert found.settled(config).packing is True
+    assert "micro-batches a step instead of 4, of at most" in found.described(config, rows)
+    same = TokenRows([{"input_ids": [1] * 9, "labels": [1] * 9, "row": n} for n in range(8)])
+    nothing_to_save = choose_packing(config, CAUSAL, model, same)
+    assert nothing_to_save.described(config, same) == "off: 4 micro-batches a step either way"
+    refused = choose_packing(options(packing=False), CAUSAL, model, rows)
+    assert refused.described(config, rows) == "off: --no-packing"
+
+
+def test_a_run_begun_before_there_was_packing_goes_on_without(save_tiny: Tiny) -> None:
+    model, rows = make_adapter(save_tiny()).base.model, TokenRows(make_rows(20))
+    config = options(gradient_accumulation_steps=4)
+    assert not choose_packing(config, CAUSAL, model, rows, goes_on=True).is_on
+
+
+def test_a_model_that_leaks_is_not_packed_by_default(
+    save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_adapter(save_tiny()).base.model
+    assert Packing(True).tried(model).is_on
+    monkeypatch.setattr(segments, "slices_of", lambda lengths: iter([slice(0, sum(lengths))]))
+    assert not Packing(True).tried(model).is_on
+
+
 # ---------------------------------------------------------------- where it is refused
 
 
 def test_a_task_that_does_not_pack_says_so(save_tiny: Tiny) -> None:
-    model = make_adapter(save_tiny()).base.model
+    model, rows = make_adapter(save_tiny()).base.model, TokenRows(make_rows(8))
     with pytest.raises(ConfigError, match="--packing: --task seq2seq computes a row as one"):
-        check_packing(SEQ2SEQ, model, 9)
+        choose_packing(options(packing=True), SEQ2SEQ, model, rows)
+    left_open = choose_packing(options(), SEQ2SEQ, model, rows)
+    assert left_open == Packing(False, "--task seq2seq computes a row as one sample")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"_attn_implementation": "eager"}, "its own"),
+        ({"_attn_implementation": "flex_attention"}, "its attention, flex_attention, is not"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layers of linear_attention"),
         (
             {"rope_parameters": {"rope_type": "dynamic"}, "max_position_embeddings": 9},
@@ -141,11 +175,15 @@ def test_models_whose_samples_would_see_each_other_say_so(
     save_tiny: Tiny, change: dict[str, Any], reason: str
 ) -> None:
     model = make_adapter(save_tiny()).base.model
-    check_packing(CAUSAL, model, 10)
+    rows = TokenRows([{"input_ids": [1] * 10, "labels": [1] * 10, "row": 0}])
+    assert choose_packing(options(packing=True), CAUSAL, model, rows).is_on
     for name, value in change.items():
         setattr(model.config, name, value)
     with pytest.raises(ConfigError, match=f"--packing: .*{reason}"):
-        check_packing(CAUSAL, model, 10)
+        choose_packing(options(packing=True), CAUSAL, model, rows)
+    left_open = choose_packing(options(), CAUSAL, model, rows)
+    assert not left_open.is_on
+    assert re.search(reason, left_open.described(options(), rows))
 
 
 def test_masks_of_a_sample_do_not_depend_on_the_packing(save_tiny: Tiny) -> None:
