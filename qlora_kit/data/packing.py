@@ -91,17 +91,12 @@ class Fill:
         """Whether a packed run has fewer micro-batches."""
         return self.micro_batches < self.padded
 
-    @property
-    def a_step(self) -> str:
-        """The micro-batches of a packed step, in words."""
-        return f"{self.micro_batches / self.steps:.3g}"
-
     def described(self) -> str:
         """Say it in words, such as "2 micro-batches a step instead of 16, …"."""
         share = self.tokens / (self.micro_batches * self.capacity)
         return (
-            f"{self.a_step} micro-batches a step instead of {self.padded / self.steps:.3g}, "
-            f"of at most {self.capacity:,} tokens, {share:.0%} full"
+            f"{self.micro_batches / self.steps:.3g} micro-batches a step instead of "
+            f"{self.padded / self.steps:.3g}, of at most {self.capacity:,} tokens, {share:.0%} full"
         )
 
 

@@ -58,7 +58,9 @@ def why_not_packed(model: PreTrainedModel, tokens: int) -> str | None:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "the model counts positions itself"
     if not has_known_attention(model):
-        return f"its attention, {model.config._attn_implementation}, is not known to keep them apart"
+        return (
+            f"its attention, {model.config._attn_implementation}, is not known to keep them apart"
+        )
     other = set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_ATTENTION
     if other:
         return f"the model has layers of {', '.join(sorted(other))}"

@@ -91,7 +91,7 @@ def choose_packing(
         )
     fill = Fill.of(config, rows)
     if config.packing is None and not fill.saves:
-        return Packing(False, f"{fill.a_step} micro-batches a step either way")
+        return Packing(False, "a step would have as many micro-batches")
     return Packing(True)
 
 

@@ -220,7 +220,7 @@ def test_labels_of_text_to_be_learnt_are_not_there(
     assert code == 0
     assert list(json.loads(out)) == [
         "source", "max_length", "training", "validation", "lengths", "longest", "ends", "prompts",
-        "repeats", "overlap", "supervised_share", "warnings",
+        "repeats", "overlap", "packing", "packed", "supervised_share", "warnings",
     ]  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_names_its_rows(
             seen.append(weights_of(adapter))
 
     # Two micro-batches a step: the fourth is the second of step 2.
-    config = options(max_steps=3, gradient_accumulation_steps=2)
+    config = options(max_steps=3, gradient_accumulation_steps=2, packing=False)
     log = Log(tmp_path)
     result = qk.train_adapter(
         adapter, make_rows(6), config, loss=SpoilingLoss({4}, value),
@@ -257,8 +257,9 @@ def test_a_replayed_step_draws_the_same_numbers(
             ],
         )
         config = options(
-            max_steps=3, batch_size=batch_size, gradient_accumulation_steps=2 // batch_size
-        )
+            max_steps=3, batch_size=batch_size, gradient_accumulation_steps=2 // batch_size,
+            packing=False,
+        )  # fmt: skip
         qk.train_adapter(adapter, rows, config, loss=loss, announce=record(events))
         monkeypatch.setattr(causal, "loss_sum", short.real)
         found.append((losses(events), weights_of(adapter)))
@@ -279,7 +280,7 @@ def test_masks_are_drawn_for_the_widest_batch_however_wide_their_own_is(
     monkeypatch.setattr("qlora_kit.model.load.batch_width", lambda tokens, *_: -(-tokens // 8) * 8)
     monkeypatch.setattr(optimizer_step, "Draws", noted)
     rows = [{**make_rows(1)[0], "input_ids": [5] * n, "labels": [5] * n} for n in (3, 9, 11, 5)]
-    config = options(max_steps=1, batch_size=1, gradient_accumulation_steps=4)
+    config = options(max_steps=1, batch_size=1, gradient_accumulation_steps=4, packing=False)
     qk.train_adapter(make_adapter(save_tiny(), dropout=0.1), rows, config)
     assert drawn == [16] * 4
 
@@ -624,7 +625,7 @@ def test_stopped_between_micro_batches_a_step_is_undone_and_the_run_continues_bi
     save_tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = make_rows(12)
-    config = options(max_steps=4, gradient_accumulation_steps=3)
+    config = options(max_steps=4, gradient_accumulation_steps=3, packing=False)
     whole = make_adapter(save_tiny(), dropout=0.2)
     qk.train_adapter(whole, rows, config)
     part = make_adapter(save_tiny(), dropout=0.2)
