@@ -395,6 +395,12 @@ class StepOptions(Options):
         ge=0,
         decides="memory",
     )
+    unpacked_layers: int = option(
+        0,
+        "decoder layers, counted from the last, whose weights stay unpacked beside the packed ones",
+        ge=0,
+        decides="memory",
+    )
     offload_checkpoints: bool | None = option(
         None, "hold what recomputation keeps in host memory; default: on a GPU", decides="memory"
     )

@@ -43,6 +43,7 @@ class FrozenWeight(nn.Module):
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
+        self._kept: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (K, D) in `dtype`."""
@@ -69,10 +70,22 @@ class FrozenWeight(nn.Module):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (K, D) in `dtype` for a product, and announce its purpose."""
+        if self._kept is not None and self._kept.dtype == dtype:
+            return self._kept
         with purpose(UNPACKED):
             weight = self.dequantize(dtype)
         announce(weight, UNPACKED)
         return weight
+
+    def keep_unpacked(self, dtype: torch.dtype | None) -> None:
+        """Unpack the weight for all products to come, beside its packed tensors.
+
+        It changes no bit.
+
+        Args:
+            dtype: the dtype of the products; None to unpack for each product again.
+        """
+        self._kept = None if dtype is None else self.unpacked(dtype)
 
     def as_parameters(self) -> Self:
         """Make the stored tensors parameters without gradient, as sharding a model requires."""
@@ -126,7 +139,7 @@ class HeldWeight(FrozenWeight):
 
 
 class PlainWeight(FrozenWeight):
-    """A weight in 16 bits, as the checkpoint has it."""
+    """A weight in 16 bits, as the checkpoint has it. There is nothing to unpack or to keep."""
 
     bits = 16
 

@@ -51,6 +51,8 @@ def _frugal(config: TrainConfig) -> TrainConfig:
     changes: dict[str, Any] = {"eval_batch_size": 1}
     if config.recompute and "keep_layers" not in config.model_fields_set:
         changes["keep_layers"] = 0
+    if "unpacked_layers" not in config.model_fields_set:
+        changes["unpacked_layers"] = 0
     if config.recompute and config.mlp_tile_tokens is None:
         changes["mlp_tile_tokens"] = MLP_TILE_TOKENS
     return config.model_copy(update=changes)

@@ -7,10 +7,15 @@ difference between two depths, and between keeping its activations and recomputi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.plan.duration import Seconds, seconds_of
@@ -18,6 +23,7 @@ from qlora_kit.plan.ledger import Work
 from qlora_kit.plan.simulate import BatchShape, SimulatedRun, simulated_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.step.offload import pinned_bytes
+from qlora_kit.step.unpacked import packed_weights
 
 # Layers of the shortened model. At most two of them keep their activations, and the first never
 # does. It would keep less than the others: its input, the embedding's output, takes no gradient.
@@ -34,6 +40,7 @@ class Setting:
         offload: whether the inputs of recomputed layers are in host memory.
         embedding_on_cpu: whether the embedding is in host memory.
         keep_layers: number of decoder layers that keep their activations.
+        unpacked_layers: number of decoder layers whose weights stay unpacked.
     """
 
     rows: int
@@ -41,6 +48,7 @@ class Setting:
     offload: bool
     embedding_on_cpu: bool
     keep_layers: int
+    unpacked_layers: int = 0
 
     def applied(self, config: TrainConfig) -> TrainConfig:
         """Return the configuration with this setting; its effective batch stays the same."""
@@ -53,6 +61,7 @@ class Setting:
                 "offload_checkpoints": self.offload,
                 "embedding_on_cpu": self.embedding_on_cpu,
                 "keep_layers": self.keep_layers,
+                "unpacked_layers": self.unpacked_layers,
             }
         )
 
@@ -77,7 +86,8 @@ class Needs:
 class _StepTaken(NamedTuple):
     """The peaks, in bytes, the work and the time of one step of the shortened model.
 
-    The seconds, of the device and of the host that calls it, are 0 where no rates are known.
+    The seconds, of the device, of its unpacking, and of the host that calls it, are 0 where no
+    rates are known.
     """
 
     forward: float
@@ -85,6 +95,7 @@ class _StepTaken(NamedTuple):
     flop: float
     unpacked_bytes: float
     device_seconds: float
+    unpacking_seconds: float
     host_seconds: float
 
 
@@ -107,13 +118,14 @@ class Extrapolation:
     Attributes:
         layers: decoder layers of the model.
         layer_bytes: bytes of one layer on the device: its weights and everything trained of it.
+        unpacked_layer_bytes: bytes of the weights of one layer that stay unpacked.
         checkpoint_bytes: bytes of the input of a layer, for one row.
         embedding_bytes: bytes of the input embedding.
         host_load_bytes: bytes on the host while the base is loaded.
         host_bytes: bytes on the host at all times.
         layer_copy_bytes: bytes on the host for each layer while a checkpoint of the run is saved.
         head_work: work of a step outside of the layers, for one row.
-        head_seconds: its time, on the device and on the host that calls it.
+        head_seconds: its time, on the device, of unpacking on it, and on the host that calls it.
         link_bytes_per_second: rate of copies between host and device; None where there are none, or
             no rates are known.
         is_offloaded: whether the measured steps held checkpoints on the host.
@@ -124,13 +136,14 @@ class Extrapolation:
 
     layers: int
     layer_bytes: int
+    unpacked_layer_bytes: int
     checkpoint_bytes: int
     embedding_bytes: int
     host_load_bytes: int
     host_bytes: int
     layer_copy_bytes: int
     head_work: Work
-    head_seconds: tuple[float, float]
+    head_seconds: tuple[float, float, float]
     link_bytes_per_second: float | None
     is_offloaded: bool
     has_embedding_on_cpu: bool
@@ -160,7 +173,7 @@ class Extrapolation:
         beside = max(recomputed * checkpoints, self.layers * self.layer_copy_bytes)
         host = max(self.host_load_bytes, self.host_bytes + beside) - moved
         work = self._work(setting)
-        peak = round(max(peaks)) + held + deeper + moved
+        peak = round(max(peaks)) + held + deeper + moved + self.unpacked_bytes(setting)
         return Needs(peak, host, work, self._seconds(setting, work))
 
     def _kind(self, setting: Setting) -> _Kind:
@@ -176,7 +189,11 @@ class Extrapolation:
     def evaluation_bytes(self, rows: int, setting: Setting) -> int:
         """Return the peak, in bytes, of an evaluation of this number of rows at a time."""
         deeper = (self.layers - _DEPTH) * self.layer_bytes
-        return self.evaluations[rows] + deeper + self._moved(setting)
+        return self.evaluations[rows] + deeper + self._moved(setting) + self.unpacked_bytes(setting)
+
+    def unpacked_bytes(self, setting: Setting) -> int:
+        """Return the bytes of the weights that stay unpacked."""
+        return setting.unpacked_layers * self.unpacked_layer_bytes
 
     def _moved(self, setting: Setting) -> int:
         return self.embedding_bytes * (self.has_embedding_on_cpu - setting.embedding_on_cpu)
@@ -192,7 +209,7 @@ class Extrapolation:
         _, one, two = self._kind(setting)
         recomputed = self.layers - setting.keep_layers
         flop = self._whole(setting, one.flop, two.flop, self.head_work.flop * setting.rows)
-        unpacked = self._whole(
+        unpacked = self._whole_but_kept(
             setting, one.unpacked_bytes, two.unpacked_bytes, self.head_work.unpacked_bytes
         )
         copies = 2 * recomputed * setting.offload + setting.embedding_on_cpu
@@ -202,10 +219,13 @@ class Extrapolation:
         _, one, two = self._kind(setting)
         if not one.device_seconds:
             return None
-        outside = self.head_seconds[0] * setting.rows
+        outside, outside_unpacking = (each * setting.rows for each in self.head_seconds[:2])
         link = self.link_bytes_per_second
+        unpacking = one.unpacking_seconds, two.unpacking_seconds, outside_unpacking
         return Seconds(
-            self._whole(setting, one.device_seconds, two.device_seconds, outside),
+            self._whole(setting, one.device_seconds, two.device_seconds, outside)
+            - self._whole(setting, *unpacking)
+            + self._whole_but_kept(setting, *unpacking),
             self._host_seconds(setting, one.host_seconds, two.host_seconds),
             work.crossing_bytes / link if link else 0.0,
         )
@@ -215,7 +235,7 @@ class Extrapolation:
         measured = self.kinds[setting.tile_tokens]
         rows = min(measured)
         _, first, second = measured[rows]
-        inside = 2 * first.host_seconds - second.host_seconds - self.head_seconds[1] * rows
+        inside = 2 * first.host_seconds - second.host_seconds - self.head_seconds[2] * rows
         layer = inside / _DEPTH
         return one + (self.layers - _DEPTH) * layer - (setting.keep_layers - 1) * (one - two)
 
@@ -228,9 +248,22 @@ class Extrapolation:
             two: that with two of them.
             outside: the amount outside of the layers.
         """
-        saved = one - two
-        layer = (one + saved - outside) / _DEPTH
+        saved, layer = self._of_a_layer(one, two, outside)
         return outside + self.layers * layer - setting.keep_layers * saved
+
+    def _whole_but_kept(self, setting: Setting, one: float, two: float, outside: float) -> float:
+        """Return an amount of unpacking, see `_whole`; layers that stay unpacked need none."""
+        saved, layer = self._of_a_layer(one, two, outside)
+        # Both kinds are the last layers.
+        both = min(setting.unpacked_layers, setting.keep_layers)
+        needless = setting.unpacked_layers * layer - both * saved
+        return self._whole(setting, one, two, outside) - needless
+
+    @staticmethod
+    def _of_a_layer(one: float, two: float, outside: float) -> tuple[float, float]:
+        """Return what a layer saves by keeping its activations, and what it takes without."""
+        saved = one - two
+        return saved, (one + saved - outside) / _DEPTH
 
 
 def extrapolate(
@@ -270,13 +303,18 @@ def extrapolate(
     return Extrapolation(
         layers=text.num_hidden_layers,
         layer_bytes=layer - (0 if on_gpu else checkpoint * rows[0]),
+        unpacked_layer_bytes=_unpacked_layer_bytes(run.model, hardware.dtype),
         checkpoint_bytes=checkpoint,
         embedding_bytes=run.model.get_input_embeddings().weight.nbytes,
         host_load_bytes=host["load"],
         host_bytes=host["optimizer"],
         layer_copy_bytes=(host["save"] - host["optimizer"]) // _DEPTH,
         head_work=Work(round(outside.flop / rows[0]), round(outside.unpacked_bytes)),
-        head_seconds=(outside.device_seconds / rows[0], outside.host_seconds / rows[0]),
+        head_seconds=(
+            outside.device_seconds / rows[0],
+            outside.unpacking_seconds / rows[0],
+            outside.host_seconds / rows[0],
+        ),
         link_bytes_per_second=(
             None if isinstance(ceilings, str) else ceilings.link_bytes_per_second
         ),
@@ -303,10 +341,19 @@ def _sample(
     run.step(setting.applied(recomputing), batch)
     forward, backward = run.device["forward"].bytes, run.device["backward"].bytes
     ceilings = run.subject.ceilings
-    taken = Seconds(0.0) if isinstance(ceilings, str) else seconds_of(run.work, ceilings)
+    taken = unpacking = Seconds(0.0)
+    if not isinstance(ceilings, str):
+        taken, unpacking = (seconds_of(work, ceilings) for work in (run.work, run.work.unpacking))
     return _StepTaken(
-        forward, backward, run.work.flop, run.work.unpacked_bytes, taken.device, taken.host
-    )
+        forward, backward, run.work.flop, run.work.unpacked_bytes, taken.device,
+        unpacking.device, taken.host,
+    )  # fmt: skip
+
+
+def _unpacked_layer_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Return the bytes of the packed weights of one layer in the dtype of the products."""
+    layer = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    return sum(math.prod(weight.shape) for weight in packed_weights(layer)) * dtype.itemsize
 
 
 def _outside(first: _Kind, deeper: _StepTaken) -> _StepTaken:

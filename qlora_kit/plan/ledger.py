@@ -28,8 +28,9 @@ ROUNDED_BYTES = 512
 
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
-# The namespace of the ops that unpack weights.
-_UNPACKING = "bitsandbytes"
+# The ops that unpack weights: all of bitsandbytes, and one kernel of the kit.
+_UNPACKING, _FUSED_UNPACKING = "unpacking", "fused unpacking"
+_UNPACKS, _UNPACKS_FUSED = "bitsandbytes", "qlora_kit::unpack_4bit"
 # They make tensors and write nothing.
 _EMPTY = frozenset(
     (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided,
@@ -57,7 +58,8 @@ class Operation(NamedTuple):
     """One call of torch or of a kernel that computes on the device.
 
     Attributes:
-        kind: "product" of matrices or attention, "unpacking" of weights, "pass" over memory.
+        kind: "product" of matrices or attention, "unpacking" of weights, "fused unpacking" by a
+            kernel of the kit, which takes no longer than its pass; "pass" over memory.
         dtype: the dtype of the result, or of the matrices of a product, such as "bfloat16".
         flop: floating-point operations; 0 unless it is a product.
         bytes: bytes read and written.
@@ -85,6 +87,19 @@ class Work:
     crossing_bytes: int = 0
     operations: Counter[Operation] = field(default_factory=Counter)
 
+    @property
+    def unpacking(self) -> Work:
+        """The operations that unpack weights, alone."""
+        return Work(
+            operations=Counter(
+                {
+                    operation: count
+                    for operation, count in self.operations.items()
+                    if operation.kind in (_UNPACKING, _FUSED_UNPACKING)
+                }
+            )
+        )
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -109,6 +124,12 @@ class Peak:
 
 def _named_in_table(func: Any) -> Any:
     return _FLOP_ON_CPU.get(func.overloadpacket, func.overloadpacket)
+
+
+def _kind(func: Any) -> str:
+    if func.namespace == _UNPACKS:
+        return _UNPACKING
+    return _FUSED_UNPACKING if func._schema.name == _UNPACKS_FUSED else "pass"
 
 
 def _moved_bytes(tensor: Tensor) -> int:
@@ -198,11 +219,12 @@ class Ledger(TorchDispatchMode):
         is_view = all(storage_key(leaf.untyped_storage()) in known for leaf in made)
         if is_view and not func._schema.is_mutable:
             return
-        kind = "unpacking" if func.namespace == _UNPACKING else "pass"
         # A product of 16-bit matrices may have a result in fp32; the matrices decide its rate.
         dtype = read[0].dtype if flop else made[0].dtype
         moved = sum(_moved_bytes(each) for each in (*read, *made))
-        work.operations[Operation("product" if flop else kind, dtype_name(dtype), flop, moved)] += 1
+        work.operations[
+            Operation("product" if flop else _kind(func), dtype_name(dtype), flop, moved)
+        ] += 1
 
     def _side(self, tensor: Tensor) -> str:
         return "device" if tensor.device.type == self.device else "host"

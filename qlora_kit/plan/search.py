@@ -6,6 +6,7 @@ set stays as it is, except the micro-batch: there only the effective batch stays
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -68,6 +69,8 @@ class SettingChoice:
                 parts.append("checkpoints on the host")
         else:
             parts.append("no recompute")
+        if setting.unpacked_layers:
+            parts.append(f"{setting.unpacked_layers} of {layers} layers stay unpacked")
         if setting.tile_tokens:
             parts.append("MLP in tiles")
         if setting.embedding_on_cpu:
@@ -95,10 +98,11 @@ class SearchResult:
 
     @property
     def ranked(self) -> tuple[SettingChoice, ...]:
-        """The best choice of each kind; choices of one kind differ only in the layers they keep."""
+        """The best choice of each kind; choices of one kind differ only in what layers keep."""
         best: dict[Setting, SettingChoice] = {}
         for choice in self.fitting:
-            best.setdefault(replace(choice.setting, keep_layers=0), choice)
+            kind = replace(choice.setting, keep_layers=0, unpacked_layers=0)
+            best.setdefault(kind, choice)
         return tuple(best.values())
 
     @property
@@ -165,6 +169,8 @@ def search(
         return budget.over_bytes(choice.needs.peak_bytes, choice.needs.host_peak_bytes)
 
     choices = [choice(setting) for setting in _all_settings(config, extrapolation, kinds, on_gpu)]
+    if "unpacked_layers" not in config.model_fields_set:
+        choices += [choice(setting) for setting in _unpacked(choices, extrapolation, budget)]
     fitting = [each for each in choices if not over(each)]
     return SearchResult(
         layers=extrapolation.layers,
@@ -226,7 +232,32 @@ def _all_settings(
         for keep_layers in _keep_choices(config, extrapolation.layers):
             for offload in offloads if keep_layers < extrapolation.layers else [False]:
                 for embedding_on_cpu in on_cpu:
-                    yield Setting(rows, tile, offload, embedding_on_cpu, keep_layers)
+                    yield Setting(
+                        rows, tile, offload, embedding_on_cpu, keep_layers,
+                        min(config.unpacked_layers, extrapolation.layers),
+                    )  # fmt: skip
+
+
+def _unpacked(
+    choices: Sequence[SettingChoice], extrapolation: Extrapolation, budget: Budget
+) -> Iterator[Setting]:
+    """Yield each setting that fits with as many layers unpacked as fit beside it.
+
+    More of them never take longer, so fewer need not be looked at.
+    """
+    if not extrapolation.unpacked_layer_bytes:
+        return
+    counts = range(extrapolation.layers + 1)
+    for choice in choices:
+        needs = choice.needs
+
+        def is_over(count: int, needs: Needs = needs) -> bool:
+            peak = needs.peak_bytes + count * extrapolation.unpacked_layer_bytes
+            return budget.over_bytes(peak, needs.host_peak_bytes) > 0
+
+        most = bisect.bisect_left(counts, True, key=is_over) - 1
+        if most > 0:
+            yield replace(choice.setting, unpacked_layers=most)
 
 
 def _either(asked: bool | None, possible: bool) -> list[bool]:
@@ -257,4 +288,7 @@ def _asked(
     offload = (
         on_gpu and keep_layers < extrapolation.layers and config.offload_checkpoints is not False
     )
-    return Setting(rows, tile, offload, extrapolation.has_embedding_on_cpu, keep_layers)
+    return Setting(
+        rows, tile, offload, extrapolation.has_embedding_on_cpu, keep_layers,
+        min(config.unpacked_layers, extrapolation.layers),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ the optimiser, and the embedding is placed when the base is loaded (`model.load.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from qlora_kit.model.hardware import Hardware
 from qlora_kit.step.offload import Offload
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.step.tiles import set_mlp_tiles
+from qlora_kit.step.unpacked import set_unpacked
 
 # The best of 1,024, 2,048 and 4,096 in the simulation of deepseek-7b. Smaller tiles save no more
 # memory, and unpack the weights more often or hold three of them unpacked.
@@ -37,12 +39,14 @@ class Reducers:
         offload_checkpoints: hold the layers' inputs in host memory between forward and backward.
         mlp_tile_tokens: tokens that a gated MLP computes at a time; 0: all, as its model does.
         keep_layers: number of the last layers that keep their activations and are not run again.
+        unpacked_layers: number of the last layers whose weights stay unpacked.
     """
 
     recompute: bool
     offload_checkpoints: bool
     mlp_tile_tokens: int
     keep_layers: int = 0
+    unpacked_layers: int = 0
 
 
 def resolve(options: StepOptions, hardware: Hardware) -> Reducers:
@@ -65,30 +69,41 @@ def resolve(options: StepOptions, hardware: Hardware) -> Reducers:
         offload_checkpoints=on_gpu and options.recompute and offload is not False,
         mlp_tile_tokens=tile,
         keep_layers=options.keep_layers,
+        unpacked_layers=options.unpacked_layers,
     )
 
 
-def apply(model: nn.Module, reducers: Reducers, hardware: Hardware) -> int:
-    """Switch a loaded model to these reducers, whatever was on before.
+class Applied(NamedTuple):
+    """What the reducers found in a model to act on.
 
-    Returns:
-        The number of MLPs that work in tiles.
+    Attributes:
+        tiled_mlps: the number of MLPs that work in tiles.
+        unpacked_weights: the number of weights that stay unpacked.
+    """
+
+    tiled_mlps: int
+    unpacked_weights: int
+
+
+def apply(model: nn.Module, reducers: Reducers, hardware: Hardware) -> Applied:
+    """Switch a loaded model to these reducers, whatever was on before.
 
     Raises:
         ModelError: the architecture has no layers that can be recomputed.
     """
     offload = Offload.on(hardware.device) if reducers.offload_checkpoints else None
     set_recompute(model, reducers.recompute, offload, reducers.keep_layers)
-    return set_mlp_tiles(model, reducers.mlp_tile_tokens, hardware.dtype)
+    tiled = set_mlp_tiles(model, reducers.mlp_tile_tokens, hardware.dtype)
+    return Applied(tiled, set_unpacked(model, reducers.unpacked_layers, hardware.dtype))
 
 
-def without_effect(options: StepOptions, reducers: Reducers, tiled_mlps: int) -> list[str]:
+def without_effect(options: StepOptions, reducers: Reducers, applied: Applied) -> list[str]:
     """Return a line for each option that has no effect, with the reason.
 
     Args:
         options: the options of the user.
         reducers: the decisions of `resolve`.
-        tiled_mlps: the number that `apply` returned.
+        applied: what `apply` returned.
     """
     said = []
     if options.offload_checkpoints and not reducers.offload_checkpoints:
@@ -96,6 +111,8 @@ def without_effect(options: StepOptions, reducers: Reducers, tiled_mlps: int) ->
         said.append(f"--offload-checkpoints has no effect: {reason}")
     if options.keep_layers and not options.recompute:
         said.append("--keep-layers has no effect: nothing is recomputed")
-    if options.mlp_tile_tokens and not tiled_mlps:
+    if options.mlp_tile_tokens and not applied.tiled_mlps:
         said.append("--mlp-tile-tokens has no effect: the model's MLPs are of another kind")
+    if options.unpacked_layers and not applied.unpacked_weights:
+        said.append("--unpacked-layers has no effect: no weight of the layers is packed")
     return said

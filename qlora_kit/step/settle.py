@@ -13,7 +13,7 @@ from qlora_kit.config import StepOptions
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.step.groups import set_groups
 from qlora_kit.step.kernels import Kernels, choose_kernels
-from qlora_kit.step.reducers import Reducers, apply, resolve
+from qlora_kit.step.reducers import Applied, Reducers, apply, resolve
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Settled:
 
     Attributes:
         reducers: the reducers of memory.
-        tiled_mlps: the number of MLPs that work in tiles.
+        applied: what they found in the model to act on.
         kernels: the kernels that serve.
     """
 
     reducers: Reducers
-    tiled_mlps: int
+    applied: Applied
     kernels: Kernels
 
 
@@ -43,6 +43,6 @@ def settle(model: PreTrainedModel, options: StepOptions, hardware: Hardware) -> 
         ModelError: the architecture has no layers that can be recomputed.
     """
     reducers = resolve(options, hardware)
-    tiled = apply(model, reducers, hardware)
+    applied = apply(model, reducers, hardware)
     set_groups(model)
-    return Settled(reducers, tiled, choose_kernels(model, options, hardware))
+    return Settled(reducers, applied, choose_kernels(model, options, hardware))

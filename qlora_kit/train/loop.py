@@ -301,7 +301,7 @@ class _Training:
 
     def _settle(self) -> None:
         settled = settle(self.model, self.config, self.adapter.base.hardware)
-        for text in without_effect(self.config, settled.reducers, settled.tiled_mlps):
+        for text in without_effect(self.config, settled.reducers, settled.applied):
             self.announce(Notice(text))
 
     def _say_cost_of_determinism(self) -> None:

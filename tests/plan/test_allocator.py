@@ -13,6 +13,7 @@ from support import recorded_peak
 import qlora_kit as qk
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Batch, collate, collate_packed
+from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.model.hardware import Hardware, choose_hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Placement
@@ -137,6 +138,8 @@ def measured(case: Case) -> dict[str, int]:
         state = [value for kept in optimizer.state.values() for value in kept.values()]
         tensors = [value for value in state if isinstance(value, torch.Tensor)]
         tensors += [p.grad for p in parameters if p.grad is not None]
+        kept = [m._kept for m in base.model.modules() if isinstance(m, FrozenWeight)]
+        tensors += [each for each in kept if each is not None]
         return held([*tensors, *base.model.parameters(), *base.model.buffers()])
 
     step()
@@ -175,6 +178,7 @@ QUICK = (
     Case("llama-2-7b", 4, 192, options={"mlp_tile_tokens": 0}),
     Case("deepseek-7b", 4, 128, options={"head_bits": 4}),
     Case("deepseek-7b", 4, 192, options={"keep_layers": 1}),
+    Case("llama-2-7b", 4, 96, options={"unpacked_layers": 1}),
     Case("llama-3.1-8b", 4, 128, rank=64, targets="all-linear", options={"optimizer": "adamw8bit"}),
     Case("tinyllama", 4, 512, scale=4, options={"loss_chunk_tokens": 512}),
     Case("mistral-7b", 4, 128, rows=2, double_quant=False),

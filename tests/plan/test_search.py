@@ -125,7 +125,7 @@ def test_where_the_host_is_the_limit_more_rows_go_at_a_time() -> None:
 
 def test_with_memory_to_spare_nothing_is_recomputed_nor_copied() -> None:
     plan = plan_of(SMALL, 80 * GIB)
-    assert plan.config.keep_layers == LAYERS
+    assert plan.config.keep_layers == plan.config.unpacked_layers == LAYERS
     assert not plan.config.embedding_on_cpu
     assert plan.found is not None
     assert plan.found.fitting[0].needs.work.crossing_bytes == 0

@@ -40,7 +40,14 @@ from qlora_kit.plan.subject import RowSizes, Subject
 from qlora_kit.step import offload as offload_module
 from qlora_kit.step.offload import Offload
 from qlora_kit.step.recompute import set_recompute
-from qlora_kit.step.reducers import MLP_TILE_TOKENS, Reducers, apply, resolve, without_effect
+from qlora_kit.step.reducers import (
+    MLP_TILE_TOKENS,
+    Applied,
+    Reducers,
+    apply,
+    resolve,
+    without_effect,
+)
 from qlora_kit.step.tiles import set_mlp_tiles
 from qlora_kit.tasks.causal import loss_sum, scores, supervised_states
 
@@ -54,6 +61,8 @@ REDUCED = {
     "tiles": replace(PLAIN, mlp_tile_tokens=5),
     "one tile": replace(PLAIN, mlp_tile_tokens=4096),
     "one kept": replace(PLAIN, recompute=True, offload_checkpoints=True, keep_layers=1),
+    "unpacked": replace(PLAIN, recompute=True, unpacked_layers=1),
+    "all unpacked, in one tile": replace(PLAIN, mlp_tile_tokens=4096, unpacked_layers=99),
     "all": Reducers(recompute=True, offload_checkpoints=True, mlp_tile_tokens=5),
 }
 TARGETS = ("attention", "mlp", "all-linear")
@@ -182,7 +191,7 @@ def test_reducers_change_nothing_on_any_architecture(
     adapter = filled_adapter(folder_of(name), 4, targets, dropout=0.2)
     assert_equal_steps(adapter, padded_batch())
     tiled = apply(adapter.base.model, REDUCED["tiles"], CPU)
-    assert tiled == (0 if name == "phi" else 2)
+    assert tiled.tiled_mlps == (0 if name == "phi" else 2)
 
 
 def test_reducers_are_equal_at_8_bits_too(save_tiny: Callable[..., Path]) -> None:
@@ -345,7 +354,7 @@ def test_an_mlp_of_another_formula_is_left_alone(save_tiny: Callable[..., Path])
     adapter = filled_adapter(save_tiny("tinyllama"), 4, "all-linear")
     model = adapter.base.model
     model.base_model.layers[1].mlp.__class__ = _Twisted
-    assert apply(model, REDUCED["tiles"], CPU) == 1
+    assert apply(model, REDUCED["tiles"], CPU).tiled_mlps == 1
     assert isinstance(model.base_model.layers[0].mlp, TiledMLP)
     assert isinstance(model.base_model.layers[1].mlp, _Twisted)
 
@@ -583,15 +592,15 @@ def test_what_is_left_open_is_decided_by_the_hardware(
 
 def test_what_has_no_effect_is_said() -> None:
     asked = StepOptions(offload_checkpoints=True, mlp_tile_tokens=64)
-    assert without_effect(asked, resolve(asked, CPU), 0) == [
+    assert without_effect(asked, resolve(asked, CPU), Applied(0, 0)) == [
         "--offload-checkpoints has no effect: the model runs on a CPU",
         "--mlp-tile-tokens has no effect: the model's MLPs are of another kind",
     ]
     asked = StepOptions(offload_checkpoints=True, recompute=False)
-    assert without_effect(asked, resolve(asked, GPU), 0) == [
+    assert without_effect(asked, resolve(asked, GPU), Applied(0, 0)) == [
         "--offload-checkpoints has no effect: nothing is recomputed"
     ]
-    assert without_effect(StepOptions(), resolve(StepOptions(), GPU), 0) == []
+    assert without_effect(StepOptions(), resolve(StepOptions(), GPU), Applied(0, 0)) == []
 
 
 @pytest.mark.parametrize(

@@ -436,7 +436,7 @@ def test_a_plan_for_a_gpu_chooses_kernels_as_a_run_does(tmp_path: Path, kind: st
     with simulated_run(subject, config, spec.skeleton()) as run:
         found = settle(run.model, config, gpu)
     assert found.kernels == Kernels(("nf4", "lora", "norm", "loss"))
-    assert found.tiled_mlps == 0
+    assert found.applied.tiled_mlps == 0
     assert predict(subject, config).peak.bytes > 0
 
 
