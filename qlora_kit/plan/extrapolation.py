@@ -86,8 +86,8 @@ class Needs:
 class _StepTaken(NamedTuple):
     """The peaks, in bytes, the work and the time of one step of the shortened model.
 
-    The seconds, of the device, of its unpacking, and of the host that calls it, are 0 where no
-    rates are known.
+    The seconds, of the device and of the host that calls it, and those of unpacking among them, are
+    0 where no rates are known.
     """
 
     forward: float
@@ -95,8 +95,9 @@ class _StepTaken(NamedTuple):
     flop: float
     unpacked_bytes: float
     device_seconds: float
-    unpacking_seconds: float
     host_seconds: float
+    unpacking_seconds: float
+    unpacking_host_seconds: float
 
 
 class _Kind(NamedTuple):
@@ -125,7 +126,8 @@ class Extrapolation:
         host_bytes: bytes on the host at all times.
         layer_copy_bytes: bytes on the host for each layer while a checkpoint of the run is saved.
         head_work: work of a step outside of the layers, for one row.
-        head_seconds: its time, on the device, of unpacking on it, and on the host that calls it.
+        head_seconds: its time, on the device and on the host that calls it.
+        head_unpacking_seconds: the time of unpacking outside of the layers, likewise, of all rows.
         link_bytes_per_second: rate of copies between host and device; None where there are none, or
             no rates are known.
         is_offloaded: whether the measured steps held checkpoints on the host.
@@ -143,7 +145,8 @@ class Extrapolation:
     host_bytes: int
     layer_copy_bytes: int
     head_work: Work
-    head_seconds: tuple[float, float, float]
+    head_seconds: tuple[float, float]
+    head_unpacking_seconds: tuple[float, float]
     link_bytes_per_second: float | None
     is_offloaded: bool
     has_embedding_on_cpu: bool
@@ -209,9 +212,10 @@ class Extrapolation:
         _, one, two = self._kind(setting)
         recomputed = self.layers - setting.keep_layers
         flop = self._whole(setting, one.flop, two.flop, self.head_work.flop * setting.rows)
-        unpacked = self._whole_but_kept(
+        unpacked = self._whole(
             setting, one.unpacked_bytes, two.unpacked_bytes, self.head_work.unpacked_bytes
         )
+        unpacked -= self._needless(setting, "unpacked_bytes", self.head_work.unpacked_bytes)
         copies = 2 * recomputed * setting.offload + setting.embedding_on_cpu
         return Work(round(flop), round(unpacked), copies * self.checkpoint_bytes * setting.rows)
 
@@ -219,14 +223,13 @@ class Extrapolation:
         _, one, two = self._kind(setting)
         if not one.device_seconds:
             return None
-        outside, outside_unpacking = (each * setting.rows for each in self.head_seconds[:2])
-        link = self.link_bytes_per_second
-        unpacking = one.unpacking_seconds, two.unpacking_seconds, outside_unpacking
+        outside, link = self.head_seconds[0] * setting.rows, self.link_bytes_per_second
+        device = self._whole(setting, one.device_seconds, two.device_seconds, outside)
+        host = self._host_seconds(setting, one.host_seconds, two.host_seconds)
+        on_device, on_host = self.head_unpacking_seconds
         return Seconds(
-            self._whole(setting, one.device_seconds, two.device_seconds, outside)
-            - self._whole(setting, *unpacking)
-            + self._whole_but_kept(setting, *unpacking),
-            self._host_seconds(setting, one.host_seconds, two.host_seconds),
+            device - self._needless(setting, "unpacking_seconds", on_device),
+            host - self._needless(setting, "unpacking_host_seconds", on_host),
             work.crossing_bytes / link if link else 0.0,
         )
 
@@ -235,7 +238,7 @@ class Extrapolation:
         measured = self.kinds[setting.tile_tokens]
         rows = min(measured)
         _, first, second = measured[rows]
-        inside = 2 * first.host_seconds - second.host_seconds - self.head_seconds[2] * rows
+        inside = 2 * first.host_seconds - second.host_seconds - self.head_seconds[1] * rows
         layer = inside / _DEPTH
         return one + (self.layers - _DEPTH) * layer - (setting.keep_layers - 1) * (one - two)
 
@@ -251,13 +254,23 @@ class Extrapolation:
         saved, layer = self._of_a_layer(one, two, outside)
         return outside + self.layers * layer - setting.keep_layers * saved
 
-    def _whole_but_kept(self, setting: Setting, one: float, two: float, outside: float) -> float:
-        """Return an amount of unpacking, see `_whole`; layers that stay unpacked need none."""
+    def _needless(self, setting: Setting, name: str, outside: float) -> float:
+        """Return the unpacking that layers which stay unpacked do not need.
+
+        It is the same for any number of rows, so it is that of the fewest rows. With two tiles
+        layers unpack more often than that, and it is too low.
+
+        Args:
+            setting: says how many layers stay unpacked.
+            name: the amount of a step, by its name in `_StepTaken`.
+            outside: the amount outside of the layers.
+        """
+        measured = self.kinds[setting.tile_tokens]
+        _, one, two = (getattr(step, name) for step in measured[min(measured)])
         saved, layer = self._of_a_layer(one, two, outside)
-        # Both kinds are the last layers.
+        # Both are counted from the last layer.
         both = min(setting.unpacked_layers, setting.keep_layers)
-        needless = setting.unpacked_layers * layer - both * saved
-        return self._whole(setting, one, two, outside) - needless
+        return setting.unpacked_layers * layer - both * saved
 
     @staticmethod
     def _of_a_layer(one: float, two: float, outside: float) -> tuple[float, float]:
@@ -310,11 +323,8 @@ def extrapolate(
         host_bytes=host["optimizer"],
         layer_copy_bytes=(host["save"] - host["optimizer"]) // _DEPTH,
         head_work=Work(round(outside.flop / rows[0]), round(outside.unpacked_bytes)),
-        head_seconds=(
-            outside.device_seconds / rows[0],
-            outside.unpacking_seconds / rows[0],
-            outside.host_seconds / rows[0],
-        ),
+        head_seconds=(outside.device_seconds / rows[0], outside.host_seconds / rows[0]),
+        head_unpacking_seconds=(outside.unpacking_seconds, outside.unpacking_host_seconds),
         link_bytes_per_second=(
             None if isinstance(ceilings, str) else ceilings.link_bytes_per_second
         ),
@@ -345,8 +355,8 @@ def _sample(
     if not isinstance(ceilings, str):
         taken, unpacking = (seconds_of(work, ceilings) for work in (run.work, run.work.unpacking))
     return _StepTaken(
-        forward, backward, run.work.flop, run.work.unpacked_bytes, taken.device,
-        unpacking.device, taken.host,
+        forward, backward, run.work.flop, run.work.unpacked_bytes, taken.device, taken.host,
+        unpacking.device, unpacking.host,
     )  # fmt: skip
 
 
