@@ -140,6 +140,7 @@ class MakerOfLabels:
     """What all makers of rows with labels have in common, see `tokens.RowMaker`."""
 
     has_token_types = False
+    has_weights = False
 
     def __init__(self, samples: Samples, labels: Labels, tokenizer_hash: str) -> None:
         self.samples = samples

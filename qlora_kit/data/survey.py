@@ -381,6 +381,6 @@ def _rows_to_show(
             tokens=len(ids),
             supervised_tokens=0 if labels else rows.supervised_within(span),
             uncut_tokens=int(rows.uncut_tokens[row]),
-            pieces=pieces_of(tokenizer, ids, learnt),
+            pieces=pieces_of(tokenizer, ids, learnt, rows.weights_of(row)),
             label=labels.name_of(rows.labels_of(row)) if labels else None,
         )
