@@ -155,6 +155,9 @@ class MakerOfLabels:
         }
         self._known = labels
 
+    def divided(self, index: int, tokens: int) -> None:
+        """See `tokens.RowMaker`: no row has borders within it but those that `shorten` knows."""
+
     def nothing_left(self, lost: int, how: LongSamples) -> str:
         """Say that all rows were too long."""
         return (

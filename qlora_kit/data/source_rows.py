@@ -161,6 +161,9 @@ class SourceRows:
             for index, source_ids, target_ids in zip(kept, *pairs, strict=True):
                 yield index, _row(source_ids, target_ids, _weight(self.samples.items[index]))
 
+    def divided(self, index: int, tokens: int) -> None:
+        """See `tokens.RowMaker`: a target is of a whole source."""
+
     def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
         """Return the start of the source with its EOS, and the start of the target."""
         assert row.source is not None

@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow
 
 from qlora_kit.config import LongSamples, TokenOptions
+from qlora_kit.data.divide import Divider
 from qlora_kit.data.encode import IGNORED, Encoder, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import Conversation, Pair, Sample, Text
+from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape, Text
 from qlora_kit.data.template import Rendered, Renderer
 from qlora_kit.errors import DataError
 from qlora_kit.model.tokenizer import template_hash
@@ -42,6 +43,14 @@ def _is_learnt(sample: Sample) -> bool:
     return not isinstance(sample, Pair | Text) or bool(sample.loss_weight)
 
 
+def _end_of_answers(labels: Sequence[int], limit: int) -> int:
+    """Return where the last answer ends that ends within a limit; the limit where none does."""
+    for end in range(limit, 0, -1):
+        if labels[end - 1] != IGNORED and labels[end] == IGNORED:
+            return end
+    return limit
+
+
 class TextRows:
     """Makes rows of conversations, pairs and texts, see `tokens.RowMaker`."""
 
@@ -57,6 +66,10 @@ class TextRows:
         self.encoder = Encoder(tokenizer)
         self.max_length = options.max_length
         self.settings: Sequence[Any] = [self.renderer.train_on]
+        if options.long_samples == "split" and samples.shape not in (Shape.PAIR, Shape.TEXT):
+            # Rows of a version that cut a chat anywhere are not taken from the cache.
+            self.settings = [*self.settings, "turn borders"]
+        self.divider = Divider(self.renderer, self.encoder, options.max_length)
         # Every row of this tokenizer starts with a BOS, and so does each chunk of a split row.
         self.opening = [tokenizer.bos_token_id] if self.encoder.puts_bos else []
         self.origin: Mapping[str, str | None] = {
@@ -85,11 +98,22 @@ class TextRows:
                 sources += [index] * len(texts)
         return rendered, sources
 
+    def divided(self, index: int, tokens: int) -> list[Labelled] | None:
+        """Return the rows of the parts of a conversation; None for a pair or a text."""
+        sample = self.samples.items[index]
+        if not isinstance(sample, Conversation):
+            return None
+        with many_limits():
+            parts = self.divider.parts(sample, tokens)
+        return [row for part in parts for row in part.rows]
+
     def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
         """Return the start of a row, or its chunks."""
-        if how == "split":
-            return self._split(row)
-        return [row.part(0, self.max_length)]
+        if how != "split":
+            return [row.part(0, self.max_length)]
+        if isinstance(self.samples.items[index], Conversation):
+            return [row.part(0, _end_of_answers(row.labels, self.max_length))]
+        return self._split(row)
 
     def _split(self, row: Labelled) -> list[Labelled]:
         opening = len(self.opening)

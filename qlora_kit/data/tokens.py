@@ -284,6 +284,21 @@ class RowMaker(Protocol):
         """Yield the rows of samples, each with the index of its sample, however long."""
         ...
 
+    def divided(self, index: int, tokens: int) -> list[Labelled] | None:
+        """Return the rows of a sample that is to be split, where it has borders of its own.
+
+        Args:
+            index: of the sample.
+            tokens: tokens of its longest row.
+
+        Returns:
+            Rows, some of which may still be too long; None where there are no such borders.
+
+        Raises:
+            DataError: no rows can be made of a part.
+        """
+        ...
+
     def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
         """Return what is left of a row that is too long, truncated or split."""
         ...
@@ -369,9 +384,16 @@ class _Tokenizing:
 
     def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
         """Shorten the rows of one sample to the allowed length, and count what is lost."""
+        by_turn, is_split = len(rows) > 1, self.long_samples == "split"
+        longest = max(row.length for row in rows)
+        is_long = longest > self.max_length
+        divided = self._divided(index, longest) if is_long and is_split else None
+        if divided is not None:
+            rows = divided
+        uncut = [row.length if divided is None else longest for row in rows]
         left = [
-            _TableRow(part.ids, part.labels, index, row.length, part.token_types, part.weights)
-            for row in rows
+            _TableRow(part.ids, part.labels, index, tokens, part.token_types, part.weights)
+            for row, tokens in zip(rows, uncut, strict=True)
             for part in self._shorten(index, row)
             if self.maker.weight(part.labels)
         ]
@@ -387,15 +409,25 @@ class _Tokenizing:
             weight_lost=in_all - weight,
         )
         if not left:
-            self.dropped[index] = max(row.length for row in rows)
+            self.dropped[index] = longest
             return []
-        by_turn, is_split = len(rows) > 1, self.long_samples == "split"
-        is_long = any(row.length > self.max_length for row in rows)
         if by_turn or (is_long and is_split):
             self.tally.update(rows_split=1, chunks=len(left), rows_by_turn=int(by_turn))
-        if is_long and not is_split:
-            self.tally.update(rows_truncated=1)
+        # A text that is split loses nothing; an exchange that fits in no row loses its end.
+        loses = any(row.length > self.max_length for row in divided or ())
+        self.tally.update(rows_truncated=int(loses if is_split else is_long))
         return left
+
+    def _divided(self, index: int, tokens: int) -> list[Labelled] | None:
+        """Return the rows of a sample's parts; None where it has no borders, or cannot be divided.
+
+        Then the whole sample is a fault already.
+        """
+        try:
+            return self.maker.divided(index, tokens)
+        except DataError as error:
+            self.faults.add(*error.faults)
+            return None
 
     def _shorten(self, index: int, row: Labelled) -> list[Labelled]:
         length, limit = row.length, self.max_length
