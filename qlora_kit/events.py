@@ -42,8 +42,8 @@ class RowShown(Event):
     """A row of the data is shown token by token."""
 
     title: str
-    tokens: tuple[tuple[str, bool], ...]
-    """the text of each token, and whether it is supervised"""
+    tokens: tuple[tuple[str, float], ...]
+    """the text of each token, and the factor of its loss: 0 where it is not supervised"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class StepFinished(Event):
     grad_norm: float
     """before clipping"""
     weight: int
-    """what the loss is a mean over, in the whole window"""
+    """number of what the loss is a mean over, in the whole window"""
     tokens: int
     """tokens run through the model, padding not counted"""
     step_seconds: float
@@ -93,6 +93,8 @@ class StepFinished(Event):
     """on a GPU the peak of allocated bytes since the run began; on a CPU the anonymous memory"""
     weighs: str = "supervised_tokens"
     """the name of the weight in logs"""
+    loss_weight: float | None = None
+    """the sum of weights that the loss is divided by; None where all count alike"""
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,8 @@ class TokenOptions(TemplateOption):
     )  # fmt: skip
     long_samples: LongSamples = option(
         "auto",
-        "samples over max_length; auto: truncate pairs and chats, split plain text",
+        "samples over max_length; auto: truncate pairs and chats, split plain text; split divides "
+        "chats between turns",
         decides="data",
     )
     train_on: TrainOn = option(

@@ -8,6 +8,7 @@
     template.py       sample         -> Rendered (text, supervised spans)
       chat_template.py  tokenizer    -> the chat template it is used with
       chat_text.py      turns        -> text, through that template
+    divide.py         conversation   -> parts of it whose rows are not too long
     encode.py         Rendered       -> ids and labels; ids and labels -> text for a reader
     labels.py         Samples        -> Labels: kind, names, weights; a sample's target
     tokens.py         Samples        -> Tokenized (TokenRows, counts), through one of

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # stays random.
 _SORTED_BATCHES = 50
 
+LOSS_WEIGHTS = "loss_weights"
+"""name of the column with the factor of each token's loss; null where a row has no weights"""
+
 Indices = tuple[int, ...]
 Row = Mapping[str, Any]
 
@@ -33,7 +37,8 @@ class TokenRows:
 
     Args:
         rows: each has `input_ids`, `labels` (the id at the same position, or -100; of a row that
-            is classified, see `Labels.target`) and `row`, the index of its source sample.
+            is classified, see `Labels.target`) and `row`, the index of its source sample. It may
+            have `loss_weights`, the factor of each token's loss, or None where all have 1.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -72,6 +77,11 @@ class TokenRows:
     def largest_token(self) -> int:
         """Return the largest token id of all rows."""
         return max(int(token) for row in self for token in row["input_ids"])
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether tokens of some row count more or less than others in a loss."""
+        return any(row.get(LOSS_WEIGHTS) is not None for row in self)
 
 
 class TokenTable(TokenRows):
@@ -119,6 +129,14 @@ class TokenTable(TokenRows):
         largest: int = pyarrow.compute.max(tokens).as_py()
         return largest
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether tokens of some row count more or less than others in a loss."""
+        if LOSS_WEIGHTS not in self.table.column_names:
+            return False
+        column = self.column(LOSS_WEIGHTS)
+        return bool(column.null_count < len(column))
+
     def column(self, name: str) -> pyarrow.ChunkedArray:
         """Return a column by its name, in the pieces that the table stores it in."""
         return self.table.select_columns(name).with_format("arrow")[:][name]
@@ -141,11 +159,12 @@ class TokenTable(TokenRows):
         import pyarrow.compute
 
         digest = xxhash.xxh3_128()
-        for name in ("input_ids", "labels", "token_types"):
+        for name in ("input_ids", "labels", "token_types", LOSS_WEIGHTS):
             if name not in self.table.column_names:
                 continue
             column = self.column(name).combine_chunks()
-            digest.update(pyarrow.compute.list_value_length(column).to_numpy().tobytes())
+            lengths = pyarrow.compute.list_value_length(column).fill_null(0)
+            digest.update(lengths.to_numpy().tobytes())
             digest.update(column.flatten().to_numpy().tobytes())
         return digest.hexdigest()
 
@@ -197,6 +216,8 @@ class Batch(PaddedRows):
     """index of the source sample of each row"""
     positions: torch.Tensor
     """(N,) int64; positions in the flattened batch whose next token is supervised"""
+    weights: torch.Tensor | None = field(default=None, kw_only=True)
+    """(N,) fp32; the factor of the loss of each predicted token; None where all are 1"""
 
     @property
     def targets(self) -> torch.Tensor:
@@ -204,9 +225,14 @@ class Batch(PaddedRows):
         return self.labels.flatten().index_select(0, self.positions + 1)
 
     @property
-    def weight(self) -> int:
+    def units(self) -> int:
         """Supervised tokens: labels that are targets after the shift."""
         return len(self.positions)
+
+    @property
+    def weight(self) -> float:
+        """The sum of their weights: without weights, their number."""
+        return total_weight(self.weights, self.units)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device; its ids stay in host memory.
@@ -217,6 +243,7 @@ class Batch(PaddedRows):
             self,
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
         )
 
 
@@ -228,7 +255,8 @@ def collate(
     """Pad rows on the right to the longest of them, or further.
 
     Args:
-        rows: each has `input_ids`, `labels` and `row`, as the rows of `Tokenized.rows` do.
+        rows: each has `input_ids`, `labels` and `row`, as the rows of `Tokenized.rows` do; and
+            `loss_weights` where its tokens do not count alike.
         pad_token_id: fills `input_ids`; no token sees it, so it may be the EOS.
         width: returns T, given the tokens of the longest row, as `Base.batch_width` does; if
             None, T is the number of tokens of the longest row.
@@ -242,7 +270,10 @@ def collate(
         input_ids[index, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
         labels[index, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
     sources = tuple(int(row["row"]) for row in rows)
-    return Batch(input_ids, labels, lengths, sources, predicting_positions(labels))
+    positions = predicting_positions(labels)
+    starts = range(0, labels.numel(), shape[1])
+    weights = weights_at(positions + 1, rows, starts, labels.numel())
+    return Batch(input_ids, labels, lengths, sources, positions, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -289,7 +320,10 @@ def collate_packed(
         start += length
     sources = tuple(int(row["row"]) for row in rows)
     segments = lengths if total == tokens else (*lengths, total - tokens)
-    return PackedBatch(input_ids, labels, lengths, sources, predicting_positions(labels), segments)
+    positions = predicting_positions(labels)
+    starts = accumulate(lengths[:-1], initial=0)
+    weights = weights_at(positions + 1, rows, starts, total)
+    return PackedBatch(input_ids, labels, lengths, sources, positions, segments, weights=weights)
 
 
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -306,6 +340,33 @@ def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
     predicts = torch.zeros(labels.shape, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORED
     return predicts.flatten().nonzero().squeeze(1)
+
+
+def weights_at(
+    positions: torch.Tensor, rows: Sequence[Row], starts: Iterable[int], tokens: int
+) -> torch.Tensor | None:
+    """Return the weights of tokens, (N,) fp32; None where all of them are 1.
+
+    Args:
+        positions: (N,) int64, positions of tokens in the flattened batch.
+        rows: the rows of the batch.
+        starts: position of the first token of each row.
+        tokens: tokens of the batch, padding included.
+    """
+    if all(row.get(LOSS_WEIGHTS) is None for row in rows):
+        return None
+    weights = torch.ones(tokens)
+    for row, start in zip(rows, starts, strict=True):
+        if row.get(LOSS_WEIGHTS) is not None:
+            own = torch.as_tensor(row[LOSS_WEIGHTS], dtype=torch.float32)
+            weights[start : start + len(own)] = own
+    found = weights.index_select(0, positions)
+    return None if bool((found == 1).all()) else found
+
+
+def total_weight(weights: torch.Tensor | None, units: int) -> float:
+    """Return the sum of weights, in fp64; where there are none, the number of what is weighed."""
+    return units if weights is None else float(weights.sum(dtype=torch.float64))
 
 
 def largest_batch(lengths: Sequence[int], count: int) -> Indices:

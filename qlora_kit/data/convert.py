@@ -27,6 +27,7 @@ from qlora_kit.data.fields import (
 )
 from qlora_kit.data.shapes import (
     ROLES,
+    WEIGHT,
     Conversation,
     LabelledText,
     Message,
@@ -58,6 +59,7 @@ _PARTS = ("text", "reasoning", "tool_call")
 """The parts of a content that are read; the last two are LLaMA-Factory's, in assistant turns."""
 
 _DEEPEST = 64
+_LONGEST_NUMBER = 24
 
 _LONGEST_LABEL = 200
 # In a table a list is a text. Only what is quoted, or a whole number, is an item of one: a label
@@ -66,7 +68,10 @@ _ITEM = r"""\s*("[^"]*"|'[^']*'|-?\d+)\s*"""
 _LIST = re.compile(rf"\[(?:\s*|{_ITEM}(?:,{_ITEM})*)\]")
 
 _TOOL_KEYS = ("tool_call_id", "name")
-_LEARNT_KEYS = ("weight", "train", "loss_weight")
+_WEIGHT_KEYS = ("weight", WEIGHT)
+_LEARNT_KEYS = (*_WEIGHT_KEYS, "train", "training")
+# A product of two weights, and a sum over the tokens of a step, stay far from the ends of fp32.
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-9, 1e9
 _TURN_KEYS = frozenset({"role", "content", "tool_calls", "from", "value", *_LEARNT_KEYS})
 
 
@@ -81,7 +86,16 @@ def to_sample(shape: Shape, record: RecordFields, where: str) -> Sample:
     Raises:
         DataError: the content of a field does not fit the shape.
     """
-    return _CONVERT[shape](record, where)
+    weight = _record_weight(record, where)
+    sample = _CONVERT[shape](record, where)
+    if weight == 1:
+        return sample
+    if isinstance(sample, LabelledText | TaggedWords):
+        raise DataError(
+            f'{where}: a "{WEIGHT}"; expected none beside a label: a row of --task classify or tag '
+            "counts once; weigh the labels with --class-weights, or remove the field"
+        )
+    return replace(sample, loss_weight=weight)
 
 
 def _from_turns(field: str, record: RecordFields, where: str) -> Sample:
@@ -345,32 +359,66 @@ def _message(turn: Any, where: str) -> Message:
 
 
 def _asked_for(message: Message, turn: Mapping[str, Any], where: str) -> Message:
-    """Return the message with the data's mark of whether to learn it: its `weight`, its `train`."""
-    said = {key: _is_on(turn[key], key, where) for key in _LEARNT_KEYS if turn.get(key) is not None}
+    """Return the message with the data's marks of whether to learn it, and by which weight."""
+    given = {key: turn[key] for key in _LEARNT_KEYS if turn.get(key) is not None}
+    weights = {key: _weight(given[key], key, where) for key in _WEIGHT_KEYS if key in given}
+    said = {
+        key: bool(weights[key]) if key in weights else _is_on(value, key, where)
+        for key, value in given.items()
+    }
     if True in said.values() and message.role != "assistant":
         key = next(key for key, is_on in said.items() if is_on)
         raise DataError(
             f'{where} is the {message.role}\'s and has "{key}" on; expected only answers to be '
             f'learnt; remove the "{key}"'
         )
-    if len({*said.values()}) > 1:
+    if len({*said.values()}) > 1 or len({*weights.values()}) > 1:
         named = " and ".join(f'a "{key}"' for key in said)
         raise DataError(
             f"{where} has {named} that contradict each other; expected one of them; remove the "
             "other"
         )
-    return replace(message, is_learnt=False not in said.values())
+    if False in said.values():
+        return replace(message, is_learnt=False)
+    return replace(message, loss_weight=next(iter(weights.values()), 1.0))
 
 
 def _is_on(value: Any, key: str, where: str) -> bool:
     # To Python 1.0 and true equal 1.
     if value in (0, 1):
         return bool(value)
-    found = value if isinstance(value, int | float) else kind_of(value)
     raise DataError(
-        f'{where} has {found} for "{key}"; expected 0 or 1, false or true: a turn is learnt or it '
-        "is not; correct it"
+        f'{where} has {_shown(value)} for "{key}"; expected 0 or 1, false or true: a turn is '
+        "learnt or it is not; correct it"
     )
+
+
+def _weight(value: Any, key: str, where: str) -> float:
+    """Return a weight: 0, or a number that a loss can be multiplied by; true is 1, false is 0."""
+    if isinstance(value, int | float) and (not value or _LEAST_WEIGHT <= value <= _MOST_WEIGHT):
+        return float(value)
+    raise DataError(
+        f'{where} has {_shown(value)} for "{key}"; expected 0, or a number from 1e-9 to 1e9, by '
+        "which the loss of its tokens is multiplied; correct it"
+    )
+
+
+def _shown(value: Any) -> str:
+    """Return a number as it is, or the kind of another value."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # A number may have thousands of digits.
+    return str(value)[:_LONGEST_NUMBER] if is_number else kind_of(value)
+
+
+def _record_weight(record: RecordFields, where: str) -> float:
+    """Return the weight of a whole record. In a table it is a text, and an empty one is missing."""
+    value = record.get(WEIGHT)
+    if isinstance(value, str):
+        if not value.strip():
+            return 1.0
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return 1.0 if value is None else _weight(value, WEIGHT, f"{where}: the record")
 
 
 def _from_value(turn: Mapping[str, Any], where: str) -> Message:

@@ -46,12 +46,25 @@ class Labelled(NamedTuple):
     """the text that each token is of, where the model is told that"""
     source: int | None = None
     """tokens at the start that an encoder reads, where the rest is written apart"""
+    weights: list[float] | None = None
+    """factor of the loss of each token; None where all that are supervised have 1"""
 
     @property
     def length(self) -> int:
         """Tokens that a limit is for: of the row, or of the longer of its source and target."""
         tokens = len(self.ids)
         return tokens if self.source is None else max(self.source, tokens - self.source)
+
+    def part(self, start: int, end: int, opening: Sequence[int] = ()) -> Labelled:
+        """Return some of the tokens, without types, behind ids that are not supervised."""
+        before = len(opening)
+        weights = self.weights
+        return Labelled(
+            [*opening, *self.ids[start:end]],
+            [IGNORED] * before + self.labels[start:end],
+            self.aligned,
+            weights=None if weights is None else [0.0] * before + weights[start:end],
+        )
 
 
 class _Encoded(NamedTuple):
@@ -150,20 +163,24 @@ class Encoder:
 
     def _label(self, item: Rendered, encoded: _Encoded, aligned: bool) -> Labelled:
         ids, offsets = encoded
-        labels = [IGNORED] * len(ids)
-        for start, end in item.spans:
+        labels, weights = [IGNORED] * len(ids), [0.0] * len(ids)
+        factors = item.weights or (1.0,) * len(item.spans)
+        for (start, end), factor in zip(item.spans, factors, strict=True):
             first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
             while first and offsets[first - 1][1] > start:
                 first -= 1
             labels[first:last] = ids[first:last]
+            weights[first:last] = [factor] * (last - first)
         if self._bos is not None:
             given = _leading(ids, self._bos)
             ids, labels = _with_bos(ids, self._bos), [IGNORED, *labels[given:]]
+            weights = [0.0, *weights[given:]]
         if item.append_eos:
             body = -1 if ids and ids[-1] == self._eos else len(ids)
             ids = [*ids[:body], self._eos]
             labels = [*labels[:body], self._eos]
-        return Labelled(ids, labels, aligned)
+            weights = [*weights[:body], factors[-1]]
+        return Labelled(ids, labels, aligned, weights=weights if item.weights else None)
 
     # ------------------------------------------------------------ pieces
 
@@ -288,13 +305,23 @@ class Piece:
 
     text: str
     ids: tuple[int, ...]
-    is_supervised: bool
-    """whether a loss is computed for it"""
+    weight: float
+    """the factor of its loss; 0: no loss is computed for it"""
     is_special: bool
     """whether it is a token with a meaning of its own, such as an end token"""
 
+    @property
+    def is_supervised(self) -> bool:
+        """Whether a loss is computed for it."""
+        return self.weight > 0
 
-def pieces_of(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> tuple[Piece, ...]:
+
+def pieces_of(
+    tokenizer: Any,
+    ids: Sequence[int],
+    labels: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> tuple[Piece, ...]:
     """Return the pieces of a token row, in order.
 
     A row that seems to hold a secret becomes a single piece that says so: cut into tokens, the
@@ -304,26 +331,29 @@ def pieces_of(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> tupl
         tokenizer: transformers' tokenizer.
         ids: token ids of the row.
         labels: labels of the row, of the same length, see `IGNORED`.
+        weights: the factor of the loss of each token; None: 1 where it is supervised.
     """
-    pieces = tuple(_pieces(tokenizer, ids, labels))
+    factors = [1.0] * len(ids) if weights is None else weights
+    # No token comes before the first token of a row, so nothing predicts it.
+    learnt = [at > 0 and label != IGNORED for at, label in enumerate(labels)]
+    in_force = [weight if is_on else 0.0 for weight, is_on in zip(factors, learnt, strict=True)]
+    pieces = tuple(_pieces(tokenizer, ids, in_force))
     text = "".join(piece.text for piece in pieces)
     if redacted(text) != text:
-        return (Piece(WITHHELD, (), is_supervised=False, is_special=True),)
+        return (Piece(WITHHELD, (), weight=0.0, is_special=True),)
     return pieces
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Iterator[Piece]:
+def _pieces(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> Iterator[Piece]:
     special = _special_ids(tokenizer)
-    # No token comes before the first token of a row, so nothing predicts it.
-    supervised = [at > 0 and label != IGNORED for at, label in enumerate(labels)]
     before = start = 0
     for end in range(1, len(ids) + 1):
         text = _added_text(tokenizer, ids[before:start], ids[start:end])
-        goes_on = end < len(ids) and supervised[end] == supervised[start]
+        goes_on = end < len(ids) and weights[end] == weights[start]
         if text.endswith(_INCOMPLETE) and goes_on and end - start < _MOST_BYTES:
             continue
         group = tuple(ids[start:end])
-        yield Piece(text, group, supervised[start], special.issuperset(group))
+        yield Piece(text, group, weights[start], special.issuperset(group))
         before, start = start, end
 
 

@@ -140,6 +140,7 @@ class MakerOfLabels:
     """What all makers of rows with labels have in common, see `tokens.RowMaker`."""
 
     has_token_types = False
+    has_weights = False
 
     def __init__(self, samples: Samples, labels: Labels, tokenizer_hash: str) -> None:
         self.samples = samples
@@ -153,6 +154,9 @@ class MakerOfLabels:
             LABELS: labels.content_hash(),
         }
         self._known = labels
+
+    def divided(self, index: int, tokens: int) -> None:
+        """See `tokens.RowMaker`: no row has borders within it but those that `shorten` knows."""
 
     def nothing_left(self, lost: int, how: LongSamples) -> str:
         """Say that all rows were too long."""

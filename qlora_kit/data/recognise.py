@@ -26,6 +26,7 @@ from qlora_kit.data.shapes import (
     Sample,
     Shape,
     TaggedWords,
+    loss_weights,
 )
 from qlora_kit.errors import ConfigError, DataError
 
@@ -61,6 +62,8 @@ class Recognised:
     """the fault of the first record that was left out"""
     unlearnt: int
     """number of answers that are marked not to be learnt"""
+    weighted: str
+    """how many records and turns have a weight of their own, in words; "" where none has"""
     with_placeholder: int
     """number of samples that hold a placeholder such as `{{name}}`"""
     placeholders: tuple[str, ...]
@@ -93,6 +96,11 @@ class Recognised:
             yield (
                 f"{name}: {answers} marked not to be learnt (weight, train), and left out of the "
                 "loss"
+            )
+        if self.weighted:
+            yield (
+                f"{name}: {self.weighted} weighted (loss_weight); losses are divided by the sum of "
+                "the weights"
             )
         if self.with_several:
             yield (
@@ -307,6 +315,7 @@ class _Recognition:
             self.skipped,
             self.first_skipped,
             sum(map(_unlearnt, self.samples)),
+            _weighted(self.samples),
             self.with_placeholder,
             tuple(self.placeholders),
             sum(isinstance(each, Conversation) and bool(each.also_right) for each in self.samples),
@@ -326,6 +335,18 @@ def _unlearnt(sample: Sample) -> int:
     if not isinstance(sample, Conversation):
         return 0
     return sum(not turn.is_learnt and turn.role == "assistant" for turn in sample.messages)
+
+
+def _weighted(samples: Sequence[Sample]) -> str:
+    """Return how many records and turns have a weight other than 1, in words."""
+    weights = [loss_weights(sample) for sample in samples]
+    counts = (
+        (sum(of[:1] not in ((), (1.0,)) for of in weights), "record"),
+        (sum(weight != 1 for of in weights for weight in of[1:]), "turn"),
+    )
+    found = [f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counts if count]
+    is_one = len(found) == 1 and found[0].startswith("1 ")
+    return f"{' and '.join(found)} {'is' if is_one else 'are'}" if found else ""
 
 
 def _texts(sample: Sample) -> Iterator[str]:

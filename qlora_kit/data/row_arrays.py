@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import xxhash
 
-from qlora_kit.data.batch import first_tokens
+from qlora_kit.data.batch import LOSS_WEIGHTS, first_tokens
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Tokenized
 
@@ -50,6 +50,11 @@ class RowArrays:
         """Return the number of supervised tokens at some positions."""
         first, last = numpy.searchsorted(self.supervised, [span.start, span.stop])
         return int(last - first)
+
+    def weights_of(self, row: int) -> list[float] | None:
+        """Return the factor of the loss of each token of a row; None where all have 1."""
+        found: list[float] | None = self._rows[row].get(LOSS_WEIGHTS)
+        return found
 
     def labels_of(self, row: int) -> list[float]:
         """Return the labels of a row that is classified."""

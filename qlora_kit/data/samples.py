@@ -40,7 +40,7 @@ from qlora_kit.data.read import (
     without_nulls,
 )
 from qlora_kit.data.recognise import check_columns, check_format, to_samples
-from qlora_kit.data.shapes import Message, Sample, Shape
+from qlora_kit.data.shapes import WEIGHT, Message, Sample, Shape, loss_weights
 from qlora_kit.errors import ConfigError, DataError, HubError
 from qlora_kit.storage.faults import reason
 
@@ -63,7 +63,8 @@ _INSTEAD: dict[Split, tuple[Split, ...]] = {
     "test": ("test", "validation"),
 }
 # Of a sample: neither its place nor the adapter it names, nor answers that are only accepted.
-_NOT_LEARNT = ("place", "adapter", "also_right")
+# Weights are hashed apart, and only where there are some.
+_NOT_LEARNT = ("place", "adapter", "also_right", WEIGHT)
 _FIELDS_OF_ALIGNED = {"classify": ("text", "label"), "tag": ("tokens", "tags")}
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
@@ -96,7 +97,15 @@ class Samples:
             names = (name for name in sample.__slots__ if name not in _NOT_LEARNT)
             content = [getattr(sample, name) for name in names]
             digest.update(repr(content).encode("utf-8", "surrogatepass"))
+            weights = loss_weights(sample)
+            if any(weight != 1 for weight in weights):
+                digest.update(f"{WEIGHT} {weights}".encode())
         return digest.hexdigest()
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether tokens that are learnt may count more or less than others."""
+        return any(weight not in (0, 1) for each in self.items for weight in loss_weights(each))
 
 
 def load_samples(

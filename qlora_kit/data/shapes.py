@@ -8,11 +8,13 @@ torch nor transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+WEIGHT = "loss_weight"
+"""the field of a record, or of a turn, that scales the loss of its tokens"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,9 @@ class Message:
     """in a tool's turn: the tool that speaks"""
     is_learnt: bool = True
     """in an assistant's turn: whether the data wants it to be learnt"""
+    # Not in the repr: samples without weights keep the hash that they always had.
+    loss_weight: float = field(default=1.0, repr=False)
+    """in a turn that is learnt: the factor of its tokens' loss, above 0"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class Conversation:
     """the adapter that the row names, of several; None for the base alone"""
     also_right: tuple[str, ...] = ()
     """further answers to the last question, which measuring accepts; none of them is learnt"""
+    loss_weight: float = 1.0
+    """the factor of the loss of all that is learnt; 0: nothing is"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,8 @@ class Pair:
     completion: str
     place: str
     adapter: str | None = None
+    loss_weight: float = 1.0
+    """as in `Conversation`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,8 @@ class Text:
     text: str
     place: str
     adapter: str | None = None
+    loss_weight: float = 1.0
+    """as in `Conversation`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,14 @@ class TaggedWords:
 Sample = Conversation | Pair | Text | LabelledText | TaggedWords
 
 
+def loss_weights(sample: Sample) -> tuple[float, ...]:
+    """Return the weights that a sample has: its own, and that of each turn that is learnt."""
+    if isinstance(sample, Conversation):
+        turns = (turn.loss_weight for turn in sample.messages if turn.is_learnt)
+        return (sample.loss_weight, *turns)
+    return (sample.loss_weight,) if isinstance(sample, Pair | Text) else ()
+
+
 class Shape(StrEnum):
     """The shape of a record. Recognition takes the first in this order whose fields are there.
 
@@ -134,15 +153,20 @@ class Fields:
 
 
 FIELDS: Mapping[Shape, Fields] = {
-    Shape.CHAT: Fields(("system", "messages", "tools"), ("system", "tools")),
-    Shape.SHAREGPT: Fields(("system", "conversations", "tools"), ("system", "tools")),
-    Shape.ALPACA: Fields(
-        ("system", "history", "instruction", "input", "output"), ("system", "history", "input")
+    Shape.CHAT: Fields(("system", "messages", "tools", WEIGHT), ("system", "tools", WEIGHT)),
+    Shape.SHAREGPT: Fields(
+        ("system", "conversations", "tools", WEIGHT), ("system", "tools", WEIGHT)
     ),
-    Shape.CHAT_PAIR: Fields(("system", "prompt", "completion", "tools"), ("system", "tools")),
-    Shape.PAIR: Fields(("prompt", "completion")),
-    Shape.QA: Fields(("system", "question", "answer"), ("system",)),
-    Shape.TEXT: Fields(("text",)),
+    Shape.ALPACA: Fields(
+        ("system", "history", "instruction", "input", "output", WEIGHT),
+        ("system", "history", "input", WEIGHT),
+    ),
+    Shape.CHAT_PAIR: Fields(
+        ("system", "prompt", "completion", "tools", WEIGHT), ("system", "tools", WEIGHT)
+    ),
+    Shape.PAIR: Fields(("prompt", "completion", WEIGHT), (WEIGHT,)),
+    Shape.QA: Fields(("system", "question", "answer", WEIGHT), ("system", WEIGHT)),
+    Shape.TEXT: Fields(("text", WEIGHT), (WEIGHT,)),
     Shape.CLASSIFY_PAIR: Fields(("text_a", "text_b", "label")),
     Shape.CLASSIFY: Fields(("text", "label")),
     Shape.TAG: Fields(("tokens", "tags")),

@@ -19,7 +19,7 @@ from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Conversation, Message, Pair, Sample, Shape
-from qlora_kit.data.text_rows import SUPERVISED_TOKENS
+from qlora_kit.data.text_rows import SUPERVISED_TOKENS, nothing_marked
 from qlora_kit.errors import ConfigError, DataError
 
 
@@ -121,7 +121,7 @@ class SourceRows:
     label_type = pyarrow.int32()
     has_token_types = False
     labels: Labels | None = None
-    settings: Sequence[Any] = ("sources and targets",)
+    settings: Sequence[Any] = ("sources and targets", "marked targets are not learnt")
 
     def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
         if samples.shape is Shape.TEXT:
@@ -136,6 +136,7 @@ class SourceRows:
                 "error with --task seq2seq; pass one of these"
             )
         self.samples, self.tokenizer = samples, tokenizer
+        self.has_weights = samples.is_weighted
         self.max_length = options.max_length
         self.origin: Mapping[str, str | None] = {
             "data": samples.content_hash(),
@@ -158,20 +159,26 @@ class SourceRows:
         if kept:
             pairs = (encoded(self.tokenizer, texts) for texts in (sources, targets))
             for index, source_ids, target_ids in zip(kept, *pairs, strict=True):
-                yield index, _row(source_ids, target_ids)
+                yield index, _row(source_ids, target_ids, _weight(self.samples.items[index]))
+
+    def divided(self, index: int, tokens: int) -> None:
+        """See `tokens.RowMaker`: a target is of a whole source."""
 
     def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
         """Return the start of the source with its EOS, and the start of the target."""
         assert row.source is not None
         source = cut_source(row.ids[: row.source], self.max_length)
-        return [_row(source, row.ids[row.source :][: self.max_length])]
+        target = row.ids[row.source :][: self.max_length]
+        return [_row(source, target, _weight(self.samples.items[index]))]
 
     def weight(self, labels: list[Any]) -> int:
         """Return the number of supervised tokens: those of the target."""
         return len(labels) - labels.count(IGNORED)
 
     def nothing_left(self, lost: int, how: LongSamples) -> str:
-        """Say that all rows were too long."""
+        """Say that all rows were too long, or that no target is to be learnt."""
+        if not lost:
+            return nothing_marked(self.samples)
         return (
             f"{self.samples.source}: all {len(self.samples.items):,} rows have a source or a "
             f"target longer than --max-length {self.max_length} and are left out; expected shorter "
@@ -187,6 +194,17 @@ def _texts(sample: Sample) -> tuple[str, str]:
     return source_text(sample.messages[:-1], sample.place, sample.tools), _target_text(sample)
 
 
-def _row(source: list[int], target: list[int]) -> Labelled:
-    labels = [IGNORED] * len(source) + target
-    return Labelled(source + target, labels, aligned=True, source=len(source))
+def _weight(sample: Sample) -> float:
+    """Return the weight of a target; 0: it is not learnt."""
+    if isinstance(sample, Pair):
+        return sample.loss_weight
+    assert isinstance(sample, Conversation)
+    answer = sample.messages[-1]
+    return sample.loss_weight * answer.loss_weight * answer.is_learnt
+
+
+def _row(source: list[int], target: list[int], weight: float) -> Labelled:
+    before = len(source)
+    labels = [IGNORED] * before + (target if weight else [IGNORED] * len(target))
+    weights = None if weight in (0, 1) else [0.0] * before + [weight] * len(target)
+    return Labelled(source + target, labels, aligned=True, source=before, weights=weights)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy
 
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.encode import IGNORED, Piece, pieces_of, prompt_ids
+from qlora_kit.data.divide import Divider
+from qlora_kit.data.encode import IGNORED, Encoder, Piece, pieces_of, prompt_ids
 from qlora_kit.data.label_survey import LabelFigures, RepeatedTexts, label_figures, repeated_texts
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.packing import PackedStep
@@ -243,7 +244,7 @@ def survey(
         training=counts,
         validation=None if validation is None else validation.tokenized.counts,
         lengths=_lengths(lengths, options.max_length),
-        longest=tuple(_longest(rows, counts, options.max_length)),
+        longest=tuple(_longest(rows, counts, options)),
         ends=None if labels else _ends(rows, tokenizer),
         prompts=None if labels or has_sources else _try_prompts(rows, tokenizer, options, seed),
         labels=label_figures(labels, rows, measured) if labels else None,
@@ -274,15 +275,16 @@ def _histogram(tokens: Sequence[int], max_length: int) -> Iterator[Bin]:
     return iter(bins[shortest:])
 
 
-def _longest(rows: RowArrays, counts: Counts, max_length: int) -> Iterator[LongRow]:
+def _longest(rows: RowArrays, counts: Counts, options: TokenOptions) -> Iterator[LongRow]:
+    splits = options.long_samples == "split" or not counts.rows_truncated
     lengths = sorted(rows.sample_lengths(), key=lambda each: (-each[1], each[0]))
     for index, tokens in lengths[:_MOST_LISTED]:
         if index in rows.dropped:
             outcome = "dropped"
-        elif tokens <= max_length:
+        elif tokens <= options.max_length:
             outcome = "whole"
         else:
-            outcome = "truncated" if counts.rows_truncated else "split"
+            outcome = "split" if splits else "truncated"
         yield LongRow(rows.samples[index].place, tokens, outcome)
 
 
@@ -301,13 +303,18 @@ def _ends(rows: RowArrays, tokenizer: Any) -> Ends:
 def _try_prompts(rows: RowArrays, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
     """Encode prompts as generation does, and look for the rows that begin with them."""
     renderer = Renderer(tokenizer, options.train_on)
+    divider = Divider(renderer, Encoder(tokenizer), options.max_length)
     names = numpy.unique(rows.sample_of_row).tolist()
     picked = random.Random(f"prompts {seed}").sample(names, min(_SAMPLES_TRIED, len(names)))
     tried, places = 0, []
     with many_limits():
         for index in sorted(picked):
-            made = [rows.ids[rows.span(row)].tolist() for row in rows.of_sample(index)]
-            for text in _prompts_of(rows.samples[index], renderer):
+            own = rows.of_sample(index)
+            made = [rows.ids[rows.span(row)].tolist() for row in own]
+            sample, tokens = rows.samples[index], int(max(rows.uncut_tokens[own]))
+            is_divided = options.long_samples == "split" and tokens > options.max_length
+            parts = divider.divided(sample, tokens) if is_divided else [sample]
+            for text in _prompts_of(parts, renderer):
                 ids = prompt_ids(tokenizer, text)
                 if not any(len(row) > len(ids) for row in made):
                     continue  # the row was cut before the answer
@@ -317,15 +324,17 @@ def _try_prompts(rows: RowArrays, tokenizer: Any, options: TokenOptions, seed: i
     return PromptTest(tried, len(places), tuple(places[:_MOST_LISTED]))
 
 
-def _prompts_of(sample: Sample, renderer: Renderer) -> Iterator[str]:
+def _prompts_of(samples: Iterable[Sample], renderer: Renderer) -> Iterator[str]:
     """Yield the text before each answer that is learnt, as generation would be given it."""
-    if isinstance(sample, Pair):
-        yield renderer.prompt_text(sample.prompt)
-    elif isinstance(sample, Conversation):
-        for index in renderer.learnt_turns(sample):
-            # With `train_on` "all" no prompt has been rendered yet, and the template may refuse it.
-            with contextlib.suppress(DataError):
-                yield renderer.prompt_text(sample.messages[:index], sample.place, sample.tools)
+    for sample in samples:
+        if isinstance(sample, Pair):
+            yield renderer.prompt_text(sample.prompt)
+        elif isinstance(sample, Conversation):
+            for index in renderer.learnt_turns(sample):
+                # With `train_on` "all" no prompt has been rendered yet, and the template may refuse
+                # it.
+                with contextlib.suppress(DataError):
+                    yield renderer.prompt_text(sample.messages[:index], sample.place, sample.tools)
 
 
 # ---------------------------------------------------------------- repeats
@@ -386,6 +395,6 @@ def _rows_to_show(
             tokens=len(ids),
             supervised_tokens=0 if labels else rows.supervised_within(span),
             uncut_tokens=int(rows.uncut_tokens[row]),
-            pieces=pieces_of(tokenizer, ids, learnt),
+            pieces=pieces_of(tokenizer, ids, learnt, rows.weights_of(row)),
             label=labels.name_of(rows.labels_of(row)) if labels else None,
         )

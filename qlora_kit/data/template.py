@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qlora_kit.data.chat_template import choose_template
@@ -38,6 +38,8 @@ class Rendered:
     """characters at which answers begin; the text before each is a generation prompt"""
     append_eos: bool
     """whether a supervised end token is added after the text"""
+    weights: tuple[float, ...] = ()
+    """factor of the loss of each span; () where all are 1"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class _Turn:
     """the character after the answer"""
     ended: bool
     """whether the answer ends with an end token"""
+    weight: float
+    """the factor of the loss of the answer"""
 
 
 class Renderer:
@@ -96,11 +100,10 @@ class Renderer:
             return self._render_all(sample) if self.train_on == "all" else self._answers(sample)
         if isinstance(sample, Pair):
             start = len(sample.prompt)
-            text = sample.prompt + sample.completion
             first = 0 if self.train_on == "all" else start
-            return (Rendered(text, ((first, len(text)),), (start,), append_eos=True),)
+            return (_whole(sample, sample.prompt + sample.completion, first, (start,)),)
         assert isinstance(sample, Text)
-        return (Rendered(sample.text, ((0, len(sample.text)),), (), append_eos=True),)
+        return (_whole(sample, sample.text),)
 
     def prompt_text(
         self, prompt: str | Sequence[Message], place: str = "the prompt", tools: Tools = ()
@@ -132,6 +135,8 @@ class Renderer:
                 "the answer or remove the record"
             )
         numbers = numbers[-1:] if self.train_on == "last-turn" else numbers
+        if not sample.loss_weight:
+            return []
         return [number for number in numbers if sample.messages[number].is_learnt]
 
     # ------------------------------------------------------------ everything
@@ -150,8 +155,14 @@ class Renderer:
                     "expected all of it in the text; use --train-on completion, which renders "
                     "each turn, or another template"
                 )
+            if message.loss_weight != 1:
+                raise DataError(
+                    f"{sample.place}: turn {number} has a loss_weight of its own; expected none "
+                    "with --train-on all, which learns all turns alike; use --train-on completion, "
+                    "or weigh the record"
+                )
         ended = text.rstrip().endswith(self._end_tokens)
-        return (Rendered(text, ((0, len(text)),), (), append_eos=not ended),)
+        return (_whole(sample, text, append_eos=not ended),)
 
     # ------------------------------------------------------------ answers
 
@@ -181,7 +192,14 @@ class Renderer:
         if not ended:
             # The EOS is learnt right after the text, so the white space before it is learnt too.
             spans[-1] = (spans[-1][0], len(text))
-        return Rendered(text, tuple(spans), tuple(start for start, _ in spans), not ended)
+        weights = tuple(turn.weight for turn in turns)
+        return Rendered(
+            text,
+            tuple(spans),
+            tuple(start for start, _ in spans),
+            not ended,
+            weights if {*weights} != {1.0} else (),
+        )
 
     def _up_to(self, sample: Conversation, index: int) -> _Turn:
         """Render a conversation up to the answer at `index`, beginning with its prompt."""
@@ -211,7 +229,8 @@ class Renderer:
                 "it as it is written; change the answer or use another template"
             )
         end = len(text.rstrip())
-        return _Turn(text, len(prompt), end, text[:end].endswith(self._end_tokens))
+        weight = sample.loss_weight * answer.loss_weight
+        return _Turn(text, len(prompt), end, text[:end].endswith(self._end_tokens), weight)
 
     def _extended(self, turn: _Turn, later: _Turn) -> _Turn | None:
         """Return an earlier answer as a later text has it; None where the text does not have it."""
@@ -225,12 +244,29 @@ class Renderer:
             return None
         end = min(turn.end, len(text.rstrip()))
         if text[:end].endswith(self._end_tokens):
-            return _Turn(text, turn.start, end, ended=True)
+            return replace(turn, text=text, end=end, ended=True)
         # Some templates close a turn only when the next one opens.
         for token in (self._eos, *_TURN_ENDS):
             if token in self._end_tokens and later.text.startswith(token, len(text)):
-                return _Turn(text, turn.start, len(text) + len(token), ended=True)
+                return replace(turn, text=text, end=len(text) + len(token), ended=True)
         return None
+
+
+def _whole(
+    sample: Sample,
+    text: str,
+    first: int = 0,
+    answers: tuple[int, ...] = (),
+    *,
+    append_eos: bool = True,
+) -> Rendered:
+    """Return a text that is supervised from a character on; nowhere if its sample weighs 0."""
+    assert isinstance(sample, Conversation | Pair | Text)
+    weight = sample.loss_weight
+    if not weight:
+        return Rendered(text, (), answers, append_eos=False)
+    weights = () if weight == 1 else (weight,)
+    return Rendered(text, ((first, len(text)),), answers, append_eos, weights)
 
 
 def _after_opened_reasoning(prompt: str, text: str, content: str) -> str | None:

@@ -13,16 +13,42 @@ from typing import Any
 import pyarrow
 
 from qlora_kit.config import LongSamples, TokenOptions
+from qlora_kit.data.divide import Divider
 from qlora_kit.data.encode import IGNORED, Encoder, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
+from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape, Text
 from qlora_kit.data.template import Rendered, Renderer
 from qlora_kit.errors import DataError
 from qlora_kit.model.tokenizer import template_hash
 from qlora_kit.time_limit import many_limits
 
 SUPERVISED_TOKENS = "supervised_tokens"
+
+
+def nothing_marked(samples: Samples) -> str:
+    """Return the error where the data marks nothing to be learnt."""
+    return (
+        f"{samples.source}: no supervised token is left in {len(samples.items)} rows: all have the "
+        "weight 0 (loss_weight, weight, train); expected one above 0; take the marks away"
+    )
+
+
+def _is_learnt(sample: Sample) -> bool:
+    """Whether the data wants any of a sample to be learnt."""
+    if isinstance(sample, Conversation):
+        answers = [turn.is_learnt for turn in sample.messages if turn.role == "assistant"]
+        return bool(sample.loss_weight) and any(answers)
+    return not isinstance(sample, Pair | Text) or bool(sample.loss_weight)
+
+
+def _end_of_answers(labels: Sequence[int], limit: int) -> int:
+    """Return where the last answer ends that ends within a limit; the limit where none does."""
+    for end in range(limit, 0, -1):
+        if labels[end - 1] != IGNORED and labels[end] == IGNORED:
+            return end
+    return limit
 
 
 class TextRows:
@@ -35,10 +61,15 @@ class TextRows:
 
     def __init__(self, samples: Samples, tokenizer: Any, options: TokenOptions) -> None:
         self.samples = samples
+        self.has_weights = samples.is_weighted
         self.renderer = Renderer(tokenizer, options.train_on, options.chat_template)
         self.encoder = Encoder(tokenizer)
         self.max_length = options.max_length
         self.settings: Sequence[Any] = [self.renderer.train_on]
+        if options.long_samples == "split" and samples.shape not in (Shape.PAIR, Shape.TEXT):
+            # Rows of a version that cut a chat anywhere are not taken from the cache.
+            self.settings = [*self.settings, "turn borders"]
+        self.divider = Divider(self.renderer, self.encoder, options.max_length)
         # Every row of this tokenizer starts with a BOS, and so does each chunk of a split row.
         self.opening = [tokenizer.bos_token_id] if self.encoder.puts_bos else []
         self.origin: Mapping[str, str | None] = {
@@ -67,23 +98,29 @@ class TextRows:
                 sources += [index] * len(texts)
         return rendered, sources
 
+    def divided(self, index: int, tokens: int) -> list[Labelled] | None:
+        """Return the rows of the parts of a conversation; None for a pair or a text."""
+        sample = self.samples.items[index]
+        if not isinstance(sample, Conversation):
+            return None
+        with many_limits():
+            parts = self.divider.parts(sample, tokens)
+        return [row for part in parts for row in part.rows]
+
     def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
         """Return the start of a row, or its chunks."""
-        if how == "split":
-            return self._split(row)
-        limit = self.max_length
-        return [Labelled(row.ids[:limit], row.labels[:limit], row.aligned)]
+        if how != "split":
+            return [row.part(0, self.max_length)]
+        if isinstance(self.samples.items[index], Conversation):
+            return [row.part(0, _end_of_answers(row.labels, self.max_length))]
+        return self._split(row)
 
     def _split(self, row: Labelled) -> list[Labelled]:
         opening = len(self.opening)
         width = self.max_length - opening
-        chunks = []
-        for start in range(opening, len(row.ids), width):
-            ids = self.opening + row.ids[start : start + width]
-            labels = [IGNORED] * opening + row.labels[start : start + width]
-            if len(ids) >= 2:
-                chunks.append(Labelled(ids, labels, row.aligned))
-        return chunks
+        starts = range(opening, len(row.ids), width)
+        chunks = [row.part(start, start + width, self.opening) for start in starts]
+        return [chunk for chunk in chunks if len(chunk.ids) >= 2]
 
     def weight(self, labels: list[Any]) -> int:
         """Return the number of supervised tokens."""
@@ -94,6 +131,8 @@ class TextRows:
         found = (
             f"{self.samples.source}: no supervised token is left in {len(self.samples.items)} rows"
         )
+        if not any(map(_is_learnt, self.samples.items)):
+            return nothing_marked(self.samples)
         if not lost:
             return (
                 f"{found}: the mask of --train-on {self.renderer.train_on} covers all; expected "

@@ -26,7 +26,7 @@ import transformers
 
 from qlora_kit import storage
 from qlora_kit.config import LongSamples, TokenOptions
-from qlora_kit.data.batch import TokenTable
+from qlora_kit.data.batch import LOSS_WEIGHTS, TokenTable
 from qlora_kit.data.encode import IGNORED, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
@@ -50,7 +50,7 @@ class Counts:
     """What became of the rows of a data file.
 
     rows_read = rows_kept + rows_dropped, and the number of token rows is
-    rows_kept - rows_split + chunks. The weight of a row is what its loss is a sum over: its
+    rows_kept - rows_split + chunks. The weight of a row is the number of losses that it has: of its
     supervised tokens, its label, or the tags of its words.
     """
 
@@ -70,6 +70,8 @@ class Counts:
     """split rows rendered once an answer: the template changes or does not end earlier turns"""
     rows_unaligned: int = 0
     """rows where a token straddles the end of a prompt and could not be divided"""
+    rows_weighted: int = 0
+    """kept rows with a token whose loss is weighted"""
     chunks: int = 0
     """token rows made of the split rows"""
     tokens: int = 0
@@ -94,6 +96,7 @@ class Counts:
             (self.rows_split, f"split into {self.chunks:,} chunks"),
             (self.rows_by_turn, "of these learnt turn by turn, each answer after its own prompt"),
             (self.rows_unaligned, "with a token across the end of a prompt"),
+            (self.rows_weighted, "weighted"),
         ):
             if count:
                 parts.append(f"{count:,} {word}")
@@ -234,11 +237,12 @@ def _from_cache(file: Path, fingerprint: str, maker: RowMaker) -> Tokenized | No
 class _TableRow(NamedTuple):
     """A row of the table, with the columns of `_schema`."""
 
-    ids: list[int]
+    input_ids: list[int]
     labels: list[Any]
-    sample: int
+    row: int
     uncut_tokens: int
     token_types: list[int] | None
+    loss_weights: list[float] | None
 
 
 def _schema(maker: RowMaker) -> pyarrow.Schema:
@@ -247,9 +251,12 @@ def _schema(maker: RowMaker) -> pyarrow.Schema:
         ("labels", pyarrow.list_(maker.label_type)),
         ("row", pyarrow.int64()),
         ("uncut_tokens", pyarrow.int32()),
-        ("token_types", pyarrow.list_(pyarrow.int8())),
     ]
-    return pyarrow.schema(columns if maker.has_token_types else columns[:-1])
+    if maker.has_token_types:
+        columns.append(("token_types", pyarrow.list_(pyarrow.int8())))
+    if maker.has_weights:
+        columns.append((LOSS_WEIGHTS, pyarrow.list_(pyarrow.float32())))
+    return pyarrow.schema(columns)
 
 
 class RowMaker(Protocol):
@@ -261,6 +268,7 @@ class RowMaker(Protocol):
         settings: what else decides them.
         label_type: pyarrow's type of a label.
         has_token_types: whether a row says of which text each token is.
+        has_weights: whether a row may say by which weight each of its tokens is learnt.
         labels: what the labels of a row stand for, where rows are classified.
     """
 
@@ -269,10 +277,26 @@ class RowMaker(Protocol):
     settings: Sequence[Any]
     label_type: pyarrow.DataType
     has_token_types: bool
+    has_weights: bool
     labels: Labels | None
 
     def rows(self, indices: Sequence[int], faults: Faults) -> Iterator[tuple[int, Labelled]]:
         """Yield the rows of samples, each with the index of its sample, however long."""
+        ...
+
+    def divided(self, index: int, tokens: int) -> list[Labelled] | None:
+        """Return the rows of a sample that is to be split, where it has borders of its own.
+
+        Args:
+            index: of the sample.
+            tokens: tokens of its longest row.
+
+        Returns:
+            Rows, some of which may still be too long; None where there are no such borders.
+
+        Raises:
+            DataError: no rows can be made of a part.
+        """
         ...
 
     def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
@@ -355,15 +379,21 @@ class _Tokenizing:
         made = self.maker.rows(indices, self.faults)
         for index, of_one in itertools.groupby(made, key=lambda pair: pair[0]):
             rows += self._fit(index, [row for _, row in of_one])
-        width = len(self.schema)
-        columns = [*zip(*rows, strict=True)][:width] or [()] * width
-        return pyarrow.table(list(map(list, columns)), schema=self.schema)
+        columns = [[getattr(row, name) for row in rows] for name in self.schema.names]
+        return pyarrow.table(columns, schema=self.schema)
 
     def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
         """Shorten the rows of one sample to the allowed length, and count what is lost."""
+        by_turn, is_split = len(rows) > 1, self.long_samples == "split"
+        longest = max(row.length for row in rows)
+        is_long = longest > self.max_length
+        divided = self._divided(index, longest) if is_long and is_split else None
+        if divided is not None:
+            rows = divided
+        uncut = [row.length if divided is None else longest for row in rows]
         left = [
-            _TableRow(part.ids, part.labels, index, row.length, part.token_types)
-            for row in rows
+            _TableRow(part.ids, part.labels, index, tokens, part.token_types, part.weights)
+            for row, tokens in zip(rows, uncut, strict=True)
             for part in self._shorten(index, row)
             if self.maker.weight(part.labels)
         ]
@@ -373,20 +403,31 @@ class _Tokenizing:
             rows_kept=int(bool(left)),
             rows_dropped=int(not left),
             rows_unaligned=int(not all(row.aligned for row in rows)),
-            tokens=sum(len(row.ids) for row in left),
+            rows_weighted=int(any(row.loss_weights for row in left)),
+            tokens=sum(len(row.input_ids) for row in left),
             weight=weight,
             weight_lost=in_all - weight,
         )
         if not left:
-            self.dropped[index] = max(row.length for row in rows)
+            self.dropped[index] = longest
             return []
-        by_turn, is_split = len(rows) > 1, self.long_samples == "split"
-        is_long = any(row.length > self.max_length for row in rows)
         if by_turn or (is_long and is_split):
             self.tally.update(rows_split=1, chunks=len(left), rows_by_turn=int(by_turn))
-        if is_long and not is_split:
-            self.tally.update(rows_truncated=1)
+        # A text that is split loses nothing; an exchange that fits in no row loses its end.
+        loses = any(row.length > self.max_length for row in divided or ())
+        self.tally.update(rows_truncated=int(loses if is_split else is_long))
         return left
+
+    def _divided(self, index: int, tokens: int) -> list[Labelled] | None:
+        """Return the rows of a sample's parts; None where it has no borders, or cannot be divided.
+
+        Then the whole sample is a fault already.
+        """
+        try:
+            return self.maker.divided(index, tokens)
+        except DataError as error:
+            self.faults.add(*error.faults)
+            return None
 
     def _shorten(self, index: int, row: Labelled) -> list[Labelled]:
         length, limit = row.length, self.max_length

@@ -115,7 +115,7 @@ def verify_merge(
         merged_over=merge.over,
         is_requantized=merge.requantize,
         rows=rows.source if rows else None,
-        tokens=rows.batch.weight if rows else 0,
+        tokens=rows.batch.units if rows else 0,
         variants=measures,
         layers=layers,
         verdict=judge(merge, rows, measures, layers),

@@ -31,6 +31,7 @@ class Evaluation:
         loss: mean over the weight, such as nats per supervised token.
         metrics: the metrics of the task by name, each a mean over the weight.
         weight: number of units measured, which the task chooses: supervised tokens, or rows.
+            Where they do not count alike, means are divided by the sum of their weights instead.
         rows: number of rows measured.
         batch_size: rows of a batch at the end; fewer than asked for if memory ran out.
         details: tables of the task, such as the figures of each label.
@@ -143,7 +144,7 @@ class _Sums:
 
     def __init__(self, rows: int, batch_size: int) -> None:
         self.rows, self.batch_size = rows, batch_size
-        self.weight, self.loss = torch.zeros(2, rows, dtype=torch.float64)
+        self.weight, self.units, self.loss = torch.zeros(3, rows, dtype=torch.float64)
         self.metrics: dict[str, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
 
@@ -151,6 +152,7 @@ class _Sums:
         """Store the sums of some rows; `indices` are the rows' places among all rows."""
         chosen = torch.tensor(indices)
         self.weight[chosen], self.loss[chosen] = found.weight, found.loss
+        self.units[chosen] = found.weight if found.units is None else found.units
         for name, values in found.metrics.items():
             sums = self.metrics.setdefault(name, torch.zeros(self.rows, dtype=torch.float64))
             sums[chosen] = values
@@ -160,9 +162,9 @@ class _Sums:
     def of(self, some: Sequence[int], objective: Objective, rows: TokenRows) -> Evaluation:
         """Return the means over some of the rows, and their figures."""
         chosen = torch.tensor(some)
-        count = int(self.weight[chosen].sum())
-        loss = float(self.loss[chosen].sum()) / count
-        means = {name: float(sums[chosen].sum()) / count for name, sums in self.metrics.items()}
+        count, weight = int(self.units[chosen].sum()), float(self.weight[chosen].sum())
+        loss = float(self.loss[chosen].sum()) / weight
+        means = {name: float(sums[chosen].sum()) / weight for name, sums in self.metrics.items()}
         figures: Figures = {}
         if self.outputs:
             outputs = [self.outputs[index] for index in some]

@@ -3,7 +3,7 @@
 Takes hidden states (N, D) and their targets (N,); returns a sum over the tokens. The logits of a
 few hundred tokens exist at one time, and are turned into the gradient in place. The head is frozen,
 so backward needs the gradient of the hidden states only, and that is computed in the same pass.
-Never averages and never weighs: the caller does.
+Never averages: the caller does.
 
 Shapes: N tokens, D hidden size, V vocabulary.
 """
@@ -29,20 +29,25 @@ ChunkLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy_sum(
-    hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    chunk_tokens: int = CHUNK_TOKENS,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum of −log p(target) over all tokens, a scalar in fp32.
+    """Return the sum of −log p(target) over all tokens, each times its weight, a scalar in fp32.
 
     Args:
         hidden: (N, D), in the compute dtype.
         targets: (N,), int64, each in 0 … V−1.
         head: formula of the logits.
         chunk_tokens: tokens whose logits exist at one time.
+        weights: (N,), fp32, factor of each token; None where all have 1.
 
     Source: the online form of Cut Your Losses (arXiv:2411.09009), section 4, by rows.
     """
     with purpose(LOSS_CHUNK):
-        total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens)
+        total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens, weights)
     return total
 
 
@@ -256,23 +261,38 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        chunk_tokens: int,
+        weights: Tensor | None,
+    ) -> Tensor:
         weight = head.weight(hidden.dtype)
         wanted = ctx.needs_input_grad[0]
+        # Gradients are kept relative to the largest weight: in float16 a large one would overflow.
+        ctx.largest = weights.max() if weights is not None and len(weights) else None
         grad = torch.empty_like(hidden) if wanted else None
         # fp64: a sum over many thousand tokens must not depend on how they are batched.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens, gradient=wanted):
-            total -= chunk.logprobs().sum(dtype=torch.float64)
+            logprobs = chunk.logprobs()
+            factors: Tensor | float = 1.0
+            if weights is not None:
+                logprobs = logprobs.double() * weights[rows]
+                factors = (weights[rows] / ctx.largest).unsqueeze(1)
+            total -= logprobs.sum(dtype=torch.float64)
             if grad is not None:
-                chunk.hidden_grad(1.0, out=grad[rows])
+                chunk.hidden_grad(factors, out=grad[rows])
         ctx.save_for_backward(grad)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return _scaled(grad, grads[0]), None, None, None
+        factor = grads[0] if ctx.largest is None else grads[0] * ctx.largest
+        return _scaled(grad, factor), None, None, None, None
 
 
 class _CustomLossSum(torch.autograd.Function):

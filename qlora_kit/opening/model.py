@@ -26,6 +26,8 @@ from qlora_kit.model.config_file import ids_beyond, read_model_config
 from qlora_kit.model.names import ModelSource, find_model
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from qlora_kit.data.labels import Labels
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.model.fetch import Fetched
@@ -103,6 +105,7 @@ class Opened:
             raise ConfigError(
                 f"--max-length: the longest row has {longest} tokens and the model only "
                 f"{positions} positions; pass --max-length {positions} or less"
+                f"{self._other_ways(text, longest)}"
             )
         embeddings = getattr(text, "vocab_size", None)
         largest = rows.rows.largest_token()
@@ -112,6 +115,16 @@ class Opened:
                 f"model has {embeddings} embeddings; expected a tokenizer made for it; restore the "
                 "tokenizer's files"
             )
+
+    def _other_ways(self, text: PreTrainedConfig, longest: int) -> str:
+        """Return in words how rows that are too long can be learnt all the same."""
+        from qlora_kit.model.positions import scaling_for
+
+        splits = self.task.generates and not self.task.has_sources
+        scaling = scaling_for(text, longest)
+        return (", with --long-samples split to keep all of them" if splits else "") + (
+            f", or scale its rotary positions in its config.json: {scaling}" if scaling else ""
+        )
 
     def load(
         self, options: BaseModelOptions, announce: Announce, threads: Threads | None = None

@@ -17,8 +17,8 @@ class Processes(Protocol):
         """Whether this process saves, logs and prints."""
         ...
 
-    def total(self, value: int) -> int:
-        """Return the sum of a count over all processes."""
+    def total(self, value: float) -> float:
+        """Return the sum of a number over all processes."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -31,7 +31,7 @@ class OneProcess:
 
     is_writer = True
 
-    def total(self, value: int) -> int:
+    def total(self, value: float) -> float:
         """See `Processes`."""
         return value
 

@@ -47,7 +47,7 @@ from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective
-from qlora_kit.tasks.tokens import packing
+from qlora_kit.tasks.tokens import packing, weighted
 from qlora_kit.train.loop import plan_steps
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 
@@ -355,7 +355,8 @@ class SimulatedRun:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _objective(self, options: StepOptions) -> Objective:
-        return self.subject.task.objective(self.base, 0, options.loss_chunk_tokens, None)
+        objective = self.subject.task.objective(self.base, 0, options.loss_chunk_tokens, None)
+        return weighted(objective) if self.subject.rows.is_weighted else objective
 
     # ------------------------------------------------------------ after training
 

@@ -88,6 +88,7 @@ class RowSizes:
         answer_tokens: tokens of the longest target, where rows have sources.
         evaluation_answer_tokens: the same in evaluation.
         usual: the means over all rows; if None, every row is as long as the longest.
+        is_weighted: whether the loss of tokens is weighted.
     """
 
     tokens: int
@@ -96,6 +97,7 @@ class RowSizes:
     answer_tokens: int | None = None
     evaluation_answer_tokens: int | None = None
     usual: UsualRows | None = None
+    is_weighted: bool = False
 
     def supervised_of(self, rows: int) -> int | None:
         """Return the targets of the largest batch of this number of rows."""
@@ -118,7 +120,8 @@ class RowSizes:
         largest = largest_batch(lengths, most)
         supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))
         evaluated = None if held_out is None else max(held_out.lengths())
-        return cls(max(lengths), supervised, evaluated, usual=UsualRows.of(rows, config))
+        usual = UsualRows.of(rows, config)
+        return cls(max(lengths), supervised, evaluated, usual=usual, is_weighted=rows.is_weighted)
 
     @classmethod
     def of_sources(
@@ -137,7 +140,7 @@ class RowSizes:
         measured = held_out.source_lengths() if held_out is not None else widest
         (source, target), (others, answers) = (_widths(part) for part in (widest, measured))
         usual = UsualRows.of(rows, config, has_sources=True)
-        return cls(source, supervised, others, target, answers, usual)
+        return cls(source, supervised, others, target, answers, usual, rows.is_weighted)
 
 
 def _widths(lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:

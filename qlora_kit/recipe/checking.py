@@ -40,7 +40,7 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
     for title, table in data_view.tables(found):
         announce(Facts(title, table))
     for row in found.shown:
-        tokens = tuple((piece.text, piece.is_supervised) for piece in row.pieces)
+        tokens = tuple((piece.text, piece.weight) for piece in row.pieces)
         announce(RowShown(data_view.shown_title(row), tokens))
     for warning in found.warnings():
         announce(Notice(warning))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.label_survey import RepeatedTexts, ValueFigures
-from qlora_kit.report.mask import left_out, shown, visible
+from qlora_kit.report.mask import left_out, shown, visible, weight_mark
 from qlora_kit.report.page import render
 from qlora_kit.report.tables import Rows
 
@@ -265,6 +265,7 @@ def data_page(survey: Survey) -> str:
         packing=survey.packing,
         packed=[*_strips(survey.packed)] if survey.packed else [],
         shown=[(shown_title(row), [*_spans(row.pieces)]) for row in survey.shown],
+        is_weighted=any(weight_mark(each.weight) for row in survey.shown for each in row.pieces),
     )
 
 
@@ -329,7 +330,10 @@ def _first_of(rows: int) -> str:
 
 
 class _Span(NamedTuple):
-    """A token on the page, or the gap of tokens left out: text, CSS classes, ids to hover over."""
+    """A token on the page, or the gap of tokens left out: text, CSS classes, a title to hover over.
+
+    The title has the ids, and the weight of the loss where it is not 1.
+    """
 
     text: str
     kind: str | None
@@ -337,11 +341,13 @@ class _Span(NamedTuple):
 
 
 def _spans(pieces: tuple[Piece, ...]) -> Iterator[_Span]:
-    for what, is_supervised in shown([piece.is_supervised for piece in pieces], _MOST_OF_A_RUN):
+    for what, weight in shown([piece.weight for piece in pieces], _MOST_OF_A_RUN):
         if isinstance(what, range):
             yield _Span(left_out(what), "gap")
             continue
         piece = pieces[what]
-        kinds = [("learnt", is_supervised), ("special", piece.is_special)]
+        mark = weight_mark(weight)
+        kinds = [("learnt", weight), ("special", piece.is_special), ("weighted", mark)]
         kind = " ".join(name for name, applies in kinds if applies) or None
-        yield _Span(visible(piece.text), kind, " + ".join(map(str, piece.ids)))
+        ids = " + ".join(map(str, piece.ids))
+        yield _Span(visible(piece.text), kind, f"{ids}, loss {mark}" if mark else ids)

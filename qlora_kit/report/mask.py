@@ -22,19 +22,20 @@ _MARKS = {"\n": "↵\n", "\t": "→\t"}
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def mask_text(tokens: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
+def mask_text(tokens: Sequence[tuple[str, float]], *, in_colour: bool) -> Text:
     """Return a token row; in colour, with a legend under it.
 
     Args:
-        tokens: the text of each token, and whether it is supervised.
+        tokens: the text of each token, and the factor of its loss: 0 where it is not supervised.
         in_colour: whether the terminal has colours.
     """
     text = Text()
-    supervised = [is_supervised for _, is_supervised in tokens]
-    for is_supervised, run in groupby(shown(supervised, _MOST_OF_A_RUN), lambda each: each[1]):
-        marks = ("⟦", "⟧") if is_supervised and not in_colour else ("", "")
-        styles = _SUPERVISED if is_supervised else _CONTEXT
+    weights = [weight for _, weight in tokens]
+    for weight, run in groupby(shown(weights, _MOST_OF_A_RUN), lambda each: each[1]):
+        marks = ("⟦", "⟧") if weight and not in_colour else ("", "")
+        styles = _SUPERVISED if weight else _CONTEXT
         text.append(marks[0])
+        text.append(f"{weight_mark(weight)} " if weight_mark(weight) else "", "italic")
         for what, _ in run:
             if isinstance(what, range):
                 text.append(left_out(what), "italic")
@@ -47,27 +48,32 @@ def mask_text(tokens: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
     return text
 
 
-def shown(supervised: Sequence[bool], most: int) -> Iterator[tuple[int | range, bool]]:
+def weight_mark(weight: float) -> str:
+    """Return the mark of tokens whose loss has this factor; none where it is 1 or 0."""
+    return "" if weight in (0, 1) else f"×{weight:g}"
+
+
+def shown(weights: Sequence[float], most: int) -> Iterator[tuple[int | range, float]]:
     """Yield the tokens to show, and for each longer run the range of tokens that is left out.
 
     The beginning and the end of a run are shown, because there the mask is right or wrong.
 
     Args:
-        supervised: for each token, whether it is supervised.
+        weights: the factor of each token's loss: 0 where it is not supervised.
         most: the tokens of a run that are shown.
 
     Yields:
-        The index of a token or a range of indices, and whether the tokens are supervised.
+        The index of a token or a range of indices, and the factor of their loss.
     """
-    for is_supervised, run in groupby(range(len(supervised)), supervised.__getitem__):
+    for weight, run in groupby(range(len(weights)), weights.__getitem__):
         tokens = [*run]
         half = most // 2
         if len(tokens) <= most:
-            yield from ((token, is_supervised) for token in tokens)
+            yield from ((token, weight) for token in tokens)
             continue
-        yield from ((token, is_supervised) for token in tokens[:half])
-        yield range(tokens[half], tokens[-half]), is_supervised
-        yield from ((token, is_supervised) for token in tokens[-half:])
+        yield from ((token, weight) for token in tokens[:half])
+        yield range(tokens[half], tokens[-half]), weight
+        yield from ((token, weight) for token in tokens[-half:])
 
 
 def left_out(tokens: range) -> str:

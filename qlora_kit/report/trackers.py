@@ -190,6 +190,7 @@ def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, flo
     if isinstance(event, StepFinished):
         if not is_logged(event.optimizer_step, config.logging_steps):
             return None
+        weighted = {} if event.loss_weight is None else {"train/loss_weight": event.loss_weight}
         return event.optimizer_step, {
             "train/loss": event.loss,
             "train/learning_rate": event.learning_rate,
@@ -197,6 +198,7 @@ def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, flo
             "train/epoch": event.epoch,
             "train/tokens_per_second": event.tokens / max(event.step_seconds, 1e-9),
             f"train/{event.weighs}": event.weight,
+            **weighted,
             "train/memory_bytes": event.memory_bytes,
         }
     if isinstance(event, StepSkipped):

@@ -41,7 +41,7 @@ def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
     else:
         outputs = model.base_model(**inputs)
     hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
-    return Supervised(hidden, batch.targets)
+    return Supervised(hidden, batch.targets, batch.weights)
 
 
 def loss_sum(
@@ -52,7 +52,7 @@ def loss_sum(
     loss: ChunkLoss | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Return the loss of a batch, summed over its supervised tokens: a scalar.
+    """Return the loss of a batch, summed over its supervised tokens by their weights: a scalar.
 
     Args:
         model: with or without LoRA.
@@ -76,7 +76,8 @@ def scores(
         head: formula of the model's logits.
         chunk_tokens: tokens whose logits exist at one time.
     """
-    return score_tokens(*supervised_states(model, batch), head, chunk_tokens)
+    states = supervised_states(model, batch)
+    return score_tokens(states.hidden, states.targets, head, chunk_tokens)
 
 
 class CausalObjective(TokenObjective):
@@ -93,14 +94,15 @@ class CausalObjective(TokenObjective):
         """See `Objective`; all ids are 0, and all but the first of each row can be targets."""
         count = weight or rows * (tokens - 1)
         positions = torch.zeros(count, dtype=torch.int64, device="cpu")
+        weights = self.stand_in_weights(count)
         lengths, sources = (tokens,) * rows, tuple(range(rows))
         if self.packs:
             total = self.base.batch_width(rows * tokens)
             ids = torch.zeros(1, total, dtype=torch.int64, device="cpu")
             segments = (*lengths[:-1], total - tokens * (rows - 1))
-            return PackedBatch(ids, ids, lengths, sources, positions, segments)
+            return PackedBatch(ids, ids, lengths, sources, positions, segments, weights=weights)
         ids = torch.zeros(rows, self.base.batch_width(tokens), dtype=torch.int64, device="cpu")
-        return Batch(ids, ids, lengths, sources, positions)
+        return Batch(ids, ids, lengths, sources, positions, weights=weights)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """See `Objective`."""

@@ -61,9 +61,14 @@ class LabelledBatch(PaddedRows):
         return {"input_ids": self.input_ids, **given}
 
     @property
-    def weight(self) -> int:
+    def units(self) -> int:
         """Number of losses."""
         return sum(self.counts)
+
+    @property
+    def weight(self) -> float:
+        """The same: all of them count alike."""
+        return self.units
 
     def to(self, device: torch.device | str) -> LabelledBatch:
         """Return the batch on another device.
@@ -177,7 +182,7 @@ class ClassifyObjective:
 
     def row_sums(self, batch: LabelledBatch, measured: Measured) -> RowSums:
         """See `Objective`; the logits are kept, as no sum over rows gives a macro-F1."""
-        ones = torch.ones(batch.weight, dtype=torch.float64)
+        ones = torch.ones(batch.units, dtype=torch.float64)
         return RowSums(ones, measured.losses.double().cpu(), {}, measured.logits.cpu().unbind())
 
     def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:

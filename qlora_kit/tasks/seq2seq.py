@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.data.batch import Indices, Row
+from qlora_kit.data.batch import LOSS_WEIGHTS, Indices, Row, total_weight, weights_at
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.data.source_rows import SourceAsker, SourceRows, source_tokens
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS
@@ -46,6 +46,8 @@ class SourceBatch:
     """tokens of each source and of its target, without padding"""
     rows: Indices
     """index of the source sample of each row"""
+    weights: Tensor | None = None
+    """(N,) fp32; the factor of the loss of each of these tokens; None where all are 1"""
 
     @property
     def tokens(self) -> int:
@@ -58,9 +60,14 @@ class SourceBatch:
         return max(map(sum, self.lengths))
 
     @property
-    def weight(self) -> int:
+    def units(self) -> int:
         """Supervised tokens: those of the targets."""
         return len(self.targets)
+
+    @property
+    def weight(self) -> float:
+        """The sum of their weights: without weights, their number."""
+        return total_weight(self.weights, self.units)
 
     def to(self, device: torch.device | str) -> SourceBatch:
         """Return the batch on another device; its ids stay in host memory, as those of `Batch`."""
@@ -69,6 +76,7 @@ class SourceBatch:
             mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
         )
 
 
@@ -97,6 +105,7 @@ def collate_sources(
     mask = (torch.arange(source_ids.shape[1]) < lengths).long() if is_padded else None
     labels = _padded(targets, wide, IGNORED).flatten()
     positions = (labels != IGNORED).nonzero().squeeze(1)
+    written = [_weights_of_target(row, cut) for row, cut in zip(rows, cuts, strict=True)]
     return SourceBatch(
         source_ids,
         mask,
@@ -105,7 +114,14 @@ def collate_sources(
         labels.index_select(0, positions),
         tuple((len(one), len(other)) for one, other in zip(sources, targets, strict=True)),
         tuple(int(row["row"]) for row in rows),
+        weights_at(positions, written, range(0, labels.numel(), wide), labels.numel()),
     )
+
+
+def _weights_of_target(row: Row, cut: int) -> Row:
+    """Return the weights that a row has behind its source."""
+    weights = row.get(LOSS_WEIGHTS)
+    return {LOSS_WEIGHTS: None if weights is None else weights[cut:]}
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
@@ -124,7 +140,8 @@ def supervised_states(model: PreTrainedModel, batch: SourceBatch) -> Supervised:
         batch: on the model's device.
     """
     hidden = target_states(model, batch.source_ids, batch.mask, batch.written_ids)
-    return Supervised(hidden.flatten(0, 1).index_select(0, batch.positions), batch.targets)
+    chosen = hidden.flatten(0, 1).index_select(0, batch.positions)
+    return Supervised(chosen, batch.targets, batch.weights)
 
 
 class Seq2SeqObjective(TokenObjective):
@@ -148,7 +165,9 @@ class Seq2SeqObjective(TokenObjective):
         count = weight or rows * answer_tokens
         chosen = torch.zeros(count, dtype=torch.int64, device="cpu")
         lengths = ((tokens, answer_tokens),) * rows
-        return SourceBatch(source, mask, written, chosen, chosen, lengths, tuple(range(rows)))
+        weights = self.stand_in_weights(count)
+        sources = tuple(range(rows))
+        return SourceBatch(source, mask, written, chosen, chosen, lengths, sources, weights)
 
     def loss_sum(self, batch: SourceBatch) -> Tensor:
         """See `Objective`."""
@@ -159,7 +178,7 @@ class Seq2SeqObjective(TokenObjective):
     def measured(self, batch: SourceBatch) -> TokenScores:
         """See `Objective`."""
         tokens = supervised_states(self.base.model, batch.to(self.base.hardware.device))
-        return score_tokens(*tokens, self.head, self.chunk_tokens)
+        return score_tokens(tokens.hidden, tokens.targets, self.head, self.chunk_tokens)
 
     def rows_of(self, batch: SourceBatch) -> Tensor:
         """See `TokenObjective`."""

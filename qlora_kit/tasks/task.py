@@ -45,8 +45,13 @@ class Batch(Protocol):
         ...
 
     @property
-    def weight(self) -> int:
+    def units(self) -> int:
         """Number of units that the loss is a sum over, such as supervised tokens."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Sum of their weights, by which the loss is divided: without weights, their number."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
@@ -58,16 +63,19 @@ class RowSums(NamedTuple):
     """The sums of each row of a batch; every tensor is (B,), fp64, in host memory.
 
     Attributes:
-        weight: number of units that the sums of a row are over, such as supervised tokens.
-        loss: the loss of a row, summed.
-        metrics: the metrics of a row, summed, by the names of `Task.metrics`.
+        weight: the weights of a row's units, such as supervised tokens, summed: their number, where
+            all count alike.
+        loss: the loss of a row, summed by these weights.
+        metrics: the metrics of a row, summed by these weights, by the names of `Task.metrics`.
         outputs: a tensor for each row, what `Objective.figures` works on; None if it needs nothing.
+        units: number of a row's units; None if it is `weight`.
     """
 
     weight: Tensor
     loss: Tensor
     metrics: Mapping[str, Tensor]
     outputs: Sequence[Tensor] | None = None
+    units: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -90,7 +98,7 @@ class Objective(Protocol):
         Args:
             rows: B.
             tokens: tokens of each row.
-            weight: weight of the batch; None: the most that a batch of this size can have.
+            weight: units of the batch; None: the most that a batch of this size can have.
             answer_tokens: tokens of each target, where `tokens` are those of a source; None: as
                 many. Of no meaning where rows have no sources.
         """

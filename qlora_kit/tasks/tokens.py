@@ -37,26 +37,31 @@ class Supervised(NamedTuple):
     Attributes:
         hidden: the hidden states that predict them, (N, D).
         targets: their ids, (N,), int64.
+        weights: factor of the loss of each, (N,), fp32; None where all have 1.
     """
 
     hidden: Tensor
     targets: Tensor
+    weights: Tensor | None = None
 
 
 def loss_of(
     tokens: Supervised, head: Head, loss: ChunkLoss | None, chunk_tokens: int = CHUNK_TOKENS
 ) -> Tensor:
-    """Return the loss summed over tokens, a scalar.
+    """Return the loss summed over tokens by their weights, a scalar.
 
     Args:
         tokens: the supervised tokens of a batch.
         head: formula of the model's logits.
-        loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
+        loss: a custom loss of a chunk of logits and targets; cross-entropy if None. It sums over a
+            chunk by itself, so it cannot be weighted.
         chunk_tokens: tokens whose logits exist at one time.
     """
+    hidden, targets, weights = tokens
     if loss is None:
-        return cross_entropy_sum(*tokens, head, chunk_tokens)
-    return chunked_loss_sum(*tokens, head, loss, chunk_tokens)
+        return cross_entropy_sum(hidden, targets, head, chunk_tokens, weights)
+    assert weights is None, "refused before the first step"
+    return chunked_loss_sum(hidden, targets, head, loss, chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class TokenObjective:
         chunk_tokens: tokens whose logits exist at one time.
         loss: a custom loss of a chunk of logits and targets; cross-entropy if None.
         packs: whether the samples of a batch lie end to end in one row.
+        is_weighted: whether tokens of a stand-in have weights.
     """
 
     base: Base
@@ -76,6 +82,7 @@ class TokenObjective:
     chunk_tokens: int = CHUNK_TOKENS
     loss: ChunkLoss | None = None
     packs: bool = False
+    is_weighted: bool = False
 
     @cached_property
     def head(self) -> Head:
@@ -86,16 +93,22 @@ class TokenObjective:
         """Return the number of the row of each supervised token, (N,), in host memory."""
         raise NotImplementedError
 
+    def stand_in_weights(self, tokens: int) -> Tensor | None:
+        """Return weights of the tokens of a stand-in; None where they have none."""
+        return torch.ones(tokens, device="cpu") if self.is_weighted else None
+
     def row_sums(self, batch: Any, measured: TokenScores) -> RowSums:
         """See `Objective`."""
         row_of = self.rows_of(batch)
+        weights = torch.ones(len(row_of)) if batch.weights is None else batch.weights.cpu()
+        weights = weights.double()
 
         def summed(values: Tensor) -> Tensor:
             return torch.bincount(row_of, values.double().cpu(), minlength=len(batch.rows))
 
-        weight = summed(torch.ones(len(row_of)))
-        correct = {"token_accuracy": summed(measured.is_top)}
-        return RowSums(weight, -summed(measured.logprobs), correct)
+        correct = {"token_accuracy": summed(measured.is_top.cpu() * weights)}
+        loss = -summed(measured.logprobs.cpu() * weights)
+        return RowSums(summed(weights), loss, correct, units=summed(torch.ones(len(row_of))))
 
     def figures(self, outputs: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]) -> Figures:
         """See `Objective`: all that is measured are sums, and no outputs are kept."""
@@ -107,6 +120,14 @@ def packing(objective: Objective) -> Objective:
     assert isinstance(objective, TokenObjective), "its task says that it packs"
     packs: Objective = replace(objective, packs=True)  # type: ignore[assignment]
     return packs
+
+
+def weighted(objective: Objective) -> Objective:
+    """Return the objective of rows whose tokens have weights: its stand-ins have them too."""
+    if not isinstance(objective, TokenObjective):
+        return objective
+    weighs: Objective = replace(objective, is_weighted=True)  # type: ignore[assignment]
+    return weighs
 
 
 def perplexity(loss: float) -> dict[str, tuple[float, str]]:

@@ -1,10 +1,10 @@
 """The training loop: epochs of windows, one optimiser step each; evaluations and checkpoints.
 
 Takes an adapter and token rows; trains the adapter in place and returns a `TrainResult`. The loss
-of a window is summed over its supervised tokens and divided once by their number, so the gradient
-does not depend on how the window is cut into micro-batches. However the loop ends (a signal, no
-memory, numbers that are not finite), the trained weights are saved first. The one exception are
-weights of which a part was changed when memory ran out.
+of a window is summed over its supervised tokens and divided once by their number, or by the sum of
+their weights, so the gradient does not depend on how the window is cut into micro-batches. However
+the loop ends (a signal, no memory, numbers that are not finite), the trained weights are saved
+first. The one exception are weights of which a part was changed when memory ran out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, Row, TokenRows, epoch_batches, plan_windows
-from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
+from qlora_kit.errors import ConfigError, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
     CheckpointSaved,
@@ -161,7 +161,8 @@ def train_adapter(
         evaluate: returns the validation loss, or a mapping with "loss" and metrics of your own, see
             `config.best_metric`; called while training, with the adapter in place.
         loss: custom loss, returning a sum: of a chunk of logits and targets, or, where the task
-            classifies, of the logits of rows and their targets. The task's own if None.
+            classifies, of the logits of rows and their targets. The task's own if None. Rows whose
+            tokens have weights are refused with it: it would not see them.
         stop_when: hears every finished step and evaluation; the run ends after one for which it
             returns True.
         saving: the place of the checkpoints; without it nothing is written.
@@ -171,6 +172,7 @@ def train_adapter(
         announce: receives the events of the run.
 
     Raises:
+        ConfigError: the rows have weights and the loss is your own; or they cannot be packed.
         NumericsError: three steps in a row, or the validation loss, are not finite; the
             weights are those of the last sound step.
         LearningError: a part of the adapter gets no gradient, or does not move.
@@ -250,6 +252,11 @@ class _Training:
     def _objective(self) -> Objective:
         """Return the objective of the run, which packs its batches where the run does."""
         config = self.config
+        if self.loss is not None and self.rows.is_weighted:
+            raise ConfigError(
+                "loss: the rows have weights, and a loss of your own sums over tokens without "
+                'them; expected rows that count alike; leave "loss_weights" out, or the loss'
+            )
         objective = self.task.objective(
             self.adapter.base, self.pad_token_id, config.loss_chunk_tokens, self.loss
         )
@@ -372,7 +379,8 @@ class _Training:
                 loss=taken.loss,
                 learning_rate=rate,
                 grad_norm=taken.grad_norm,
-                weight=taken.weight,
+                weight=taken.units,
+                loss_weight=None if taken.weight == taken.units else taken.weight,
                 weighs=self.task.weighs,
                 tokens=taken.tokens,
                 step_seconds=seconds,

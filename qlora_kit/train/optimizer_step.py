@@ -44,7 +44,8 @@ class Taken:
     Attributes:
         loss: mean over the window's weight, such as nats per supervised token.
         grad_norm: norm of the gradient before clipping.
-        weight: number of units in the window that the loss is a mean over.
+        weight: sum of the weights of the units in the window, which the loss is divided by.
+        units: number of these units, such as supervised tokens; `weight`, where all count alike.
         tokens: tokens in the window, without padding.
         suspect_rows: empty, unless the step was skipped. Then the rows of the micro-batches whose
             loss is not finite; or all rows, if only the gradient is not finite.
@@ -53,7 +54,8 @@ class Taken:
 
     loss: float
     grad_norm: float
-    weight: int
+    weight: float
+    units: int
     tokens: int
     suspect_rows: Indices = ()
     overflowed: bool = False
@@ -65,13 +67,13 @@ class _Gradients(NamedTuple):
     Attributes:
         losses: summed loss of each micro-batch.
         batches: the micro-batches.
-        weight: number of units that the loss is a mean over, in all processes.
+        weight: sum of the weights of the units that the loss is a mean over, in all processes.
         norm: norm of the gradient before clipping.
     """
 
     losses: list[float]
     batches: list[Batch]
-    weight: int
+    weight: float
     norm: float
 
 
@@ -153,6 +155,7 @@ class OptimizerStep:
             loss=math.fsum(losses) / found.weight,
             grad_norm=norm,
             weight=found.weight,
+            units=sum(batch.units for batch in batches),
             tokens=sum(batch.tokens for batch in batches),
             suspect_rows=suspect,
             overflowed=overflowed,

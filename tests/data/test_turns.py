@@ -238,9 +238,9 @@ def test_everything_and_a_mark_contradict_each_other(tmp_path: Path) -> None:
     ("turn", "fault"),
     [
         (
-            {"role": "assistant", "content": "x", "weight": 0.5},
-            'turn 3 has 0.5 for "weight"; expected 0 or 1, false or true: a turn is learnt or it '
-            "is not; correct it",
+            {"role": "assistant", "content": "x", "weight": -0.5},
+            'turn 3 has -0.5 for "weight"; expected 0, or a number from 1e-9 to 1e9, by which the '
+            "loss of its tokens is multiplied; correct it",
         ),
         (
             {"role": "assistant", "content": "x", "train": "no"},

@@ -27,7 +27,7 @@ def test_the_examples_give_what_they_say(tmp_path: Path, monkeypatch: pytest.Mon
         for title in SECTIONS
         for block in re.findall(r"```python\n(.*?)```", _section(title), re.DOTALL)
     ]
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, "data.md", None, 0)
     told: list[str] = []
     failed, tried = doctest.DocTestRunner().run(example, out=told.append)

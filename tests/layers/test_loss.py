@@ -108,6 +108,46 @@ def test_cross_entropy_equals_torch(formula: str, chunk: int) -> None:
     assert relative_error(grad, wanted) <= 2e-6
 
 
+def weighted_loss(targets: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a loss of full logits, in their dtype: torch's own of each token, times its weight."""
+
+    def loss(logits: Tensor) -> Tensor:
+        return (F.cross_entropy(logits, targets, reduction="none") * weights.to(logits.dtype)).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_weighted_cross_entropy_equals_torch(formula: str, chunk: int) -> None:
+    head = make_head(**FORMULAS[formula])
+    hidden, targets = tokens()
+    weights = random(N, seed=5).abs()
+    weights[::4] = 1.0
+    weights[::7] = 3.0
+    found = cross_entropy_sum(hidden, targets, head, chunk, weights)
+    (grad,) = torch.autograd.grad(found / 3, hidden)
+    value, wanted = exact(hidden, head, weighted_loss(targets, weights))
+    assert relative_error(found, value) <= 1e-6
+    assert relative_error(grad, wanted / 3) <= 2e-6
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_any_size_keep_the_gradient_within_16_bits(
+    dtype: torch.dtype, size: float
+) -> None:
+    """Divided by the sum of weights, the gradient is the same however large they all are."""
+    head = make_head(dtype=dtype)
+    hidden, targets = tokens(dtype)
+    weights = size * (1 + random(N, seed=5).abs())
+    found = cross_entropy_sum(hidden, targets, head, 7, weights)
+    (grad,) = torch.autograd.grad(found / float(weights.sum()), hidden)
+    mean = weighted_loss(targets, weights.double() / weights.double().sum())
+    _, wanted = exact(hidden, head, mean)
+    assert relative_error(grad, wanted) <= 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("formula", ["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cross_entropy_in_16_bits_is_as_exact_as_its_dtype(

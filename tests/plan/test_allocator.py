@@ -46,6 +46,7 @@ class Case:
     layers: int = 2
     dtype: str = "float32"
     double_quant: bool = True
+    is_weighted: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -101,7 +102,8 @@ class Case:
         return choose_hardware("cpu", self.dtype)
 
     def subject(self, hardware: Hardware, supervised: tuple[int, ...] | None = None) -> Subject:
-        return Subject(self.spec, self.lora, hardware, RowSizes(self.tokens, supervised))
+        sizes = RowSizes(self.tokens, supervised, is_weighted=self.is_weighted)
+        return Subject(self.spec, self.lora, hardware, sizes)
 
 
 # ---------------------------------------------------------------- the allocator's own record
@@ -127,7 +129,9 @@ def measured(case: Case) -> dict[str, int]:
         most = head.linear.out_features
         ids = [torch.randint(0, most, (length,)).tolist() for length in case.lengths(rows)]
         lay = collate_packed if config.packing and base.model.training else collate
-        return lay([{"input_ids": i, "labels": i, "row": 0} for i in ids], 0)
+        rows = [{"input_ids": i, "labels": i, "row": 0} for i in ids]
+        weights = [{"loss_weights": [0.5] * len(i)} if case.is_weighted else {} for i in ids]
+        return lay([row | more for row, more in zip(rows, weights, strict=True)], 0)
 
     def step() -> None:
         batch = batch_of(config.batch_size)
@@ -185,6 +189,7 @@ QUICK = (
     Case("llama-3.1-8b", 4, 192, rows=3, shorter=30),
     Case("gemma-2-9b", 4, 96, rows=2, shorter=30, recompute=False),  # scores of T × T
     Case("llama-3.1-8b", 4, 128, rows=4, accumulation=2, options={"packing": True}),
+    Case("tinyllama", 4, 256, rows=2, is_weighted=True, options={"loss_chunk_tokens": 256}),
 )  # fmt: skip
 
 # The grid: the options that most users change, in combination.

@@ -20,8 +20,13 @@ from tiny_models import fill_lora
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import qlora_kit as qk
-from qlora_kit.data.batch import TokenRows, TokenTable, widest_batch
-from qlora_kit.errors import ModelError
+from qlora_kit.config import TokenOptions
+from qlora_kit.data.batch import LOSS_WEIGHTS, TokenRows, TokenTable, widest_batch
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.shapes import Conversation, Message, Shape
+from qlora_kit.data.source_rows import SourceRows
+from qlora_kit.data.tokens import tokenize
+from qlora_kit.errors import DataError, ModelError
 from qlora_kit.export.rows import built_in_rows, some_rows
 from qlora_kit.export.verify import verify_merge
 from qlora_kit.infer.generate import generate_all
@@ -185,6 +190,57 @@ def test_loss_and_gradients_are_those_of_a_plain_twin(
         assert wide.norm() > 1e-6, path
         assert relative_error(layer.lora_A.grad, layer.lora_B.T @ wide) <= 1e-4, path
         assert relative_error(layer.lora_B.grad, wide @ layer.lora_A.T) <= 1e-4, path
+
+
+def test_tokens_of_targets_have_their_own_weights(folder_of: Callable[[str], Path]) -> None:
+    adapter = t5_adapter(folder_of("t5"), 16)
+    fill_lora(adapter, std=0.05)
+    objective, twin = objective_of(adapter), twin_of(adapter, merged=True)
+    generator = torch.Generator().manual_seed(5)
+    rows = [
+        {**row, LOSS_WEIGHTS: torch.rand(len(row["input_ids"]), generator=generator).tolist()}
+        for row in ROWS
+    ]
+    rows[1][LOSS_WEIGHTS] = None
+    batch = objective.batch(rows)
+    weights = [
+        1.0 if row[LOSS_WEIGHTS] is None else row[LOSS_WEIGHTS][at]
+        for row in rows
+        for at, label in enumerate(row["labels"])
+        if label != -100
+    ]
+    assert batch.weight == pytest.approx(sum(weights))
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            their_logits(twin, batch), batch.targets, reduction="none"
+        )
+    expected = float((losses * torch.tensor(weights)).sum())
+    assert objective.loss_sum(batch).item() == pytest.approx(expected, rel=1e-5)
+    sums = objective.row_sums(batch, objective.measured(batch))
+    assert float(sums.loss.sum() / sums.weight.sum()) == pytest.approx(expected / batch.weight)
+
+
+def test_a_target_has_the_weight_of_its_record_and_its_turn() -> None:
+    tokenizer = t5_tokenizer("a b c")
+    marks = ({"loss_weight": 0.5}, {"loss_weight": 2.0}, {"is_learnt": False}, {})
+    items = [
+        Conversation((Message("user", "a"), Message("assistant", "b c", **each)), f"x:{n}", (),
+                     loss_weight=0.5)
+        for n, each in enumerate(marks)
+    ]  # fmt: skip
+    samples = Samples(items, Shape.CHAT, "data.jsonl")
+    made = tokenize(samples, tokenizer, TokenOptions(), makes=SourceRows, cache=False)
+    found = {row["row"]: row[LOSS_WEIGHTS] for row in made.rows}
+    source = made.rows[0]["labels"].count(-100)
+    target = len(made.rows[0]["labels"]) - source
+    assert found == {
+        0: [0.0] * source + [0.25] * target,
+        1: None,
+        3: [0.0] * source + [0.5] * target,
+    }
+    nothing = Samples(items[2:3], Shape.CHAT, "data.jsonl")
+    with pytest.raises(DataError, match="all have the weight 0"):
+        tokenize(nothing, tokenizer, TokenOptions(), makes=SourceRows, cache=False)
 
 
 def test_rows_alone_and_together_have_the_same_sums(folder_of: Callable[[str], Path]) -> None:

@@ -49,16 +49,18 @@ def states(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return random(N, D, seed=4).to(dtype).requires_grad_(), targets
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cross_entropy(dtype: torch.dtype, scale: float, sliced: bool) -> None:
+def test_cross_entropy(dtype: torch.dtype, scale: float, sliced: bool, is_weighted: bool) -> None:
     head = make_head(dtype, scale, sliced)
     hidden, targets = states(dtype)
+    weights = random(N, seed=6).abs() if is_weighted else None
     found = []
     for names in ([], ["loss"]):
         kernels.use(names)
-        total = cross_entropy_sum(hidden, targets, head, 8)
+        total = cross_entropy_sum(hidden, targets, head, 8, weights)
         found.append((total, *torch.autograd.grad(total / 7, hidden)))
     eps = torch.finfo(dtype).eps
     (plain, plain_grad), (fused, fused_grad) = found
