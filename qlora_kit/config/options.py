@@ -356,7 +356,7 @@ class DataOptions(Options):
         decides="data", known_by_result=True, leads=True, repeats=True,
     )  # fmt: skip
     data_weights: NumberList = option(
-        (), "shares of several sources among the rows of each optimiser step, such as 3,1; default: "
+        (), "shares of several sources in the rows of each optimiser step, such as 3,1; default: "
         "every row of every source once an epoch",
         decides="data", known_by_result=True,
     )  # fmt: skip

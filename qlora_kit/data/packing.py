@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Indices, TokenRows, epoch_batches, plan_windows
+from qlora_kit.data.batch import Indices, TokenRows
+from qlora_kit.data.mixing import epoch_windows
 
 # The first steps of a run show well enough how full its micro-batches are.
 _STEPS_LOOKED_AT = 50
@@ -80,10 +81,7 @@ class Fill:
         """
         lengths = rows.lengths()
         capacity = config.batch_size * max(lengths)
-        batches = epoch_batches(
-            rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
-        )
-        windows = plan_windows(batches, config.gradient_accumulation_steps)[:_STEPS_LOOKED_AT]
+        windows = epoch_windows(rows, config, 0)[:_STEPS_LOOKED_AT]
         micro_batches = sum(len(packed(window, lengths, capacity)) for window in windows)
         tokens = sum(lengths[row] for window in windows for indices in window for row in indices)
         return Fill(len(windows), sum(map(len, windows)), micro_batches, tokens, capacity)

@@ -83,6 +83,10 @@ class Samples:
     """number of records left out because of a fault"""
     class_names: tuple[str, ...] = ()
     """names of the classes that the labels are the numbers of, where the data set has them"""
+    parts: tuple[Samples, ...] = ()
+    """the samples of each source, where several are joined, see `data.sources`"""
+    chat_template: str | None = None
+    """the chat template of this source, where it has another than the run"""
 
     def first(self, count: int | None) -> Samples:
         """Return the first `count` samples; all of them if it is None."""

@@ -118,6 +118,8 @@ class Shape(StrEnum):
     CLASSIFY_PAIR = "classify-pair"
     CLASSIFY = "classify"
     TAG = "tag"
+    MIXED = "mixed"
+    """samples of several sources that have not the same shape; no record is of it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +152,11 @@ FIELDS: Mapping[Shape, Fields] = {
 """`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is read as a turn."""
 
 LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.TAG)
+_NOT_LEARNT_AS_TEXT = (*LABELLED, Shape.MIXED)
 SHAPES: Mapping[str, tuple[Shape, ...]] = {
-    "causal": tuple(shape for shape in Shape if shape not in LABELLED),
+    "causal": tuple(shape for shape in Shape if shape not in _NOT_LEARNT_AS_TEXT),
     "classify": (Shape.CLASSIFY_PAIR, Shape.CLASSIFY),
     "tag": (Shape.TAG,),
-    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *LABELLED)),
+    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *_NOT_LEARNT_AS_TEXT)),
 }
 """The shapes that a task knows, by its name. No shape is of two: a field means one thing to one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,10 +17,12 @@ import numpy
 
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.encode import IGNORED, Piece, pieces_of, prompt_ids
+from qlora_kit.data.joined_rows import renderer_of
 from qlora_kit.data.label_survey import LabelFigures, RepeatedTexts, label_figures, repeated_texts
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.row_arrays import Part, RowArrays, hash_of_ids
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
+from qlora_kit.data.source_figures import SourceFigures, source_figures
 from qlora_kit.data.template import Renderer, end_tokens
 from qlora_kit.data.tokens import Counts
 from qlora_kit.errors import DataError
@@ -132,6 +134,8 @@ class Survey:
     overlap: Repeats | RepeatedTexts | None
     """of the validation rows with the training rows"""
     shown: tuple[ShownRow, ...]
+    sources: tuple[SourceFigures, ...] = ()
+    """the figures of each source, where there are several"""
 
     @property
     def supervised_share(self) -> float:
@@ -140,16 +144,16 @@ class Survey:
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures, without any text of the data but the names of labels."""
-        of_others = ("labels",) if self.labels is None else ("ends", "prompts")
-        figures = {
-            name: value for name, value in asdict(self).items() if name not in ("shown", *of_others)
-        }
+        left_out = ("labels",) if self.labels is None else ("ends", "prompts")
+        left_out = ("shown", "sources", *left_out)
+        figures = {name: value for name, value in asdict(self).items() if name not in left_out}
+        sources = {"sources": [each.as_json() for each in self.sources]} if self.sources else {}
         counts = {
             "training": self.training.as_json(),
             "validation": self.validation.as_json() if self.validation else None,
         }
         share = {"supervised_share": round(self.supervised_share, 4)} if self.ends else {}
-        return {**figures, **counts, **share, "warnings": list(self.warnings())}
+        return {**figures, **counts, **share, **sources, "warnings": list(self.warnings())}
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each thing that looks wrong, though the data can be trained on."""
@@ -240,11 +244,20 @@ def survey(
         lengths=_lengths(lengths, options.max_length),
         longest=tuple(_longest(rows, counts, options.max_length)),
         ends=None if labels else _ends(rows, tokenizer),
-        prompts=None if labels or has_sources else _try_prompts(rows, tokenizer, options, seed),
+        prompts=(
+            None
+            if labels or has_sources
+            else _try_prompts(
+                rows, tokenizer, renderer_of(training.samples, tokenizer, options), seed
+            )
+        ),
         labels=label_figures(labels, rows, measured) if labels else None,
         repeats=repeats,
         overlap=overlap,
         shown=tuple(_rows_to_show(rows, tokenizer, labels, seed, shown_rows)),
+        sources=source_figures(
+            training.tokenized, None if validation is None else validation.tokenized
+        ),
     )
 
 
@@ -293,16 +306,17 @@ def _ends(rows: RowArrays, tokenizer: Any) -> Ends:
     return Ends(sum(tokens.values()), len(rows), tokens)
 
 
-def _try_prompts(rows: RowArrays, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
+def _try_prompts(
+    rows: RowArrays, tokenizer: Any, renderer: Callable[[int], Renderer], seed: int
+) -> PromptTest:
     """Encode prompts as generation does, and look for the rows that begin with them."""
-    renderer = Renderer(tokenizer, options.train_on)
     names = numpy.unique(rows.sample_of_row).tolist()
     picked = random.Random(f"prompts {seed}").sample(names, min(_SAMPLES_TRIED, len(names)))
     tried, places = 0, []
     with many_limits():
         for index in sorted(picked):
             made = [rows.ids[rows.span(row)].tolist() for row in rows.of_sample(index)]
-            for text in _prompts_of(rows.samples[index], renderer):
+            for text in _prompts_of(rows.samples[index], renderer(index)):
                 ids = prompt_ids(tokenizer, text)
                 if not any(len(row) > len(ids) for row in made):
                     continue  # the row was cut before the answer

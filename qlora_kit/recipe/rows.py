@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from qlora_kit.config import (
     TrainConfig,
 )
-from qlora_kit.data.samples import Samples, load_held_out, load_samples
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.sources import check_same_labels, load_training, load_validation
 from qlora_kit.errors import (
     ConfigError,
 )
@@ -19,7 +20,7 @@ from qlora_kit.events import (
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_searchable, check_task, classifies
 from qlora_kit.redact import redacted_values
-from qlora_kit.train.best import LOSS, check_measured
+from qlora_kit.train.best import LOSS, check_measured, loss_of_source
 
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
@@ -35,7 +36,7 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
         config: names the data.
         announce: receives notices about the data.
     """
-    samples = load_samples(config.data, "train", config, task=config.task)
+    samples = load_training(config)
     if config.data is None:
         announce(
             Notice(
@@ -43,11 +44,7 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
                 "amounts to be written in figures)"
             )
         )
-    validation = (
-        load_samples(config.validation, "validation", config, task=config.task)
-        if config.validation
-        else load_held_out(config.data, config, config.task)
-    )
+    validation = load_validation(config)
     for text in (*samples.notices, *(validation.notices if validation else ())):
         announce(Notice(text))
     return samples, validation
@@ -91,7 +88,8 @@ def token_rows(
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
-    check_measured(config.best_metric, opened.task.metrics)
+    of_sources = [loss_of_source(each.name) for each in held_out.sources] if held_out else []
+    check_measured(config.best_metric, (*opened.task.metrics, *of_sources))
     return opened, rows, held_out
 
 
@@ -114,6 +112,8 @@ def _notices_of_text(config: TrainConfig, why: str) -> Iterable[str]:
         if name in config.model_fields_set and not is_default:
             flag = name.replace("_", "-")
             yield f"--{flag} has no effect: {why}"
+    if any(source.chat_template is not None for source in config.sources):
+        yield f"the chat_template of a source has no effect: {why}"
 
 
 def tokenize_data(
@@ -131,23 +131,39 @@ def tokenize_data(
     Raises:
         ConfigError: every row would be held out.
     """
-    from qlora_kit.data.tokens import split_validation, tokenize
+    from qlora_kit.data.joined_rows import mixed
+    from qlora_kit.data.tokens import split_validation
 
-    tokenizer, makes = opened.tokenizer, opened.task.makes
-    rows = tokenize(samples, tokenizer, config, makes=makes)
-    announce(Notice(f"data: {rows.describe()}"))
+    rows = _tokenized("data", samples, opened, config, announce)
     if validation is not None:
-        held_out = tokenize(validation, tokenizer, config, makes=makes)
-        announce(Notice(f"validation: {held_out.describe()}"))
-        return rows, held_out
+        held_out = _tokenized("validation", validation, opened, config, announce)
+        return mixed(rows, config.source_weights), held_out
     kept, split = split_validation(rows, config.validation_fraction, config.seed)
-    if not len(kept.rows):
+    if not all(len(part.rows) for part in (kept.sources or [kept])):
         raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
     if split is not None:
         announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
         for text in _held_out_labels(rows, kept):
             announce(Notice(text))
-    return kept, split
+    return mixed(kept, config.source_weights), split
+
+
+def _tokenized(
+    what: str, samples: Samples, opened: Opened, config: TrainConfig, announce: Announce
+) -> Tokenized:
+    """Tokenise the samples of one source or of several, and announce how many rows there are."""
+    from qlora_kit.data.joined_rows import join, tokenize_sources
+    from qlora_kit.data.tokens import tokenize
+
+    tokenizer, makes = opened.tokenizer, opened.task.makes
+    if not samples.parts:
+        rows = tokenize(samples, tokenizer, config, makes=makes)
+        announce(Notice(f"{what}: {rows.describe()}"))
+        return rows
+    parts = tokenize_sources(samples, tokenizer, config, makes)
+    for part, made in zip(samples.parts, parts, strict=True):
+        announce(Notice(f"{what}: {part.source}: {made.describe()}"))
+    return join(samples, parts)
 
 
 def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels:
@@ -161,6 +177,8 @@ def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels
     )
 
     labels = labels_of(samples, config)
+    if not config.labels and labels.kind != "regression":
+        check_same_labels(labels, samples)
     announce(Notice(f"labels: {labels.describe()}"))
     if labels.kind == "tags":
         announce(Notice(f"tags: {tags_in_words(labels, samples)}"))

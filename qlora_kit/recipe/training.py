@@ -57,7 +57,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         subject = Subject(spec, lora, hardware, sizes, opened.task)
         if config.packing:
             check_packing(opened.task, spec.skeleton(), max(rows.rows.lengths()))
-        config, plan = planned(config, subject, len(rows.rows), output, announce)
+        config, plan = planned(config, subject, rows.rows.rows_an_epoch, output, announce)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
         kernels = choose_kernels(base.model, config, hardware)
