@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from itertools import accumulate
+from operator import eq
 from typing import Any
 
 import datasets
@@ -64,8 +64,7 @@ def join(samples: Samples, parts: Sequence[Tokenized]) -> Tokenized:
         parts: the token rows of each source, see `tokenize_sources`.
     """
     tables = [
-        _numbered_from(first, part.rows)
-        for first, part in zip(_starts(samples), parts, strict=True)
+        _numbered_from(first, part.rows) for first, part in zip(samples.starts, parts, strict=True)
     ]
     ends = [*accumulate((len(part.rows) for part in parts), initial=0)]
     names = source_names(samples.parts)
@@ -77,16 +76,15 @@ def join(samples: Samples, parts: Sequence[Tokenized]) -> Tokenized:
         TokenTable(datasets.concatenate_datasets(tables)),
         _sum_of_counts(samples, [part.counts for part in parts]),
         _hash_of([part.fingerprint for part in parts]),
-        {**parts[0].origin, "data": _content_of(samples, parts), "template": _template_of(parts)},
+        {
+            **parts[0].origin,
+            "data": _content_of(samples, parts),
+            "template": _template_of(samples, parts),
+        },
         dropped=dict(_dropped(samples, parts)),
         labels=parts[0].labels,
         sources=sources,
     )
-
-
-def _starts(samples: Samples) -> list[int]:
-    """Return the index of the first sample of each source among all samples."""
-    return [*accumulate((len(part.items) for part in samples.parts), initial=0)][:-1]
 
 
 def _numbered_from(first: int, rows: TokenTable) -> datasets.Dataset:
@@ -114,9 +112,11 @@ def _content_of(samples: Samples, parts: Sequence[Tokenized]) -> str:
     )
 
 
-def _template_of(parts: Sequence[Tokenized]) -> str | None:
+def _template_of(samples: Samples, parts: Sequence[Tokenized]) -> str | None:
     """Return the hash of the run's chat template, if it rendered any row."""
-    return next((part.template_hash for part in parts if part.template_hash), None)
+    pairs = zip(samples.parts, parts, strict=True)
+    hashes = (rows.template_hash for part, rows in pairs if part.chat_template is None)
+    return next(filter(None, hashes), None)
 
 
 def _hash_of(values: Sequence[Any]) -> str:
@@ -124,7 +124,7 @@ def _hash_of(values: Sequence[Any]) -> str:
 
 
 def _dropped(samples: Samples, parts: Sequence[Tokenized]) -> Iterator[tuple[int, int]]:
-    for first, part in zip(_starts(samples), parts, strict=True):
+    for first, part in zip(samples.starts, parts, strict=True):
         yield from ((first + index, tokens) for index, tokens in part.dropped.items())
 
 
@@ -144,11 +144,12 @@ def mixed(tokenized: Tokenized, weights: Sequence[float]) -> Tokenized:
     mixture = Mixture(sizes, tuple(weights))
     counts = mixture.rows_of_sources
     if not all(counts):
-        none, short = (tokenized.sources[counts.index(pick(counts))] for pick in (min, max))
+        of = [each.source for each in tokenized.sources]
+        short, none = of[[*map(eq, counts, sizes)].index(True)], of[counts.index(0)]
         raise ConfigError(
-            f"--data-weights: an epoch, which ends when {short.source} has been seen once, has "
-            f"{mixture.rows:,} rows and none of {none.source}; expected one at least of each "
-            f"source; raise the weight of {none.source}, or add rows to {short.source}"
+            f"--data-weights: an epoch, which ends when {short} has been seen once, has "
+            f"{mixture.rows:,} rows and none of {none}; expected one at least of each source; "
+            f"raise the weight of {none}, or add rows to {short}"
         )
     return replace(tokenized, rows=TokenTable(tokenized.rows.table, mixture))
 
@@ -170,5 +171,4 @@ def renderer_of(
         else Renderer(deepcopy(tokenizer), options.train_on, part.chat_template)
         for part in samples.parts
     ]
-    starts = _starts(samples)
-    return lambda index: renderers[bisect_right(starts, index) - 1] if renderers else of_run
+    return lambda index: renderers[samples.part_of(index)] if renderers else of_run

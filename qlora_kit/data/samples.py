@@ -11,9 +11,11 @@ import hashlib
 import logging
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +89,15 @@ class Samples:
     """the samples of each source, where several are joined, see `data.sources`"""
     chat_template: str | None = None
     """the chat template of this source, where it has another than the run"""
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The index of the first sample of each part."""
+        return (0, *accumulate(len(part.items) for part in self.parts))[:-1]
+
+    def part_of(self, index: int) -> int:
+        """Return the number of the part that a sample is of; 0 where there are none."""
+        return max(0, bisect_right(self.starts, index) - 1)
 
     def first(self, count: int | None) -> Samples:
         """Return the first `count` samples; all of them if it is None."""

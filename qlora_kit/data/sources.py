@@ -190,9 +190,10 @@ def check_same_labels(labels: Labels, samples: Samples) -> None:
     Raises:
         DataError: a source has not a label that another has.
     """
-    for part in samples.parts:
-        counts = zip(labels.names, class_counts(labels, part), strict=True)
-        missing = [name for name, count in counts if not count]
+    found = [_labels_in(part, labels) for part in samples.parts]
+    known = set().union(*found)
+    for part, own in zip(samples.parts, found, strict=True):
+        missing = [name for name in labels.names if name in known - own]
         if missing:
             shown = [name for name in missing if is_shown(name)][:_MOST_NAMED]
             more = len(missing) - len(shown)
@@ -202,3 +203,8 @@ def check_same_labels(labels: Labels, samples: Samples) -> None:
                 "the same labels in every source; write them alike, or name all of them with "
                 "--labels where a source may lack some"
             )
+
+
+def _labels_in(part: Samples, labels: Labels) -> set[str]:
+    counts = class_counts(labels, part)
+    return {name for name, count in zip(labels.names, counts, strict=True) if count}

@@ -242,7 +242,7 @@ def survey(
         training=counts,
         validation=None if validation is None else validation.tokenized.counts,
         lengths=_lengths(lengths, options.max_length),
-        longest=tuple(_longest(rows, counts, options.max_length)),
+        longest=tuple(_longest(rows, options.max_length)),
         ends=None if labels else _ends(rows, tokenizer),
         prompts=(
             None
@@ -282,7 +282,7 @@ def _histogram(tokens: Sequence[int], max_length: int) -> Iterator[Bin]:
     return iter(bins[shortest:])
 
 
-def _longest(rows: RowArrays, counts: Counts, max_length: int) -> Iterator[LongRow]:
+def _longest(rows: RowArrays, max_length: int) -> Iterator[LongRow]:
     lengths = sorted(rows.sample_lengths(), key=lambda each: (-each[1], each[0]))
     for index, tokens in lengths[:_MOST_LISTED]:
         if index in rows.dropped:
@@ -290,7 +290,7 @@ def _longest(rows: RowArrays, counts: Counts, max_length: int) -> Iterator[LongR
         elif tokens <= max_length:
             outcome = "whole"
         else:
-            outcome = "truncated" if counts.rows_truncated else "split"
+            outcome = "truncated" if rows.counts_of(index).rows_truncated else "split"
         yield LongRow(rows.samples[index].place, tokens, outcome)
 
 

@@ -79,7 +79,7 @@ def token_rows(
         notices = _notices_of_text(config, "a labelled text is given to the model as it is")
     else:
         opened = open_tokenizer(config, announce, chat_template=config.chat_template)
-        notices = () if opened.task.has_sources else _template_notices(opened)
+        notices = () if opened.task.has_sources else _template_notices(opened, config)
     check_task(opened.task, config.task)
     opened.check_kind(config)
     check_searchable(opened.task, config)
@@ -93,9 +93,15 @@ def token_rows(
     return opened, rows, held_out
 
 
-def _template_notices(opened: Opened) -> Iterator[str]:
+def _template_notices(opened: Opened, config: TrainConfig) -> Iterator[str]:
     from qlora_kit.data.chat_template import spelled_out_end
 
+    for source in config.sources:
+        if source.chat_template is not None:
+            yield (
+                f"{source.path} has its own chat template, {source.chat_template}; the run's is "
+                "saved with the adapter, and `generate` and `evaluate` use that"
+            )
     if end := spelled_out_end(opened.tokenizer):
         yield (
             f"the chat template ends answers with {end!r}, which is no token of the "
