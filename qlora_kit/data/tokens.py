@@ -505,7 +505,8 @@ def _selected(tokenized: Tokenized, mask: Any, name: str) -> Tokenized:
     sources = []
     for each in tokenized.sources:
         span = range(ends[each.rows.start], ends[each.rows.stop])
-        counts = _counts_of(rows.select(span), each.counts)
+        none = replace(each.counts, rows_kept=0, tokens=0, weight=0)
+        counts = _counts_of(rows.select(span), each.counts) if span else none
         sources.append(replace(each, counts=counts, rows=span))
     return replace(
         tokenized,
