@@ -384,25 +384,6 @@ class DataOptions(Options):
                     )
         return data
 
-    @field_validator("data_weights")
-    @classmethod
-    def _a_weight_for_each_source(
-        cls, weights: tuple[float, ...], info: ValidationInfo
-    ) -> tuple[float, ...]:
-        if not weights or "data" not in info.data:
-            return weights
-        data = info.data["data"]
-        sources = len(data) if isinstance(data, tuple) else int(data is not None)
-        if sources < 2:
-            raise ValueError(
-                "expected several sources to weigh; give --data for each, or leave the weights out"
-            )
-        if len(weights) != sources:
-            raise ValueError(
-                f"expected {sources} numbers, one for each source of data; correct them"
-            )
-        return weights
-
     @property
     def sources(self) -> tuple[DataSource, ...]:
         """The sources of the data, in the order in which they are given; none: the sample data."""

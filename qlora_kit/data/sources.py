@@ -29,11 +29,12 @@ def load_training(config: TrainConfig) -> Samples:
     """Load the training samples of a run, those of several sources joined.
 
     Raises:
-        ConfigError: a source stands twice.
+        ConfigError: a source stands twice, or there is not a weight for each.
         DataError: a source is not usable, or the sources do not go together; faults of all of
             them are collected.
         HubError: see `load_samples`.
     """
+    _check_weights(config)
     if len(config.sources) < 2:
         return load_samples(_name(config), "train", _record_options(config), task=config.task)
     _check_apart(config.sources)
@@ -114,6 +115,28 @@ def _loaded(config: TrainConfig, split: Split) -> list[Samples]:
             found.append(replace(samples, chat_template=source.chat_template))
     faults.raise_if_any()
     return found
+
+
+def _check_weights(config: TrainConfig) -> None:
+    """Check that there is a weight for each of several sources, or none.
+
+    It is checked here because the sources may be those of the run that is resumed.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    weights, sources = config.data_weights, len(config.sources)
+    if not weights or (sources > 1 and len(weights) == sources):
+        return
+    found = f"--data-weights: found {','.join(f'{weight:g}' for weight in weights)}"
+    if sources < 2:
+        raise ConfigError(
+            f"{found}, and {sources or 'no'} source of data; expected several to weigh; give "
+            "--data for each, or leave the weights out"
+        )
+    raise ConfigError(
+        f"{found}; expected {sources} numbers, one for each source of data; correct them"
+    )
 
 
 def _check_apart(sources: Sequence[DataSource]) -> None:
