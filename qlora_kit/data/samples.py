@@ -42,7 +42,7 @@ from qlora_kit.data.read import (
     without_nulls,
 )
 from qlora_kit.data.recognise import check_columns, check_format, to_samples
-from qlora_kit.data.shapes import Message, Sample, Shape
+from qlora_kit.data.shapes import Message, Sample, ShapeOfAll
 from qlora_kit.errors import ConfigError, DataError, HubError
 from qlora_kit.storage.faults import reason
 
@@ -73,10 +73,10 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of one shape, in the order they were read."""
+    """Samples of one shape, in the order they were read; or those of several sources, joined."""
 
     items: Sequence[Sample]
-    shape: Shape
+    shape: ShapeOfAll
     source: str
     """the file or hub id that they came from; a phrase for the built-in samples"""
     notices: tuple[str, ...] = ()

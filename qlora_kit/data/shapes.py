@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -118,8 +118,10 @@ class Shape(StrEnum):
     CLASSIFY_PAIR = "classify-pair"
     CLASSIFY = "classify"
     TAG = "tag"
-    MIXED = "mixed"
-    """samples of several sources that have not the same shape; no record is of it"""
+
+
+ShapeOfAll = Shape | Literal["mixed"]
+"""The shape of all samples of a run: one, or "mixed" where its sources have not the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +154,10 @@ FIELDS: Mapping[Shape, Fields] = {
 """`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is read as a turn."""
 
 LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.TAG)
-_NOT_LEARNT_AS_TEXT = (*LABELLED, Shape.MIXED)
 SHAPES: Mapping[str, tuple[Shape, ...]] = {
-    "causal": tuple(shape for shape in Shape if shape not in _NOT_LEARNT_AS_TEXT),
+    "causal": tuple(shape for shape in Shape if shape not in LABELLED),
     "classify": (Shape.CLASSIFY_PAIR, Shape.CLASSIFY),
     "tag": (Shape.TAG,),
-    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *_NOT_LEARNT_AS_TEXT)),
+    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *LABELLED)),
 }
 """The shapes that a task knows, by its name. No shape is of two: a field means one thing to one."""

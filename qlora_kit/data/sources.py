@@ -18,7 +18,7 @@ from qlora_kit.config import DataSource, RecordOptions, TrainConfig
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels, class_counts, is_shown
 from qlora_kit.data.samples import Samples, Split, load_held_out, load_samples
-from qlora_kit.data.shapes import LABELLED, Shape
+from qlora_kit.data.shapes import LABELLED
 from qlora_kit.errors import ConfigError, DataError
 
 _MOST_NAMED = 3
@@ -169,7 +169,7 @@ def _joined(parts: Sequence[Samples]) -> Samples:
     names = [part.source for part in parts]
     return Samples(
         items=[*chain.from_iterable(part.items for part in parts)],
-        shape=parts[0].shape if len(shapes) == 1 else Shape.MIXED,
+        shape=parts[0].shape if len(shapes) == 1 else "mixed",
         source=", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} sources",
         notices=tuple(chain.from_iterable(part.notices for part in parts)),
         skipped=sum(part.skipped for part in parts),

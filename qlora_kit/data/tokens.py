@@ -31,7 +31,7 @@ from qlora_kit.data.encode import IGNORED, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import Shape
+from qlora_kit.data.shapes import Shape, ShapeOfAll
 from qlora_kit.data.tagged_rows import TAGS
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.errors import DataError, StorageError
@@ -56,7 +56,7 @@ class Counts:
     supervised tokens, its label, or the tags of its words.
     """
 
-    shape: Shape
+    shape: ShapeOfAll
     weighs: str
     """the name of what is weighed: supervised_tokens, labels or tags"""
     rows_read: int = 0

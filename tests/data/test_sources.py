@@ -60,7 +60,7 @@ def test_each_source_is_read_with_options_of_its_own(tmp_path: Path) -> None:
     samples = load_training(config)
     assert [part.shape for part in samples.parts] == [Shape.QA, Shape.QA, Shape.TEXT]
     assert [len(part.items) for part in samples.parts] == [1, 3, 2]
-    assert (samples.shape, samples.skipped, len(samples.items)) == (Shape.MIXED, 1, 6)
+    assert (samples.shape, samples.skipped, len(samples.items)) == ("mixed", 1, 6)
     assert [samples.part_of(index) for index in range(6)] == [0, 1, 1, 1, 2, 2]
     assert any("q" in text for text in samples.notices)
 
