@@ -21,7 +21,7 @@
     survey.py         the arrays     -> Survey of everything a model would learn
       label_survey.py                -> of its labels
 
-samples.py, sources.py and the modules under them import neither torch nor transformers, so wrong data is
-reported before either is loaded. shapes.py defines records and samples, fields.py checks the
-fields of a record.
+samples.py, sources.py and the modules under them import neither torch nor transformers, so wrong
+data is reported before either is loaded. shapes.py defines records and samples, fields.py checks
+the fields of a record.
 """
