@@ -81,8 +81,7 @@ def _flag_option(name: str, field: FieldInfo, extra: Mapping[str, Any]) -> click
         pairs = [f"{flag}/--no-{flag[2:]}" for flag in flags]
         return _Option([name, *pairs], default=None, help=text)
     settings: dict[str, Any] = {"default": None, "help": text, "metavar": _metavar(field)}
-    if name == "adapter":
-        settings["multiple"] = True
+    settings["multiple"] = extra["repeats"]
     if bare is not None:
         kind = "N" if isinstance(bare, int) else "PATH"
         settings |= {"is_flag": False, "flag_value": str(bare), "metavar": f"[{bare}|{kind}]"}
@@ -134,6 +133,8 @@ def configure(config_class: type[AnyConfig], given: Mapping[str, Any]) -> AnyCon
         ModelError: `--model` names nothing.
     """
     flags = {k: v for k, v in given.items() if k not in _COMMON and v not in (None, ())}
+    if isinstance(flags.get("data"), tuple):
+        flags["data"] = [*flags["data"]]
     if isinstance(flags.get("adapter"), tuple):
         flags |= _adapters(flags.pop("adapter"))
     layers = [Layer("", flags)]

@@ -13,6 +13,7 @@ from qlora_kit.config.options import (
     BudgetOptions,
     CheckConfig,
     DataOptions,
+    DataSource,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -44,8 +45,8 @@ from qlora_kit.config.values import parse_size
 
 __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
-    "CheckConfig", "DataOptions", "EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelKind",
-    "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
+    "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig", "ExportConfig", "GenerateConfig",
+    "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
     "PlanConfig", "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TaskOptions",
     "TemplateOption", "TokenOptions", "TrainConfig", "by_heading", "compared", "declared",
     "field_names", "parse_size", "read_config_file", "resolve", "that_decide",

@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_serializer,
 )
 
 from qlora_kit.config.decisions import ChangeGroup, Decision, declared
@@ -33,6 +34,7 @@ from qlora_kit.config.values import (
     parse_resume,
     parse_size,
     parse_size_or_auto,
+    parse_sources,
     parse_steps,
     parse_tracker,
     switch,
@@ -88,6 +90,7 @@ Columns = Annotated[dict[str, str], BeforeValidator(parse_names)]
 _Integer = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_number)]
 _Number = Annotated[float, Field(gt=0), BeforeValidator(parse_number)]
 IntegerByPattern = Annotated[dict[str, _Integer], BeforeValidator(parse_numbers)]
+NumberList = Annotated[tuple[_Number, ...], BeforeValidator(parse_list)]
 NumberByPattern = Annotated[dict[str, _Number], BeforeValidator(parse_numbers)]
 FolderByName = Annotated[dict[str, Path], BeforeValidator(parse_names)]
 ByteCount = Annotated[int, BeforeValidator(parse_size)]
@@ -113,6 +116,7 @@ def option(
     known_by_result: bool = False,
     leads: bool = False,
     bare: str | int | None = None,
+    repeats: bool = False,
     **bounds: Any,
 ) -> Any:
     """Declare one option.
@@ -126,12 +130,13 @@ def option(
             of the rows.
         leads: whether the option is one of the dozen that `--help` shows first.
         bare: the value where the option is named without one, or is true in a file.
+        repeats: whether its flag may be given more than once, each time with another value.
         bounds: bounds of the value, in pydantic's names.
     """
     decided = [decides] if isinstance(decides, str) else list(decides)
     extra: dict[str, Any] = {
         "also": list(also), "decides": decided, "known_by_result": known_by_result, "leads": leads,
-        "bare": bare,
+        "bare": bare, "repeats": repeats,
     }  # fmt: skip
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
@@ -223,7 +228,7 @@ class AdapterOption(Options):
 
     adapter: Path | None = option(
         None, "folder of a trained adapter; name=folder, more than once, puts several on one base",
-        also=["adapter_name_or_path", "lora_model_dir"],
+        also=["adapter_name_or_path", "lora_model_dir"], repeats=True,
     )  # fmt: skip
     adapters: FolderByName = option({}, "several adapters, as name=folder,name=folder")
     adapter_field: str = option(
@@ -265,26 +270,6 @@ class LoraOptions(Options):
     alpha_pattern: NumberByPattern = option(
         {}, "alpha by name, such as down_proj=16", decides="lora"
     )
-
-
-class DataOptions(Options):
-    """What is learnt."""
-
-    data: str | None = option(
-        None, "training file, folder or hub id; without it the built-in sample data",
-        also=["dataset", "train_file", "data_path"],
-        decides="data", known_by_result=True, leads=True,
-    )  # fmt: skip
-    validation: str | None = option(
-        None,
-        "validation file",
-        also=["validation_file", "eval_dataset"],
-        decides="data",
-        known_by_result=True,
-    )
-    validation_fraction: float = option(
-        0.05, "share of the data held out when no validation file is given and rows >= 200",
-        also=["val_size", "val_set_size"], ge=0, lt=1, decides="data")  # fmt: skip
 
 
 class TaskOptions(Options):
@@ -340,6 +325,78 @@ class TemplateOption(Options):
         also=["template", "chat_template_path", "chat_template_jinja"],
         decides="tokenizer",
     )  # fmt: skip
+
+
+class DataSource(RecordOptions, TemplateOption):
+    """A source of training data. What it leaves open is as the run has it for all sources."""
+
+    path: str = option(..., "file, folder or hub id")
+    weight: float | None = option(
+        None, "weight among the sources; 1, where only others have one", gt=0
+    )
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        """Write what was given and nothing else, so that what was left open stays open."""
+        given = [name for name in type(self).model_fields if name in self.model_fields_set]
+        others = {name: getattr(self, name) for name in given if name != "path"}
+        return {"path": self.path, **others} if others else self.path
+
+
+Data = Annotated[str | tuple[DataSource, ...] | None, BeforeValidator(parse_sources)]
+
+
+class DataOptions(Options):
+    """What is learnt."""
+
+    data: Data = option(
+        None, "training file, folder or hub id; more than once mixes several; without it the "
+        "built-in sample data",
+        also=["dataset", "train_file", "data_path"],
+        decides="data", known_by_result=True, leads=True, repeats=True,
+    )  # fmt: skip
+    data_weights: NumberList = option(
+        (), "shares of several sources in the rows of each optimiser step, such as 3,1; default: "
+        "every row of every source once an epoch",
+        decides="data", known_by_result=True,
+    )  # fmt: skip
+    validation: str | None = option(
+        None,
+        "validation file",
+        also=["validation_file", "eval_dataset"],
+        decides="data",
+        known_by_result=True,
+    )
+    validation_fraction: float = option(
+        0.05, "share of the data held out when no validation file is given and rows >= 200",
+        also=["val_size", "val_set_size"], ge=0, lt=1, decides="data")  # fmt: skip
+
+    @field_validator("data")
+    @classmethod
+    def _one_source_is_the_run(cls, data: Any) -> Any:
+        """One source has nothing to be weighed against, and its template is the run's."""
+        if isinstance(data, tuple) and len(data) == 1:
+            for name in ("weight", "chat_template"):
+                if getattr(data[0], name) is not None:
+                    raise ValueError(
+                        f"expected several sources where one has a {name} of its own; "
+                        + ("leave it out" if name == "weight" else f"write {name} beside data")
+                    )
+        return data
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The sources of the data, in the order in which they are given; none: the sample data."""
+        if self.data is None:
+            return ()
+        return (DataSource(path=self.data),) if isinstance(self.data, str) else self.data
+
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """The weight of each source; none where every row comes once an epoch."""
+        if self.data_weights or all(source.weight is None for source in self.sources):
+            return self.data_weights
+        return tuple(1.0 if each.weight is None else each.weight for each in self.sources)
 
 
 class TokenOptions(TemplateOption):

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_kit.config.decisions import declared
-from qlora_kit.config.options import Options
+from qlora_kit.config.options import DataSource, Options
 from qlora_kit.config.values import switch
 from qlora_kit.errors import ConfigError, raised_as, reason
 
@@ -117,7 +117,7 @@ def resolve(config_class: type[AnyConfig], layers: Sequence[Layer]) -> AnyConfig
     origins: dict[str, str] = {}
     for layer in layers:
         for name, (value, origin) in _canonical(config_class, layer, faults).items():
-            values[name], origins[name] = value, origin
+            values[name], origins[name] = _with_sources(name, value, origin, faults), origin
     try:
         config = config_class.model_validate(values)
     except ValidationError as error:
@@ -155,6 +155,32 @@ def _canonical(
             faults.append(f"{origin}: {name} is given twice; keep one of the two")
         found[name] = (value, origin)
     return found
+
+
+def _with_sources(name: str, value: Any, origin: str, faults: list[str]) -> Any:
+    """Resolve the sources of `data` that have options of their own; other values stay as they are.
+
+    Their keys are translated, and their faults told, as those of the run are.
+    """
+    items = [value] if isinstance(value, Mapping) else value
+    if name != "data" or not isinstance(items, list | tuple):
+        return value
+    return [
+        _source(item, f"{origin}: source {number}", faults) if isinstance(item, Mapping) else item
+        for number, item in enumerate(items, 1)
+    ]
+
+
+def _source(given: Mapping[str, Any], origin: str, faults: list[str]) -> Any:
+    if "path" not in given:
+        faults.append(f"{origin}: no path; expected the file, folder or hub id; give one")
+        return "unnamed"
+    values = {str(key).replace("-", "_"): value for key, value in given.items()}
+    try:
+        return resolve(DataSource, [Layer(origin, values)]).model_dump()
+    except ConfigError as error:
+        faults.extend(error.faults)
+        return str(given["path"])
 
 
 def field_names(config_class: type[Options]) -> dict[str, str]:

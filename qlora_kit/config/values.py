@@ -10,9 +10,11 @@ import datetime
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 _YES = ("true", "yes", "on")
 _NO = ("false", "no", "off")
@@ -170,6 +172,22 @@ def _parse_pairs(value: Any, form: str, expected: str) -> Any:
     if len(found) < len(pairs):
         raise ValueError("expected each name once")
     return found
+
+
+def parse_sources(value: Any) -> Any:
+    """Return several sources of data as mappings, and one source without options as its name.
+
+    Raises:
+        ValueError: the list is empty, or a part of it is neither a name nor a mapping.
+    """
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, list | tuple):
+        return value
+    if not items or not all(isinstance(item, str | Mapping | BaseModel) for item in items):
+        raise ValueError("expected a file, folder or hub id, or a list of these")
+    sources = [{"path": item} if isinstance(item, str) else item for item in items]
+    only = sources[0] if len(sources) == 1 and isinstance(sources[0], Mapping) else {}
+    return only["path"] if [*only] == ["path"] else sources
 
 
 # ---------------------------------------------------------------- numbers and sizes

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
+    from qlora_kit.data.mixing import Mixture
+
 # Rows are sorted by length within windows of this many batches: padding shrinks, and the order
 # stays random.
 _SORTED_BATCHES = 50
@@ -39,10 +41,12 @@ class TokenRows:
         rows: each has `input_ids`, `labels` (the id at the same position, or -100; of a row that
             is classified, see `Labels.target`) and `row`, the index of its source sample. It may
             have `loss_weights`, the factor of each token's loss, or None where all have 1.
+        mixture: how the rows of several sources make up an epoch; None: every row comes once.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], mixture: Mixture | None = None) -> None:
         self._rows = rows
+        self.mixture = mixture
 
     @staticmethod
     def of(rows: TokenRows | Sequence[Row]) -> TokenRows:
@@ -64,6 +68,11 @@ class TokenRows:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
+
+    @property
+    def rows_an_epoch(self) -> int:
+        """Number of rows that an epoch has."""
+        return len(self) if self.mixture is None else self.mixture.rows
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
@@ -90,10 +99,11 @@ class TokenTable(TokenRows):
     Args:
         table: has one more column, `uncut_tokens`: the tokens of the row before `max_length` cut
             it.
+        mixture: see `TokenRows`.
     """
 
-    def __init__(self, table: datasets.Dataset) -> None:
-        super().__init__(table)
+    def __init__(self, table: datasets.Dataset, mixture: Mixture | None = None) -> None:
+        super().__init__(table, mixture)
         self.table = table
 
     def __getitem__(self, index: int | str) -> Any:

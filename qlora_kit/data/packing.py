@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Indices, TokenRows, epoch_batches, plan_windows
+from qlora_kit.data.batch import Indices, TokenRows
+from qlora_kit.data.mixing import epoch_windows
 from qlora_kit.data.samples import Samples
 
 # The first steps of a run show well enough how full its micro-batches are.
@@ -81,7 +82,7 @@ class Fill:
         """
         lengths = rows.lengths()
         capacity = config.batch_size * max(lengths)
-        windows = _windows(config, rows)[:_STEPS_LOOKED_AT]
+        windows = epoch_windows(rows, config, 0)[:_STEPS_LOOKED_AT]
         micro_batches = sum(len(packed(window, lengths, capacity)) for window in windows)
         tokens = sum(lengths[row] for window in windows for indices in window for row in indices)
         return Fill(len(windows), sum(map(len, windows)), micro_batches, tokens, capacity)
@@ -131,17 +132,9 @@ class PackedStep:
         """
         lengths = rows.lengths()
         capacity = config.batch_size * max(lengths)
-        micro_batches = packed(_windows(config, rows)[0], lengths, capacity)
+        micro_batches = packed(epoch_windows(rows, config, 0)[0], lengths, capacity)
 
         def sample(row: int) -> PackedSample:
             return PackedSample(samples.items[rows[row]["row"]].place, lengths[row])
 
         return PackedStep(tuple(tuple(map(sample, each)) for each in micro_batches), capacity)
-
-
-def _windows(config: TrainConfig, rows: TokenRows) -> list[tuple[Indices, ...]]:
-    """Return the micro-batches of each optimiser step of the first epoch, not packed yet."""
-    batches = epoch_batches(
-        rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
-    )
-    return plan_windows(batches, config.gradient_accumulation_steps)

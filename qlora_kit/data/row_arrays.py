@@ -15,7 +15,7 @@ import xxhash
 
 from qlora_kit.data.batch import LOSS_WEIGHTS, first_tokens
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.tokens import Tokenized
+from qlora_kit.data.tokens import Counts, Tokenized
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class RowArrays:
         self.uncut_tokens = rows.column("uncut_tokens").to_numpy()
         self.sample_of_row = rows.column("row").to_numpy()
         self.samples = part.samples.items
+        self._part = part
         self.dropped = part.tokenized.dropped
         self._rows = rows
 
@@ -80,6 +81,13 @@ class RowArrays:
         index = int(self.sample_of_row[row])
         several = len(self.of_sample(index)) > 1
         return self.samples[index].place + (f" (token row {row + 1:,})" if several else "")
+
+    def counts_of(self, sample: int) -> Counts:
+        """Return the counts of the source that a sample is of."""
+        made = self._part.tokenized
+        return (
+            made.sources[self._part.samples.part_of(sample)].counts if made.sources else made.counts
+        )
 
     def sample_lengths(self) -> list[tuple[int, int]]:
         """Return each sample's index and its number of tokens before it was cut."""

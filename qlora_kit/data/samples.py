@@ -11,9 +11,11 @@ import hashlib
 import logging
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +42,7 @@ from qlora_kit.data.read import (
     without_nulls,
 )
 from qlora_kit.data.recognise import check_columns, check_format, to_samples
-from qlora_kit.data.shapes import WEIGHT, Message, Sample, Shape, loss_weights
+from qlora_kit.data.shapes import WEIGHT, Message, Sample, ShapeOfAll, loss_weights
 from qlora_kit.errors import ConfigError, DataError, HubError
 from qlora_kit.storage.faults import reason
 
@@ -72,10 +74,10 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of one shape, in the order they were read."""
+    """Samples of one shape, in the order they were read; or those of several sources, joined."""
 
     items: Sequence[Sample]
-    shape: Shape
+    shape: ShapeOfAll
     source: str
     """the file or hub id that they came from; a phrase for the built-in samples"""
     notices: tuple[str, ...] = ()
@@ -84,6 +86,19 @@ class Samples:
     """number of records left out because of a fault"""
     class_names: tuple[str, ...] = ()
     """names of the classes that the labels are the numbers of, where the data set has them"""
+    parts: tuple[Samples, ...] = ()
+    """the samples of each source, where several are joined, see `data.sources`"""
+    chat_template: str | None = None
+    """the chat template of this source, where it has another than the run"""
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The index of the first sample of each part."""
+        return (0, *accumulate(len(part.items) for part in self.parts))[:-1]
+
+    def part_of(self, index: int) -> int:
+        """Return the number of the part that a sample is of; 0 where there are none."""
+        return max(0, bisect_right(self.starts, index) - 1)
 
     def first(self, count: int | None) -> Samples:
         """Return the first `count` samples; all of them if it is None."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 WEIGHT = "loss_weight"
@@ -137,6 +137,10 @@ class Shape(StrEnum):
     CLASSIFY_PAIR = "classify-pair"
     CLASSIFY = "classify"
     TAG = "tag"
+
+
+ShapeOfAll = Shape | Literal["mixed"]
+"""The shape of all samples of a run: one, or "mixed" where its sources have not the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +18,13 @@ import numpy
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.divide import Divider
 from qlora_kit.data.encode import IGNORED, Encoder, Piece, pieces_of, prompt_ids
+from qlora_kit.data.joined_rows import renderer_of
 from qlora_kit.data.label_survey import LabelFigures, RepeatedTexts, label_figures, repeated_texts
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.packing import PackedStep
 from qlora_kit.data.row_arrays import Part, RowArrays, hash_of_ids
 from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
+from qlora_kit.data.source_figures import SourceFigures, source_figures
 from qlora_kit.data.template import Renderer, end_tokens
 from qlora_kit.data.tokens import Counts
 from qlora_kit.errors import DataError
@@ -138,6 +140,8 @@ class Survey:
     """whether the samples of a step are packed, in words"""
     packed: PackedStep | None = None
     """the first step, where its samples are packed"""
+    sources: tuple[SourceFigures, ...] = ()
+    """the figures of each source, where there are several"""
 
     @property
     def supervised_share(self) -> float:
@@ -146,16 +150,16 @@ class Survey:
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures, without any text of the data but the names of labels."""
-        of_others = ("labels",) if self.labels is None else ("ends", "prompts")
-        figures = {
-            name: value for name, value in asdict(self).items() if name not in ("shown", *of_others)
-        }
+        left_out = ("labels",) if self.labels is None else ("ends", "prompts")
+        left_out = ("shown", "sources", *left_out)
+        figures = {name: value for name, value in asdict(self).items() if name not in left_out}
+        sources = {"sources": [each.as_json() for each in self.sources]} if self.sources else {}
         counts = {
             "training": self.training.as_json(),
             "validation": self.validation.as_json() if self.validation else None,
         }
         share = {"supervised_share": round(self.supervised_share, 4)} if self.ends else {}
-        return {**figures, **counts, **share, "warnings": list(self.warnings())}
+        return {**figures, **counts, **share, **sources, "warnings": list(self.warnings())}
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each thing that looks wrong, though the data can be trained on."""
@@ -244,13 +248,22 @@ def survey(
         training=counts,
         validation=None if validation is None else validation.tokenized.counts,
         lengths=_lengths(lengths, options.max_length),
-        longest=tuple(_longest(rows, counts, options)),
+        longest=tuple(_longest(rows, options)),
         ends=None if labels else _ends(rows, tokenizer),
-        prompts=None if labels or has_sources else _try_prompts(rows, tokenizer, options, seed),
+        prompts=(
+            None
+            if labels or has_sources
+            else _try_prompts(
+                rows, tokenizer, options, renderer_of(training.samples, tokenizer, options), seed
+            )
+        ),
         labels=label_figures(labels, rows, measured) if labels else None,
         repeats=repeats,
         overlap=overlap,
         shown=tuple(_rows_to_show(rows, tokenizer, labels, seed, shown_rows)),
+        sources=source_figures(
+            training.tokenized, None if validation is None else validation.tokenized
+        ),
     )
 
 
@@ -275,8 +288,7 @@ def _histogram(tokens: Sequence[int], max_length: int) -> Iterator[Bin]:
     return iter(bins[shortest:])
 
 
-def _longest(rows: RowArrays, counts: Counts, options: TokenOptions) -> Iterator[LongRow]:
-    splits = options.long_samples == "split" or not counts.rows_truncated
+def _longest(rows: RowArrays, options: TokenOptions) -> Iterator[LongRow]:
     lengths = sorted(rows.sample_lengths(), key=lambda each: (-each[1], each[0]))
     for index, tokens in lengths[:_MOST_LISTED]:
         if index in rows.dropped:
@@ -284,7 +296,8 @@ def _longest(rows: RowArrays, counts: Counts, options: TokenOptions) -> Iterator
         elif tokens <= options.max_length:
             outcome = "whole"
         else:
-            outcome = "split" if splits else "truncated"
+            is_cut = options.long_samples != "split" and rows.counts_of(index).rows_truncated
+            outcome = "truncated" if is_cut else "split"
         yield LongRow(rows.samples[index].place, tokens, outcome)
 
 
@@ -300,10 +313,15 @@ def _ends(rows: RowArrays, tokenizer: Any) -> Ends:
     return Ends(sum(tokens.values()), len(rows), tokens)
 
 
-def _try_prompts(rows: RowArrays, tokenizer: Any, options: TokenOptions, seed: int) -> PromptTest:
+def _try_prompts(
+    rows: RowArrays,
+    tokenizer: Any,
+    options: TokenOptions,
+    renderer: Callable[[int], Renderer],
+    seed: int,
+) -> PromptTest:
     """Encode prompts as generation does, and look for the rows that begin with them."""
-    renderer = Renderer(tokenizer, options.train_on)
-    divider = Divider(renderer, Encoder(tokenizer), options.max_length)
+    encoder = Encoder(tokenizer)
     names = numpy.unique(rows.sample_of_row).tolist()
     picked = random.Random(f"prompts {seed}").sample(names, min(_SAMPLES_TRIED, len(names)))
     tried, places = 0, []
@@ -313,8 +331,9 @@ def _try_prompts(rows: RowArrays, tokenizer: Any, options: TokenOptions, seed: i
             made = [rows.ids[rows.span(row)].tolist() for row in own]
             sample, tokens = rows.samples[index], int(max(rows.uncut_tokens[own]))
             is_divided = options.long_samples == "split" and tokens > options.max_length
+            divider = Divider(renderer(index), encoder, options.max_length)
             parts = divider.divided(sample, tokens) if is_divided else [sample]
-            for text in _prompts_of(parts, renderer):
+            for text in _prompts_of(parts, renderer(index)):
                 ids = prompt_ids(tokenizer, text)
                 if not any(len(row) > len(ids) for row in made):
                     continue  # the row was cut before the answer

@@ -31,12 +31,14 @@ from qlora_kit.data.encode import IGNORED, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import Shape
+from qlora_kit.data.shapes import Shape, ShapeOfAll
 from qlora_kit.data.tagged_rows import TAGS
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.errors import DataError, StorageError
 
 MIN_ROWS_FOR_VALIDATION = 200
+MIN_ROWS_OF_A_SOURCE = 20
+"""the same for one of several sources, which together have as many rows as one must have"""
 
 # A part of the fingerprint: raise it when the code begins to make other rows of the same samples.
 _ROWS_VERSION = 3
@@ -54,7 +56,7 @@ class Counts:
     supervised tokens, its label, or the tags of its words.
     """
 
-    shape: Shape
+    shape: ShapeOfAll
     weighs: str
     """the name of what is weighed: supervised_tokens, labels or tags"""
     rows_read: int = 0
@@ -127,6 +129,23 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class SourceRows:
+    """The token rows of one of several sources, which lie one source after another.
+
+    Attributes:
+        name: a short name for logs and tables.
+        source: the file, folder or hub id.
+        counts: what became of its rows.
+        rows: the indices of its token rows among all.
+    """
+
+    name: str
+    source: str
+    counts: Counts
+    rows: range
+
+
+@dataclass(frozen=True)
 class Tokenized:
     """Token rows ready to be batched.
 
@@ -144,6 +163,8 @@ class Tokenized:
     """number of tokens of each sample of which no row is left, by the index of the sample"""
     labels: Labels | None = None
     """what a row's labels stand for, where rows are classified"""
+    sources: tuple[SourceRows, ...] = ()
+    """the rows of each source, where there are several"""
 
     @property
     def template_hash(self) -> str | None:
@@ -463,7 +484,8 @@ def split_validation(
     """Hold out a share of the rows; the same rows for the same data, fraction and seed.
 
     Chunks of one source row stay together. They may be parted where a few long texts make up the
-    data: fewer than `MIN_ROWS_FOR_VALIDATION` source rows, but at least as many token rows.
+    data: fewer than `MIN_ROWS_FOR_VALIDATION` source rows, but at least as many token rows. Of
+    several sources the same share of each is held out.
 
     Args:
         tokenized: all rows.
@@ -474,38 +496,76 @@ def split_validation(
         The rest and the held-out rows; all rows and None where there are too few. Each part
         counts its own kept rows and tokens; rows read, cut and lost are counted with the rest.
     """
-    groups = tokenized.rows.column("row").to_numpy()
-    names = numpy.unique(groups)
-    if len(names) < MIN_ROWS_FOR_VALIDATION:
-        groups = names = numpy.arange(len(groups))
-    count = round(fraction * len(names))
-    if len(names) < MIN_ROWS_FOR_VALIDATION or not count:
+    groups, spans = tokenized.rows.column("row").to_numpy(), [range(len(tokenized.rows))]
+    least = MIN_ROWS_FOR_VALIDATION
+    if tokenized.sources and len(groups) >= least:
+        spans, least = [each.rows for each in tokenized.sources], MIN_ROWS_OF_A_SOURCE
+    parts = [_held_out(groups[span.start : span.stop], fraction, seed, least) for span in spans]
+    is_held = numpy.concatenate(parts)
+    if not is_held.any():
         return tokenized, None
-    held = random.Random(f"validation {seed}").sample(range(len(names)), count)
-    is_held = numpy.isin(groups, names[sorted(held)])
     rest = _selected(tokenized, ~is_held, f"{fraction} {seed} rest")
     part = _selected(tokenized, is_held, f"{fraction} {seed} held out")
-    own = Counts(
-        part.counts.shape,
-        part.counts.weighs,
-        rows_read=part.counts.rows_kept,
-        rows_kept=part.counts.rows_kept,
-        tokens=part.counts.tokens,
-        weight=part.counts.weight,
+    sources = tuple(replace(each, counts=_own(each.counts)) for each in part.sources)
+    return rest, replace(part, counts=_own(part.counts), dropped={}, sources=sources)
+
+
+def _held_out(groups: Any, fraction: float, seed: int, least: int) -> Any:
+    """Return whether each token row is held out; none is, if there are fewer than `least`.
+
+    Args:
+        groups: the source row of each token row, (rows,).
+        fraction: share of the rows to hold out.
+        seed: draws the rows.
+        least: see above.
+    """
+    names = numpy.unique(groups)
+    if len(names) < least:
+        groups = names = numpy.arange(len(groups))
+    count = round(fraction * len(names)) if len(names) >= least else 0
+    held = random.Random(f"validation {seed}").sample(range(len(names)), count)
+    return numpy.isin(groups, names[sorted(held)])
+
+
+def _own(counts: Counts) -> Counts:
+    """Return the counts of held-out rows alone, whatever became of others."""
+    return Counts(
+        counts.shape,
+        counts.weighs,
+        rows_read=counts.rows_kept,
+        rows_kept=counts.rows_kept,
+        tokens=counts.tokens,
+        weight=counts.weight,
     )
-    return rest, replace(part, counts=own, dropped={})
 
 
 def _selected(tokenized: Tokenized, mask: Any, name: str) -> Tokenized:
     rows = tokenized.rows.select(numpy.flatnonzero(mask))
-    counts = replace(
-        tokenized.counts,
+    digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
+    ends = [0, *numpy.cumsum(mask).tolist()]
+    sources = []
+    for each in tokenized.sources:
+        span = range(ends[each.rows.start], ends[each.rows.stop])
+        none = replace(each.counts, rows_kept=0, tokens=0, weight=0)
+        counts = _counts_of(rows.select(span), each.counts) if span else none
+        sources.append(replace(each, counts=counts, rows=span))
+    return replace(
+        tokenized,
+        rows=rows,
+        counts=_counts_of(rows, tokenized.counts),
+        fingerprint=digest,
+        sources=tuple(sources),
+    )
+
+
+def _counts_of(rows: TokenTable, counts: Counts) -> Counts:
+    """Return counts whose kept rows, tokens and weight are those of some of the rows."""
+    return replace(
+        counts,
         rows_kept=len(numpy.unique(rows.column("row").to_numpy())),
         tokens=sum(rows.lengths()),
-        weight=_weight(rows, tokenized.counts.weighs),
+        weight=_weight(rows, counts.weighs),
     )
-    digest = hashlib.sha256(f"{tokenized.fingerprint} {name}".encode()).hexdigest()
-    return replace(tokenized, rows=rows, counts=counts, fingerprint=digest)
 
 
 def _weight(rows: TokenTable, weighs: str) -> int:

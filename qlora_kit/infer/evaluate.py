@@ -97,6 +97,42 @@ def evaluate(
 
 
 @torch.no_grad()
+def evaluate_parts(
+    base: Base,
+    rows: TokenRows | Sequence[Row],
+    parts: Mapping[str, Sequence[int]],
+    *,
+    batch_size: int = 8,
+    pad_token_id: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
+    task: Task = CAUSAL,
+    announce: Announce = silent,
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """Measure token rows; return the result on all rows, and on each part of them by its name.
+
+    Args:
+        base: the loaded base.
+        rows: token rows.
+        parts: the indices of the rows of each part; a part without rows has no result.
+        batch_size: rows of a batch to begin with.
+        pad_token_id: id that fills short rows of a batch; the loss never sees it.
+        chunk_tokens: tokens whose logits exist at one time.
+        task: the meaning of a row.
+        announce: receives a notice when the batch is halved.
+
+    Raises:
+        OutOfMemory: even one row does not fit.
+        Stopped: a signal came.
+    """
+    rows = TokenRows.of(rows)
+    objective = task.objective(base, pad_token_id, chunk_tokens, None)
+    sums = _measure(objective, rows, batch_size, announce, None)
+    total = sums.of(range(len(rows)), objective, rows)
+    chosen = {name: some for name, some in parts.items() if len(some)}
+    return total, {name: sums.of(some, objective, rows) for name, some in chosen.items()}
+
+
+@torch.no_grad()
 def evaluate_mixed(
     base: Base,
     rows: TokenRows | Sequence[Row],

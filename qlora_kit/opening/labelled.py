@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.samples import load_samples
+from qlora_kit.data.sources import load_training
 from qlora_kit.events import Announce, silent
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import classifies
@@ -44,16 +44,21 @@ def open_classifier(config: TrainConfig, announce: Announce = silent) -> OpenedC
         DataError: the data is not readable, or its labels do not go together.
         ConfigError: the options contradict each other or the data.
     """
+    from qlora_kit.data.joined_rows import join, mixed, tokenize_sources
     from qlora_kit.data.labels import labels_of
     from qlora_kit.data.tokens import tokenize
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.threads import choose_threads
 
     named = config.task if classifies(config.task) else "classify"
-    samples = load_samples(config.data, "train", config, task=named)
+    samples = load_training(config.model_copy(update={"task": named}))
     opened = open_tokenizer(config, announce).classifying(labels_of(samples, config), announce)
     task = opened.task
-    data = tokenize(samples, opened.tokenizer, config, makes=task.makes)
+    if samples.parts:
+        parts = tokenize_sources(samples, opened.tokenizer, config, task.makes)
+        data = mixed(join(samples, parts), config.source_weights)
+    else:
+        data = tokenize(samples, opened.tokenizer, config, makes=task.makes)
     opened.check_positions(config, data)
     lora = LoraSpec.of(config, task.peft_type, opened.spec(config).trained_whole())
     # A program decides on its own threads, unless it passes a number.

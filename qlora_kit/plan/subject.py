@@ -15,8 +15,9 @@ from statistics import fmean
 import torch
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import TokenRows, epoch_batches, largest_batch, widest_batch
+from qlora_kit.data.batch import TokenRows, largest_batch, widest_batch
 from qlora_kit.data.encode import IGNORED
+from qlora_kit.data.mixing import epoch_windows
 from qlora_kit.data.packing import Fill
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.attach import LoraSpec
@@ -31,7 +32,7 @@ from qlora_kit.tasks.task import Task
 
 @dataclass(frozen=True)
 class UsualRows:
-    """The means over the rows of a run, which decide its time.
+    """The means over the rows of a run's first epoch, which decide its time.
 
     Attributes:
         rows: number of rows.
@@ -53,19 +54,18 @@ class UsualRows:
     @classmethod
     def of(cls, rows: TokenRows, config: TrainConfig, *, has_sources: bool = False) -> UsualRows:
         """Return the means over token rows, in the micro-batches of a run's first epoch."""
-        sizes = rows.source_lengths()
+        batches = [batch for window in epoch_windows(rows, config, 0) for batch in window]
+        of_rows = rows.source_lengths()
+        sizes = [of_rows[index] for batch in batches for index in batch]
         tokens = fmean(map(sum, sizes))
         supervised = fmean(target for _, target in sizes)
         if config.packing:
             fill = Fill.of(config, rows)
             at_once = fill.tokens / fill.micro_batches / tokens
             return cls(len(sizes), tokens, supervised, width=tokens, at_once=at_once)
-        batches = epoch_batches(
-            rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
-        )
 
         def mean_width(length: Callable[[tuple[int, int]], int]) -> float:
-            return fmean(max(length(sizes[index]) for index in batch) for batch in batches)
+            return fmean(max(length(of_rows[index]) for index in batch) for batch in batches)
 
         return cls(
             rows=len(sizes),

@@ -169,7 +169,7 @@ def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:
 
 def _held_out_rows(run: TrainConfig, opened: Opened, announce: Announce) -> Tokenized | None:
     """Return the validation rows of a run, where its data is still on this machine."""
-    named = [name for name in (run.data, run.validation) if name is not None]
+    named = [source.path for source in run.sources] + ([run.validation] if run.validation else [])
     try:
         if any(is_hub_id(name) and not Path(name).exists() for name in named):
             # A folder that came from somebody else must not make this machine use the network.

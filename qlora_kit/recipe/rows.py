@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from qlora_kit.config import (
     TrainConfig,
 )
-from qlora_kit.data.samples import Samples, load_held_out, load_samples
+from qlora_kit.data.samples import Samples
+from qlora_kit.data.sources import check_same_labels, load_training, load_validation
 from qlora_kit.errors import (
     ConfigError,
 )
@@ -20,7 +21,7 @@ from qlora_kit.events import (
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_searchable, check_task, classifies
 from qlora_kit.redact import redacted_values
-from qlora_kit.train.best import LOSS, check_measured
+from qlora_kit.train.best import LOSS, check_measured, loss_of_source
 
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
@@ -37,7 +38,7 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
         config: names the data.
         announce: receives notices about the data.
     """
-    samples = load_samples(config.data, "train", config, task=config.task)
+    samples = load_training(config)
     if config.data is None:
         announce(
             Notice(
@@ -45,11 +46,7 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
                 "amounts to be written in figures)"
             )
         )
-    validation = (
-        load_samples(config.validation, "validation", config, task=config.task)
-        if config.validation
-        else load_held_out(config.data, config, config.task)
-    )
+    validation = load_validation(config)
     for text in (*samples.notices, *(validation.notices if validation else ())):
         announce(Notice(text))
     return samples, validation
@@ -84,7 +81,7 @@ def token_rows(
         notices = _notices_of_text(config, "a labelled text is given to the model as it is")
     else:
         opened = open_tokenizer(config, announce, chat_template=config.chat_template)
-        notices = () if opened.task.has_sources else _template_notices(opened)
+        notices = () if opened.task.has_sources else _template_notices(opened, config)
     check_task(opened.task, config.task)
     opened.check_kind(config)
     check_searchable(opened.task, config)
@@ -93,13 +90,20 @@ def token_rows(
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
-    check_measured(config.best_metric, opened.task.metrics)
+    of_sources = [loss_of_source(each.name) for each in held_out.sources] if held_out else []
+    check_measured(config.best_metric, (*opened.task.metrics, *of_sources))
     return opened, rows, held_out
 
 
-def _template_notices(opened: Opened) -> Iterator[str]:
+def _template_notices(opened: Opened, config: TrainConfig) -> Iterator[str]:
     from qlora_kit.data.chat_template import spelled_out_end
 
+    for source in config.sources:
+        if source.chat_template is not None:
+            yield (
+                f"{source.path} has its own chat template, {source.chat_template}; the run's is "
+                "saved with the adapter, and `generate` and `evaluate` use that"
+            )
     if end := spelled_out_end(opened.tokenizer):
         yield (
             f"the chat template ends answers with {end!r}, which is no token of the "
@@ -116,6 +120,8 @@ def _notices_of_text(config: TrainConfig, why: str) -> Iterable[str]:
         if name in config.model_fields_set and not is_default:
             flag = name.replace("_", "-")
             yield f"--{flag} has no effect: {why}"
+    if any(source.chat_template is not None for source in config.sources):
+        yield f"the chat_template of a source has no effect: {why}"
 
 
 def tokenize_data(
@@ -133,23 +139,39 @@ def tokenize_data(
     Raises:
         ConfigError: every row would be held out.
     """
-    from qlora_kit.data.tokens import split_validation, tokenize
+    from qlora_kit.data.joined_rows import mixed
+    from qlora_kit.data.tokens import split_validation
 
-    tokenizer, makes = opened.tokenizer, opened.task.makes
-    rows = tokenize(samples, tokenizer, config, makes=makes)
-    announce(Notice(f"data: {rows.describe()}"))
+    rows = _tokenized("data", samples, opened, config, announce)
     if validation is not None:
-        held_out = tokenize(validation, tokenizer, config, makes=makes)
-        announce(Notice(f"validation: {held_out.describe()}"))
-        return rows, held_out
+        held_out = _tokenized("validation", validation, opened, config, announce)
+        return mixed(rows, config.source_weights), held_out
     kept, split = split_validation(rows, config.validation_fraction, config.seed)
-    if not len(kept.rows):
+    if not all(len(part.rows) for part in (kept.sources or [kept])):
         raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
     if split is not None:
         announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
         for text in _held_out_labels(rows, kept):
             announce(Notice(text))
-    return kept, split
+    return mixed(kept, config.source_weights), split
+
+
+def _tokenized(
+    what: str, samples: Samples, opened: Opened, config: TrainConfig, announce: Announce
+) -> Tokenized:
+    """Tokenise the samples of one source or of several, and announce how many rows there are."""
+    from qlora_kit.data.joined_rows import join, tokenize_sources
+    from qlora_kit.data.tokens import tokenize
+
+    tokenizer, makes = opened.tokenizer, opened.task.makes
+    if not samples.parts:
+        rows = tokenize(samples, tokenizer, config, makes=makes)
+        announce(Notice(f"{what}: {rows.describe()}"))
+        return rows
+    parts = tokenize_sources(samples, tokenizer, config, makes)
+    for part, made in zip(samples.parts, parts, strict=True):
+        announce(Notice(f"{what}: {part.source}: {made.describe()}"))
+    return join(samples, parts)
 
 
 def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels:
@@ -163,6 +185,8 @@ def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels
     )
 
     labels = labels_of(samples, config)
+    if not config.labels and labels.kind != "regression":
+        check_same_labels(labels, samples)
     announce(Notice(f"labels: {labels.describe()}"))
     if labels.kind == "tags":
         announce(Notice(f"tags: {tags_in_words(labels, samples)}"))

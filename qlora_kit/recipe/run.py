@@ -14,9 +14,11 @@ import yaml
 
 from qlora_kit.config import TrainConfig, compared
 from qlora_kit.data.samples import Samples
+from qlora_kit.data.source_figures import source_figures
 from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
+from qlora_kit.infer.evaluate import Evaluation
 from qlora_kit.infer.samples import SampleAccount
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, count_trainable
@@ -51,7 +53,7 @@ def planned(
     Args:
         config: the options of the run.
         subject: the run, on the hardware of this machine.
-        rows: number of training rows.
+        rows: number of training rows of an epoch.
         output: the run folder.
         announce: receives the prediction and the choice.
 
@@ -115,6 +117,7 @@ class Run:
             **config.model_dump(mode="json", include=set(compared(TrainConfig))),
             **self.rows.origin,
             "rows": self.rows.rows.content_hash(),
+            "data_weights": [*config.source_weights],
             "validation": self.held_out.rows.content_hash() if self.held_out else None,
             "base": base.digest,
             "dtype": base.hardware.dtype_name,
@@ -127,7 +130,7 @@ class Run:
     @cached_property
     def resume(self) -> Path | None:
         """The checkpoint to resume from, which is looked for once; None to start anew."""
-        steps = plan_steps(len(self.rows.rows), self.config)
+        steps = plan_steps(self.rows.rows.rows_an_epoch, self.config)
         return resume_point(self.output, self.config, self.identity, steps.total, self.announce)
 
     def finished_before(self) -> dict[str, Any] | None:
@@ -162,7 +165,15 @@ class Run:
             self._say_how_to_go_on(end)
             raise
         last = validation.last if validation else None
-        return self._finished(result, memory, samples, facts, last.details if last else {})
+        outcome = self._finished(result, memory, samples, facts, last.details if last else {})
+        return {**outcome, **self._of_sources(validation)}
+
+    def _of_sources(self, validation: Validation | None) -> dict[str, Any]:
+        """Return the figures of each source, with its last evaluation, where there are several."""
+        figures = source_figures(self.rows, self.held_out)
+        measured = validation.by_source if validation else {}
+        sources = [{**each.as_json(), **_evaluated(measured.get(each.name))} for each in figures]
+        return {"sources": redacted_values(sources)} if sources else {}
 
     def _save_inputs(self) -> None:
         settings = redacted_values(self.config.model_dump(mode="json"))
@@ -221,8 +232,8 @@ class Run:
         """Return what measures the validation rows; None if there are none."""
         if self.held_out is None:
             return None
-        base, rows = self.adapter.base, self.held_out.rows
-        return Validation(base, self.opened, rows, self.config, self.announce)
+        base = self.adapter.base
+        return Validation(base, self.opened, self.held_out, self.config, self.announce)
 
     def _say_how_to_go_on(self, end: BaseException) -> None:
         if checkpoints(self.output):
@@ -281,6 +292,12 @@ class Run:
         self.announce(Closing(files, commands))
         step = times.as_json() if times else None
         return {"output": str(output), "finished": True, **asdict(result), "step_times": step}
+
+
+def _evaluated(found: Evaluation | None) -> dict[str, Any]:
+    if found is None:
+        return {"validation_loss": None}
+    return {"validation_loss": found.loss, "validation_metrics": dict(found.metrics)}
 
 
 def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
         sizes = sizes_of(rows.rows, held_out.rows if held_out else None, config)
         subject = Subject(spec, lora, hardware, sizes, opened.task)
-        config, plan = planned(config, subject, len(rows.rows), output, announce)
+        config, plan = planned(config, subject, rows.rows.rows_an_epoch, output, announce)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
         if asked is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import TokenRows
+from qlora_kit.data.tokens import Tokenized
 from qlora_kit.events import Announce
-from qlora_kit.infer.evaluate import Evaluation, evaluate
+from qlora_kit.infer.evaluate import Evaluation, evaluate_parts
 from qlora_kit.model.load import Base
 from qlora_kit.opening.model import Opened
+from qlora_kit.train.best import loss_of_source
 
 
 class Validation:
@@ -18,29 +19,39 @@ class Validation:
     Args:
         base: the base with the adapter that is trained.
         opened: its tokenizer and its task.
-        rows: the validation rows.
+        held_out: the validation rows.
         config: the options of the run.
         announce: receives notices.
     """
 
     def __init__(
-        self, base: Base, opened: Opened, rows: TokenRows, config: TrainConfig, announce: Announce
+        self,
+        base: Base,
+        opened: Opened,
+        held_out: Tokenized,
+        config: TrainConfig,
+        announce: Announce,
     ) -> None:
-        self._base, self._opened, self._rows = base, opened, rows
+        self._base, self._opened, self._rows = base, opened, held_out.rows
+        self._parts = {each.name: each.rows for each in held_out.sources}
         self._config, self._announce = config, announce
         self._batch_size = config.eval_batch_size
         self.last: Evaluation | None = None
+        self.by_source: Mapping[str, Evaluation] = {}
+        """of the last evaluation, by the name of the source; empty where there is one source"""
 
     def __call__(self) -> Mapping[str, float]:
-        """Return the loss and the metrics of the task, see `train.loop.Measure`."""
-        self.last = found = evaluate(
+        """Return the loss, the metrics of the task and each source's loss, see `loop.Measure`."""
+        found, self.by_source = evaluate_parts(
             self._base,
             self._rows,
+            self._parts,
             batch_size=self._batch_size,
             pad_token_id=self._opened.tokenizer.pad_token_id,
             chunk_tokens=self._config.loss_chunk_tokens,
             task=self._opened.task,
             announce=self._announce,
         )
-        self._batch_size = found.batch_size
-        return {"loss": found.loss, **found.metrics}
+        self.last, self._batch_size = found, found.batch_size
+        losses = {loss_of_source(name): each.loss for name, each in self.by_source.items()}
+        return {"loss": found.loss, **found.metrics, **losses}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.label_survey import RepeatedTexts, ValueFigures
+from qlora_kit.data.source_figures import described_sources
 from qlora_kit.report.mask import left_out, shown, visible, weight_mark
 from qlora_kit.report.page import render
 from qlora_kit.report.tables import Rows
@@ -40,6 +41,7 @@ def tables(survey: Survey) -> tuple[tuple[str, Rows], ...]:
     labels = survey.labels and ((_label_title(survey.labels), label_rows(survey.labels)),)
     return (
         (f"data: {survey.source}", summary_rows(survey)),
+        *((("sources", described_sources(survey.sources)),) if survey.sources else ()),
         *(labels or ()),
         ("tokens of a row, before any is cut", length_rows(survey)),
         ("longest rows", longest_rows(survey)),
@@ -255,6 +257,7 @@ def data_page(survey: Survey) -> str:
         "data.html.jinja",
         title=f"Data: {survey.source}",
         summary=summary_rows(survey),
+        sources=described_sources(survey.sources),
         warnings=[*survey.warnings()],
         labels_title=survey.labels and _label_title(survey.labels),
         labels=[*_page_label_bars(survey.labels)] if survey.labels else [],

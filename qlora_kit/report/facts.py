@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import GROUPS, TrainConfig, that_decide
+from qlora_kit.data.source_figures import described_sources, source_figures
 from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from qlora_kit.step.kernels import Kernels
 
 # Not listed as settings: these are told elsewhere, or are paths of this machine.
-_NOT_TOLD = ("model", "data", "validation", "device", "threads", "chat_template")
+_NOT_TOLD = (
+    "model", "data", "data_weights", "validation", "device", "threads", "chat_template",
+)  # fmt: skip
 _DECIDING = tuple(
     name for name in that_decide(TrainConfig, "shape", "length", *GROUPS) if name not in _NOT_TOLD
 )
@@ -114,7 +117,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(_text, value)) or "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={item}" for name, item in value.items()) or "none"
     return str(value)
@@ -155,6 +158,7 @@ def header(
         *((("kernels", kernels.described()),) if on_gpu else ()),
         ("data", f"{samples.source}, {len(rows.rows):,} rows, "
                  f"{rows.counts.weight:,} {rows.counts.weighs.replace('_', ' ')}"),
+        *described_sources(source_figures(rows, held_out)),
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),
         ("batch", f"{batch} rows an optimiser step ({config.batch_size} × "
                   f"{config.gradient_accumulation_steps})"),

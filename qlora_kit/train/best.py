@@ -12,11 +12,17 @@ from qlora_kit.errors import ConfigError
 LOSS = "loss"
 # All other metrics are better the higher they are.
 _LOWER_IS_BETTER = (LOSS, "rmse", "mae")
+_OF_A_SOURCE = "loss_"
+
+
+def loss_of_source(name: str) -> str:
+    """Return the name of the figure that is the validation loss of one of several sources."""
+    return f"{_OF_A_SOURCE}{name}"
 
 
 def falls(metric: str) -> bool:
     """Whether a metric falls where a model gets better."""
-    return metric in _LOWER_IS_BETTER
+    return metric in _LOWER_IS_BETTER or metric.startswith(_OF_A_SOURCE)
 
 
 def check_measured(name: str, metrics: Iterable[str]) -> None:

@@ -22,7 +22,8 @@ import torch
 
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Indices, Row, TokenRows, epoch_batches, plan_windows
+from qlora_kit.data.batch import Indices, Row, TokenRows
+from qlora_kit.data.mixing import epoch_windows
 from qlora_kit.errors import ConfigError, NumericsError, OutOfMemory, TornStep
 from qlora_kit.events import (
     Announce,
@@ -127,7 +128,7 @@ def plan_steps(rows: int, config: TrainConfig) -> StepPlan:
     """Return the number of optimiser steps of a run.
 
     Args:
-        rows: number of token rows.
+        rows: number of token rows of an epoch.
         config: the batch size, the accumulation, and the epochs or steps.
     """
     micro_batches = math.ceil(rows / config.batch_size)
@@ -243,7 +244,7 @@ class _Training:
             processes=self.processes,
             on_halved=self._record_halving,
         )
-        self.plan = plan_steps(len(self.rows), config)
+        self.plan = plan_steps(self.rows.rows_an_epoch, config)
         self.progress = Progress()
         self.saved: Progress | None = None
         self.last_loss = math.nan
@@ -341,14 +342,7 @@ class _Training:
     def _epochs(self) -> Iterator[list[tuple[Indices, ...]]]:
         """Yield, epoch after epoch without end, the windows that are still to be done."""
         while True:
-            batches = epoch_batches(
-                self.rows,
-                self.config.batch_size,
-                self.config.seed,
-                self.progress.epoch,
-                by_length=self.config.group_by_length,
-            )
-            windows = plan_windows(batches, self.config.gradient_accumulation_steps)
+            windows = epoch_windows(self.rows, self.config, self.progress.epoch)
             yield windows[self.progress.window :]
 
     def _epoch(self) -> float:

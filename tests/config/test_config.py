@@ -236,7 +236,7 @@ def test_a_file_means_what_its_writer_means(
         ("learning_rate: 1:30", "learning_rate: found 1:30; expected a number"),
         ("learning_rate: yes", "learning_rate: found yes; expected a number"),
         ("vram: 10", "vram: found 10; expected a number with a unit, such as 4GB or 500MB"),
-        ("data: [a, b]", "data: found [a, b]; expected one value"),
+        ("validation: [a, b]", "validation: found [a, b]; expected one value"),
         ("targets: {a: b}", "targets: found keys with values; expected a list"),
         ("overwrite: maybe", "overwrite: found maybe; expected true or false"),
         ("bf16: auto", "bf16: found auto; expected true or false"),

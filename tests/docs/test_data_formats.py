@@ -14,8 +14,8 @@ from qlora_kit.cli import main
 from qlora_kit.data.shapes import FIELDS, Shape
 
 SECTIONS = (
-    "Formats: what a file may be", "Other names", "Labelled data", "Tagged words",
-    "What is refused",
+    "Formats: what a file may be", "Other names", "Several sources", "Labelled data",
+    "Tagged words", "What is refused",
 )  # fmt: skip
 
 
