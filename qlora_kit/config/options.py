@@ -287,6 +287,24 @@ class DataOptions(Options):
         also=["val_size", "val_set_size"], ge=0, lt=1, decides="data")  # fmt: skip
 
 
+class StreamOptions(Options):
+    """How data larger than memory are read."""
+
+    stream_data: bool = option(
+        False, "read the data while training, instead of all of it before; memory stays the same, "
+        "however large the files",
+        also=["streaming"], decides="data",
+    )  # fmt: skip
+    shuffle_buffer: int = option(
+        10_000, "samples of a stream that the next one is drawn from; 1: the order of the files",
+        also=["buffer_size"], ge=1, decides="data",
+    )  # fmt: skip
+    data_workers: int = option(
+        1, "processes that tokenise a stream beside the training; 0: none, the training waits",
+        also=["dataset_num_proc"], ge=0, le=256,
+    )  # fmt: skip
+
+
 class TaskOptions(Options):
     """What a sample means."""
 
@@ -534,6 +552,7 @@ class TrainConfig(
     TokenOptions,
     RecordOptions,
     TaskOptions,
+    StreamOptions,
     DataOptions,
     LoraOptions,
     BaseModelOptions,

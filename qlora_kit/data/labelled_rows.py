@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyarrow
 
@@ -153,6 +154,17 @@ class MakerOfLabels:
             LABELS: labels.content_hash(),
         }
         self._known = labels
+
+    def on(self, samples: Samples) -> Self:
+        """Return the maker of the rows of other samples.
+
+        Raises:
+            DataError: the label of a sample is not known.
+        """
+        self._known.check(samples)
+        other = copy(self)
+        other.samples = samples
+        return other
 
     def nothing_left(self, lost: int, how: LongSamples) -> str:
         """Say that all rows were too long."""

@@ -8,7 +8,7 @@ step is, and not what it learns from.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_kit.config import TrainConfig
@@ -18,7 +18,9 @@ from qlora_kit.data.batch import Indices, TokenRows, epoch_batches, plan_windows
 _STEPS_LOOKED_AT = 50
 
 
-def packed(window: Iterable[Indices], lengths: Sequence[int], capacity: int) -> list[Indices]:
+def packed(
+    window: Iterable[Indices], lengths: Sequence[int] | Mapping[int, int], capacity: int
+) -> list[Indices]:
     """Return the rows of a window in as few micro-batches as best fit needs.
 
     The longest row is placed first. Each row goes where the least room is left over. In a
@@ -26,7 +28,7 @@ def packed(window: Iterable[Indices], lengths: Sequence[int], capacity: int) -> 
 
     Args:
         window: the micro-batches of an optimiser step.
-        lengths: tokens of every row of the data.
+        lengths: tokens of every row of the window, by its index.
         capacity: tokens a micro-batch may have, without padding. A longer row stands alone.
 
     Returns:
@@ -71,15 +73,16 @@ class Fill:
     capacity: int
 
     @staticmethod
-    def of(config: TrainConfig, rows: TokenRows) -> Fill:
+    def of(config: TrainConfig, rows: TokenRows, longest: int | None = None) -> Fill:
         """Return how full the micro-batches of the first steps of a packed run are.
 
         Args:
             config: the options of the run.
-            rows: the training rows.
+            rows: the training rows, or some of them.
+            longest: tokens of the longest row of all; None: the longest of these.
         """
         lengths = rows.lengths()
-        capacity = config.batch_size * max(lengths)
+        capacity = config.batch_size * (longest or max(lengths))
         batches = epoch_batches(
             rows, config.batch_size, config.seed, 0, by_length=config.group_by_length
         )

@@ -18,6 +18,7 @@ from qlora_kit.events import (
 )
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_searchable, check_task, classifies
+from qlora_kit.recipe.streaming import check_longest, open_stream
 from qlora_kit.redact import redacted_values
 from qlora_kit.train.best import LOSS, check_measured
 
@@ -31,11 +32,18 @@ if TYPE_CHECKING:
 def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:
     """Read the training data, and the validation data if there is a file of it.
 
+    Of a stream only the first samples are read.
+
     Args:
         config: names the data.
         announce: receives notices about the data.
     """
-    samples = load_samples(config.data, "train", config, task=config.task)
+    stream = open_stream(config, announce)
+    samples = (
+        load_samples(config.data, "train", config, task=config.task)
+        if stream is None
+        else stream.head()
+    )
     if config.data is None:
         announce(
             Notice(
@@ -46,7 +54,7 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
     validation = (
         load_samples(config.validation, "validation", config, task=config.task)
         if config.validation
-        else load_held_out(config.data, config, config.task)
+        else load_held_out(config.data, config, config.task, streams=config.stream_data)
     )
     for text in (*samples.notices, *(validation.notices if validation else ())):
         announce(Notice(text))
@@ -90,6 +98,8 @@ def token_rows(
         announce(Notice(text))
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
+    if config.stream_data:
+        check_longest(opened, config)
     _check_validation(config, held_out, announce)
     check_measured(config.best_metric, opened.task.metrics)
     return opened, rows, held_out
@@ -135,11 +145,14 @@ def tokenize_data(
 
     tokenizer, makes = opened.tokenizer, opened.task.makes
     rows = tokenize(samples, tokenizer, config, makes=makes)
-    announce(Notice(f"data: {rows.describe()}"))
+    looked_at = "" if samples.stream is None else "what is looked at before training, "
+    announce(Notice(f"data: {looked_at}{rows.describe()}"))
     if validation is not None:
         held_out = tokenize(validation, tokenizer, config, makes=makes)
         announce(Notice(f"validation: {held_out.describe()}"))
         return rows, held_out
+    if samples.stream is not None:
+        return rows, None
     kept, split = split_validation(rows, config.validation_fraction, config.seed)
     if not len(kept.rows):
         raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
@@ -164,7 +177,9 @@ def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels
     announce(Notice(f"labels: {labels.describe()}"))
     if labels.kind == "tags":
         announce(Notice(f"tags: {tags_in_words(labels, samples)}"))
-    absent = missing_from(labels, class_counts(labels, samples), samples.source)
+    absent: Iterable[str] = ()
+    if samples.stream is None:
+        absent = missing_from(labels, class_counts(labels, samples), samples.source)
     for text in (*absent, *doubtful(labels)):
         announce(Notice(text))
     return labels

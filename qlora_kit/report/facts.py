@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_kit.config import GROUPS, TrainConfig, that_decide
 from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
     from qlora_kit.data.packing import Fill
-    from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
     from qlora_kit.step.kernels import Kernels
@@ -121,11 +120,24 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+class Data(Protocol):
+    """The data of a run, in words: what it is, and how a stream of it is read."""
+
+    @property
+    def described(self) -> str:
+        """What the data is."""
+        ...
+
+    @property
+    def stream(self) -> str | None:
+        """How a stream is read; None for rows that are all at hand."""
+        ...
+
+
 def header(
     adapter: Adapter,
-    rows: Tokenized,
+    learnt: Data,
     held_out: Tokenized | None,
-    samples: Samples,
     config: TrainConfig,
     kernels: Kernels,
     fill: Fill | None = None,
@@ -144,8 +156,8 @@ def header(
         ("device", base.hardware.device_name),
         ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
         *((("kernels", kernels.described()),) if on_gpu else ()),
-        ("data", f"{samples.source}, {len(rows.rows):,} rows, "
-                 f"{rows.counts.weight:,} {rows.counts.weighs.replace('_', ' ')}"),
+        ("data", learnt.described),
+        *((("stream", learnt.stream),) if learnt.stream else ()),
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),
         ("batch", f"{batch} rows an optimiser step ({config.batch_size} × "
                   f"{config.gradient_accumulation_steps})"),
