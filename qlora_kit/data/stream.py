@@ -94,8 +94,8 @@ def drawn(samples: Iterable[Sample], seed: int, epoch: int, buffer: int) -> Iter
 class StreamedRows(TokenRows):
     """The token rows of a stream. At any time it holds the rows of one optimiser step.
 
-    Before the first step it holds rows as long as a row may be, as many as a step has: a stream does
-    not know its longest row, so memory is measured and planned for these.
+    Before the first step it holds rows as long as a row may be, as many as a step has: a stream
+    does not know its longest row, so memory is measured and planned for these.
 
     Args:
         samples: the stream.
@@ -255,16 +255,15 @@ def longest_row(tokenized: Tokenized, tokens: int, *, has_sources: bool) -> Row:
         has_sources: whether rows are sources and targets.
     """
     row: dict[str, Any] = dict(tokenized.rows[0])
-
-    def repeated(values: Sequence[Any]) -> list[Any]:
-        return list(itertools.islice(itertools.cycle(values), tokens))
-
-    ids = repeated(row["input_ids"])
+    weighs, size = tokenized.counts.weighs, len(row["input_ids"])
+    whole = 2 * tokens if has_sources else tokens
+    for name, values in row.items():
+        of_tokens = isinstance(values, list) and len(values) == size
+        if of_tokens and not (name == "labels" and weighs == LABELS):
+            row[name] = list(itertools.islice(itertools.cycle(values), whole))
+    ids = row["input_ids"]
     if has_sources:
-        return {**row, "input_ids": ids * 2, "labels": [IGNORED] * tokens + ids}
-    types = {name: repeated(row[name]) for name in ("token_types",) if name in row}
-    weighs = tokenized.counts.weighs
-    labels = row["labels"] if weighs == LABELS else repeated(row["labels"])
-    if weighs == SUPERVISED_TOKENS:
-        labels = ids  # all that may be learnt is: that takes the most
-    return {**row, **types, "input_ids": ids, "labels": labels}
+        row["labels"] = [IGNORED] * tokens + ids[tokens:]
+    elif weighs == SUPERVISED_TOKENS:
+        row["labels"] = ids  # all that may be learnt is: that takes the most
+    return row

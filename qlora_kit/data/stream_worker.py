@@ -161,6 +161,11 @@ class Beside:
         for process in self._all:
             self._threads.submit(self._introduce, process)
 
+    @property
+    def pids(self) -> list[int]:
+        """The numbers of the processes."""
+        return [process.pid for process in self._all]
+
     def ask(self, chunk: Chunk) -> Callable[[], Made]:
         """See `Tokenizes`."""
         return self._threads.submit(self._made, chunk).result
@@ -194,7 +199,7 @@ class _Process:
 
     def __init__(self, told: bytes) -> None:
         self._told = told
-        # What is imported here can be imported there, but nothing of the folder it happens to be in.
+        # What is imported here can be imported there, and nothing from the folder it starts in.
         path = os.pathsep.join(each or os.getcwd() for each in sys.path)
         one_core = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
@@ -208,6 +213,7 @@ class _Process:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin, self._process.stdout
+        self.pid = self._process.pid
 
     def introduce(self) -> None:
         """Tell the process its job."""
