@@ -10,6 +10,7 @@
     ├── EnvironmentFault       3   the machine around the kit
     │   ├── HubError               hub out of reach, access not granted
     │   ├── StorageError           disk full, permission, damaged file, folder in use
+    │   ├── WorkerLost             a process that works for a run is gone
     │   └── OutOfMemory            of the device or the host, at the smallest possible batch
     │       └── TornStep               while weights were updated: they must not be saved
     ├── NumericsError          4   losses or gradients that are not finite numbers
@@ -87,6 +88,10 @@ class HubError(EnvironmentFault):
 
 class StorageError(EnvironmentFault):
     """A file could not be written, or is not as it was written."""
+
+
+class WorkerLost(EnvironmentFault):
+    """A process that works for this one has ended before its work did."""
 
 
 class OutOfMemory(EnvironmentFault):

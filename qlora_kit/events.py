@@ -68,7 +68,8 @@ class RunStarted(Event):
 
     first_step: int
     total_steps: int
-    epochs: float
+    epochs: float | None
+    """epochs of all steps; None where the rows of one are not known"""
     evaluated_step: int = 0
     """the last step whose evaluation counts; a resumed run may repeat a later one"""
 

@@ -53,6 +53,7 @@ def test_the_exception_tree_is_the_documented_one() -> None:
         "EnvironmentFault": ("QloraKitError", 3),
         "HubError": ("EnvironmentFault", 3),
         "StorageError": ("EnvironmentFault", 3),
+        "WorkerLost": ("EnvironmentFault", 3),
         "OutOfMemory": ("EnvironmentFault", 3),
         "TornStep": ("OutOfMemory", 3),
         "NumericsError": ("QloraKitError", 4),

@@ -399,6 +399,24 @@ class DataOptions(Options):
         return tuple(1.0 if each.weight is None else each.weight for each in self.sources)
 
 
+class StreamOptions(Options):
+    """How data larger than memory are read."""
+
+    stream_data: bool = option(
+        False, "read the data while training, instead of all of it before; memory stays the same, "
+        "however large the files",
+        also=["streaming"], decides="data",
+    )  # fmt: skip
+    shuffle_buffer: int = option(
+        10_000, "samples of a stream that the next one is drawn from; 1: the order of the files",
+        also=["buffer_size"], ge=1, decides="data",
+    )  # fmt: skip
+    data_workers: int = option(
+        1, "processes that tokenise a stream beside the training; 0: none, the training waits",
+        also=["dataset_num_proc"], ge=0, le=256,
+    )  # fmt: skip
+
+
 class TokenOptions(TemplateOption):
     """How a record becomes tokens."""
 
@@ -599,6 +617,7 @@ class TrainConfig(
     TokenOptions,
     RecordOptions,
     TaskOptions,
+    StreamOptions,
     DataOptions,
     LoraOptions,
     BaseModelOptions,

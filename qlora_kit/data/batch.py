@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,10 @@ class TokenRows:
         """Return the number of tokens of each row."""
         return [len(row["input_ids"]) for row in self]
 
+    def tokens_of(self, index: int) -> int:
+        """Return the number of tokens of a row."""
+        return len(self[index]["input_ids"])
+
     def source_lengths(self) -> list[tuple[int, int]]:
         """Return the tokens of each row's source and of its target, which alone is supervised."""
         targets = [sum(label != IGNORED for label in row["labels"]) for row in self]
@@ -120,6 +125,14 @@ class TokenTable(TokenRows):
 
         lengths: list[int] = pyarrow.compute.list_value_length(self.column("input_ids")).to_pylist()
         return lengths
+
+    def tokens_of(self, index: int) -> int:
+        """Return the number of tokens of a row."""
+        return self._lengths[index]
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return self.lengths()
 
     def source_lengths(self) -> list[tuple[int, int]]:
         """Return the tokens of each row's source and of its target, which alone is supervised."""

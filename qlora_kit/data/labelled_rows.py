@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyarrow
 
@@ -157,6 +158,17 @@ class MakerOfLabels:
 
     def divided(self, index: int, tokens: int) -> None:
         """See `tokens.RowMaker`: no row has borders within it but those that `shorten` knows."""
+
+    def on(self, samples: Samples) -> Self:
+        """Return the maker of the rows of other samples.
+
+        Raises:
+            DataError: the label of a sample is not known.
+        """
+        self._known.check(samples)
+        other = copy(self)
+        other.samples = samples
+        return other
 
     def nothing_left(self, lost: int, how: LongSamples) -> str:
         """Say that all rows were too long."""

@@ -8,7 +8,7 @@ step is, and not what it learns from.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_kit.config import TrainConfig
@@ -20,7 +20,9 @@ from qlora_kit.data.samples import Samples
 _STEPS_LOOKED_AT = 50
 
 
-def packed(window: Iterable[Indices], lengths: Sequence[int], capacity: int) -> list[Indices]:
+def packed(
+    window: Iterable[Indices], lengths: Sequence[int] | Mapping[int, int], capacity: int
+) -> list[Indices]:
     """Return the rows of a window in as few micro-batches as best fit needs.
 
     The longest row is placed first. Each row goes where the least room is left over. In a
@@ -28,7 +30,7 @@ def packed(window: Iterable[Indices], lengths: Sequence[int], capacity: int) -> 
 
     Args:
         window: the micro-batches of an optimiser step.
-        lengths: tokens of every row of the data.
+        lengths: tokens of every row of the window, by its index.
         capacity: tokens a micro-batch may have, without padding. A longer row stands alone.
 
     Returns:
@@ -73,15 +75,16 @@ class Fill:
     capacity: int
 
     @staticmethod
-    def of(config: TrainConfig, rows: TokenRows) -> Fill:
+    def of(config: TrainConfig, rows: TokenRows, longest: int | None = None) -> Fill:
         """Return how full the micro-batches of the first steps of a packed run are.
 
         Args:
             config: the options of the run.
-            rows: the training rows.
+            rows: the training rows, or some of them.
+            longest: tokens of the longest row of all; None: the longest of these.
         """
         lengths = rows.lengths()
-        capacity = config.batch_size * max(lengths)
+        capacity = config.batch_size * (longest or max(lengths))
         windows = epoch_windows(rows, config, 0)[:_STEPS_LOOKED_AT]
         micro_batches = sum(len(packed(window, lengths, capacity)) for window in windows)
         tokens = sum(lengths[row] for window in windows for indices in window for row in indices)

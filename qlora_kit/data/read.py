@@ -59,7 +59,7 @@ def read_records(path: Path, names: NamesOfColumns | None = None) -> Iterator[Re
     Raises:
         DataError: the file is missing, a folder, of unknown format, damaged, or empty.
     """
-    _check_regular(path)
+    check_regular(path)
     reader = _READERS.get(_suffix(path))
     if reader is None:
         found = f'suffix "{_suffix(path)}"' if _suffix(path) else "no suffix"
@@ -85,7 +85,7 @@ def read_aligned(
             lines.
     """
     for path in (asked, answered):
-        _check_regular(path)
+        check_regular(path)
     counts = [0, 0]
     for one, other in zip_longest(read_lines(asked), read_lines(answered)):
         counts = [counts[0] + (one is not None), counts[1] + (other is not None)]
@@ -110,13 +110,13 @@ def read_columns(path: Path) -> Iterator[Record]:
     Raises:
         DataError: the file is missing, a folder, damaged, or empty.
     """
-    _check_regular(path)
+    check_regular(path)
     yield from _some(_records_in_columns(path), path)
 
 
 def first_fields(path: Path) -> list[str]:
     """Return the fields of the first line of a .tsv that has any; none of an empty one."""
-    _check_regular(path)
+    check_regular(path)
     return next((line.split("\t") for line in _text_lines(path) if line.strip()), [])
 
 
@@ -134,7 +134,12 @@ def _suffix(path: Path) -> str:
     return without_gzip(path).suffix.lower()
 
 
-def _check_regular(path: Path) -> None:
+def check_regular(path: Path) -> None:
+    """Check that a path names a file that can be read to its end.
+
+    Raises:
+        DataError: it names nothing, a folder, or what is no file.
+    """
     # `os.path` answers no where `Path` raises, for example for a name that is too long.
     if os.path.isdir(path):
         raise DataError(f"{path}: a folder; expected one data file ({_known()}); name a file in it")

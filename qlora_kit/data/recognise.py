@@ -185,45 +185,36 @@ def to_samples(
     return work.result()
 
 
-class _Recognition:
-    """One pass over the records of a source."""
+class Recogniser:
+    """Turns the records of a source into samples; the first one decides what all of them are.
 
-    def __init__(self, options: RecordOptions, adapters: RowAdapters | None, task: str) -> None:
+    Args:
+        options: a shape or columns that the user gives.
+        adapters: the adapters that a record may name; if None, no record is asked for one.
+        task: the task whose shapes are considered, see `SHAPES`.
+
+    Attributes:
+        shape: the shape of the samples; None before the first.
+        columns: fields that have another name in the data, with that name.
+    """
+
+    def __init__(
+        self, options: RecordOptions, adapters: RowAdapters | None = None, task: str = "causal"
+    ) -> None:
         self.options = options
         self.adapters = adapters
         self.task = task
-        self.found: Mapping[str, str] = {}
-        """columns that were found by their names, in the first record"""
         self.columns: Mapping[str, str] = options.columns
-        """these, and the columns that the user names"""
-        self.faults = Faults()
-        self.samples: list[Sample] = []
         self.shape: Shape | None = None
-        self.first_place = ""
-        self.used: set[str] = set()
-        self.unread: dict[str, None] = {}
-        self.skipped = 0
-        self.first_skipped = ""
-        self.placeholders: dict[str, None] = {}
-        self.with_placeholder = 0
+        self._found: Mapping[str, str] = {}
+        self._first_place = ""
 
-    def take(self, record: Record) -> None:
-        """Add the sample of a record, or its fault."""
-        try:
-            self.samples.append(self._sample(record))
-        except DataError as error:
-            if self.options.skip_bad_lines:
-                self.skipped += 1
-                self.first_skipped = self.first_skipped or error.faults[0]
-                return
-            if self.shape is None and not isinstance(record.content, DataError):
-                # Without a shape the records after this one cannot be judged.
-                raise
-            self.faults.add(*error.faults)
-        else:
-            self._note_placeholders(self.samples[-1])
+    def sample(self, record: Record) -> tuple[Sample, Mapping[str, Any]]:
+        """Return the sample of a record, and the record with its fields under their own names.
 
-    def _sample(self, record: Record) -> Sample:
+        Raises:
+            DataError: the record has a fault.
+        """
         if isinstance(record.content, DataError):
             raise record.content
         if not isinstance(record.content, dict):
@@ -236,8 +227,11 @@ class _Recognition:
         sample = to_sample(shape, fields, record.place)
         if self.adapters is not None:
             sample = replace(sample, adapter=self.adapters.of(record.content, record.place))
-        self._note_fields(shape, fields, record.content)
-        return sample
+        return sample, fields
+
+    def ends_at(self, record: Record) -> bool:
+        """Return whether a fault of this record leaves those after it without a shape."""
+        return self.shape is None and not isinstance(record.content, DataError)
 
     def _fields(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return a record with its fields under their own names as well."""
@@ -246,9 +240,9 @@ class _Recognition:
         if not knows_columns(self.task):
             return {**content, **named}
         if self.shape is None:
-            self.found = find_columns(content, given, self.task)
-            self.columns = {**given, **self.found}
-        found = {name: content[path] for name, path in self.found.items() if path in content}
+            self._found = find_columns(content, given, self.task)
+            self.columns = {**given, **self._found}
+        found = {name: content[path] for name, path in self._found.items() if path in content}
         # A column that is one field is not another as well, by its name.
         taken = {*self.columns.values()}
         others = {name: value for name, value in content.items() if name not in taken}
@@ -259,32 +253,64 @@ class _Recognition:
         if self.shape is None:
             if shape is None:
                 raise DataError(_unknown(fields, record, self.options, self.task))
-            self.shape, self.first_place = shape, record.place
+            self.shape, self._first_place = shape, record.place
             return shape
         if shape is self.shape:
             return shape
         if shape is not None:
             raise DataError(
                 f"{record.place}: a record of shape {shape}; expected {self.shape} as in "
-                f"{self.first_place}; keep one shape a file, or say which with "
+                f"{self._first_place}; keep one shape a file, or say which with "
                 f"{'--columns' if knows_columns(self.task) else '--format'}"
             )
         missing = next(name for name in FIELDS[self.shape].required if name not in fields)
         missing = self.columns.get(missing, missing)
         raise DataError(
             f'{record.place}: no "{missing}"; expected it as in the {self.shape} record '
-            f"{self.first_place}; give one, or pass --skip-bad-lines"
+            f"{self._first_place}; give one, or pass --skip-bad-lines"
         )
 
-    def _note_fields(
-        self, shape: Shape, fields: Mapping[str, Any], content: Mapping[str, Any]
-    ) -> None:
-        known = FIELDS[shape].all
+
+class _Recognition:
+    """One pass over all records of a source, with what is noticed in them."""
+
+    def __init__(self, options: RecordOptions, adapters: RowAdapters | None, task: str) -> None:
+        self.recogniser = Recogniser(options, adapters, task)
+        self.skips = options.skip_bad_lines
+        self.faults = Faults()
+        self.samples: list[Sample] = []
+        self.used: set[str] = set()
+        self.unread: dict[str, None] = {}
+        self.skipped = 0
+        self.first_skipped = ""
+        self.placeholders: dict[str, None] = {}
+        self.with_placeholder = 0
+
+    def take(self, record: Record) -> None:
+        """Add the sample of a record, or its fault."""
+        try:
+            sample, fields = self.recogniser.sample(record)
+        except DataError as error:
+            if self.skips:
+                self.skipped += 1
+                self.first_skipped = self.first_skipped or error.faults[0]
+                return
+            if self.recogniser.ends_at(record):
+                raise
+            self.faults.add(*error.faults)
+        else:
+            self.samples.append(sample)
+            self._note_fields(fields, record.content)
+            self._note_placeholders(sample)
+
+    def _note_fields(self, fields: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        assert self.recogniser.shape is not None, "a sample has been read"
+        known = FIELDS[self.recogniser.shape].all
         self.used.update(name for name in known if fields.get(name) is not None)
-        columns = self.columns.values()
+        columns = self.recogniser.columns.values()
         read = {*known, *columns, *(path.partition(".")[0] for path in columns)}
-        if self.adapters is not None:
-            read.add(self.adapters.field)
+        if self.recogniser.adapters is not None:
+            read.add(self.recogniser.adapters.field)
         unread = [name for name in content if name not in read and content[name] is not None]
         self.unread.update(dict.fromkeys([*unread, *_unread_in_turns(fields)]))
 
@@ -303,14 +329,15 @@ class _Recognition:
             DataError: the faults; or no sample is left.
         """
         self.faults.raise_if_any()
-        if self.shape is None or not self.samples:
+        shape = self.recogniser.shape
+        if shape is None or not self.samples:
             first = f", the first: {self.first_skipped}" if self.skipped else "; add rows"
             raise DataError(f"the data: no usable record; expected at least one{first}")
         return Recognised(
-            self.shape,
+            shape,
             self.samples,
-            tuple(name for name in FIELDS[self.shape].all if name in self.used),
-            self.columns,
+            tuple(name for name in FIELDS[shape].all if name in self.used),
+            self.recogniser.columns,
             tuple(sorted(self.unread)),
             self.skipped,
             self.first_skipped,

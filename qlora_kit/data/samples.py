@@ -7,6 +7,7 @@ and imports `datasets` only for a data set of the hub.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.config import RecordOptions
 from qlora_kit.data.class_names import (
@@ -45,6 +46,9 @@ from qlora_kit.data.recognise import check_columns, check_format, to_samples
 from qlora_kit.data.shapes import WEIGHT, Message, Sample, ShapeOfAll, loss_weights
 from qlora_kit.errors import ConfigError, DataError, HubError
 from qlora_kit.storage.faults import reason
+
+if TYPE_CHECKING:
+    from qlora_kit.data.streamed_samples import SampleStream
 
 Split = Literal["train", "validation", "test"]
 
@@ -90,6 +94,8 @@ class Samples:
     """the samples of each source, where several are joined, see `data.sources`"""
     chat_template: str | None = None
     """the chat template of this source, where it has another than the run"""
+    stream: SampleStream | None = None
+    """the stream that these are the first samples of; None where they are all there are"""
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -129,6 +135,8 @@ def load_samples(
     options: RecordOptions | None = None,
     adapters: RowAdapters | None = None,
     task: str = "causal",
+    *,
+    streams: bool = False,
 ) -> Samples:
     """Load the samples that `--data` names.
 
@@ -140,6 +148,7 @@ def load_samples(
             whether records with a fault are left out.
         adapters: the adapters that a record may name; if None, no record is asked for one.
         task: the task that the samples are for: it decides what a record may be.
+        streams: whether a data set of the hub is read as it comes, and not fetched first.
 
     Raises:
         ConfigError: `options` names a field or a format that the task has not, or the task needs
@@ -154,11 +163,11 @@ def load_samples(
     check_format(options, task)
     check_columns(options.columns, task)
     tables = TablesWithoutHeader(options.columns)
-    source = _source(str(data), split, tables.columns if task == "classify" else None, task)
+    names_of = tables.columns if task == "classify" else None
+    source = open_source(str(data), split, names_of, task, streams=streams)
     found = to_samples(source.records, options, adapters, task)
     notices = (*tables.notices(), *found.notices(source.name))
-    wanted = "tags" if task == "tag" else "label"
-    names = source.class_names.get(found.columns.get(wanted, wanted), ())
+    names = source.names_of_classes(found.columns, task)
     return Samples(found.samples, found.shape, str(data), notices, found.skipped, names)
 
 
@@ -173,18 +182,33 @@ def _built_in(split: Split, adapters: RowAdapters | None, task: str) -> Samples:
     return Samples(found.samples, found.shape, "built-in sample data")
 
 
-def _source(name: str, split: Split, names: NamesOfColumns | None, task: str) -> _Source:
-    """Return the records of what has this name; `names` is for tables, see `read_records`."""
+def open_source(
+    name: str, split: Split, names: NamesOfColumns | None, task: str, *, streams: bool = False
+) -> Source:
+    """Return the records of what has this name.
+
+    Args:
+        name: see `load_samples`.
+        split: see `load_samples`.
+        names: names the columns of tables, see `read_records`.
+        task: the task that the records are for.
+        streams: whether a data set of the hub is read as it comes, and not fetched first.
+
+    Raises:
+        DataError: there is nothing of that name, or no such split.
+        HubError: the hub has no such data set, or is out of reach.
+    """
     path = Path(name)
     asked, plus, answered = name.partition("+")
     if os.path.isdir(path):
         return _in_folder(path, split, names, task)
     if not os.path.exists(path) and plus and os.path.isfile(asked):
         fields = _FIELDS_OF_ALIGNED.get(task, ALIGNED_FIELDS)
-        return _Source(name, read_aligned(Path(asked), Path(answered), fields))
+        files = (Path(asked), Path(answered))
+        return Source(name, read_aligned(*files, fields), files=files)
     if not os.path.exists(path) and is_hub_id(name):
-        return _on_hub(name, split)
-    return _Source(name, _records_of(path, names, task), names_in_file(path))
+        return _on_hub(name, split, streams=streams)
+    return Source(name, _records_of(path, names, task), names_in_file(path), (path,))
 
 
 def _records_of(path: Path, names: NamesOfColumns | None, task: str) -> Iterator[Record]:
@@ -203,7 +227,11 @@ def _records_of(path: Path, names: NamesOfColumns | None, task: str) -> Iterator
 
 
 def load_held_out(
-    data: str | Path | None, options: RecordOptions | None = None, task: str = "causal"
+    data: str | Path | None,
+    options: RecordOptions | None = None,
+    task: str = "causal",
+    *,
+    streams: bool = False,
 ) -> Samples | None:
     """Load the validation samples of a folder or of a data set of the hub; None without any.
 
@@ -221,17 +249,35 @@ def load_held_out(
     elif os.path.exists(path) or not is_hub_id(str(data)):
         has_some = False
     else:
-        has_some = _name_of_split("validation", _hub_splits(str(data))) is not None
-    return load_samples(data, "validation", options, task=task) if has_some else None
+        splits = _hub_stream(str(data))[0] if streams else _hub_splits(str(data))
+        has_some = _name_of_split("validation", splits) is not None
+    if not has_some:
+        return None
+    return load_samples(data, "validation", options, task=task, streams=streams)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Records, and the name of the file, folder or data set that they come from."""
+class Source:
+    """Records, and the name of the file, folder or data set that they come from.
+
+    Attributes:
+        name: of the source.
+        records: in order, once.
+        class_names: names of classes that are stored beside the data, by column.
+        files: the files of the records, in order; none of a data set of the hub.
+        version: the version of a data set of the hub that is read as it comes; "" elsewhere.
+    """
 
     name: str
     records: Iterator[Record]
     class_names: ClassNames = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    version: str = ""
+
+    def names_of_classes(self, columns: Mapping[str, str], task: str) -> tuple[str, ...]:
+        """Return the names of the classes that the labels are the numbers of, if there are any."""
+        wanted = "tags" if task == "tag" else "label"
+        return self.class_names.get(columns.get(wanted, wanted), ())
 
 
 def _built_in_records(path: Path) -> Iterator[Record]:
@@ -243,14 +289,14 @@ def _built_in_records(path: Path) -> Iterator[Record]:
 # ---------------------------------------------------------------- folders
 
 
-def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None, task: str) -> _Source:
+def _in_folder(folder: Path, split: Split, names: NamesOfColumns | None, task: str) -> Source:
     for part in _INSTEAD[split]:
         files = _split_files(folder, part)
         if files:
             _check_one_set(folder, part, files)
             name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files)"
             records = chain.from_iterable(_records_of(path, names, task) for path in files)
-            return _Source(name, records, names_in_folder(folder, files[0]))
+            return Source(name, records, names_in_folder(folder, files[0]), tuple(files))
     raise DataError(_no_split(folder, split))
 
 
@@ -329,15 +375,16 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not is_data_file_name(Path(name))
 
 
-def _on_hub(name: str, split: Split) -> _Source:
-    splits = _hub_splits(name)
+def _on_hub(name: str, split: Split, *, streams: bool = False) -> Source:
+    splits, version = _hub_stream(name) if streams else (_hub_splits(name), "")
     for part in _INSTEAD[split]:
         found = _name_of_split(part, splits)
         if found is not None:
             rows = splits[found]
             features = getattr(rows, "features", None)
             names = names_in_features(features.to_dict() if features else {})
-            return _Source(f"{name} ({found})", _hub_records(f"{name} {found}", rows), names)
+            records = _hub_records(f"{name} {found}", rows)
+            return Source(f"{name} ({found})", records, names, version=version)
     raise DataError(
         f"{name}: no {split} split, only {list_names(splits)}; expected one; "
         "download the data set and name a file of it"
@@ -350,6 +397,22 @@ def _name_of_split(split: Split, splits: Collection[str]) -> str | None:
 
 
 def _hub_splits(name: str) -> Mapping[str, Any]:
+    with _hub_errors(name) as (datasets, asked):
+        splits: Mapping[str, Any] = datasets.load_dataset(*asked)
+    return splits
+
+
+def _hub_stream(name: str) -> tuple[Mapping[str, Any], str]:
+    """Return the splits of a data set that is read as it comes, and its version."""
+    with _hub_errors(name) as (datasets, asked):
+        builder = datasets.load_dataset_builder(*asked)
+        # The hash is of the commit that the hub has now, or of the files.
+        return builder.as_streaming_dataset(), f"{builder.config.name} {builder.hash}"
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[tuple[Any, tuple[str, str | None]]]:
+    """Yield `datasets` and the id and configuration to ask it for; an error is one line."""
     import datasets
 
     # The hub client warns of every retry; the one line that matters is the error below.
@@ -357,7 +420,7 @@ def _hub_splits(name: str) -> Mapping[str, Any]:
     match = _HUB_ID.fullmatch(name)
     assert match is not None
     try:
-        splits: Mapping[str, Any] = datasets.load_dataset(match[1], match[2])
+        yield datasets, (match[1], match[2])
     except Exception as error:
         # The hub client raises errors of many classes; the remedy is the same for all.
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -365,7 +428,6 @@ def _hub_splits(name: str) -> Mapping[str, Any]:
             f"{name}: no such file, and not loadable from the hub ({why}); expected a data "
             "file or a hub id; check name, network and access"
         ) from error
-    return splits
 
 
 def _hub_records(name: str, rows: Any) -> Iterator[Record]:

@@ -8,7 +8,8 @@ row is divided.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import pyarrow
 
@@ -143,6 +144,12 @@ class SourceRows:
             "tokenizer": Encoder(tokenizer).content_hash(),
             "template": None,
         }
+
+    def on(self, samples: Samples) -> Self:
+        """Return the maker of the rows of other samples."""
+        other = copy(self)
+        other.samples, other.has_weights = samples, samples.is_weighted
+        return other
 
     def rows(self, indices: Sequence[int], faults: Faults) -> Iterator[tuple[int, Labelled]]:
         """Yield the row of each sample, however long."""

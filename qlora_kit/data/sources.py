@@ -36,7 +36,7 @@ def load_training(config: TrainConfig) -> Samples:
     """
     _check_weights(config)
     if len(config.sources) < 2:
-        return load_samples(_name(config), "train", _record_options(config), task=config.task)
+        return load_samples(_name(config), "train", record_options(config), task=config.task)
     _check_apart(config.sources)
     return _joined(_loaded(config, "train"))
 
@@ -52,10 +52,12 @@ def load_validation(config: TrainConfig) -> Samples | None:
     """
     is_one = len(config.sources) < 2
     if config.validation:
-        options = _record_options(config) if is_one else config
+        options = record_options(config) if is_one else config
         return load_samples(config.validation, "validation", options, task=config.task)
     if is_one:
-        return load_held_out(_name(config), _record_options(config), config.task)
+        return load_held_out(
+            _name(config), record_options(config), config.task, streams=config.stream_data
+        )
     parts = _loaded(config, "validation")
     if not parts:
         return None
@@ -88,7 +90,7 @@ def _name(config: TrainConfig) -> str | None:
     return config.sources[0].path if config.sources else None
 
 
-def _record_options(config: TrainConfig, number: int = 0) -> RecordOptions:
+def record_options(config: TrainConfig, number: int = 0) -> RecordOptions:
     """Return how the records of a source are read: as it says, and else as the run says."""
     if not config.sources:
         return config
@@ -101,7 +103,7 @@ def _loaded(config: TrainConfig, split: Split) -> list[Samples]:
     """Return the samples of each source, or of each source that has validation samples."""
     found, faults = [], Faults()
     for number, source in enumerate(config.sources):
-        options = _record_options(config, number)
+        options = record_options(config, number)
         try:
             samples = (
                 load_samples(source.path, split, options, task=config.task)

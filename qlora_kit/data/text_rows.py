@@ -8,7 +8,8 @@ is not too long.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import pyarrow
 
@@ -77,6 +78,12 @@ class TextRows:
             "tokenizer": self.encoder.content_hash(),
             "template": template_hash(tokenizer),
         }
+
+    def on(self, samples: Samples) -> Self:
+        """Return the maker of the rows of other samples."""
+        other = copy(self)
+        other.samples, other.has_weights = samples, samples.is_weighted
+        return other
 
     def rows(self, indices: Sequence[int], faults: Faults) -> Iterator[tuple[int, Labelled]]:
         """Yield the rows of samples: one, or one an answer where a template asks for it."""

@@ -16,9 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
-import datasets
 import numpy
 import pyarrow
 import tokenizers
@@ -26,7 +25,7 @@ import transformers
 
 from qlora_kit import storage
 from qlora_kit.config import LongSamples, TokenOptions
-from qlora_kit.data.batch import LOSS_WEIGHTS, TokenTable
+from qlora_kit.data.batch import LOSS_WEIGHTS
 from qlora_kit.data.encode import IGNORED, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
@@ -35,6 +34,11 @@ from qlora_kit.data.shapes import Shape, ShapeOfAll
 from qlora_kit.data.tagged_rows import TAGS
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.errors import DataError, StorageError
+
+# Processes that only tokenise import this module too: `datasets` and torch come where they are
+# used.
+if TYPE_CHECKING:
+    from qlora_kit.data.batch import TokenTable
 
 MIN_ROWS_FOR_VALIDATION = 200
 MIN_ROWS_OF_A_SOURCE = 20
@@ -210,11 +214,11 @@ def tokenize(
             `long_samples="error"`; or nothing is left that a loss could be computed for.
         ConfigError, ModelError: the chat template is not usable.
     """
-    work = _Tokenizing(samples, makes(samples, tokenizer, options), options)
+    work = Tokenizing(samples, makes(samples, tokenizer, options), options)
     fingerprint = work.fingerprint()
     if not cache:
         return work.run(fingerprint, None)
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "qlora_kit" / f"{fingerprint}.arrow"
+    file = cache_folder() / f"{fingerprint}.arrow"
     found = _from_cache(file, fingerprint, work.maker)
     if found is not None:
         return found
@@ -234,13 +238,24 @@ def tokenize(
         storage.write_json(file.with_suffix(".json"), about)
     except (OSError, StorageError):
         # A cache that cannot be written costs time, not the run.
-        again = _Tokenizing(samples, makes(samples, tokenizer, options), options)
+        again = Tokenizing(samples, makes(samples, tokenizer, options), options)
         return again.run(fingerprint, None)
     return made
 
 
+def cache_folder() -> Path:
+    """Return the folder of all that is kept for a later run: a part of the cache of `datasets`."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "qlora_kit"
+
+
 def _from_cache(file: Path, fingerprint: str, maker: RowMaker) -> Tokenized | None:
     """Return the rows of an earlier run; None where they are missing or were changed."""
+    import datasets
+
+    from qlora_kit.data.batch import TokenTable
+
     try:
         about = storage.read_json(file.with_suffix(".json"))
         if about["sha256"] != storage.file_hash(file):
@@ -301,6 +316,10 @@ class RowMaker(Protocol):
     has_weights: bool
     labels: Labels | None
 
+    def on(self, samples: Samples) -> Self:
+        """Return the maker of the rows of other samples, of the same data and the same shape."""
+        ...
+
     def rows(self, indices: Sequence[int], faults: Faults) -> Iterator[tuple[int, Labelled]]:
         """Yield the rows of samples, each with the index of its sample, however long."""
         ...
@@ -336,8 +355,18 @@ class RowMaker(Protocol):
 MakesRows = Callable[[Samples, Any, TokenOptions], RowMaker]
 
 
-class _Tokenizing:
-    """One pass over the samples: makes their rows, fits them to length and counts."""
+class Tokenizing:
+    """One pass over the samples: makes their rows, fits them to length and counts.
+
+    Args:
+        samples: of one shape.
+        maker: makes their rows.
+        options: the longest row allowed, the treatment of longer ones.
+
+    Attributes:
+        tally: what became of the samples so far, by the names of `Counts`.
+        faults: those of the samples so far.
+    """
 
     def __init__(self, samples: Samples, maker: RowMaker, options: TokenOptions) -> None:
         self.samples = samples
@@ -364,11 +393,15 @@ class _Tokenizing:
 
     def run(self, fingerprint: str, file: Path | None) -> Tokenized:
         """Make all rows, into `file` or into memory."""
+        import datasets
+
+        from qlora_kit.data.batch import TokenTable
+
         started = time.perf_counter()
         source = datasets.Dataset.from_dict({"sample": range(len(self.samples.items))})
         with _no_progress_bars():
             rows = source.map(
-                lambda batch: self._table(batch["sample"]),
+                lambda batch: self.table(batch["sample"]),
                 batched=True,
                 batch_size=_BATCH_ROWS,
                 remove_columns=["sample"],
@@ -395,15 +428,16 @@ class _Tokenizing:
             self.maker.labels,
         )
 
-    def _table(self, indices: Sequence[int]) -> pyarrow.Table:
+    def table(self, indices: Sequence[int]) -> pyarrow.Table:
+        """Return the token rows of some samples, with the columns of `_schema`."""
         rows: list[_TableRow] = []
         made = self.maker.rows(indices, self.faults)
         for index, of_one in itertools.groupby(made, key=lambda pair: pair[0]):
-            rows += self._fit(index, [row for _, row in of_one])
+            rows += self.fit(index, [row for _, row in of_one])
         columns = [[getattr(row, name) for row in rows] for name in self.schema.names]
         return pyarrow.table(columns, schema=self.schema)
 
-    def _fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
+    def fit(self, index: int, rows: Sequence[Labelled]) -> list[_TableRow]:
         """Shorten the rows of one sample to the allowed length, and count what is lost."""
         by_turn, is_split = len(rows) > 1, self.long_samples == "split"
         longest = max(row.length for row in rows)
@@ -466,6 +500,8 @@ class _Tokenizing:
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
+    import datasets
+
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from qlora_kit.errors import ModelError, raised_as, said
-from qlora_kit.model.memory import is_out_of_memory
 
 
 def model_errors(where: object, expected: str) -> AbstractContextManager[None]:
@@ -33,4 +32,6 @@ def _is_of_the_file(error: BaseException) -> bool:
     # Where its Rust code fails, tokenizers raises a class that is no Exception; it is told by name.
     if type(error).__name__ == "PanicException":
         return True
+    from qlora_kit.model.memory import is_out_of_memory
+
     return isinstance(error, Exception) and not is_out_of_memory(error)

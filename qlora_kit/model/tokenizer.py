@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.config_file import check_tokenizer_files
 from qlora_kit.model.faults import model_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Texts that lost characters in released tokenizers: leading and double spaces, newlines and tabs,
 # digits, accents, CJK, an emoji made of several code points.
@@ -49,6 +50,9 @@ def load_tokenizer(
         ModelError: there is no tokenizer, it has no token to pad with, or, where the model writes,
             it has no end-of-sequence token or, where it is to be exact, fails `check_round_trip`.
     """
+    # It imports torch, which whoever is handed a tokenizer does without, as `data.stream_worker`.
+    from transformers import AutoTokenizer
+
     check_tokenizer_files(folder)
     with model_errors(f"{folder}: no usable tokenizer", "the files of one; restore them"):
         tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -98,23 +98,32 @@ class Opened:
             ConfigError: the longest row has more tokens than the model has positions.
             ModelError: the tokenizer gives a token that the model has no embedding for.
         """
-        text = self.spec(options).architecture().get_text_config()
         positions = self.positions(options)
         longest = max(rows.rows.lengths())
         if positions is not None and longest > positions:
+            text = self.spec(options).architecture().get_text_config()
             raise ConfigError(
                 f"--max-length: the longest row has {longest} tokens and the model only "
                 f"{positions} positions; pass --max-length {positions} or less"
                 f"{self._other_ways(text, longest)}"
             )
-        embeddings = getattr(text, "vocab_size", None)
+        embeddings = self.embeddings(options)
         largest = rows.rows.largest_token()
         if embeddings is not None and largest >= embeddings:
-            raise ModelError(
-                f"{self.source.name}: its tokenizer gives token {largest} for this data and the "
-                f"model has {embeddings} embeddings; expected a tokenizer made for it; restore the "
-                "tokenizer's files"
-            )
+            raise self.has_no_embedding(largest, embeddings)
+
+    def embeddings(self, options: BaseModelOptions) -> int | None:
+        """Return how many tokens the model has embeddings for; None if it does not say."""
+        text = self.spec(options).architecture().get_text_config()
+        return getattr(text, "vocab_size", None)
+
+    def has_no_embedding(self, token: int, embeddings: int) -> ModelError:
+        """Return the error of a token of the data that the model has no embedding for."""
+        return ModelError(
+            f"{self.source.name}: its tokenizer gives token {token} for this data and the "
+            f"model has {embeddings} embeddings; expected a tokenizer made for it; restore the "
+            "tokenizer's files"
+        )
 
     def _other_ways(self, text: PreTrainedConfig, longest: int) -> str:
         """Return in words how rows that are too long can be learnt all the same."""

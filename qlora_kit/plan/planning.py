@@ -21,7 +21,7 @@ from qlora_kit.plan.search import SearchResult, search
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import Subject, UsualRows
 from qlora_kit.report.memory import size_text
-from qlora_kit.train.loop import plan_steps
+from qlora_kit.train.windows import plan_steps
 
 # Choices that are run in full, one after the other, where each turns out larger than extrapolated.
 _MOST_TRIES = 4

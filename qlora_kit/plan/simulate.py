@@ -48,8 +48,8 @@ from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective
 from qlora_kit.tasks.tokens import packing, weighted
-from qlora_kit.train.loop import plan_steps
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
+from qlora_kit.train.windows import steps_an_epoch
 
 Stream = Iterator[tuple[str, FrozenWeight | Tensor]]
 
@@ -187,7 +187,7 @@ def _step_work(rows: RowSizes, config: TrainConfig, one: Work, update: Work) -> 
         asked = config.gradient_accumulation_steps
         tokens = rows.tokens + (rows.answer_tokens or 0)
         return StepWork(one, update, asked, config.batch_size * asked * tokens)
-    steps = plan_steps(rows.usual.rows, config).per_epoch
+    steps = steps_an_epoch(rows.usual.rows, config)
     at_once = rows.usual.at_once or config.batch_size
     micro_batches = math.ceil(rows.usual.rows / at_once) / steps
     return StepWork(one, update, micro_batches, rows.usual.rows * rows.usual.tokens / steps)

@@ -20,6 +20,7 @@ from qlora_kit.events import (
 )
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_searchable, check_task, classifies
+from qlora_kit.recipe.streaming import check_longest, open_stream
 from qlora_kit.redact import redacted_values
 from qlora_kit.train.best import LOSS, check_measured, loss_of_source
 
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
 def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:
     """Read the training data, and the validation data if there is a file of it.
 
+    Of a stream only the first samples are read.
+
     Args:
         config: names the data.
         announce: receives notices about the data.
     """
-    samples = load_training(config)
+    stream = open_stream(config, announce)
+    samples = load_training(config) if stream is None else stream.head()
     if config.data is None:
         announce(
             Notice(
@@ -89,6 +93,8 @@ def token_rows(
         announce(Notice(text))
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
+    if config.stream_data:
+        check_longest(opened, config)
     _check_validation(config, held_out, announce)
     of_sources = [loss_of_source(each.name) for each in held_out.sources] if held_out else []
     check_measured(config.best_metric, (*opened.task.metrics, *of_sources))
@@ -146,6 +152,8 @@ def tokenize_data(
     if validation is not None:
         held_out = _tokenized("validation", validation, opened, config, announce)
         return mixed(rows, config.source_weights), held_out
+    if samples.stream is not None:
+        return rows, None
     kept, split = split_validation(rows, config.validation_fraction, config.seed)
     if not all(len(part.rows) for part in (kept.sources or [kept])):
         raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
@@ -190,7 +198,9 @@ def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels
     announce(Notice(f"labels: {labels.describe()}"))
     if labels.kind == "tags":
         announce(Notice(f"tags: {tags_in_words(labels, samples)}"))
-    absent = missing_from(labels, class_counts(labels, samples), samples.source)
+    absent: Iterable[str] = ()
+    if samples.stream is None:
+        absent = missing_from(labels, class_counts(labels, samples), samples.source)
     for text in (*absent, *doubtful(labels)):
         announce(Notice(text))
     return labels
@@ -253,10 +263,12 @@ def surveyed(
         shown_rows=shown_rows,
         has_sources=opened.task.has_sources,
     )
+    # The first step of a stream is drawn from its shuffle buffer.
+    shows_step = packing.is_on and samples.stream is None
     found = replace(
         found,
         packing=packing.described(config, rows.rows),
-        packed=PackedStep.of(config, rows.rows, samples) if packing.is_on else None,
+        packed=PackedStep.of(config, rows.rows, samples) if shows_step else None,
     )
     # The survey names files, and is shown on a page; a path may hold a secret.
     redacted: Survey = redacted_values(found)

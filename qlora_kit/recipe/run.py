@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,8 +15,8 @@ import yaml
 from qlora_kit.config import TrainConfig, compared
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.source_figures import source_figures
-from qlora_kit.data.tokens import Tokenized
-from qlora_kit.errors import NumericsError, OutOfMemory, TornStep
+from qlora_kit.data.tokens import Counts, Tokenized
+from qlora_kit.errors import DataError, HubError, NumericsError, OutOfMemory, TornStep, WorkerLost
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
 from qlora_kit.infer.evaluate import Evaluation
 from qlora_kit.infer.samples import SampleAccount
@@ -28,6 +28,7 @@ from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.run import PICTURE, MemoryAccount, StepTimes, plan_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.recipe.rows import surveyed
+from qlora_kit.recipe.streaming import Learnt
 from qlora_kit.recipe.validation import Validation
 from qlora_kit.redact import redacted_values
 from qlora_kit.report import card, data_view, log, plot, run_page
@@ -40,20 +41,21 @@ from qlora_kit.step.kernels import Kernels
 from qlora_kit.storage import storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, goes_on, step_of
-from qlora_kit.train.loop import Saving, TrainResult, plan_steps, train_adapter
+from qlora_kit.train.loop import Saving, TrainResult, train_adapter
 from qlora_kit.train.packing import Packing
 from qlora_kit.train.resume import is_finished, resume_point
+from qlora_kit.train.windows import plan_steps
 
 
 def planned(
-    config: TrainConfig, subject: Subject, rows: int, output: Path, announce: Announce
+    config: TrainConfig, subject: Subject, rows: int | None, output: Path, announce: Announce
 ) -> tuple[TrainConfig, Plan | None]:
     """Plan a run before any weight is loaded, and check that memory and disk have room for it.
 
     Args:
         config: the options of the run.
         subject: the run, on the hardware of this machine.
-        rows: number of training rows of an epoch.
+        rows: number of training rows of an epoch; None if they are not counted.
         output: the run folder.
         announce: receives the prediction and the choice.
 
@@ -82,7 +84,8 @@ class Run:
         samples: the training data as it was read.
         validation: the validation data as it was read, if there is a file of it.
         opened: the tokenizer, and the place of the base.
-        rows: the training rows.
+        rows: the training rows, or those of the first samples of a stream.
+        learnt: all that is learnt from.
         held_out: the validation rows, if there are any.
         plan: the plan of the run's memory, if one could be made.
         adapter: the adapter, attached to the loaded base.
@@ -97,6 +100,7 @@ class Run:
     validation: Samples | None
     opened: Opened
     rows: Tokenized
+    learnt: Learnt
     held_out: Tokenized | None
     plan: Plan | None
     adapter: Adapter
@@ -115,8 +119,7 @@ class Run:
         config, base = self.config, self.adapter.base
         return {
             **config.model_dump(mode="json", include=set(compared(TrainConfig))),
-            **self.rows.origin,
-            "rows": self.rows.rows.content_hash(),
+            **self.learnt.identity,
             "data_weights": [*config.source_weights],
             "validation": self.held_out.rows.content_hash() if self.held_out else None,
             "base": base.digest,
@@ -130,7 +133,7 @@ class Run:
     @cached_property
     def resume(self) -> Path | None:
         """The checkpoint to resume from, which is looked for once; None to start anew."""
-        steps = plan_steps(self.rows.rows.rows_an_epoch, self.config)
+        steps = plan_steps(self.learnt.in_epoch, self.config)
         return resume_point(self.output, self.config, self.identity, steps.total, self.announce)
 
     def finished_before(self) -> dict[str, Any] | None:
@@ -147,8 +150,8 @@ class Run:
         if self.config.overwrite:
             clear_run(self.output)
         facts = header(
-            self.adapter, self.rows, self.held_out, self.samples, self.config, self.kernels,
-            self.packing.described(self.config, self.rows.rows),
+            self.adapter, self.learnt, self.rows, self.held_out, self.config, self.kernels,
+            self.packing.described(self.config, self.rows.rows, max(self.learnt.rows.lengths())),
         )  # fmt: skip
         name = self.opened.source.name
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))
@@ -161,7 +164,7 @@ class Run:
         try:
             validation = self._validation()
             result = self._trained(memory, validation)
-        except (Stopped, NumericsError, OutOfMemory) as end:
+        except (Stopped, NumericsError, OutOfMemory, DataError, HubError, WorkerLost) as end:
             self._say_how_to_go_on(end)
             raise
         last = validation.last if validation else None
@@ -209,7 +212,7 @@ class Run:
             written = log.Log(self.output, self.config.logging_steps)
             result = train_adapter(
                 self.adapter,
-                self.rows.rows,
+                self.learnt.rows,
                 self.config,
                 task=self.opened.task,
                 pad_token_id=self.opened.tokenizer.pad_token_id,
@@ -260,6 +263,7 @@ class Run:
         times = StepTimes.of(rows, self.plan, self._first_step)
         results = (
             *_results(result, self.config),
+            *self._streamed(result),
             *speed(rows),
             *(times.rows() if times else ()),
             *memory.close(result.peak_memory_bytes),
@@ -292,6 +296,16 @@ class Run:
         self.announce(Closing(files, commands))
         step = times.as_json() if times else None
         return {"output": str(output), "finished": True, **asdict(result), "step_times": step}
+
+    def _streamed(self, result: TrainResult) -> Iterator[tuple[str, str]]:
+        """Yield what became of the samples of a stream, in all passes so far."""
+        place, stream = result.progress.place, self.samples.stream
+        if place is None or stream is None:
+            return
+        counts = Counts(self.samples.shape, self.rows.counts.weighs, **place.counts)
+        yield "streamed", counts.describe()
+        if stream.skipped:
+            yield "skipped records", f"{stream.skipped:,}; the first: {stream.first_skipped}"
 
 
 def _evaluated(found: Evaluation | None) -> dict[str, Any]:

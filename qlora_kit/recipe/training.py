@@ -5,6 +5,8 @@ config → data → tokenizer → plan → base → LoRA → training → adapte
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from qlora_kit.config import TrainConfig
@@ -13,6 +15,7 @@ from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.recipe.rows import read_data, token_rows
+from qlora_kit.recipe.streaming import learning_from
 from qlora_kit.report.trackers import check_tracker
 from qlora_kit.train.folder import claimed_run, goes_on
 
@@ -26,9 +29,12 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     prepare_environment(deterministic=config.deterministic)
     check_tracker(config.report_to)
     source = find_model(config.model)
-    with claimed_run(
-        config.output, source.name, resume=config.resume, overwrite=config.overwrite
-    ) as output:
+    with (
+        claimed_run(
+            config.output, source.name, resume=config.resume, overwrite=config.overwrite
+        ) as output,
+        ExitStack() as at_the_end,
+    ):
         samples, validation = read_data(config, announce)
 
         # torch is imported here, after everything that can be checked without it.
@@ -37,7 +43,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         from qlora_kit.model.hardware import choose_hardware, make_deterministic
         from qlora_kit.model.load import Placement, load_base
         from qlora_kit.model.threads import choose_threads
-        from qlora_kit.plan.subject import RowSizes, Subject
+        from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
         from qlora_kit.recipe.run import Run, planned
         from qlora_kit.step.kernels import choose_kernels
         from qlora_kit.train.packing import choose_packing
@@ -47,6 +53,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         threads = choose_threads(config.threads)
         config = config.model_copy(update={"threads": threads.count})
         opened, rows, held_out = token_rows(samples, validation, config, announce)
+        learnt = at_the_end.enter_context(learning_from(samples, opened, rows, config, announce))
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
         hardware = choose_hardware(config.device, config.dtype, threads)
@@ -54,13 +61,17 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
             hardware = proposing_bfloat16(hardware)
         asked = config.packing
         packing = choose_packing(
-            config, opened.task, spec.skeleton(), rows.rows, goes_on=goes_on(output, config.resume)
-        )
+            config, opened.task, spec.skeleton(), rows.rows, longest=max(learnt.rows.lengths()),
+            goes_on=goes_on(output, config.resume),
+        )  # fmt: skip
         config = packing.settled(config)
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
-        sizes = sizes_of(rows.rows, held_out.rows if held_out else None, config)
+        sizes = sizes_of(learnt.rows, held_out.rows if held_out else None, config)
+        if learnt.stream:
+            usual = UsualRows.of(rows.rows, config, has_sources=opened.task.has_sources)
+            sizes = replace(sizes, usual=replace(usual, rows=learnt.in_epoch or usual.rows))
         subject = Subject(spec, lora, hardware, sizes, opened.task)
-        config, plan = planned(config, subject, rows.rows.rows_an_epoch, output, announce)
+        config, plan = planned(config, subject, learnt.in_epoch, output, announce)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
         if asked is None:
@@ -68,7 +79,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
             config = packing.settled(config)
         kernels = choose_kernels(base.model, config, hardware)
         run = Run(
-            config, output, announce, samples, validation, opened, rows, held_out, plan, adapter,
-            kernels, packing,
+            config, output, announce, samples, validation, opened, rows, learnt, held_out, plan,
+            adapter, kernels, packing,
         )  # fmt: skip
         return run.finished_before() or run.taken()

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_kit.config import GROUPS, TrainConfig, that_decide
 from qlora_kit.data.source_figures import described_sources, source_figures
 from qlora_kit.report.tables import Rows
 
 if TYPE_CHECKING:
-    from qlora_kit.data.samples import Samples
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.lora.attach import Adapter
     from qlora_kit.step.kernels import Kernels
@@ -123,11 +122,25 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+class Data(Protocol):
+    """The data of a run, in words: what it is, and how a stream of it is read."""
+
+    @property
+    def described(self) -> str:
+        """What the data is."""
+        ...
+
+    @property
+    def stream(self) -> str | None:
+        """How a stream is read; None for rows that are all at hand."""
+        ...
+
+
 def header(
     adapter: Adapter,
+    learnt: Data,
     rows: Tokenized,
     held_out: Tokenized | None,
-    samples: Samples,
     config: TrainConfig,
     kernels: Kernels,
     packing: str,
@@ -136,9 +149,9 @@ def header(
 
     Args:
         adapter: the adapter, attached to the loaded base.
-        rows: the training rows.
+        learnt: what is learnt from.
+        rows: the training rows, or those of the first samples of a stream.
         held_out: the validation rows, if there are any.
-        samples: the training data as it was read.
         config: the options of the run.
         kernels: the kernels that serve the loaded base.
         packing: whether the samples of a step are packed, in words.
@@ -156,8 +169,8 @@ def header(
         ("device", base.hardware.device_name),
         ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
         *((("kernels", kernels.described()),) if on_gpu else ()),
-        ("data", f"{samples.source}, {len(rows.rows):,} rows, "
-                 f"{rows.counts.weight:,} {rows.counts.weighs.replace('_', ' ')}"),
+        ("data", learnt.described),
+        *((("stream", learnt.stream),) if learnt.stream else ()),
         *described_sources(source_figures(rows, held_out)),
         ("validation", f"{len(held_out.rows):,} rows" if held_out else "none"),
         ("batch", f"{batch} rows an optimiser step ({config.batch_size} × "

@@ -163,7 +163,8 @@ class Terminal:
     def _start(self, event: RunStarted) -> None:
         self._total_steps, self._started, self._tokens = event.total_steps, time.monotonic(), 0
         self.console.print(
-            f"training: {event.total_steps} optimiser steps, {event.epochs:.2f} epochs"
+            f"training: {event.total_steps} optimiser steps"
+            + (f", {event.epochs:.2f} epochs" if event.epochs is not None else "")
             + (f", from step {event.first_step}" if event.first_step > 1 else "")
         )
         if self.console.is_terminal:

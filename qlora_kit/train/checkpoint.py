@@ -18,6 +18,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.data.stream import StreamPlace
 from qlora_kit.errors import DataError, InputError, StorageError, raised_as
 from qlora_kit.lora.adapter import read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter
@@ -62,6 +63,7 @@ class Progress:
         overflows_in_a_row: number of steps that the loss scaler skipped since it last took one.
         learns: whether every B has been seen to get a gradient.
         micro_batch_rows: rows of a micro-batch since memory ran out; None: it never did.
+        place: of a stream: the place in its current pass; None elsewhere.
         finished: whether the run reached its end.
     """
 
@@ -78,14 +80,15 @@ class Progress:
     overflows_in_a_row: int = 0
     learns: bool = False
     micro_batch_rows: int | None = None
+    place: StreamPlace | None = None
     finished: bool = False
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The number of optimiser steps of an epoch, and of the whole run."""
+    """The number of optimiser steps of an epoch, None if not known, and of the whole run."""
 
-    per_epoch: int
+    per_epoch: int | None
     total: int
 
 
@@ -141,7 +144,7 @@ def check_room(output: Path, trainable: int, plan: StepPlan, options: TrainConfi
     Raises:
         StorageError: the disk is too full.
     """
-    saves = math.ceil(plan.total / (options.save_steps or plan.per_epoch))
+    saves = math.ceil(plan.total / (options.save_steps or plan.per_epoch or plan.total))
     if options.save_total_limit is not None:
         # The best checkpoint is kept besides, and the newest is written before the oldest goes.
         saves = min(saves, options.save_total_limit + 2)

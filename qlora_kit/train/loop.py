@@ -23,8 +23,13 @@ import torch
 from qlora_kit import signals
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, Row, TokenRows
-from qlora_kit.data.mixing import epoch_windows
-from qlora_kit.errors import ConfigError, NumericsError, OutOfMemory, TornStep
+from qlora_kit.errors import (
+    ConfigError,
+    NumericsError,
+    OutOfMemory,
+    QloraKitError,
+    TornStep,
+)
 from qlora_kit.events import (
     Announce,
     CheckpointSaved,
@@ -52,7 +57,6 @@ from qlora_kit.tasks.tokens import packing
 from qlora_kit.train.best import LOSS, falls, is_better
 from qlora_kit.train.checkpoint import (
     Progress,
-    StepPlan,
     Trainee,
     adopt,
     delete_old,
@@ -64,6 +68,7 @@ from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
 from qlora_kit.train.optimizer_step import OptimizerStep, Taken
 from qlora_kit.train.packing import choose_packing, try_packing
 from qlora_kit.train.random_states import seed_everything
+from qlora_kit.train.windows import plan_steps, windows_of
 
 # A run can go on after one bad row; several skipped steps in a row show that it has gone wrong.
 _MOST_SKIPPED_IN_A_ROW = 3
@@ -122,18 +127,6 @@ def _loss_and_metrics(found: float | Mapping[str, float]) -> tuple[float, dict[s
     if not isinstance(found, Mapping):
         return float(found), {}
     return found["loss"], {name: value for name, value in found.items() if name != "loss"}
-
-
-def plan_steps(rows: int, config: TrainConfig) -> StepPlan:
-    """Return the number of optimiser steps of a run.
-
-    Args:
-        rows: number of token rows of an epoch.
-        config: the batch size, the accumulation, and the epochs or steps.
-    """
-    micro_batches = math.ceil(rows / config.batch_size)
-    per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
-    return StepPlan(per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch))
 
 
 def train_adapter(
@@ -244,7 +237,8 @@ class _Training:
             processes=self.processes,
             on_halved=self._record_halving,
         )
-        self.plan = plan_steps(self.rows.rows_an_epoch, config)
+        self.windows = windows_of(self.rows, config)
+        self.plan = plan_steps(self.windows.in_epoch, config)
         self.progress = Progress()
         self.saved: Progress | None = None
         self.last_loss = math.nan
@@ -302,7 +296,7 @@ class _Training:
             RunStarted(
                 first_step=self.progress.optimizer_step + 1,
                 total_steps=self.plan.total,
-                epochs=self.plan.total / self.plan.per_epoch,
+                epochs=self.plan.total / self.plan.per_epoch if self.plan.per_epoch else None,
                 evaluated_step=self.progress.evaluated_step,
             )
         )
@@ -328,25 +322,34 @@ class _Training:
         is_behind = self.progress.evaluated_step < self.progress.optimizer_step
         if is_behind and (reason := self._after_step()):
             return reason
-        for windows in self._epochs():
-            for window in windows:
-                if self.progress.optimizer_step >= self.plan.total:
-                    return "all steps done"
-                signals.safe_point(self.processes.any)
-                self._take(window)
-                if reason := self._after_step():
-                    return reason
-            self.progress.epoch, self.progress.window = self.progress.epoch + 1, 0
-        raise AssertionError("epochs do not end")
+        for window in self._windows():
+            signals.safe_point(self.processes.any)
+            self._take(window)
+            if reason := self._after_step():
+                return reason
+        return "all steps done"
 
-    def _epochs(self) -> Iterator[list[tuple[Indices, ...]]]:
-        """Yield, epoch after epoch without end, the windows that are still to be done."""
-        while True:
-            windows = epoch_windows(self.rows, self.config, self.progress.epoch)
-            yield windows[self.progress.window :]
+    def _windows(self) -> Iterator[tuple[Indices, ...]]:
+        """Yield, epoch after epoch, the windows that are still to be done."""
+        while self.progress.optimizer_step < self.plan.total:
+            windows = self.windows.of_epoch(self.progress)
+            while (window := self._next(windows)) is not None:
+                yield window
+                if self.progress.optimizer_step >= self.plan.total:
+                    return
+            self.windows.begin_epoch(self.progress)
+
+    def _next(self, windows: Iterator[tuple[Indices, ...]]) -> tuple[Indices, ...] | None:
+        """Return the next window of an epoch, or None; save if a stream cannot be read on."""
+        try:
+            return next(windows, None)
+        except QloraKitError:
+            self._save()
+            raise
 
     def _epoch(self) -> float:
-        return self.progress.epoch + self.progress.window / self.plan.per_epoch
+        """Return the epochs done; of a stream that was not counted only whole ones are known."""
+        return self.progress.epoch + self.progress.window / (self.plan.per_epoch or math.inf)
 
     # ------------------------------------------------------------ one step
 
@@ -359,6 +362,7 @@ class _Training:
             seconds = time.perf_counter() - start
         self.progress.optimizer_step, self.last_loss = step, taken.loss
         self.progress.window += 1
+        self.progress.place = self.windows.place
         epoch = self._epoch()
         if taken.suspect_rows:
             self._skip(taken, step, epoch)
@@ -458,7 +462,7 @@ class _Training:
             return True
         if every:
             return self.progress.optimizer_step % every == 0
-        return self.progress.window == self.plan.per_epoch
+        return self.windows.ends_epoch(self.progress)
 
     def _evaluate(self) -> bool:
         """Measure the validation rows; return whether the run should stop early."""

@@ -84,7 +84,7 @@ class OptimizerStep:
     Attributes:
         adapter: trained in place.
         objective: computes the loss to minimise.
-        rows: all training rows.
+        rows: all training rows; of a stream those of the window that is to be taken.
         optimizer: the optimiser of the adapter's parameters.
         scaler: the loss scaler; disabled unless the model computes in float16.
         micro_batch_rows: the most rows that go through the model at a time.
@@ -112,9 +112,8 @@ class OptimizerStep:
         self.model = self.adapter.base.model
         self.device = self.adapter.base.hardware.device
         self.parameters = list(self.adapter.parameters().values())
-        self.lengths = self.rows.lengths()
         # The width of the widest row: masks are drawn at this width for every batch.
-        self.longest = max(self.lengths)
+        self.longest = max(self.rows.lengths())
         self.most_tokens = self.adapter.base.batch_width(self.longest)
 
     def take(
@@ -236,14 +235,15 @@ class OptimizerStep:
 
     def _micro_batches(self, window: Window) -> list[Indices]:
         if self.packs:
-            return packed(window, self.lengths, self.micro_batch_rows * self.longest)
+            lengths = {row: self.rows.tokens_of(row) for indices in window for row in indices}
+            return packed(window, lengths, self.micro_batch_rows * self.longest)
         return list(cut(window, self.micro_batch_rows))
 
     def _halve(self, window: Window) -> None:
         micro_batches = self._micro_batches(window)
         most = max(len(indices) for indices in micro_batches)
         if self.packs:
-            tokens = max(sum(self.lengths[row] for row in indices) for indices in micro_batches)
+            tokens = max(sum(map(self.rows.tokens_of, indices)) for indices in micro_batches)
             most = math.ceil(tokens / self.longest)
         longest = max(len(self.rows[i]["input_ids"]) for indices in window for i in indices)
         self.micro_batch_rows = halved(

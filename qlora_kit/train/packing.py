@@ -36,14 +36,17 @@ class Packing:
     is_on: bool
     why_off: str = ""
 
-    def described(self, config: TrainConfig, rows: TokenRows) -> str:
+    def described(self, config: TrainConfig, rows: TokenRows, longest: int | None = None) -> str:
         """Return one line for people: how full the micro-batches are, or why it is off.
 
         Args:
             config: the options of the run.
-            rows: the training rows.
+            rows: the training rows, or some of them.
+            longest: tokens of the longest row of all; None: the longest of these.
         """
-        return Fill.of(config, rows).described() if self.is_on else f"off: {self.why_off}"
+        if not self.is_on:
+            return f"off: {self.why_off}"
+        return Fill.of(config, rows, longest).described()
 
     def settled(self, config: _Options) -> _Options:
         """Return the options of a run that packs or does not."""
@@ -62,6 +65,7 @@ def choose_packing(
     model: PreTrainedModel,
     rows: TokenRows,
     *,
+    longest: int | None = None,
     goes_on: bool = False,
 ) -> Packing:
     """Choose whether to pack, where `--packing` leaves it open.
@@ -70,7 +74,8 @@ def choose_packing(
         config: the options of the run.
         task: the task of the run.
         model: loaded, or a skeleton without values.
-        rows: the training rows.
+        rows: the training rows, or some of them.
+        longest: tokens of the longest row of all; None: the longest of these.
         goes_on: whether the run is resumed; one that does not name the choice was begun before
             there was any.
 
@@ -81,7 +86,8 @@ def choose_packing(
         return Packing(False, "--no-packing")
     if config.packing is None and goes_on:
         return Packing(False, "the run was begun without it")
-    reason = _why_not(task, model, max(rows.lengths()))
+    longest = longest or max(rows.lengths())
+    reason = _why_not(task, model, longest)
     if reason is not None:
         if config.packing is None:
             return Packing(False, reason)
@@ -89,8 +95,7 @@ def choose_packing(
             f"--packing: {reason}; expected a task and a model whose samples do not depend on "
             "each other in one row; leave it out"
         )
-    fill = Fill.of(config, rows)
-    if config.packing is None and not fill.saves:
+    if config.packing is None and not Fill.of(config, rows, longest).saves:
         return Packing(False, "a step would have as many micro-batches")
     return Packing(True)
 
