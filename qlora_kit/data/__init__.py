@@ -14,6 +14,9 @@
       text_rows.py    texts to learn -> rows, through template.py and encode.py
       labelled_rows.py  labelled texts -> rows, with the labels of the whole
     batch.py          TokenRows      -> Batch
+    streamed_samples.py  --data      -> SampleStream: samples read while they are needed
+    stream.py         SampleStream   -> StreamedRows: the rows of one step after another, through
+      stream_worker.py  samples      -> their rows, made here or in other processes
     row_arrays.py     Samples, rows  -> arrays of all tokens and labels
     survey.py         the arrays     -> Survey of everything a model would learn
       label_survey.py                -> of its labels

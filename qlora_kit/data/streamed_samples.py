@@ -49,7 +49,7 @@ class SampleStream:
         data: the value of `--data`.
         options: how records are understood; whether records with a fault are left out.
         task: the task that the samples are for.
-        skipped: records that the passes so far left out for a fault.
+        skipped: records that the current pass has left out for a fault so far.
         first_skipped: the fault of the first of them.
     """
 
@@ -100,6 +100,7 @@ class SampleStream:
             HubError: the hub is out of reach.
         """
         recogniser = Recogniser(self.options, task=self.task)
+        self.skipped, self.first_skipped = 0, ""
         count = 0
         for record in self._records():
             try:

@@ -292,7 +292,10 @@ class Run:
         counts = Counts(self.samples.shape, self.rows.counts.weighs, **place.counts)
         yield "streamed", counts.describe()
         if stream.skipped:
-            yield "skipped records", f"{stream.skipped:,}; the first: {stream.first_skipped}"
+            yield (
+                "skipped",
+                f"{stream.skipped:,} in the last pass; the first: {stream.first_skipped}",
+            )
 
 
 def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:
