@@ -142,7 +142,7 @@ def test_counting_finds_every_fault_before_training(
     file = _with_fault(data, tmp_path)
     code, out, err = train(model, file, tmp_path / "run", capsys=capsys)
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f'error: {file}:26: no "completion"; expected it as in the pair record')
+    assert err.startswith(f'error: {file}:71: no "completion"; expected it as in the pair record')
     assert "step 1" not in out
     assert not (tmp_path / "run").exists()
 
@@ -151,8 +151,8 @@ def test_counting_finds_every_fault_before_training(
 
 
 def _with_fault(data: Path, folder: Path) -> Path:
-    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines[25] = '{"prompt": "SECRET"}\n'
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True) * 3
+    lines[70] = '{"prompt": "SECRET"}\n'
     file = folder / "faulty.jsonl"
     file.write_text("".join(lines), encoding="utf-8")
     return file
@@ -166,10 +166,10 @@ def test_a_fault_on_the_way_saves_what_was_trained_and_can_be_skipped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = _with_fault(data, tmp_path)
-    steps = ("--max-steps", "10", "--shuffle-buffer", "4")
+    steps = ("--max-steps", "24", "--shuffle-buffer", "4")
     code, out, err = train(model, file, tmp_path / "run", *steps, capsys=capsys)
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f'error: {file}:26: no "completion"')
+    assert err.startswith(f'error: {file}:71: no "completion"')
     assert "SECRET" not in out + err
     assert (tmp_path / "run" / "last").is_file()
     assert f"go on with: qlora-kit train --output {tmp_path / 'run'} --resume" in out
