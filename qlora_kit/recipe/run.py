@@ -292,10 +292,7 @@ class Run:
         counts = Counts(self.samples.shape, self.rows.counts.weighs, **place.counts)
         yield "streamed", counts.describe()
         if stream.skipped:
-            yield (
-                "skipped",
-                f"{stream.skipped:,} in the last pass; the first: {stream.first_skipped}",
-            )
+            yield "skipped", f"{stream.skipped:,} for a fault; the first: {stream.first_skipped}"
 
 
 def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from data_fixtures import make_tokenizer
-from support import as_if_killed_at, run
+from support import as_if_killed_at, run, slow
 from t5_models import save_t5, t5_tokenizer
 from tiny_models import SIZES, save_model
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -176,7 +176,7 @@ def test_a_fault_on_the_way_saves_what_was_trained_and_can_be_skipped(
     skip = (*steps, "--skip-bad-lines")
     code, out, _ = train(model, file, tmp_path / "run", *skip, "--resume", capsys=capsys)
     assert code == 0
-    assert "skipped 1 in the last pass; the first: " in out
+    assert "skipped 1 for a fault; the first: " in out
 
 
 def test_a_file_that_changed_is_refused_at_resume(
@@ -212,8 +212,8 @@ def test_what_cannot_go_with_a_stream_is_one_line(
         (tmp_path / "none.jsonl", (), "none.jsonl: no such file"),
         (data, ("--validation-fraction", "0.2"), "--validation-fraction 0.2: a share of a stream"),
         (data, ("--max-length", "4096"), "--max-length 4096: a row of a stream may have as many"),
-        (data, ("--shuffle-buffer", "0"), "shuffle_buffer"),
-        (data, ("--data-workers", "-1"), "data_workers"),
+        (data, ("--shuffle-buffer", "0"), "--shuffle-buffer: found 0; expected"),
+        (data, ("--data-workers", "-1"), "--data-workers: found -1; expected"),
         (labelled, ("--task", "classify"), "--stream-data: --task classify without --labels;"),
         (labelled, ("--task", "tag"), "--stream-data: --task tag without --labels; expected the"),
         (
@@ -317,16 +317,11 @@ _PAIRS = [{"prompt": "a b c " * (1 + n % 3), "completion": "c b"} for n in range
 @pytest.mark.parametrize(
     ("kind", "records", "options"),
     [
-        ("bert", _CLASSIFIED, ("--task", "classify", "--labels", "no,yes")),
-        ("llama", _SCORED, ("--task", "classify", "--label-kind", "regression")),
         ("bert", _TAGGED, ("--task", "tag", "--labels", "O,B-X,I-X")),
-        (
-            "t5",
-            _PAIRS,
-            (
-                "--task",
-                "seq2seq",
-            ),
+        *slow(
+            ("bert", _CLASSIFIED, ("--task", "classify", "--labels", "no,yes")),
+            ("llama", _SCORED, ("--task", "classify", "--label-kind", "regression")),
+            ("t5", _PAIRS, ("--task", "seq2seq")),
         ),
     ],
 )
@@ -351,6 +346,7 @@ def test_a_label_that_is_not_known_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = _tiny("bert", tmp_path / "model")
+    capsys.readouterr()  # what is told of the model's files
     file = tmp_path / "big.jsonl"
     records = [*_CLASSIFIED, {"text": "neither", "label": "unsure"}]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

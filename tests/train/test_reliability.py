@@ -251,7 +251,7 @@ def test_a_replayed_step_draws_the_same_numbers(
         monkeypatch.setattr(causal, "loss_sum", short)
         # The windows have two rows, in the same order whatever the batch size.
         monkeypatch.setattr(
-            "qlora_kit.train.loop.epoch_batches",
+            "qlora_kit.train.windows.epoch_batches",
             lambda rows, size, seed, epoch, **_: [
                 tuple(range(i, i + size)) for i in range(0, len(rows), size)
             ],
