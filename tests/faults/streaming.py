@@ -10,8 +10,8 @@ from .table import Row
 _PROMISE = "a streamed run under SIGKILL and signals that stop: resume is bit-equal"
 # The buffer is smaller than a pass, so where the reading stands is neither its start nor its end.
 _OPTIONS = (
-    "--stream-data", "--shuffle-buffer", "16", "--data-workers", "1", "--max-steps",
-    str(TOTAL_STEPS),
+    "--stream-data", "--shuffle-buffer", "16", "--data-workers", "1", "--max-length", "128",
+    "--max-steps", str(TOTAL_STEPS),
 )  # fmt: skip
 
 
