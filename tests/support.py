@@ -150,7 +150,9 @@ def remembering(simulate: Callable[..., Any]) -> Callable[..., Any]:
 def as_if_killed_at(run_folder: Path, step: int) -> None:
     """Leave a run as a kill after `step` would: with no later checkpoint, and none named best."""
     for name in ("last", "best"):
-        (run_folder / name).unlink()
+        (run_folder / name).unlink(
+            missing_ok=name == "best"
+        )  # a run that measures nothing has none
     for checkpoint in run_folder.glob("checkpoint-*"):
         if int(checkpoint.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(checkpoint)

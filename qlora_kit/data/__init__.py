@@ -18,6 +18,9 @@
     joined_rows.py    Samples of several sources -> Tokenized, one source after another
     mixing.py         rows, weights  -> the optimiser steps of an epoch
     batch.py          TokenRows      -> Batch
+    streamed_samples.py  --data      -> SampleStream: samples read while they are needed
+    stream.py         SampleStream   -> StreamedRows: the rows of one step after another, through
+      stream_worker.py  samples      -> their rows, made here or in other processes
     row_arrays.py     Samples, rows  -> arrays of all tokens and labels
     survey.py         the arrays     -> Survey of everything a model would learn
       label_survey.py                -> of its labels

@@ -49,7 +49,7 @@ class SampleStream:
         data: the value of `--data`.
         options: how records are understood; whether records with a fault are left out.
         task: the task that the samples are for.
-        skipped: records that the passes so far left out for a fault.
+        skipped: records of the data that were left out for a fault, as far as it has been read.
         first_skipped: the fault of the first of them.
     """
 
@@ -100,14 +100,16 @@ class SampleStream:
             HubError: the hub is out of reach.
         """
         recogniser = Recogniser(self.options, task=self.task)
-        count = 0
+        count = skipped = 0
         for record in self._records():
             try:
                 sample, _ = recogniser.sample(record)
             except DataError as error:
                 if not self.options.skip_bad_lines:
                     raise
-                self.skipped += 1
+                # Each pass meets the same faults.
+                skipped += 1
+                self.skipped = max(self.skipped, skipped)
                 self.first_skipped = self.first_skipped or error.faults[0]
                 continue
             count += 1

@@ -305,7 +305,7 @@ class Run:
         counts = Counts(self.samples.shape, self.rows.counts.weighs, **place.counts)
         yield "streamed", counts.describe()
         if stream.skipped:
-            yield "skipped records", f"{stream.skipped:,}; the first: {stream.first_skipped}"
+            yield "skipped", f"{stream.skipped:,} for a fault; the first: {stream.first_skipped}"
 
 
 def _evaluated(found: Evaluation | None) -> dict[str, Any]:

@@ -258,6 +258,8 @@ def _counted(rows: StreamedRows, samples: Samples, tokenized: Tokenized, announc
             f"{stream.name}: no token row is left of {counts.rows_read:,} samples; expected some "
             "to learn from; raise --max-length, or choose another --long-samples or --train-on"
         )
+    if stream.skipped:
+        how = f"; {stream.skipped:,} more skipped for a fault; the first: {stream.first_skipped}"
     announce(Notice(f"data: {counts.describe()}{how}"))
     return number
 

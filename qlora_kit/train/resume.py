@@ -41,7 +41,7 @@ COVERED: Mapping[str, tuple[str, ...]] = {
 _CAUSES = {*COVERED["data"], *COVERED["tokenizer"], "seed", "labels"} - {"rows", "validation"}
 _DERIVED: Mapping[str, set[str]] = {
     "template": {"chat_template"}, "rows": {*_CAUSES, "validation"}, "validation": _CAUSES,
-    "labels": {"label_kind", "class_weights"},
+    "labels": {"label_kind", "class_weights"}, "data": {"stream_data"},
 }  # fmt: skip
 # What is compared by a digest has no value that a person could read, or pass.
 _DIGEST = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")

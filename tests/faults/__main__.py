@@ -33,6 +33,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
     from .numerics import numerics
     from .resumes import resumes
     from .stops import stops
+    from .streaming import streaming
 
     if size == "few":
         return {
@@ -62,6 +63,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
                 seed=_SEED,
                 damages=6,
             ),
+            "streaming": partial(streaming, killed=1, stopped=1, seed=_SEED),
         }
     if size == "some":
         return {
@@ -88,6 +90,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
                 shortages=1,
                 seed=_SEED,
             ),
+            "streaming": partial(streaming, killed=12, stopped=8, seed=_SEED),
         }
     return {
         "kills": partial(kills, count=200, seed=_SEED),
@@ -101,6 +104,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
         "artefacts": artefacts,
         "mutations": mutations,
         "classifier": partial(classifier, seed=_SEED),
+        "streaming": partial(streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
     }
 
 

@@ -99,14 +99,14 @@ class Case:
         return f"{signal.Signals(self.signum).name} while {self.phase} ({self.moment}){again}"
 
 
-def stops(sample: Sample, at_random: int, seed: int, stride: int = 1) -> Row:
+def stops(sample: Sample, at_random: int, seed: int, stride: int | None = 1) -> Row:
     """Send signals.
 
     Args:
         sample: the run to stop.
         at_random: number of signals at random times, beside those at known moments.
         seed: the seed of the random times.
-        stride: distance between the known moments that are taken; 1 takes all.
+        stride: distance between the known moments that are taken; 1 takes all, None none.
     """
     cases = [
         Case(phase, moment, signum)
@@ -117,7 +117,7 @@ def stops(sample: Sample, at_random: int, seed: int, stride: int = 1) -> Row:
         Case(phase, 0, signum, twice=True)
         for phase, signum in product(("training", "saving", "merging"), _SIGNALS)
     ]
-    cases = cases[::stride]
+    cases = cases[::stride] if stride else []
     cases += [Case("random", seed + n, _SIGNALS[n % 2]) for n in range(at_random)]
     results = spread(partial(_stopped, sample), cases, sample.folder / "stops")
     phases_hit = ", ".join([*_PHASES, "twice in a row", "at random times"])

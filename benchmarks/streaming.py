@@ -1,0 +1,258 @@
+r"""Stream a file that is larger than the memory allowed, beside a script that only tokenises it.
+
+    python benchmarks/streaming.py [--rows 200000] [--megabytes 1000] [--form jsonl|parquet] \
+        [--workers 1] [--buffer 10000] [--data alpaca.json] [--tokenizer DIR]
+
+The file repeats the records of `--data` (alpaca), each a little different and filled up with words
+to `--megabytes` in all. It is made in a temporary folder. The sides run in turn, each in a process
+of its own, timed and measured after its imports:
+
+- `stream` gives every row of a pass, as training takes them: it reads, checks, shuffles and
+  tokenises, with `--workers` processes beside it. Growth is that of its anonymous memory; that of
+  the workers, with all that they import, stands beside it;
+- `stream_half` does the same with a file half as long: constant memory is the same growth;
+- `bare` reads the file line by line, parses it, renders each record with transformers' chat
+  template and encodes it with the same tokenizer. It checks, masks and shuffles nothing.
+
+Tokens per second count from the first row on; the seconds until it comes stand apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from measure import AnonymousPeak, print_table, run_side, save_results
+
+_PROJECT = Path(__file__).parent.parent
+_ASSETS = Path(os.environ.get("QLORA_KIT_ASSETS", _PROJECT.parent / "shared" / "assets"))
+_MAX_LENGTH = 2048
+_ROWS_A_STEP = 16
+_SECONDS_BETWEEN_LOOKS = 0.25
+_WORDS = "time year people way day man thing woman life child world school state family student"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--megabytes", type=float, default=1000, help="of 10^6 bytes")
+    parser.add_argument("--form", choices=("jsonl", "parquet"), default="jsonl")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--buffer", type=int, default=10_000)
+    parser.add_argument("--data", type=Path, default=_ASSETS / "data" / "alpaca_en_demo.json")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=_ASSETS / "tokenizers" / "deepseek-llm-7b"
+    )
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(_SIDES[arguments.side](json.loads(arguments.settings))))
+        return
+    found = _all_sides(arguments)
+    print_table(found, list(found[0]))
+    if not arguments.no_save:
+        names = ("rows", "megabytes", "form", "workers", "buffer")
+        about = {name: getattr(arguments, name) for name in names}
+        about |= {"data": arguments.data.name, "tokenizer": arguments.tokenizer.name,
+                  "max_length": _MAX_LENGTH}  # fmt: skip
+        print(save_results("streaming", {"settings": about, "sides": found}))
+
+
+def _all_sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        whole, half = (Path(name) / f"{part}.{arguments.form}" for part in ("whole", "half"))
+        _write(arguments, arguments.rows, whole)
+        _write(arguments, arguments.rows // 2, half)
+        sides = []
+        for side, file in (("stream", whole), ("stream_half", half), ("bare", whole)):
+            settings = {
+                "file": str(file), "tokenizer": str(arguments.tokenizer),
+                "workers": arguments.workers, "buffer": arguments.buffer, "cache": name,
+            }  # fmt: skip
+            sides.append({"side": side, **run_side(__file__, side, settings)})
+        return sides
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _write(arguments: argparse.Namespace, rows: int, file: Path) -> None:
+    """Write records of the same mean size, whatever the number of rows."""
+    each = arguments.megabytes * 1e6 / arguments.rows
+    records = _records(json.loads(arguments.data.read_text()), rows, each)
+    if arguments.form == "jsonl":
+        with file.open("w") as stream:
+            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("instruction", "output")])
+    with parquet.ParquetWriter(file, schema) as writer:
+        for batch in _batches(records, 5000):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+
+
+def _records(
+    source: list[dict[str, str]], rows: int, bytes_each: float
+) -> Iterator[dict[str, str]]:
+    words = _WORDS.split()
+    for number in range(rows):
+        given = source[number % len(source)]
+        # No two rows are alike, so that no side can gain from remembering one.
+        record = {
+            "instruction": f"Question {number}. {given['instruction']}",
+            "output": f"{given['output']} ({number})",
+        }
+        missing = int(bytes_each - len(json.dumps(record)))
+        if missing > 0:
+            start = number % len(words)
+            record["output"] += (
+                " " + " ".join((words[start:] + words) * (missing // 80 + 1))[:missing]
+            )
+        yield record
+
+
+def _batches(records: Iterator[dict[str, str]], size: int) -> Iterator[list[dict[str, str]]]:
+    batch = []
+    for record in records:
+        batch.append(record)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------- the sides
+
+
+def _stream(settings: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from qlora_kit.config import RecordOptions, TokenOptions
+    from qlora_kit.data.chat_template import choose_template
+    from qlora_kit.data.stream import StreamedRows, StreamPlace
+    from qlora_kit.data.stream_worker import Beside, Here, Job
+    from qlora_kit.data.streamed_samples import SampleStream
+    from qlora_kit.data.text_rows import TextRows
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], local_files_only=True)
+    choose_template(tokenizer, None)
+    memory, started = AnonymousPeak(), time.perf_counter()
+    samples = SampleStream(settings["file"], RecordOptions())
+    first = replace(samples.head().first(1), stream=None)
+    job = Job(TextRows, tokenizer, TokenOptions(max_length=_MAX_LENGTH), first)
+    workers = settings["workers"]
+    tokenizes = Beside(job, workers) if workers else Here(job)
+    rows = StreamedRows(samples, tokenizes, seed=1, buffer=settings["buffer"], longest=[])
+    others = _Others(tokenizes.pids if isinstance(tokenizes, Beside) else [])
+    tokens = count = 0
+    begun = started
+    try:
+        for _ in rows.windows(0, StreamPlace(), _ROWS_A_STEP):
+            begun = begun if count else time.perf_counter()
+            count += len(rows)
+            tokens += sum(rows.lengths())
+    finally:
+        rows.close()
+    return _figures(settings, count, tokens, started, begun, memory) | {
+        "workers_mb": round(others.close() / 1e6)
+    }
+
+
+def _bare(settings: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], local_files_only=True)
+    memory, started = AnonymousPeak(), time.perf_counter()
+    tokens = count = 0
+    begun = started
+    for record in _read(Path(settings["file"])):
+        turns = [
+            {"role": "user", "content": record["instruction"]},
+            {"role": "assistant", "content": record["output"]},
+        ]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_LENGTH]
+        begun = begun if count else time.perf_counter()
+        count, tokens = count + 1, tokens + len(ids)
+    return _figures(settings, count, tokens, started, begun, memory) | {"workers_mb": 0}
+
+
+def _read(file: Path) -> Iterator[dict[str, str]]:
+    if file.suffix == ".jsonl":
+        with file.open() as lines:
+            yield from map(json.loads, lines)
+        return
+    from pyarrow import parquet
+
+    for batch in parquet.ParquetFile(file).iter_batches(1024):
+        yield from batch.to_pylist()
+
+
+def _figures(
+    settings: dict[str, Any],
+    rows: int,
+    tokens: int,
+    started: float,
+    begun: float,
+    memory: AnonymousPeak,
+) -> dict[str, Any]:
+    return {
+        "file_mb": round(Path(settings["file"]).stat().st_size / 1e6),
+        "rows": rows,
+        "tokens": tokens,
+        "first_row_s": round(begun - started, 2),
+        "tokens_per_second": round(tokens / (time.perf_counter() - begun)),
+        "growth_mb": round(memory.growth_bytes / 1e6),
+    }
+
+
+class _Others:
+    """Looks at the anonymous memory of other processes until it is closed."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids, self._peak = pids, 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(_SECONDS_BETWEEN_LOOKS):
+            self._peak = max(self._peak, sum(map(_anonymous_bytes, self._pids)))
+
+    def close(self) -> int:
+        """Return the most bytes that they had together."""
+        self._done.set()
+        self._thread.join()
+        return self._peak
+
+
+def _anonymous_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0  # it has ended
+
+
+_SIDES = {"stream": _stream, "stream_half": _stream, "bare": _bare}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
