@@ -38,6 +38,7 @@ _PROJECT = Path(__file__).parent.parent
 _ASSETS = Path(os.environ.get("QLORA_KIT_ASSETS", _PROJECT.parent / "shared" / "assets"))
 _MAX_LENGTH = 2048
 _ROWS_A_STEP = 16
+_ROWS_A_GROUP = 50_000
 _SECONDS_BETWEEN_LOOKS = 0.25
 _WORDS = "time year people way day man thing woman life child world school state family student"
 
@@ -103,7 +104,7 @@ def _write(arguments: argparse.Namespace, rows: int, file: Path) -> None:
 
     schema = pyarrow.schema([(name, pyarrow.string()) for name in ("instruction", "output")])
     with parquet.ParquetWriter(file, schema) as writer:
-        for batch in _batches(records, 5000):
+        for batch in _batches(records, _ROWS_A_GROUP):
             writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
 
 

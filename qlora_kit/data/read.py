@@ -37,6 +37,7 @@ NamesOfColumns = Callable[[list[str], str], list[str] | None]
 """Names the columns of a table from the fields of its first line and its file; None: it is a header
 that names them itself."""
 _ROWS_AT_A_TIME = 1024
+_PARQUET_BUFFER_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +302,13 @@ def _records_in_parquet(path: Path) -> Iterator[Record]:
     is_plain_file = without_gzip(path) == path
     source = path if is_plain_file else io.BytesIO(read_whole(path))
     try:
-        with parquet.ParquetFile(source, page_checksum_verification=True) as file:
+        # By default a whole row group is held, and most writers make one group of a file.
+        with parquet.ParquetFile(
+            source,
+            page_checksum_verification=True,
+            pre_buffer=False,
+            buffer_size=_PARQUET_BUFFER_BYTES,
+        ) as file:
             _check_header(file.schema_arrow.names, str(path))
             number = 0
             for batch in file.iter_batches(_ROWS_AT_A_TIME):

@@ -143,7 +143,7 @@ def tokenize_data(
         The training rows, and the validation rows if there are any.
 
     Raises:
-        ConfigError: every row would be held out.
+        ConfigError: every row would be held out, or an epoch would have no row of a source.
     """
     from qlora_kit.data.joined_rows import mixed
     from qlora_kit.data.tokens import split_validation

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_kit.config import TokenOptions, TrainConfig
 from qlora_kit.data.samples import Samples
@@ -216,7 +217,7 @@ def _streamed_rows(
     )
 
 
-def _token_check(opened: Opened, config: TrainConfig) -> Any:
+def _token_check(opened: Opened, config: TrainConfig) -> Callable[[Row], None]:
     """Return what refuses a row with a token that the model has no embedding for."""
     embeddings = opened.embeddings(config)
 
@@ -264,14 +265,14 @@ def _counted(rows: StreamedRows, samples: Samples, tokenized: Tokenized, announc
     return number
 
 
-def _stored_count(file: Any) -> Counter[str] | None:
+def _stored_count(file: Path) -> Counter[str] | None:
     try:
         return Counter({str(name): int(count) for name, count in read_json(file).items()})
     except (DataError, StorageError, ValueError, TypeError, AttributeError):
         return None
 
 
-def _store_count(file: Any, found: Mapping[str, int]) -> None:
+def _store_count(file: Path, found: Mapping[str, int]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, dict(found))
