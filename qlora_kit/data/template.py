@@ -134,9 +134,9 @@ class Renderer:
                 f"{sample.place}: no turn is the assistant's; expected one to learn from; add "
                 "the answer or remove the record"
             )
-        numbers = numbers[-1:] if self.train_on == "last-turn" else numbers
         if not sample.loss_weight:
             return []
+        numbers = numbers[-1:] if self.train_on == "last-turn" else numbers
         return [number for number in numbers if sample.messages[number].is_learnt]
 
     # ------------------------------------------------------------ everything

@@ -19,7 +19,7 @@ from qlora_kit.data.encode import IGNORED, Encoder, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape, Text
+from qlora_kit.data.shapes import Conversation, Sample, Shape, loss_weights
 from qlora_kit.data.template import Rendered, Renderer
 from qlora_kit.errors import DataError
 from qlora_kit.model.tokenizer import template_hash
@@ -41,7 +41,7 @@ def _is_learnt(sample: Sample) -> bool:
     if isinstance(sample, Conversation):
         answers = [turn.is_learnt for turn in sample.messages if turn.role == "assistant"]
         return bool(sample.loss_weight) and any(answers)
-    return not isinstance(sample, Pair | Text) or bool(sample.loss_weight)
+    return all(loss_weights(sample))
 
 
 def _end_of_answers(labels: Sequence[int], limit: int) -> int:
