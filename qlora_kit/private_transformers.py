@@ -91,9 +91,14 @@ Attention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 """Attention as transformers calls it: (module, query, key, value, mask, **options)."""
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of a model's attention."""
+    return str(model.config._attn_implementation)
+
+
 def has_known_attention(model: PreTrainedModel) -> bool:
     """Whether a model attends by torch's function, or by the formula in its own file."""
-    name = model.config._attn_implementation
+    name = attention_of(model)
     return name == _TORCHS_ATTENTION or (name == _OWN_ATTENTION and hasattr(_file_of(model), _OWN))
 
 

@@ -157,6 +157,10 @@ def _canonical(
     return found
 
 
+# Stands for a source that cannot be named.
+_UNNAMED = "unnamed"
+
+
 def _with_sources(name: str, value: Any, origin: str, faults: list[str]) -> Any:
     """Resolve the sources of `data` that have options of their own; other values stay as they are.
 
@@ -165,16 +169,19 @@ def _with_sources(name: str, value: Any, origin: str, faults: list[str]) -> Any:
     items = [value] if isinstance(value, Mapping) else value
     if name != "data" or not isinstance(items, list | tuple):
         return value
-    return [
+    before = len(faults)
+    sources = [
         _source(item, f"{origin}: source {number}", faults) if isinstance(item, Mapping) else item
         for number, item in enumerate(items, 1)
     ]
+    # What is wrong was told; a second fault of the same value would only repeat it.
+    return sources if len(faults) == before else _UNNAMED
 
 
 def _source(given: Mapping[str, Any], origin: str, faults: list[str]) -> Any:
     if "path" not in given:
         faults.append(f"{origin}: no path; expected the file, folder or hub id; give one")
-        return "unnamed"
+        return _UNNAMED
     values = {str(key).replace("-", "_"): value for key, value in given.items()}
     try:
         return resolve(DataSource, [Layer(origin, values)]).model_dump()

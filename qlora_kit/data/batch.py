@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from qlora_kit.data.encode import IGNORED
+from qlora_kit.data.encode import IGNORED, LOSS_WEIGHTS
 
 if TYPE_CHECKING:
     import datasets
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 # Rows are sorted by length within windows of this many batches: padding shrinks, and the order
 # stays random.
 _SORTED_BATCHES = 50
-
-LOSS_WEIGHTS = "loss_weights"
-"""name of the column with the factor of each token's loss; null where a row has no weights"""
 
 Indices = tuple[int, ...]
 Row = Mapping[str, Any]

@@ -21,6 +21,8 @@ from qlora_kit.redact import redacted
 
 IGNORED = -100
 """label of a token that is not supervised"""
+LOSS_WEIGHTS = "loss_weights"
+"""name of the column with the factor of each token's loss; null where a row has no weights"""
 
 # An anchor is put before a piece and taken away again: some tokenizers add a space to the start
 # of every text.

@@ -13,7 +13,8 @@ from typing import Any
 import numpy
 import xxhash
 
-from qlora_kit.data.batch import LOSS_WEIGHTS, first_tokens
+from qlora_kit.data.batch import first_tokens
+from qlora_kit.data.encode import LOSS_WEIGHTS
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Counts, Tokenized
 

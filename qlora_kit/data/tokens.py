@@ -25,8 +25,7 @@ import transformers
 
 from qlora_kit import storage
 from qlora_kit.config import LongSamples, TokenOptions
-from qlora_kit.data.batch import LOSS_WEIGHTS
-from qlora_kit.data.encode import IGNORED, Labelled
+from qlora_kit.data.encode import IGNORED, LOSS_WEIGHTS, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples

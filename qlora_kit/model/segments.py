@@ -15,7 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.layers.segments import ARGUMENT, Segments, by_segments, positions_within
-from qlora_kit.private_transformers import attend_by, has_known_attention, without_masks
+from qlora_kit.private_transformers import (
+    attend_by,
+    attention_of,
+    has_known_attention,
+    without_masks,
+)
 
 _KINDS_OF_ATTENTION = {"full_attention", "sliding_attention"}
 # Their frequencies follow from the longest row of a batch, so samples would depend on each other.
@@ -58,9 +63,7 @@ def why_not_packed(model: PreTrainedModel, tokens: int) -> str | None:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "the model counts positions itself"
     if not has_known_attention(model):
-        return (
-            f"its attention, {model.config._attn_implementation}, is not known to keep them apart"
-        )
+        return f"its attention, {attention_of(model)}, is not known to keep them apart"
     other = set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_ATTENTION
     if other:
         return f"the model has layers of {', '.join(sorted(other))}"

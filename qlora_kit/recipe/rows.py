@@ -174,7 +174,8 @@ def _tokenized(
     tokenizer, makes = opened.tokenizer, opened.task.makes
     if not samples.parts:
         rows = tokenize(samples, tokenizer, config, makes=makes)
-        announce(Notice(f"{what}: {rows.describe()}"))
+        looked_at = "" if samples.stream is None else "what is looked at before training, "
+        announce(Notice(f"{what}: {looked_at}{rows.describe()}"))
         return rows
     parts = tokenize_sources(samples, tokenizer, config, makes)
     for part, made in zip(samples.parts, parts, strict=True):

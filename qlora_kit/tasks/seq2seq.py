@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.data.batch import LOSS_WEIGHTS, Indices, Row, total_weight, weights_at
-from qlora_kit.data.encode import IGNORED
+from qlora_kit.data.batch import Indices, Row, total_weight, weights_at
+from qlora_kit.data.encode import IGNORED, LOSS_WEIGHTS
 from qlora_kit.data.source_rows import SourceAsker, SourceRows, source_tokens
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS
 from qlora_kit.layers.loss import TokenScores, score_tokens

@@ -71,6 +71,8 @@ class Sample:
             "--save-total-limit": 2, "--eval-steps": 5, "--eval-batch-size": 3,
             "--samples": 1, "--device": "cpu",
         }  # fmt: skip
+        if "--data" in more:
+            del given["--data"]  # given twice it would name two sources
         options = [str(word) for pair in given.items() for word in pair]
         return ["train", *options, *self.options, *map(str, more)]
 

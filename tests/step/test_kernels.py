@@ -426,7 +426,7 @@ def test_the_header_names_the_kernels_on_a_gpu_only(
 
     def lines(hardware: Hardware, kernels: Kernels) -> dict[str, str]:
         adapter = replace(run.adapter, base=replace(run.adapter.base, hardware=hardware))
-        return dict(header(adapter, run.rows, run.held_out, run.samples, run.config, kernels))
+        return dict(header(adapter, run.learnt, run.rows, run.held_out, run.config, kernels, "off"))
 
     assert "kernels" not in lines(run.adapter.base.hardware, run.kernels)
     assert lines(GPU, Kernels())["kernels"] == "plain"

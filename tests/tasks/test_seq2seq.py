@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import qlora_kit as qk
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.batch import LOSS_WEIGHTS, TokenRows, TokenTable, widest_batch
+from qlora_kit.data.batch import TokenRows, TokenTable, widest_batch
+from qlora_kit.data.encode import LOSS_WEIGHTS
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Conversation, Message, Shape
 from qlora_kit.data.source_rows import SourceRows

@@ -15,7 +15,8 @@ from torch import Tensor
 from training import losses, make_adapter, make_rows, options, record, weights_of
 
 import qlora_kit as qk
-from qlora_kit.data.batch import LOSS_WEIGHTS, Row, collate, collate_packed
+from qlora_kit.data.batch import Row, collate, collate_packed
+from qlora_kit.data.encode import LOSS_WEIGHTS
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import StepFinished
 from qlora_kit.infer.evaluate import evaluate
