@@ -154,7 +154,7 @@ def _stream(settings: dict[str, Any]) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], local_files_only=True)
     choose_template(tokenizer, None)
-    memory, started = AnonymousPeak(), time.perf_counter()
+    memory, started = _memory_from_here(), time.perf_counter()
     samples = SampleStream(settings["file"], RecordOptions())
     first = replace(samples.head().first(1), stream=None)
     job = Job(TextRows, tokenizer, TokenOptions(max_length=_MAX_LENGTH), first)
@@ -180,7 +180,7 @@ def _bare(settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], local_files_only=True)
-    memory, started = AnonymousPeak(), time.perf_counter()
+    memory, started = _memory_from_here(), time.perf_counter()
     tokens = count = 0
     begun = started
     for record in _read(Path(settings["file"])):
@@ -204,6 +204,14 @@ def _read(file: Path) -> Iterator[dict[str, str]]:
 
     for batch in parquet.ParquetFile(file).iter_batches(1024):
         yield from batch.to_pylist()
+
+
+def _memory_from_here() -> AnonymousPeak:
+    """Measure from here on; what was freed before is given back, or growth would hide in it."""
+    from qlora_kit.model.memory import return_free_memory
+
+    return_free_memory()
+    return AnonymousPeak()
 
 
 def _figures(
