@@ -74,7 +74,7 @@ def _run(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "--gradient-accumulation-steps", str(SAMPLES_A_STEP // batch_size),
             "--output", f"{folder}/run", *options,
         )  # fmt: skip
-        lines = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()
+        lines = (Path(folder) / "run" / "trainer_log.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "step_seconds" in row]
     measured = steps[1:]
     return {

@@ -57,6 +57,8 @@ def made_in(name: str, what: str, **numbers: Any) -> set[tuple[torch.dtype, tupl
 def take(run: SimulatedRun, what: str, config: TrainConfig) -> None:
     if what == "step":
         run.step(config, BatchShape(3, TOKENS))
+    elif what == "packed step":
+        run.step(config.model_copy(update={"packing": True}), BatchShape(3, TOKENS))
     else:
         run.evaluate(config, BatchShape(3, TOKENS))
 
@@ -77,6 +79,15 @@ def test_no_attention_of_padded_rows_holds_a_mask(name: str, what: str) -> None:
     widths = {shape[1] for _, shape in made if len(shape) == 3 and math.prod(shape[:2]) > 3}
     assert WIDTH in widths
     assert TOKENS not in widths
+
+
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"gemma-2-9b"}))
+def test_no_attention_of_packed_rows_holds_a_matrix(name: str) -> None:
+    """The row has 3 samples of 200 tokens and 40 of padding."""
+    made = made_in(name, "packed step", sliding_window=None)
+    assert 640 in {shape[1] for _, shape in made if len(shape) == 3}
+    sides = {TOKENS, TOKENS + 40, 3 * TOKENS, 640}
+    assert not [shape for _, shape in made if len(shape) > 1 and {*shape[-2:]} <= sides]
 
 
 def test_a_mask_would_be_seen() -> None:
