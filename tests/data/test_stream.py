@@ -30,7 +30,7 @@ from qlora_kit.config import TokenOptions
 from qlora_kit.data import stream, streamed_samples
 from qlora_kit.data.samples import load_samples
 from qlora_kit.data.stream import Drawn, StreamedRows, StreamPlace, drawn, longest_row
-from qlora_kit.data.stream_worker import Beside, Tokenizes
+from qlora_kit.data.stream_worker import Beside, Here, Tokenizes
 from qlora_kit.data.tokens import Tokenized, tokenize
 from qlora_kit.errors import ConfigError, DataError, HubError, WorkerLost
 
@@ -220,7 +220,9 @@ def test_a_pass_takes_up_the_counts_of_the_last() -> None:
 
 def test_a_pass_without_a_row_is_an_error(tmp_path: Path) -> None:
     data = write_records(tmp_path / "a.jsonl", [{"text": "the girl " * 20}] * 3)
-    rows = streamed_rows(open_stream(data), max_length=4, long_samples="drop")
+    samples = open_stream(data)
+    job = job_of(samples, max_length=4, long_samples="drop")
+    rows = StreamedRows(samples, Here(job), seed=1, buffer=1, longest=[])
     with pytest.raises(DataError) as caught:
         _taken(rows)
     assert str(caught.value) == (
