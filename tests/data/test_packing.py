@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import run
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import TokenRows, collate, collate_packed, epoch_batches
@@ -80,3 +84,25 @@ def test_an_epoch_need_not_be_sorted_by_length() -> None:
 
     assert spread(True) == 3 * 9 + 2
     assert spread(False) > 3 * spread(True)
+
+
+def test_check_shows_the_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "a.jsonl"
+    lines = [{"prompt": "x " * (1 + n % 7), "completion": "yes"} for n in range(40)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "data.html"
+    code, out, _ = run("check", "--data", str(data), "--json", "--html", str(page), capsys=capsys)
+    assert code == 0
+    step = json.loads(out)["packed"]
+    samples = [sample for each in step["micro_batches"] for sample in each]
+    assert len(samples) == 16
+    assert len({sample["place"] for sample in samples}) == 16
+    assert all(
+        sum(sample["tokens"] for sample in each) <= step["capacity"]
+        for each in step["micro_batches"]
+    )
+    strips = page.read_text().count('<div class="strip">')
+    assert strips == len(step["micro_batches"]) < 16
+    code, out, _ = run("check", "--data", str(data), "--json", "--no-packing", capsys=capsys)
+    assert (code, json.loads(out)["packed"]) == (0, None)
+    assert json.loads(out)["packing"] == "off: --no-packing"
