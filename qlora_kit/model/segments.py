@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import inspect
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.layers.segments import ARGUMENT, Segments, by_segments, positions_within
 from qlora_kit.private_transformers import (
@@ -38,13 +40,18 @@ def run_in_segments(model: PreTrainedModel, lengths: tuple[int, ...], **inputs: 
         inputs: other inputs, `input_ids` (1, T) among them; no mask.
     """
     _install()
-    # The ids may be in host memory. Positions are made where a model makes its own, on the device
-    # of its layers, whose packed weights are buffers.
-    device = next(model.base_model.buffers(), inputs["input_ids"]).device
+    device = _device_of_layers(model)
     positions = positions_within(lengths).to(device, non_blocking=True)
     named = {ARGUMENT: Segments.of(lengths, device), "position_ids": positions}
     with without_masks(model):
         return model.base_model(**inputs, **named)
+
+
+def _device_of_layers(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model makes its own positions on: the embedding may be elsewhere."""
+    layer = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    first: Tensor = next(chain(layer.parameters(), layer.buffers()))
+    return first.device
 
 
 @functools.cache

@@ -88,10 +88,12 @@ def test_an_epoch_need_not_be_sorted_by_length() -> None:
 
 def test_check_shows_the_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "a.jsonl"
-    lines = [{"prompt": "x " * (1 + n % 7), "completion": "yes"} for n in range(40)]
+    lines = [{"prompt": "x " * (1 + 12 * (n % 5)), "completion": "yes"} for n in range(40)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = tmp_path / "data.html"
-    code, out, _ = run("check", "--data", str(data), "--json", "--html", str(page), capsys=capsys)
+    small = ("--batch-size", "1", "--gradient-accumulation-steps", "16")
+    asked = ("check", "--data", str(data), "--json", *small)
+    code, out, _ = run(*asked, "--html", str(page), capsys=capsys)
     assert code == 0
     step = json.loads(out)["packed"]
     samples = [sample for each in step["micro_batches"] for sample in each]
@@ -103,6 +105,6 @@ def test_check_shows_the_first_step(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     strips = page.read_text().count('<div class="strip">')
     assert strips == len(step["micro_batches"]) < 16
-    code, out, _ = run("check", "--data", str(data), "--json", "--no-packing", capsys=capsys)
+    code, out, _ = run(*asked, "--no-packing", capsys=capsys)
     assert (code, json.loads(out)["packed"]) == (0, None)
     assert json.loads(out)["packing"] == "off: --no-packing"
