@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from qlora_kit.model.halving import batches_that_fit
 from qlora_kit.model.load import Base
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.task import Figures, Objective, RowSums, Task
+
+_Name = TypeVar("_Name", bound=str | None)
 
 
 @dataclass(frozen=True)
@@ -90,24 +92,26 @@ def evaluate(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
-    rows = TokenRows.of(rows)
-    objective = task.objective(base, pad_token_id, chunk_tokens, None)
-    sums = _measure(objective, rows, batch_size, announce, per_row)
-    return sums.of(range(len(rows)), objective, rows)
+    total, _ = evaluate_parts(
+        base, rows, {}, batch_size=batch_size, pad_token_id=pad_token_id,
+        chunk_tokens=chunk_tokens, task=task, announce=announce, per_row=per_row,
+    )  # fmt: skip
+    return total
 
 
 @torch.no_grad()
 def evaluate_parts(
     base: Base,
     rows: TokenRows | Sequence[Row],
-    parts: Mapping[str, Sequence[int]],
+    parts: Mapping[_Name, Sequence[int]],
     *,
     batch_size: int = 8,
     pad_token_id: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
     task: Task = CAUSAL,
     announce: Announce = silent,
-) -> tuple[Evaluation, dict[str, Evaluation]]:
+    per_row: PerRow | None = None,
+) -> tuple[Evaluation, dict[_Name, Evaluation]]:
     """Measure token rows; return the result on all rows, and on each part of them by its name.
 
     Args:
@@ -119,6 +123,7 @@ def evaluate_parts(
         chunk_tokens: tokens whose logits exist at one time.
         task: the meaning of a row.
         announce: receives a notice when the batch is halved.
+        per_row: the adapter of each row, if several adapters are on the base.
 
     Raises:
         OutOfMemory: even one row does not fit.
@@ -126,7 +131,7 @@ def evaluate_parts(
     """
     rows = TokenRows.of(rows)
     objective = task.objective(base, pad_token_id, chunk_tokens, None)
-    sums = _measure(objective, rows, batch_size, announce, None)
+    sums = _measure(objective, rows, batch_size, announce, per_row)
     total = sums.of(range(len(rows)), objective, rows)
     chosen = {name: some for name, some in parts.items() if len(some)}
     return total, {name: sums.of(some, objective, rows) for name, some in chosen.items()}
@@ -160,14 +165,14 @@ def evaluate_mixed(
         OutOfMemory: even one row does not fit.
         Stopped: a signal came.
     """
-    rows = TokenRows.of(rows)
-    objective = task.objective(base, pad_token_id, chunk_tokens, None)
-    sums = _measure(objective, rows, batch_size, announce, per_row)
     of_name: dict[str | None, list[int]] = {}
     for row, name in enumerate(per_row.names):
         of_name.setdefault(name, []).append(row)
-    by_adapter = {name: sums.of(chosen, objective, rows) for name, chosen in of_name.items()}
-    return MixedEvaluation(sums.of(range(len(rows)), objective, rows), by_adapter)
+    total, by_adapter = evaluate_parts(
+        base, rows, of_name, batch_size=batch_size, pad_token_id=pad_token_id,
+        chunk_tokens=chunk_tokens, task=task, announce=announce, per_row=per_row,
+    )  # fmt: skip
+    return MixedEvaluation(total, by_adapter)
 
 
 class _Sums:
