@@ -10,17 +10,17 @@ Shapes: T tokens of the row, N segments, H heads, d width of a head.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-Attention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
-"""Attention as transformers calls it: (module, query, key, value, mask, **options)."""
+if TYPE_CHECKING:
+    from qlora_kit.private_transformers import Attention
 
 ARGUMENT = "segments_of_row"
 """The name under which a model passes the segments on to its attention."""
