@@ -34,7 +34,7 @@ def load_training(config: TrainConfig) -> Samples:
             them are collected.
         HubError: see `load_samples`.
     """
-    _check_weights(config)
+    check_weights(config)
     if len(config.sources) < 2:
         return load_samples(_name(config), "train", record_options(config), task=config.task)
     _check_apart(config.sources)
@@ -119,7 +119,7 @@ def _loaded(config: TrainConfig, split: Split) -> list[Samples]:
     return found
 
 
-def _check_weights(config: TrainConfig) -> None:
+def check_weights(config: TrainConfig) -> None:
     """Check that there is a weight for each of several sources, or none.
 
     It is checked here because the sources may be those of the run that is resumed.

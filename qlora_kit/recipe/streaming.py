@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.config import TokenOptions, TrainConfig
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.sources import record_options
+from qlora_kit.data.sources import check_weights, record_options
 from qlora_kit.data.streamed_samples import SampleStream
 from qlora_kit.errors import ConfigError, DataError, StorageError
 from qlora_kit.events import Announce, Notice
@@ -112,6 +112,7 @@ def _check_options(config: TrainConfig) -> None:
             f"--stream-data: {len(config.sources)} sources; expected one, as "
             "streams are not mixed; pass one --data, or leave --stream-data out"
         )
+    check_weights(config)
     default = TrainConfig.model_fields["validation_fraction"].default
     if config.validation is None and config.validation_fraction not in (0, default):
         raise ConfigError(
