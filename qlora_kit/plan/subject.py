@@ -52,15 +52,29 @@ class UsualRows:
     at_once: float | None = None
 
     @classmethod
-    def of(cls, rows: TokenRows, config: TrainConfig, *, has_sources: bool = False) -> UsualRows:
-        """Return the means over token rows, in the micro-batches of a run's first epoch."""
+    def of(
+        cls,
+        rows: TokenRows,
+        config: TrainConfig,
+        *,
+        has_sources: bool = False,
+        longest: int | None = None,
+    ) -> UsualRows:
+        """Return the means over token rows, in the micro-batches of a run's first epoch.
+
+        Args:
+            rows: the training rows, or some of them.
+            config: says how many rows a micro-batch has.
+            has_sources: whether rows are sources and targets.
+            longest: tokens of the longest row of all; None: the longest of these.
+        """
         batches = [batch for window in epoch_windows(rows, config, 0) for batch in window]
         of_rows = rows.source_lengths()
         sizes = [of_rows[index] for batch in batches for index in batch]
         tokens = fmean(map(sum, sizes))
         supervised = fmean(target for _, target in sizes)
         if config.packing:
-            fill = Fill.of(config, rows)
+            fill = Fill.of(config, rows, longest)
             at_once = fill.tokens / fill.micro_batches / tokens
             return cls(len(sizes), tokens, supervised, width=tokens, at_once=at_once)
 

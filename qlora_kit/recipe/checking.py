@@ -34,7 +34,8 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
 
     opened, rows, held_out = token_rows(samples, validation, config, announce)
     spec = base_spec(source, opened.fetched.folder, config, opened.task)
-    packing = choose_packing(config, opened.task, spec.skeleton(), rows.rows)
+    longest = None if samples.stream is None else config.max_length
+    packing = choose_packing(config, opened.task, spec.skeleton(), rows.rows, longest=longest)
     config = packing.settled(config)
     found = surveyed(samples, validation, rows, held_out, opened, config, config.rows, packing)
     for title, table in data_view.tables(found):

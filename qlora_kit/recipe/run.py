@@ -151,7 +151,7 @@ class Run:
             clear_run(self.output)
         facts = header(
             self.adapter, self.learnt, self.rows, self.held_out, self.config, self.kernels,
-            self.packing.described(self.config, self.rows.rows, max(self.learnt.rows.lengths())),
+            self.packing.described(self.config, self.rows.rows),
         )  # fmt: skip
         name = self.opened.source.name
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))

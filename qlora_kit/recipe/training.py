@@ -59,7 +59,6 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         hardware = choose_hardware(config.device, config.dtype, threads)
         if config.dtype == "auto":
             hardware = proposing_bfloat16(hardware)
-        asked = config.packing
         packing = choose_packing(
             config, opened.task, spec.skeleton(), rows.rows, longest=max(learnt.rows.lengths()),
             goes_on=goes_on(output, config.resume),
@@ -68,15 +67,16 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
         sizes = sizes_of(learnt.rows, held_out.rows if held_out else None, config)
         if learnt.stream:
-            usual = UsualRows.of(rows.rows, config, has_sources=opened.task.has_sources)
+            usual = UsualRows.of(
+                rows.rows, config, has_sources=opened.task.has_sources, longest=packing.longest
+            )
             sizes = replace(sizes, usual=replace(usual, rows=learnt.in_epoch or usual.rows))
         subject = Subject(spec, lora, hardware, sizes, opened.task)
         config, plan = planned(config, subject, learnt.in_epoch, output, announce)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
-        if asked is None:
-            packing = packing.tried(base.model)
-            config = packing.settled(config)
+        packing = packing.tried(base.model)
+        config = packing.settled(config)
         kernels = choose_kernels(base.model, config, hardware)
         run = Run(
             config, output, announce, samples, validation, opened, rows, learnt, held_out, plan,

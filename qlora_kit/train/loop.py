@@ -214,9 +214,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.model = self.adapter.base.model
-        self.config = choose_packing(self.config, self.task, self.model, self.rows).settled(
-            self.config
-        )
+        packing = choose_packing(self.config, self.task, self.model, self.rows)
+        self.config = packing.tried(self.model).settled(self.config)
         config, hardware = self.config, self.adapter.base.hardware
         self.device = hardware.device
         self.trainee = Trainee(

@@ -31,30 +31,36 @@ class Packing:
     Attributes:
         is_on: whether they are.
         why_off: the reason that they are not, in words.
+        longest: tokens of the longest row of all, where only some are at hand.
+        is_asked: whether the user asked for it.
     """
 
     is_on: bool
     why_off: str = ""
+    longest: int | None = None
+    is_asked: bool = False
 
-    def described(self, config: TrainConfig, rows: TokenRows, longest: int | None = None) -> str:
+    def described(self, config: TrainConfig, rows: TokenRows) -> str:
         """Return one line for people: how full the micro-batches are, or why it is off.
 
         Args:
             config: the options of the run.
             rows: the training rows, or some of them.
-            longest: tokens of the longest row of all; None: the longest of these.
         """
         if not self.is_on:
             return f"off: {self.why_off}"
-        return Fill.of(config, rows, longest).described()
+        return Fill.of(config, rows, self.longest).described()
 
     def settled(self, config: _Options) -> _Options:
         """Return the options of a run that packs or does not."""
         return config.model_copy(update={"packing": self.is_on})
 
     def tried(self, model: PreTrainedModel) -> Packing:
-        """Return the choice for a loaded model: off where the model does not compute as it says."""
-        if self.is_on and not agrees_packed(model):
+        """Return the choice for a loaded model: off where the model does not compute as it says.
+
+        What the user asked for stays, and is refused before the first step, see `try_packing`.
+        """
+        if self.is_on and not self.is_asked and not agrees_packed(model):
             return Packing(False, _DIFFERS)
         return self
 
@@ -86,8 +92,7 @@ def choose_packing(
         return Packing(False, "--no-packing")
     if config.packing is None and goes_on:
         return Packing(False, "the run was begun without it")
-    longest = longest or max(rows.lengths())
-    reason = _why_not(task, model, longest)
+    reason = _why_not(task, model, longest or max(rows.lengths()))
     if reason is not None:
         if config.packing is None:
             return Packing(False, reason)
@@ -97,7 +102,7 @@ def choose_packing(
         )
     if config.packing is None and not Fill.of(config, rows, longest).saves:
         return Packing(False, "a step would have as many micro-batches")
-    return Packing(True)
+    return Packing(True, longest=longest, is_asked=config.packing is not None)
 
 
 def _why_not(task: Task, model: PreTrainedModel, tokens: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_a_streamed_run_says_how_it_reads(
     rehearsal = json.loads((output / "memory.json").read_text())["rehearsal"]
     assert rehearsal["tokens"] == 64
     assert abs(rehearsal["difference"]) < 0.1
+
+
+def test_a_packed_stream_has_room_for_rows_of_max_length(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The header, `check` and the page say the same, whatever the first rows are."""
+    _, out, _ = train(model, data, tmp_path / "run", "--max-steps", "1", "--packing", capsys=capsys)
+    filled = re.search(r"packing (.*? of at most 64 tokens, \S+ full)", out)
+    assert filled
+    assert filled[1] in (tmp_path / "run" / "data.html").read_text()
+    where = ("--model", str(model), "--data", str(data))
+    _, out, _ = run("check", *where, *PLAIN, *STREAM, *STEPS, "--packing", capsys=capsys)
+    assert filled[1] in " ".join(out.split())
 
 
 # ---------------------------------------------------------------- counting
@@ -214,6 +228,8 @@ def test_what_cannot_go_with_a_stream_is_one_line(
         (data, ("--max-length", "4096"), "--max-length 4096: a row of a stream may have as many"),
         (data, ("--shuffle-buffer", "0"), "--shuffle-buffer: found 0; expected"),
         (data, ("--data-workers", "-1"), "--data-workers: found -1; expected"),
+        (data, ("--data-weights", "1"), "--data-weights: found 1, and 1 source of data; expected"),
+        (data, ("--data", str(labelled)), "--stream-data: 2 sources; expected one, as streams"),
         (labelled, ("--task", "classify"), "--stream-data: --task classify without --labels;"),
         (labelled, ("--task", "tag"), "--stream-data: --task tag without --labels; expected the"),
         (

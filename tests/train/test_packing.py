@@ -147,6 +147,9 @@ def test_a_model_that_leaks_is_not_packed_by_default(
     assert Packing(True).tried(model).is_on
     monkeypatch.setattr(segments, "slices_of", lambda lengths: iter([slice(0, sum(lengths))]))
     assert not Packing(True).tried(model).is_on
+    assert Packing(True, is_asked=True).tried(model).is_on, "refused before the first step"
+    whole = options(gradient_accumulation_steps=4, max_steps=1)
+    qk.train_adapter(make_adapter(save_tiny()), make_rows(8), whole)
 
 
 # ---------------------------------------------------------------- where it is refused
