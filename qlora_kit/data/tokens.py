@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
@@ -588,6 +588,17 @@ def held_out_numbers(
     """
     held = round(fraction * count) if count >= least else 0
     return sorted(random.Random(f"validation {seed}").sample(range(count), held))
+
+
+def without_samples(tokenized: Tokenized, numbers: Collection[int]) -> Tokenized:
+    """Return the rows of all samples but some; all rows, if no other would be left.
+
+    Args:
+        tokenized: the rows.
+        numbers: indices of the samples.
+    """
+    is_kept = ~numpy.isin(tokenized.rows.column("row").to_numpy(), [*numbers])
+    return _selected(tokenized, is_kept, f"{sorted(numbers)}") if is_kept.any() else tokenized
 
 
 def _own(counts: Counts) -> Counts:

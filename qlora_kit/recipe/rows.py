@@ -95,10 +95,10 @@ def token_rows(
     check_searchable(opened.task, config)
     for text in notices:
         announce(Notice(text))
-    rows, held_out = tokenize_data(samples, validation, opened, config, announce)
-    opened.check_positions(config, rows)
     if samples.stream is not None:
         check_longest(opened, config)
+    rows, held_out = tokenize_data(samples, validation, opened, config, announce)
+    opened.check_positions(config, rows)
     _check_validation(config, held_out, announce)
     of_sources = [loss_of_source(each.name) for each in held_out.sources] if held_out else []
     check_measured(config.best_metric, (*opened.task.metrics, *of_sources))
@@ -180,13 +180,13 @@ def _of_pass(
     announce: Announce,
 ) -> tuple[Tokenized, Tokenized | None]:
     """Count a stream, and tokenise the samples that are held out of it, see `tokenize_data`."""
-    from qlora_kit.data.tokens import tokenize
+    from qlora_kit.data.tokens import tokenize, without_samples
 
     holds_out = held_out is None
     found = counted_pass(samples, opened, rows, config, announce, holds_out=holds_out)
     if found is not None and found.held_out is not None:
         held_out = tokenize(found.held_out, opened.tokenizer, config, makes=opened.task.makes)
-        found = learnt_pass(found, held_out)
+        found, rows = learnt_pass(found, held_out), without_samples(rows, found.numbers)
         announce(Notice(f"validation: {len(held_out.rows)} rows held out of the data"))
     return replace(rows, stream_pass=found), held_out
 
