@@ -148,6 +148,14 @@ def test_without_a_number_of_steps_the_samples_are_counted_once(
     assert "training: 4 optimiser steps, 0.50 epochs" in out
 
 
+def check(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what `check` says of a stream."""
+    where = ("--model", str(model), "--data", str(data))
+    code, out, err = run("check", *where, *PLAIN, *STREAM, *STEPS, *more, capsys=capsys)
+    assert code == 0, err
+    return " ".join(out.split())
+
+
 def test_where_length_decides_the_rows_are_counted_by_tokenising(
     model: Path,
     data: Path,
@@ -158,19 +166,16 @@ def test_where_length_decides_the_rows_are_counted_by_tokenising(
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    found = {}
-    for how in ("split", "drop", "truncate"):
-        more = ("--long-samples", how, "--max-length", "40", "--epochs", "0.1")
-        code, out, _ = train(model, data, tmp_path / how, *more, capsys=capsys)
-        assert code == 0
-        (line,) = (
-            line for line in out.split("note: ") if re.match(rf"data: {ROWS} pair rows", line)
-        )
-        found[how] = line, int(re.search(r"streamed, (\d+) rows", out)[1])  # type: ignore[index]
+    for how, said in (
+        ("split", "15 split into 30 chunks; "),
+        ("drop", "lost: 15 rows, "),
+        ("truncate", " "),
+    ):
+        more = ("--long-samples", how, "--max-length", "40")
+        out = check(model, data, *more, capsys=capsys)
         assert ("as length decides how many rows a sample has" in out) == (how != "truncate")
-    assert "split into" in found["split"][0]
-    assert found["split"][1] > ROWS > found["drop"][1]
-    assert found["truncate"][1] == ROWS
+        (line,) = re.findall(rf"note: data: ({ROWS} pair rows.*?)(?=note:|data:)", out)
+        assert said in line
 
 
 def test_a_pass_that_is_shorter_than_counted_is_followed_by_the_next(
@@ -250,35 +255,25 @@ def test_the_rows_that_are_held_out_are_those_of_a_run_that_reads_all_first(
 
 
 def test_with_a_number_of_steps_a_share_is_held_out_only_if_it_is_asked_for(
-    model: Path, longer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, longer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = train(model, longer, tmp_path / "a", "--max-steps", "1", capsys=capsys)
-    assert code == 0
+    out = check(model, longer, "--max-steps", "1", capsys=capsys)
     assert "note: no sample is held out: with --stream-data and --max-steps" in out
-    assert "reading all samples" not in out
+    assert "validation none" in out
     more = ("--max-steps", "1", "--validation-fraction", "0.1")
-    code, out, _ = train(model, longer, tmp_path / "b", *more, capsys=capsys)
-    assert code == 0
-    assert f"data {longer}, streamed, 216 rows" in out
+    out = check(model, longer, *more, capsys=capsys)
     assert "note: validation: 24 rows held out of the data" in out
-    assert log_of(tmp_path / "b")[0]["epoch"] == pytest.approx(1 / 54)
+    assert "validation 24 pair rows" in out
+    assert "also trained on" not in out
 
 
-def test_all_but_so_many_samples_are_learnt_by_default(
-    model: Path,
-    longer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_only_so_many_samples_are_held_out_by_default(
+    model: Path, longer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(counting, "MOST_HELD_OUT", 5)
-    more = ("--epochs", "0.02")
-    code, out, _ = train(model, longer, tmp_path / "a", *more, capsys=capsys)
-    assert code == 0
+    out = check(model, longer, capsys=capsys)
     assert "note: validation: 5 rows held out of the data" in out
-    asked = (*more, "--validation-fraction", "0.1")
-    code, out, _ = train(model, longer, tmp_path / "b", *asked, capsys=capsys)
-    assert code == 0
+    out = check(model, longer, "--validation-fraction", "0.1", capsys=capsys)
     assert "note: validation: 24 rows held out of the data" in out
 
 
@@ -401,11 +396,13 @@ _TEXTS = [{"text": f"the girl {n} " * (1 + n % 5)} for n in range(30)]
     ("records", "options", "streams"),
     [
         (_TEXTS, (), False),
-        (_TEXTS, ("--max-steps", "1", "--validation-fraction", "0"), True),
-        (None, ("--long-samples", "drop"), False),
-        (None, ("--long-samples", "error"), True),
         (None, ("--max-length", "4096"), False),
-        (None, ("--data", str(BUILT_IN["test"])), False),
+        *slow(
+            (_TEXTS, ("--max-steps", "1", "--validation-fraction", "0"), True),
+            (None, ("--long-samples", "drop"), False),
+            (None, ("--long-samples", "error"), True),
+            (None, ("--data", str(BUILT_IN["test"])), False),
+        ),
     ],
 )
 def test_what_a_stream_does_worse_is_not_streamed_by_default(
