@@ -31,10 +31,14 @@ MOST_HELD_OUT = 10_000
 """samples of a stream that are held out by default: more take memory, and measure no better"""
 
 
-def is_counted(config: TrainConfig) -> bool:
-    """Return whether a stream is counted that has no validation part: for steps, or to hold out."""
-    holds_out = config.validation is None and config.validation_fraction > 0
-    return config.max_steps is None or holds_out
+def is_counted(config: TrainConfig, *, holds_out: bool) -> bool:
+    """Return whether a stream has to be counted: to know its steps, or to hold samples out.
+
+    Args:
+        config: the options of the run.
+        holds_out: whether the data has no validation part of its own.
+    """
+    return config.max_steps is None or (holds_out and config.validation_fraction > 0)
 
 
 def job_of(samples: Samples, opened: Opened, config: TrainConfig) -> Job:
@@ -82,7 +86,8 @@ def counted_pass(
 
     Returns:
         The pass, with the rows of the samples that are held out still among its rows; None where
-        neither steps nor held-out samples have to be known.
+        neither steps nor held-out samples have to be known, and for a data set of the hub, which
+        would have to be fetched.
 
     Raises:
         DataError: a record has a fault, or nothing is left to learn from.
@@ -91,7 +96,7 @@ def counted_pass(
     from qlora_kit.data.tokens import held_out_numbers
 
     stream = samples.stream
-    if stream is None or not (is_counted(config) if holds_out else config.max_steps is None):
+    if stream is None or stream.is_of_hub or not is_counted(config, holds_out=holds_out):
         return None
     found = _found(samples, opened, tokenized, config, announce)
     count = found["rows_read"]

@@ -175,7 +175,9 @@ def _starts_soon(config: TrainConfig, stream: SampleStream) -> bool:
         shape = stream.head().shape
     except DataError:
         return False  # All faults are told together where all of the data is read.
-    return reading_counts(config, shape) or not is_counted(config)
+    return reading_counts(config, shape) or not is_counted(
+        config, holds_out=config.validation is None
+    )
 
 
 def _has_positions(config: TrainConfig) -> bool:
@@ -215,11 +217,14 @@ def settled(
     holds_out = validation is None and config.validation_fraction == _DEFAULT_FRACTION
     if not is_new or stream is None or stream.why or config.max_steps is None or not holds_out:
         return config
+    asked = (
+        f", and so does a --validation-fraction other than {_DEFAULT_FRACTION:g}, for which they "
+        "are counted"
+    )
     announce(
         Notice(
             "no sample is held out: with --stream-data and --max-steps they are not counted; "
-            "--validation FILE measures while training, and so does a --validation-fraction other "
-            f"than {_DEFAULT_FRACTION:g}, for which they are counted"
+            f"--validation FILE measures while training{'' if stream.is_of_hub else asked}"
         )
     )
     return config.model_copy(update={"validation_fraction": 0.0})

@@ -167,8 +167,8 @@ def test_where_length_decides_the_rows_are_counted_by_tokenising(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for how, said in (
-        ("split", "15 split into 30 chunks; "),
-        ("drop", "lost: 15 rows, "),
+        ("split", "12 split into 24 chunks; "),
+        ("drop", "lost: 12 rows, "),
         ("truncate", " "),
     ):
         more = ("--long-samples", how, "--max-length", "40")
@@ -263,7 +263,7 @@ def test_with_a_number_of_steps_a_share_is_held_out_only_if_it_is_asked_for(
     more = ("--max-steps", "1", "--validation-fraction", "0.1")
     out = check(model, longer, *more, capsys=capsys)
     assert "note: validation: 24 rows held out of the data" in out
-    assert "validation 24 pair rows" in out
+    assert "validation 24 rows" in out
     assert "also trained on" not in out
 
 
