@@ -7,6 +7,7 @@ stream cannot do.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,11 +150,12 @@ def _by_default(config: TrainConfig) -> SampleStream | None:
         DataError: there is nothing of that name.
         HubError, ModelError: the model is not there.
     """
-    if len(config.sources) != 1 or is_hub_id(config.sources[0].path):
+    names = [source.path for source in config.sources]
+    if len(names) != 1 or (is_hub_id(names[0]) and not os.path.exists(names[0])):
         return None
     try:
         _check_options(config)
-        stream = SampleStream(config.sources[0].path, record_options(config), config.task)
+        stream = SampleStream(names[0], record_options(config), config.task)
     except ConfigError:
         return None
     if stream.text_bytes < LARGE_BYTES or not _starts_soon(config, stream):
