@@ -15,6 +15,12 @@ of its own, timed and measured after its imports:
   template and encodes it with the same tokenizer. It checks, masks and shuffles nothing.
 
 Tokens per second count from the first row on; the seconds until it comes stand apart.
+
+    python benchmarks/streaming.py --first-step [--rows 40000] [--megabytes 40] [--model DIR]
+
+starts `qlora-kit train` on such a file, streamed as it is by default and with `--no-stream-data`,
+and tells the seconds until the log has the first optimiser step; then it ends the run. Nothing is
+in the cache. The model is a tiny one, so that the seconds are those of the data.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -36,7 +43,7 @@ from measure import AnonymousPeak, print_table, run_side, save_results
 
 _PROJECT = Path(__file__).parent.parent
 _ASSETS = Path(os.environ.get("QLORA_KIT_ASSETS", _PROJECT.parent / "shared" / "assets"))
-_MAX_LENGTH = 2048
+_MAX_LENGTH, _MAX_LENGTH_OF_STEP = 2048, 512
 _ROWS_A_STEP = 16
 _ROWS_A_GROUP = 50_000
 _SECONDS_BETWEEN_LOOKS = 0.25
@@ -47,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--megabytes", type=float, default=1000, help="of 10^6 bytes")
+    parser.add_argument("--rows", type=int, help="200,000, or 40,000")
+    parser.add_argument("--megabytes", type=float, help="of 10^6 bytes; 1,000, or 40")
     parser.add_argument("--form", choices=("jsonl", "parquet"), default="jsonl")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--buffer", type=int, default=10_000)
@@ -56,6 +63,8 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, default=_ASSETS / "tokenizers" / "deepseek-llm-7b"
     )
+    parser.add_argument("--first-step", action="store_true", help="see above")
+    parser.add_argument("--model", type=Path, default=_ASSETS / "models" / "stories260K")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
@@ -63,14 +72,61 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(_SIDES[arguments.side](json.loads(arguments.settings))))
         return
-    found = _all_sides(arguments)
+    of_step = arguments.first_step
+    arguments.rows = arguments.rows or (40_000 if of_step else 200_000)
+    arguments.megabytes = arguments.megabytes or (40 if of_step else 1000)
+    found = _first_steps(arguments) if of_step else _all_sides(arguments)
     print_table(found, list(found[0]))
     if not arguments.no_save:
         names = ("rows", "megabytes", "form", "workers", "buffer")
-        about = {name: getattr(arguments, name) for name in names}
-        about |= {"data": arguments.data.name, "tokenizer": arguments.tokenizer.name,
-                  "max_length": _MAX_LENGTH}  # fmt: skip
-        print(save_results("streaming", {"settings": about, "sides": found}))
+        about = {name: getattr(arguments, name) for name in names} | {"data": arguments.data.name}
+        if of_step:
+            about |= {"model": arguments.model.name, "max_length": _MAX_LENGTH_OF_STEP}
+        else:
+            about |= {"tokenizer": arguments.tokenizer.name, "max_length": _MAX_LENGTH}
+        name = "streaming_first_step" if of_step else "streaming"
+        print(save_results(name, {"settings": about, "sides": found}))
+
+
+def _first_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / f"whole.{arguments.form}"
+        _write(arguments, arguments.rows, file)
+        sides = []
+        for side, flags in (("default", ()), ("read_first", ("--no-stream-data",))):
+            options = (
+                "--data", str(file), "--model", str(arguments.model), "--device", "cpu",
+                "--max-length", str(_MAX_LENGTH_OF_STEP), "--batch-size", "1",
+                "--gradient-accumulation-steps", "1", "--no-rehearse", "--samples", "0", *flags,
+            )  # fmt: skip
+            seconds = _first_step_after(Path(name) / side, options)
+            megabytes = round(file.stat().st_size / 1e6)
+            sides.append({"side": side, "file_mb": megabytes, "rows": arguments.rows,
+                          "first_step_s": round(seconds, 1)})  # fmt: skip
+        return sides
+
+
+def _first_step_after(folder: Path, options: Sequence[str]) -> float:
+    """Train until the log has a step, and end the run; return the seconds that took.
+
+    Raises:
+        RuntimeError: the run ended before.
+    """
+    log = folder / "trainer_log.jsonl"
+    command = [sys.executable, "-m", "qlora_kit", "train", "--output", str(folder), *options]
+    cache = {"HF_DATASETS_CACHE": f"{folder}-cache", "PYTHONPATH": str(_PROJECT)}
+    said = folder.with_suffix(".txt")
+    started = time.perf_counter()
+    with said.open("w") as out:
+        run = subprocess.Popen(command, env={**os.environ, **cache}, stdout=out, stderr=out)
+        while run.poll() is None and not (log.is_file() and log.stat().st_size):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        seconds = time.perf_counter() - started
+        run.terminate()
+        run.wait()
+    if not log.is_file():
+        raise RuntimeError(f"{' '.join(command)}\n{said.read_text()[-3000:]}")
+    return seconds
 
 
 def _all_sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:

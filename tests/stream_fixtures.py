@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,19 @@ def job_of(samples: SampleStream, **options: Any) -> Job:
 
 
 def streamed_rows(
-    samples: SampleStream, *, workers: int = 0, seed: int = 1, buffer: int = 1, **options: Any
+    samples: SampleStream,
+    *,
+    workers: int = 0,
+    seed: int = 1,
+    buffer: int = 1,
+    without: Collection[int] = frozenset(),
+    **options: Any,
 ) -> StreamedRows:
     """Return the rows of a stream; with workers, the caller closes them."""
     job = job_of(samples, **options)
     head = tokenize(samples.head(), job.tokenizer, job.options, cache=False)
     longest = longest_row(head, job.options.max_length, has_sources=False)
     tokenizes = Beside(job, workers) if workers else Here(job)
-    return StreamedRows(samples, tokenizes, seed=seed, buffer=buffer, longest=[longest] * 4)
+    return StreamedRows(
+        samples, tokenizes, seed=seed, buffer=buffer, longest=[longest] * 4, without=without
+    )

@@ -402,9 +402,10 @@ class DataOptions(Options):
 class StreamOptions(Options):
     """How data larger than memory are read."""
 
-    stream_data: bool = option(
-        False, "read the data while training, instead of all of it before; memory stays the same, "
-        "however large the files",
+    stream_data: bool | None = option(
+        None, "read the data while training, instead of all of it before; memory stays the same, "
+        "however large the files; default: for local files of 32 MB or more, where nothing forbids "
+        "it",
         also=["streaming"], decides="data",
     )  # fmt: skip
     shuffle_buffer: int = option(

@@ -156,6 +156,10 @@ class MakerOfLabels:
         }
         self._known = labels
 
+    def count(self, index: int) -> int:
+        """Return 1: whatever a sample has labels for is learnt."""
+        return 1
+
     def divided(self, index: int, tokens: int) -> None:
         """See `tokens.RowMaker`: no row has borders within it but those that `shorten` knows."""
 

@@ -168,6 +168,10 @@ class SourceRows:
             for index, source_ids, target_ids in zip(kept, *pairs, strict=True):
                 yield index, _row(source_ids, target_ids, _weight(self.samples.items[index]))
 
+    def count(self, index: int) -> int:
+        """Return 1 for a target that is learnt, else 0."""
+        return int(bool(_weight(self.samples.items[index])))
+
     def divided(self, index: int, tokens: int) -> None:
         """See `tokens.RowMaker`: a target is of a whole source."""
 

@@ -56,7 +56,7 @@ def load_validation(config: TrainConfig) -> Samples | None:
         return load_samples(config.validation, "validation", options, task=config.task)
     if is_one:
         return load_held_out(
-            _name(config), record_options(config), config.task, streams=config.stream_data
+            _name(config), record_options(config), config.task, streams=bool(config.stream_data)
         )
     parts = _loaded(config, "validation")
     if not parts:

@@ -11,7 +11,7 @@ import itertools
 import pickle
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -61,7 +61,13 @@ class Drawn(NamedTuple):
     content: bytes
 
 
-def drawn(samples: Iterable[Sample], seed: int, epoch: int, buffer: int) -> Iterator[Drawn]:
+def drawn(
+    samples: Iterable[Sample],
+    seed: int,
+    epoch: int,
+    buffer: int,
+    without: Collection[int] = frozenset(),
+) -> Iterator[Drawn]:
     """Yield samples in the order of a pass: each is drawn from those that the buffer holds.
 
     Args:
@@ -69,6 +75,7 @@ def drawn(samples: Iterable[Sample], seed: int, epoch: int, buffer: int) -> Iter
         seed: the run's seed.
         epoch: number of the pass, counted from 0.
         buffer: most samples that are held; fewer where these take more than 64 MiB.
+        without: numbers of samples that are left out.
     """
     source = random.Random(f"stream {seed} {epoch}")
     held: list[Drawn] = []
@@ -80,6 +87,8 @@ def drawn(samples: Iterable[Sample], seed: int, epoch: int, buffer: int) -> Iter
         return held.pop()
 
     for number, sample in enumerate(samples):
+        if number in without:
+            continue
         new = Drawn(number, pickle.dumps(sample))
         while held and (len(held) >= buffer or size + len(new.content) > _MOST_HELD_BYTES):
             one = draw()
@@ -103,14 +112,15 @@ class StreamedRows(TokenRows):
         seed: the run's seed.
         buffer: most samples that the next one is drawn from.
         longest: the rows to hold before the first step.
+        in_pass: token rows of a pass; None unless they were counted.
+        without: numbers of the samples, in the order of the files, that are not learnt.
         check: called with every row that is to be learnt.
 
     Attributes:
         samples: the stream.
-        in_pass: token rows of a pass; None unless they were counted.
+        in_pass: see above. Where samples were counted without being tokenised, a pass has fewer
+            rows if the cut to the longest row leaves nothing to learn of some.
     """
-
-    in_pass: int | None = None
 
     def __init__(
         self,
@@ -120,12 +130,15 @@ class StreamedRows(TokenRows):
         seed: int,
         buffer: int,
         longest: Sequence[Row],
+        in_pass: int | None = None,
+        without: Collection[int] = frozenset(),
         check: Callable[[Row], None] = lambda row: None,
     ) -> None:
         super().__init__(longest)
         self.samples = samples
         self._tokenizes = tokenizes
-        self._seed, self._buffer = seed, buffer
+        self.in_pass = in_pass
+        self._seed, self._buffer, self._without = seed, buffer, without
         self._check = check
 
     def windows(self, epoch: int, start: StreamPlace, size: int) -> Iterator[StreamPlace]:
@@ -162,7 +175,7 @@ class StreamedRows(TokenRows):
             )
 
     def count(self) -> Counter[str]:
-        """Return what becomes of the samples of a pass, and under "rows" the number of its rows."""
+        """Return what becomes of all samples, and under "rows" the number of their rows."""
         found: Counter[str] = Counter()
         for made, _ in self._made(drawn(self.samples.samples(), self._seed, 0, buffer=1), 0):
             found.update(rows=made.table.num_rows, rows_read=len(made.tallies))
@@ -190,7 +203,7 @@ class StreamedRows(TokenRows):
             counts: what became of the samples before; those after are added.
             size: rows of an optimiser step.
         """
-        order = drawn(self.samples.samples(), self._seed, epoch, self._buffer)
+        order = drawn(self.samples.samples(), self._seed, epoch, self._buffer, self._without)
         at = start.sample
         used = start.rows
         for made, chunk in self._made(itertools.islice(order, start.sample, None), size):

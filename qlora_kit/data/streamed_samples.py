@@ -29,6 +29,7 @@ from qlora_kit.storage.faults import reason
 HEAD_RECORDS = 1000
 _HEAD_CHARACTERS = 16_000_000
 _RECORDS_BETWEEN_CHECKS = 1000
+_PACKED, _PACKED_TIMES = (".gz", ".parquet"), 3
 
 
 class _State(NamedTuple):
@@ -51,6 +52,7 @@ class SampleStream:
         task: the task that the samples are for.
         skipped: records of the data that were left out for a fault, as far as it has been read.
         first_skipped: the fault of the first of them.
+        why: the reason that the data are streamed, in words, where nobody asked for it.
     """
 
     data: str
@@ -58,6 +60,7 @@ class SampleStream:
     task: str = "causal"
     skipped: int = field(default=0, init=False)
     first_skipped: str = field(default="", init=False)
+    why: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         check_format(self.options, self.task)
@@ -74,6 +77,14 @@ class SampleStream:
     def is_of_hub(self) -> bool:
         """Whether it is a data set of the hub."""
         return not self._states
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text of the files, roughly: packed ones count threefold."""
+        return sum(
+            state.size * (_PACKED_TIMES if path.suffix.lower() in _PACKED else 1)
+            for path, state in self._states.items()
+        )
 
     @cached_property
     def content_hash(self) -> str:

@@ -105,6 +105,20 @@ class TextRows:
                 sources += [index] * len(texts)
         return rendered, sources
 
+    def count(self, index: int) -> int:
+        """Return how many rows a sample has: none, one, or one an answer, see `rows`.
+
+        Only a conversation with several answers has to be rendered for it.
+        """
+        sample = self.samples.items[index]
+        if not isinstance(sample, Conversation) or self.renderer.train_on == "all":
+            return int(all(loss_weights(sample)))
+        answers = len(self.renderer.learnt_turns(sample))
+        if answers < 2:
+            return answers
+        with many_limits():
+            return len(self.renderer.render(sample))
+
     def divided(self, index: int, tokens: int) -> list[Labelled] | None:
         """Return the rows of the parts of a conversation; None for a pair or a text."""
         sample = self.samples.items[index]

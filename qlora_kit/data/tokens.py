@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
@@ -38,6 +38,7 @@ from qlora_kit.errors import DataError, StorageError
 # used.
 if TYPE_CHECKING:
     from qlora_kit.data.batch import TokenTable
+    from qlora_kit.data.stream_count import Pass
 
 MIN_ROWS_FOR_VALIDATION = 200
 MIN_ROWS_OF_A_SOURCE = 20
@@ -168,6 +169,8 @@ class Tokenized:
     """what a row's labels stand for, where rows are classified"""
     sources: tuple[SourceRows, ...] = ()
     """the rows of each source, where there are several"""
+    stream_pass: Pass | None = None
+    """of the first rows of a stream: what a pass of it has, where it was counted"""
 
     @property
     def template_hash(self) -> str | None:
@@ -338,6 +341,14 @@ class RowMaker(Protocol):
         """
         ...
 
+    def count(self, index: int) -> int:
+        """Return how many rows a sample has if none is too long; encodes nothing.
+
+        Raises:
+            DataError: the sample cannot become rows.
+        """
+        ...
+
     def shorten(self, index: int, row: Labelled, how: LongSamples) -> list[Labelled]:
         """Return what is left of a row that is too long, truncated or split."""
         ...
@@ -352,6 +363,13 @@ class RowMaker(Protocol):
 
 
 MakesRows = Callable[[Samples, Any, TokenOptions], RowMaker]
+
+
+def treatment_of_long(options: TokenOptions, shape: ShapeOfAll) -> LongSamples:
+    """Return what becomes of samples of a shape that are too long, "auto" decided."""
+    if options.long_samples != "auto":
+        return options.long_samples
+    return "split" if shape in (Shape.TEXT, Shape.TAG) else "truncate"
 
 
 class Tokenizing:
@@ -372,10 +390,7 @@ class Tokenizing:
         self.maker = maker
         self.schema = _schema(maker)
         self.max_length = options.max_length
-        self.long_samples: LongSamples = options.long_samples
-        if self.long_samples == "auto":
-            divides = samples.shape in (Shape.TEXT, Shape.TAG)
-            self.long_samples = "split" if divides else "truncate"
+        self.long_samples = treatment_of_long(options, samples.shape)
         self.tally: Counter[str] = Counter()
         self.dropped: dict[int, int] = {}
         self.faults = Faults()
@@ -557,9 +572,33 @@ def _held_out(groups: Any, fraction: float, seed: int, least: int) -> Any:
     names = numpy.unique(groups)
     if len(names) < least:
         groups = names = numpy.arange(len(groups))
-    count = round(fraction * len(names)) if len(names) >= least else 0
-    held = random.Random(f"validation {seed}").sample(range(len(names)), count)
-    return numpy.isin(groups, names[sorted(held)])
+    return numpy.isin(groups, names[held_out_numbers(len(names), fraction, seed, least)])
+
+
+def held_out_numbers(
+    count: int, fraction: float, seed: int, least: int = MIN_ROWS_FOR_VALIDATION
+) -> list[int]:
+    """Return which of so many samples are held out, in order; none, if there are too few.
+
+    Args:
+        count: number of the samples.
+        fraction: share of them to hold out.
+        seed: draws them.
+        least: number of samples that there must be.
+    """
+    held = round(fraction * count) if count >= least else 0
+    return sorted(random.Random(f"validation {seed}").sample(range(count), held))
+
+
+def without_samples(tokenized: Tokenized, numbers: Collection[int]) -> Tokenized:
+    """Return the rows of all samples but some; all rows, if no other would be left.
+
+    Args:
+        tokenized: the rows.
+        numbers: indices of the samples.
+    """
+    is_kept = ~numpy.isin(tokenized.rows.column("row").to_numpy(), [*numbers])
+    return _selected(tokenized, is_kept, f"{sorted(numbers)}") if is_kept.any() else tokenized
 
 
 def _own(counts: Counts) -> Counts:

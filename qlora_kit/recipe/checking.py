@@ -10,6 +10,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Closing, Facts, Notice, RowShown, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.recipe.rows import read_data, surveyed, token_rows
+from qlora_kit.recipe.streaming import settled
 from qlora_kit.storage import check_writable, write_text
 
 
@@ -27,6 +28,7 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
     if config.html is not None:
         _check_page(config.html)
     samples, validation = read_data(config, announce)
+    config = settled(config, samples, validation, announce)
 
     from qlora_kit.opening.model import base_spec
     from qlora_kit.report import data_view

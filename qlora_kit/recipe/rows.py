@@ -20,6 +20,7 @@ from qlora_kit.events import (
 )
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_searchable, check_task, classifies
+from qlora_kit.recipe.counting import counted_pass, learnt_pass
 from qlora_kit.recipe.streaming import check_longest, open_stream
 from qlora_kit.redact import redacted_values
 from qlora_kit.train.best import LOSS, check_measured, loss_of_source
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from qlora_kit.train.packing import Packing
 
 
-def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples | None]:
+def read_data(
+    config: TrainConfig, announce: Announce, *, chooses: bool = False
+) -> tuple[Samples, Samples | None]:
     """Read the training data, and the validation data if there is a file of it.
 
     Of a stream only the first samples are read.
@@ -40,8 +43,9 @@ def read_data(config: TrainConfig, announce: Announce) -> tuple[Samples, Samples
     Args:
         config: names the data.
         announce: receives notices about the data.
+        chooses: whether large data are streamed where the user leaves it open.
     """
-    stream = open_stream(config, announce)
+    stream = open_stream(config, announce, chooses=chooses)
     samples = load_training(config) if stream is None else stream.head()
     if config.data is None:
         announce(
@@ -91,10 +95,10 @@ def token_rows(
     check_searchable(opened.task, config)
     for text in notices:
         announce(Notice(text))
+    if samples.stream is not None:
+        check_longest(opened, config)
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
-    if config.stream_data:
-        check_longest(opened, config)
     _check_validation(config, held_out, announce)
     of_sources = [loss_of_source(each.name) for each in held_out.sources] if held_out else []
     check_measured(config.best_metric, (*opened.task.metrics, *of_sources))
@@ -140,7 +144,8 @@ def tokenize_data(
     """Tokenise the data, hold out validation rows, and announce how many rows there are.
 
     Returns:
-        The training rows, and the validation rows if there are any.
+        The training rows, those of the first samples of a stream; and the validation rows if there
+        are any.
 
     Raises:
         ConfigError: every row would be held out, or an epoch would have no row of a source.
@@ -149,11 +154,13 @@ def tokenize_data(
     from qlora_kit.data.tokens import split_validation
 
     rows = _tokenized("data", samples, opened, config, announce)
+    held_out = None
     if validation is not None:
         held_out = _tokenized("validation", validation, opened, config, announce)
-        return mixed(rows, config.source_weights), held_out
     if samples.stream is not None:
-        return rows, None
+        return _of_pass(samples, rows, held_out, opened, config, announce)
+    if held_out is not None:
+        return mixed(rows, config.source_weights), held_out
     kept, split = split_validation(rows, config.validation_fraction, config.seed)
     if not all(len(part.rows) for part in (kept.sources or [kept])):
         raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
@@ -162,6 +169,26 @@ def tokenize_data(
         for text in _held_out_labels(rows, kept):
             announce(Notice(text))
     return mixed(kept, config.source_weights), split
+
+
+def _of_pass(
+    samples: Samples,
+    rows: Tokenized,
+    held_out: Tokenized | None,
+    opened: Opened,
+    config: TrainConfig,
+    announce: Announce,
+) -> tuple[Tokenized, Tokenized | None]:
+    """Count a stream, and tokenise the samples that are held out of it, see `tokenize_data`."""
+    from qlora_kit.data.tokens import tokenize, without_samples
+
+    holds_out = held_out is None
+    found = counted_pass(samples, opened, rows, config, announce, holds_out=holds_out)
+    if found is not None and found.held_out is not None:
+        held_out = tokenize(found.held_out, opened.tokenizer, config, makes=opened.task.makes)
+        found, rows = learnt_pass(found, held_out), without_samples(rows, found.numbers)
+        announce(Notice(f"validation: {len(held_out.rows)} rows held out of the data"))
+    return replace(rows, stream_pass=found), held_out
 
 
 def _tokenized(
@@ -255,9 +282,10 @@ def surveyed(
     from qlora_kit.data.row_arrays import Part
     from qlora_kit.data.survey import survey
 
+    own = rows.stream_pass.held_out if rows.stream_pass else None
     found = survey(
         Part(samples, rows),
-        None if held_out is None else Part(validation or samples, held_out),
+        None if held_out is None else Part(validation or own or samples, held_out),
         opened.tokenizer,
         config,
         seed=config.seed,

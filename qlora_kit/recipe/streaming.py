@@ -1,27 +1,27 @@
 """What a run learns from: rows that are all at hand, or a stream of them.
 
 Takes the samples that were read, the opened model and the options; yields `Learnt`, which answers
-the questions that the two answer differently. Refuses by name what a stream cannot do.
+the questions that the two answer differently. Decides what is streamed, and refuses by name what a
+stream cannot do.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
-from qlora_kit.config import TokenOptions, TrainConfig
-from qlora_kit.data.samples import Samples
+from qlora_kit.config import TrainConfig
+from qlora_kit.data.samples import Samples, is_hub_id
 from qlora_kit.data.sources import check_weights, record_options
 from qlora_kit.data.streamed_samples import SampleStream
-from qlora_kit.errors import ConfigError, DataError, StorageError
+from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.events import Announce, Notice
-from qlora_kit.opening.tasks import classifies
-from qlora_kit.storage import read_json, write_json
+from qlora_kit.model.names import find_model
+from qlora_kit.opening.tasks import asked_task, classifies
+from qlora_kit.recipe.counting import is_counted, job_of, tokenizes
 
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Row, TokenRows
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.opening.model import Opened
 
+_Options = TypeVar("_Options", bound=TrainConfig)
+
+LARGE_BYTES = 32_000_000
+"""text that is streamed by default: to tokenise it takes about a minute on two cores"""
 _ONLY_OF_STREAMS = ("shuffle_buffer", "data_workers")
+_DEFAULT_FRACTION = TrainConfig.model_fields["validation_fraction"].default
 
 
 @dataclass(frozen=True)
@@ -62,41 +67,51 @@ class Learnt:
         return cls(rows, rows.rows_an_epoch, identity, described)
 
 
-# ---------------------------------------------------------------- what can be streamed
+# ---------------------------------------------------------------- what is streamed
 
 
-def open_stream(config: TrainConfig, announce: Announce) -> SampleStream | None:
-    """Open the training data as a stream, if the user asks for one.
+def open_stream(
+    config: TrainConfig, announce: Announce, *, chooses: bool = False
+) -> SampleStream | None:
+    """Open the training data as a stream, if the user asks for one or it pays.
 
     Args:
         config: the options of the run.
         announce: receives notices of options that have no effect.
+        chooses: whether large data are streamed where the user leaves it open.
 
     Raises:
-        ConfigError: the data or another option does not go with a stream.
+        ConfigError: the data or another option does not go with a stream that is asked for.
         DataError: there is nothing of that name.
         HubError: the hub is out of reach.
     """
-    if not config.stream_data:
+    if config.stream_data:
+        return _asked_for(config)
+    stream = _by_default(config) if chooses and config.stream_data is None else None
+    if stream is None:
         # A resumed run names all of its options, those at their default too.
         for name in _ONLY_OF_STREAMS:
             if getattr(config, name) != TrainConfig.model_fields[name].default:
                 flag = name.replace("_", "-")
                 announce(Notice(f"--{flag} has no effect without --stream-data"))
-        return None
+    return stream
+
+
+def _asked_for(config: TrainConfig) -> SampleStream:
     _check_options(config)
     stream = SampleStream(config.sources[0].path, record_options(config), config.task)
-    if stream.is_of_hub and config.max_steps is None:
+    if not stream.is_of_hub:
+        return stream
+    if config.max_steps is None:
         raise ConfigError(
             f"--stream-data: {stream.data} is a data set of the hub, and to count its rows would "
             "be to fetch all of it; expected a number of steps; pass --max-steps"
         )
-    if config.validation is None and config.validation_fraction:
-        announce(
-            Notice(
-                "--validation-fraction has no effect with --stream-data: no row of a stream is "
-                "held out; --validation FILE measures while training"
-            )
+    if config.validation is None and config.validation_fraction not in (0, _DEFAULT_FRACTION):
+        raise ConfigError(
+            f"--validation-fraction {config.validation_fraction:g}: {stream.data} is a data set of "
+            "the hub, and a share of a stream of it is not known before all of it is fetched; "
+            "expected --validation FILE with --stream-data; pass one, or --validation-fraction 0"
         )
     return stream
 
@@ -113,13 +128,6 @@ def _check_options(config: TrainConfig) -> None:
             "streams are not mixed; pass one --data, or leave --stream-data out"
         )
     check_weights(config)
-    default = TrainConfig.model_fields["validation_fraction"].default
-    if config.validation is None and config.validation_fraction not in (0, default):
-        raise ConfigError(
-            f"--validation-fraction {config.validation_fraction:g}: a share of a stream is not "
-            "known before its end; expected --validation FILE with --stream-data; pass one, or "
-            "--validation-fraction 0"
-        )
     if classifies(config.task) and not config.labels and config.label_kind != "regression":
         raise ConfigError(
             f"--stream-data: --task {config.task} without --labels; expected the names of all "
@@ -132,12 +140,104 @@ def _check_options(config: TrainConfig) -> None:
         )
 
 
+def _by_default(config: TrainConfig) -> SampleStream | None:
+    """Return the data as a stream, if they are large and a stream of them does all they would do.
+
+    Only sizes, options and the first records decide, so that a run is streamed or not wherever it
+    is started.
+
+    Raises:
+        DataError: there is nothing of that name.
+        HubError, ModelError: the model is not there.
+    """
+    names = [source.path for source in config.sources]
+    if len(names) != 1 or (is_hub_id(names[0]) and not os.path.exists(names[0])):
+        return None
+    try:
+        _check_options(config)
+        stream = SampleStream(names[0], record_options(config), config.task)
+    except ConfigError:
+        return None
+    if stream.text_bytes < LARGE_BYTES or not _starts_soon(config, stream):
+        return None
+    if not _has_positions(config):
+        return None
+    stream.why = (
+        f"by default, as there are {stream.text_bytes / 1e6:,.0f} MB of text; --no-stream-data "
+        "reads and checks all of it first"
+    )
+    return stream
+
+
+def _starts_soon(config: TrainConfig, stream: SampleStream) -> bool:
+    """Return whether training can begin without all data being tokenised."""
+    from qlora_kit.data.stream_count import reading_counts
+
+    try:
+        shape = stream.head().shape
+    except DataError:
+        return False  # All faults are told together where all of the data is read.
+    return reading_counts(config, shape) or not is_counted(
+        config, holds_out=config.validation is None
+    )
+
+
+def _has_positions(config: TrainConfig) -> bool:
+    """Return whether the model has positions for every row that a stream may have."""
+    from qlora_kit.model.fetch import fetch
+    from qlora_kit.model.positions import positions_of
+    from qlora_kit.opening.model import base_spec
+
+    source = find_model(config.model)
+    folder = fetch(source, random=True, revision=config.revision).folder
+    positions = positions_of(base_spec(source, folder, config, asked_task()).architecture())
+    return positions is None or config.max_length <= positions
+
+
+def settled(
+    config: _Options,
+    samples: Samples,
+    validation: Samples | None,
+    announce: Announce,
+    *,
+    is_new: bool = True,
+) -> _Options:
+    """Return the options of a run with what they leave open of streams decided.
+
+    A stream with a number of steps begins at once: where nothing but the default asks for held-out
+    samples, none are counted and none held out.
+
+    Args:
+        config: the options of the run.
+        samples: the training data, or the first samples of a stream.
+        validation: the validation data, if there is any of its own.
+        announce: receives a notice where nothing is held out.
+        is_new: whether the run has no options of an earlier start, which are settled.
+    """
+    stream = samples.stream
+    config = config.model_copy(update={"stream_data": stream is not None})
+    holds_out = validation is None and config.validation_fraction == _DEFAULT_FRACTION
+    if not is_new or stream is None or stream.why or config.max_steps is None or not holds_out:
+        return config
+    asked = (
+        f", and so does a --validation-fraction other than {_DEFAULT_FRACTION:g}, for which they "
+        "are counted"
+    )
+    announce(
+        Notice(
+            "no sample is held out: with --stream-data and --max-steps they are not counted; "
+            f"--validation FILE measures while training{'' if stream.is_of_hub else asked}"
+        )
+    )
+    return config.model_copy(update={"validation_fraction": 0.0})
+
+
 # ---------------------------------------------------------------- the rows of a run
 
 
 @contextmanager
 def learning_from(
-    samples: Samples, opened: Opened, tokenized: Tokenized, config: TrainConfig, announce: Announce
+    samples: Samples, opened: Opened, tokenized: Tokenized, config: TrainConfig
 ) -> Iterator[Learnt]:
     """Yield the rows that a run learns from; processes that tokenise them end with the block.
 
@@ -146,19 +246,15 @@ def learning_from(
         opened: the model.
         tokenized: the token rows of these samples.
         config: the options of the run.
-        announce: receives the count of the rows of a stream.
 
     Raises:
-        ConfigError: a row of the stream may be too long for the model.
-        DataError: the data changed, or, where it is counted, a record has a fault.
+        DataError: the data changed.
     """
     if samples.stream is None:
         yield Learnt.at_hand(samples, tokenized)
         return
     rows = _streamed_rows(samples, opened, tokenized, config)
     try:
-        if config.max_steps is None:
-            rows.in_pass = _counted(rows, samples, tokenized, announce)
         yield _of_stream(rows, samples.stream, tokenized, config)
     finally:
         rows.close()
@@ -178,7 +274,7 @@ def _of_stream(
         rows.in_pass,
         {**tokenized.origin, "data": stream.content_hash, "rows": stream.content_hash},
         f"{stream.data}, streamed, {count}",
-        f"{order}, tokenised {how}",
+        f"{order}, tokenised {how}{f'; {stream.why}' if stream.why else ''}",
     )
 
 
@@ -200,20 +296,18 @@ def _streamed_rows(
     samples: Samples, opened: Opened, tokenized: Tokenized, config: TrainConfig
 ) -> StreamedRows:
     from qlora_kit.data.stream import StreamedRows, longest_row
-    from qlora_kit.data.stream_worker import Beside, Here, Job
 
     assert samples.stream is not None
-    first = replace(samples.first(1), source=samples.stream.name, stream=None)
-    names = TokenOptions.model_fields.keys()
-    options = TokenOptions.model_validate(config.model_dump(include={*names}))
-    job = Job(opened.task.makes, opened.tokenizer, options, first)
+    counted = tokenized.stream_pass
     longest = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
     return StreamedRows(
         samples.stream,
-        Beside(job, config.data_workers) if config.data_workers else Here(job),
+        tokenizes(job_of(samples, opened, config), config.data_workers),
         seed=config.seed,
         buffer=config.shuffle_buffer,
         longest=[longest] * (config.batch_size * config.gradient_accumulation_steps),
+        in_pass=counted.rows if counted else None,
+        without=counted.numbers if counted else frozenset(),
         check=_token_check(opened, config),
     )
 
@@ -227,56 +321,3 @@ def _token_check(opened: Opened, config: TrainConfig) -> Callable[[Row], None]:
             raise opened.has_no_embedding(max(row["input_ids"]), embeddings)
 
     return check
-
-
-# ---------------------------------------------------------------- counting
-
-
-def _counted(rows: StreamedRows, samples: Samples, tokenized: Tokenized, announce: Announce) -> int:
-    """Return the number of rows of a pass, from an earlier count of the same data if there is one.
-
-    A count reads and tokenises all of the data, so it finds every fault before training.
-    """
-    from qlora_kit.data.tokens import Counts, cache_folder
-
-    stream = rows.samples
-    key = f"{stream.content_hash} {tokenized.fingerprint} {stream.options.skip_bad_lines}"
-    file = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.count.json"
-    found = _stored_count(file)
-    how = "; counted before"
-    if found is None:
-        announce(
-            Notice(
-                f"{stream.name}: counting the rows, which takes as long as tokenising all of them; "
-                "--max-steps starts at once"
-            )
-        )
-        found, how = rows.count(), ""
-        _store_count(file, found)
-    number = found.pop("rows")
-    counts = Counts(samples.shape, tokenized.counts.weighs, **found)
-    if not number:
-        raise DataError(
-            f"{stream.name}: no token row is left of {counts.rows_read:,} samples; expected some "
-            "to learn from; raise --max-length, or choose another --long-samples or --train-on"
-        )
-    if stream.skipped:
-        how = f"; {stream.skipped:,} more skipped for a fault; the first: {stream.first_skipped}"
-    announce(Notice(f"data: {counts.describe()}{how}"))
-    return number
-
-
-def _stored_count(file: Path) -> Counter[str] | None:
-    try:
-        return Counter({str(name): int(count) for name, count in read_json(file).items()})
-    except (DataError, StorageError, ValueError, TypeError, AttributeError):
-        return None
-
-
-def _store_count(file: Path, found: Mapping[str, int]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dict(found))
-    except (OSError, StorageError):
-        # A cache that cannot be written costs time, not the run.
-        return

@@ -15,9 +15,9 @@ from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.recipe.rows import read_data, token_rows
-from qlora_kit.recipe.streaming import learning_from
+from qlora_kit.recipe.streaming import learning_from, settled
 from qlora_kit.report.trackers import check_tracker
-from qlora_kit.train.folder import claimed_run, goes_on
+from qlora_kit.train.folder import claimed_run, goes_on, stored_layer
 
 
 def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
@@ -35,7 +35,9 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         ) as output,
         ExitStack() as at_the_end,
     ):
-        samples, validation = read_data(config, announce)
+        is_new = stored_layer(output, config.resume) is None
+        samples, validation = read_data(config, announce, chooses=is_new)
+        config = settled(config, samples, validation, announce, is_new=is_new)
 
         # torch is imported here, after everything that can be checked without it.
         from qlora_kit.lora.attach import LoraSpec, attach
@@ -53,7 +55,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         threads = choose_threads(config.threads)
         config = config.model_copy(update={"threads": threads.count})
         opened, rows, held_out = token_rows(samples, validation, config, announce)
-        learnt = at_the_end.enter_context(learning_from(samples, opened, rows, config, announce))
+        learnt = at_the_end.enter_context(learning_from(samples, opened, rows, config))
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
         hardware = choose_hardware(config.device, config.dtype, threads)

@@ -103,6 +103,7 @@ class _OfStream:
 
     Rows of about the same length come into one micro-batch within a window only: so a step has the
     samples that it would have without that, and where it stands is known by the last of them.
+    A pass may have fewer windows than were counted; the run then goes on into the next pass.
     """
 
     def __init__(self, rows: StreamedRows, config: TrainConfig) -> None:

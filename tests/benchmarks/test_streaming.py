@@ -25,3 +25,18 @@ def test_a_small_run_of_the_benchmark(assets: Path, form: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {line.split()[0]: line.split()[2] for line in done.stdout.splitlines() if line.split()}
     assert [rows[side] for side in ("stream", "stream_half", "bare")] == ["400", "200", "400"]
+
+
+@pytest.mark.slow
+def test_the_first_step_comes_streamed_or_not(assets: Path) -> None:
+    command = [sys.executable, str(PROJECT / "benchmarks" / "streaming.py"), "--no-save"]
+    done = subprocess.run(
+        [*command, "--first-step", "--rows", "400", "--megabytes", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "QLORA_KIT_ASSETS": str(assets)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()}
+    assert all(float(seconds[side]) > 0 for side in ("default", "read_first"))

@@ -9,12 +9,14 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
+from data_fixtures import make_tokenizer
 from pyarrow import parquet
 from stream_fixtures import (
     job_of,
@@ -29,8 +31,11 @@ from support import run_python
 from qlora_kit.config import TokenOptions
 from qlora_kit.data import stream, streamed_samples
 from qlora_kit.data.samples import load_samples
+from qlora_kit.data.shapes import Shape
 from qlora_kit.data.stream import Drawn, StreamedRows, StreamPlace, drawn, longest_row
-from qlora_kit.data.stream_worker import Beside, Here, Tokenizes
+from qlora_kit.data.stream_count import count_read, reading_counts, taken_out
+from qlora_kit.data.stream_worker import Beside, Here, Job, Tokenizes
+from qlora_kit.data.text_rows import TextRows
 from qlora_kit.data.tokens import Tokenized, tokenize
 from qlora_kit.errors import ConfigError, DataError, HubError, WorkerLost
 
@@ -161,6 +166,57 @@ def test_a_hub_out_of_reach_is_one_line() -> None:
         open_stream("owner/name")
 
 
+# ---------------------------------------------------------------- counting by reading
+
+
+def _chat(number: int, *answers: str, **more: Any) -> dict[str, Any]:
+    asks = ({"role": "user", "content": f"Q{number}"},) * len(answers)
+    turns = ({"role": "assistant", "content": answer} for answer in answers)
+    return {"messages": [turn for pair in zip(asks, turns, strict=True) for turn in pair], **more}
+
+
+# As templates of reasoning models do, it shows the reasoning of the last answer alone.
+_FORGETS = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last %}{{ m.content }}{% else %}"
+    "{{ m.content.split('</think>')[-1] }}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("train_on", ["completion", "last-turn", "all"])
+def test_reading_tells_how_many_rows_there_are(tmp_path: Path, train_on: Any) -> None:
+    """Whatever is not learnt, and a chat that becomes several rows, is counted as by tokenising."""
+    chats = [_chat(n, "a", "b") for n in range(5)]
+    chats += [_chat(9, "one", loss_weight=0), _chat(10, "c")]
+    if train_on != "all":
+        marked = _chat(11, "a", "b")
+        marked["messages"][3]["weight"] = 0
+        chats += [marked, _chat(12, "<think>r</think>a", "<think>s</think>b")]
+    data = write_records(tmp_path / "a.jsonl", chats)
+    tokenizer = make_tokenizer(chat_template=_FORGETS)
+    options = TokenOptions(train_on=train_on, chat_template=None)
+    samples = open_stream(data)
+    job = Job(TextRows, tokenizer, options, replace(samples.head().first(1), stream=None))
+    expected = tokenize(load_samples(data), tokenizer, options, cache=False)
+    found = count_read(samples, job)
+    assert found["rows"] == len(expected.rows)
+    for name in ("rows_read", "rows_dropped", "rows_by_turn"):
+        assert found[name] == getattr(expected.counts, name), name
+    assert (found["rows_by_turn"] > 0) == (train_on == "completion")
+
+
+def test_only_the_treatment_of_long_samples_hides_the_number_of_rows() -> None:
+    def counts(how: Any, shape: Shape) -> bool:
+        return reading_counts(TokenOptions(long_samples=how), shape)
+
+    assert [counts("auto", shape) for shape in (Shape.CHAT, Shape.PAIR, Shape.CLASSIFY)] == [
+        True
+    ] * 3
+    assert not any(counts("auto", shape) for shape in (Shape.TEXT, Shape.TAG))
+    asked = ("truncate", "error", "split", "drop")
+    assert [counts(how, Shape.TEXT) for how in asked] == [True, True, False, False]
+
+
 # ---------------------------------------------------------------- order
 
 
@@ -174,6 +230,24 @@ def test_each_sample_is_drawn_once_from_a_buffer() -> None:
     assert len({tuple(order) for order in (numbers(), numbers(epoch=1), numbers(seed=2))}) == 3
     assert all(number < place + 50 for place, number in enumerate(numbers()))
     assert sorted(numbers(buffer=5000)) == list(range(500))
+
+
+def test_what_is_held_out_is_learnt_in_no_pass(tmp_path: Path) -> None:
+    data = write_records(tmp_path / "a.jsonl", records_of(60))
+    held = frozenset({0, 7, 30, 31, 59})
+    options: dict[str, Any] = {"buffer": 9, "without": held}
+    rows = streamed_rows(open_stream(data), **options)
+    for epoch in range(3):
+        places, windows = [], []
+        for place in rows.windows(epoch, StreamPlace(), 4):
+            places.append(place)
+            windows.append([dict(row) for row in rows])
+        numbers = [row["row"] for window in windows for row in window]
+        assert sorted(numbers) == [number for number in range(60) if number not in held]
+        again = streamed_rows(open_stream(data), **options)
+        assert list(again.windows(epoch, places[6], 4)) == places[7:]
+    taken = taken_out(open_stream(data), held, open_stream(data).head())
+    assert [sample.place for sample in taken.items] == [f"{data}:{n + 1}" for n in sorted(held)]
 
 
 def test_long_samples_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

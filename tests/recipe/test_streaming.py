@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from qlora_kit.data import streamed_samples
 from qlora_kit.data.samples import BUILT_IN
 from qlora_kit.model.names import find_model
+from qlora_kit.recipe import counting, streaming
 
 pytestmark = pytest.mark.usefixtures("simulated_once")
 
@@ -89,7 +90,7 @@ def test_a_streamed_run_says_how_it_reads(
     assert (code, err) == (0, "")
     for words in (
         f"note: {data}, the first 10 records: 10 pair records (prompt, completion)",
-        "note: --validation-fraction has no effect with --stream-data: no row of a stream is held",
+        "note: no sample is held out: with --stream-data and --max-steps they are not counted;",
         "note: data: what is looked at before training, 10 pair rows;",
         f"data {data}, streamed, rows not counted",
         "stream drawn from 16 samples, tokenised by 1 process beside the training",
@@ -122,7 +123,7 @@ def test_a_packed_stream_has_room_for_rows_of_max_length(
 # ---------------------------------------------------------------- counting
 
 
-def test_without_a_number_of_steps_the_rows_are_counted_once(
+def test_without_a_number_of_steps_the_samples_are_counted_once(
     model: Path,
     data: Path,
     tmp_path: Path,
@@ -134,16 +135,307 @@ def test_without_a_number_of_steps_the_rows_are_counted_once(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     code, out, _ = train(model, data, tmp_path / "one", capsys=capsys)
     assert code == 0
-    assert f"note: {data}: counting the rows, which takes as long as tokenising all of them" in out
-    assert f"note: data: {ROWS} pair rows; " in out
+    assert f"note: {data}: reading all samples to count them" in out
+    assert f"note: data: {ROWS} pair rows data: " not in out
+    assert f"note: data: {ROWS} pair rows " in out
     assert f"data {data}, streamed, {ROWS} rows" in out
     assert "training: 8 optimiser steps, 1.00 epochs" in out
     assert log_of(tmp_path / "one")[3]["epoch"] == 0.5
     code, out, _ = train(model, data, tmp_path / "two", "--epochs", "0.5", capsys=capsys)
     assert code == 0
-    assert "counting" not in out
-    assert "lost: nothing; counted before" in out
+    assert "reading all samples" not in out
+    assert f"note: data: {ROWS} pair rows; counted before" in out
     assert "training: 4 optimiser steps, 0.50 epochs" in out
+
+
+def check(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what `check` says of a stream."""
+    where = ("--model", str(model), "--data", str(data))
+    code, out, err = run("check", *where, *PLAIN, *STREAM, *STEPS, *more, capsys=capsys)
+    assert code == 0, err
+    return " ".join(out.split())
+
+
+def test_where_length_decides_the_rows_are_counted_by_tokenising(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for how, said in (
+        ("split", "12 split into 24 chunks; "),
+        ("drop", "lost: 12 rows, "),
+        ("truncate", " "),
+    ):
+        more = ("--long-samples", how, "--max-length", "40")
+        out = check(model, data, *more, capsys=capsys)
+        assert ("as length decides how many rows a sample has" in out) == (how != "truncate")
+        (line,) = re.findall(rf"note: data: ({ROWS} pair rows.*?)(?=note:|data:)", out)
+        assert said in line
+
+
+def test_a_pass_that_is_shorter_than_counted_is_followed_by_the_next(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a prompt that fills a row nothing is learnt, which only its tokens tell."""
+    asked = [{"prompt": "one " * (40 if n in (3, 7) else 2), "completion": "$1"} for n in range(12)]
+    file = tmp_path / "big.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in asked))
+    more = ("--max-length", "24", "--epochs", "2", "--gradient-accumulation-steps", "2")
+    code, out, _ = train(model, file, tmp_path / "run", *more, capsys=capsys)
+    assert code == 0
+    assert "streamed, 12 rows" in out
+    assert "training: 12 optimiser steps, 2.00 epochs" in out
+    # A pass has ten rows and so five steps, and the twelve steps go on into the third pass.
+    epochs = [row["epoch"] for row in log_of(tmp_path / "run")]
+    assert epochs == pytest.approx(
+        [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 7 / 6, 8 / 6, 9 / 6, 10 / 6, 11 / 6, 13 / 6, 14 / 6]
+    )
+
+
+# ---------------------------------------------------------------- what is held out
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many rows that some are held out."""
+    lines = BUILT_IN["train"].read_text(encoding="utf-8").splitlines(keepends=True)
+    file = tmp_path_factory.mktemp("longer") / "big.jsonl"
+    file.write_text("".join(lines[:240]), encoding="utf-8")
+    return file
+
+
+def identity_of(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())["identity"]
+    return found
+
+
+def test_the_rows_that_are_held_out_are_those_of_a_run_that_reads_all_first(
+    model: Path, longer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also after a resume, which has the bits of the unbroken run."""
+    more = ("--epochs", "0.05", "--save-steps", "1")
+    code, out, _ = train(model, longer, tmp_path / "streamed", *more, capsys=capsys)
+    assert code == 0
+    assert "note: validation: 12 rows held out of the data" in out
+    assert f"data {longer}, streamed, 228 rows" in out
+    assert "validation 12 rows" in out
+    assert "training: 3 optimiser steps, 0.05 epochs" in out
+    assert "12 rows" in (tmp_path / "streamed" / "data.html").read_text()
+    code, out, _ = train(
+        model, longer, tmp_path / "whole", *more, "--no-stream-data", capsys=capsys
+    )
+    assert code == 0
+    assert "note: validation: 12 rows held out of the data" in out
+    streamed, whole = (
+        identity_of(tmp_path / name / "checkpoint-3") for name in ("streamed", "whole")
+    )
+    assert streamed["validation"] == whole["validation"]
+    assert (streamed["stream_data"], whole["stream_data"]) == (True, False)
+    before, logged = weights(tmp_path / "streamed"), log_of(tmp_path / "streamed")
+    as_if_killed_at(tmp_path / "streamed", 1)
+    code, _, err = train(model, longer, tmp_path / "streamed", *more, "--resume", capsys=capsys)
+    assert code == 0, err
+    assert weights(tmp_path / "streamed") == before
+    losses = [
+        [row.get("eval_loss") for row in rows] for rows in (logged, log_of(tmp_path / "streamed"))
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] is not None
+    code, _, err = train(
+        model, longer, tmp_path / "streamed", *more, "--resume", "--validation-fraction", "0",
+        capsys=capsys,
+    )  # fmt: skip
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "error: --resume: validation_fraction was 0.05 and is now 0.0" in err
+
+
+def test_with_a_number_of_steps_a_share_is_held_out_only_if_it_is_asked_for(
+    model: Path, longer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = check(model, longer, "--max-steps", "1", capsys=capsys)
+    assert "note: no sample is held out: with --stream-data and --max-steps" in out
+    assert "validation none" in out
+    more = ("--max-steps", "1", "--validation-fraction", "0.1")
+    out = check(model, longer, *more, capsys=capsys)
+    assert "note: validation: 24 rows held out of the data" in out
+    assert "validation 24 rows" in out
+    assert "also trained on" not in out
+
+
+def test_only_so_many_samples_are_held_out_by_default(
+    model: Path, longer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(counting, "MOST_HELD_OUT", 5)
+    out = check(model, longer, capsys=capsys)
+    assert "note: validation: 5 rows held out of the data" in out
+    out = check(model, longer, "--validation-fraction", "0.1", capsys=capsys)
+    assert "note: validation: 24 rows held out of the data" in out
+
+
+# ---------------------------------------------------------------- by default
+
+
+def by_default(
+    model: Path, data: Path | str, output: Path, *more: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    where = ("--model", str(model), "--data", str(data), "--output", str(output))
+    code, out, err = run(
+        "train", *where, *PLAIN, "--data-workers", "0", "--shuffle-buffer", "4", *STEPS, *more,
+        capsys=capsys,
+    )  # fmt: skip
+    return code, " ".join(out.split()), err
+
+
+def test_large_data_are_streamed_by_default(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ("--max-steps", "2", "--save-steps", "1")
+    code, out, _ = by_default(model, data, tmp_path / "small", *more, capsys=capsys)
+    assert code == 0
+    assert "stream drawn" not in out
+    monkeypatch.setattr(streaming, "LARGE_BYTES", data.stat().st_size)
+    code, out, _ = by_default(model, data, tmp_path / "large", *more, capsys=capsys)
+    assert code == 0
+    assert (
+        "stream drawn from 4 samples, tokenised between the steps; by default, as there are 0 MB "
+        "of text; --no-stream-data reads and checks all of it first" in out
+    )
+    assert f"data {data}, streamed, {ROWS} rows" in out
+    off = (*more, "--no-stream-data")
+    code, out, _ = by_default(model, data, tmp_path / "off", *off, capsys=capsys)
+    assert (code, "stream drawn" in out) == (0, False)
+    assert weights(tmp_path / "off") == weights(tmp_path / "small")
+    # A run keeps what it had, wherever the border lies when it goes on.
+    code, out, _ = by_default(
+        model, data, tmp_path / "small", "--max-steps", "3", "--resume", capsys=capsys
+    )
+    assert (code, "stream drawn" in out) == (0, False)
+    monkeypatch.setattr(streaming, "LARGE_BYTES", 10**9)
+    code, out, _ = by_default(
+        model, data, tmp_path / "large", "--max-steps", "3", "--resume", capsys=capsys
+    )
+    assert code == 0
+    assert "stream drawn from 4 samples, tokenised between the steps" in out
+
+
+def test_a_run_from_before_goes_on_without_a_stream(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, _ = by_default(
+        model, data, tmp_path / "run", "--max-steps", "1", "--shuffle-buffer", "10000",
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 0
+    stored = tmp_path / "run" / "training_config.yaml"
+    older = re.sub("(stream_data|shuffle_buffer): .*\n", "", stored.read_text())
+    assert "stream" not in older
+    stored.write_text(older)
+    monkeypatch.setattr(streaming, "LARGE_BYTES", 1)
+    where = ("--output", str(tmp_path / "run"), "--resume", "--max-steps", "2")
+    code, out, _ = run("train", *where, capsys=capsys)
+    assert (code, "stream drawn" in out) == (0, False)
+
+
+def test_the_first_step_does_not_wait_for_the_last_row(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What only tokenising finds in the last record ends the run after steps, not before them."""
+    chats = [
+        [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "$1"}]
+        for n in range(99)
+    ]
+    records = [
+        {"messages": chat} for chat in [*chats, [{"role": "system", "content": "S"}, *chats[0]]]
+    ]
+    file = tmp_path / "big.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    more = ("--chat-template", str(_template_without_system(tmp_path)))
+    code, _, err = by_default(
+        model, file, tmp_path / "whole", "--no-stream-data", *more, capsys=capsys
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    fault = f"{file}:100: the chat template leaves out"
+    assert fault in err
+    assert not (tmp_path / "whole").exists()
+    monkeypatch.setattr(streaming, "LARGE_BYTES", 1)
+    code, _, err = by_default(model, file, tmp_path / "streamed", *more, capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert fault in err
+    assert [row["optimizer_step"] for row in log_of(tmp_path / "streamed")][:1] == [1]
+
+
+def _template_without_system(folder: Path) -> Path:
+    file = folder / "plain.jinja"
+    file.write_text(
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return file
+
+
+_TEXTS = [{"text": f"the girl {n} " * (1 + n % 5)} for n in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "streams"),
+    [
+        (_TEXTS, (), False),
+        (None, ("--max-length", "4096"), False),
+        *slow(
+            (_TEXTS, ("--max-steps", "1", "--validation-fraction", "0"), True),
+            (None, ("--long-samples", "drop"), False),
+            (None, ("--long-samples", "error"), True),
+            (None, ("--data", str(BUILT_IN["test"])), False),
+        ),
+    ],
+)
+def test_what_a_stream_does_worse_is_not_streamed_by_default(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    records: list[Any] | None,
+    options: Sequence[str],
+    streams: bool,
+) -> None:
+    monkeypatch.setattr(streaming, "LARGE_BYTES", 1)
+    file = tmp_path / "texts.jsonl"
+    if records is not None:
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = data if records is None else file
+    more = ("--epochs", "0.1", *options)
+    code, out, err = by_default(model, source, tmp_path / "run", *more, capsys=capsys)
+    assert code == 0, err
+    assert ("; by default, as there are 0 MB of text" in out) == streams
+
+
+def test_check_looks_at_all_of_large_data(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streaming, "LARGE_BYTES", 1)
+    code, out, _ = run("check", "--data", str(data), *STEPS, capsys=capsys)
+    assert code == 0
+    assert f"training    {ROWS} pair rows\n" in out
+
+
+# ---------------------------------------------------------------- faults that a count finds
 
 
 def test_counting_finds_every_fault_before_training(
@@ -224,7 +516,6 @@ def test_what_cannot_go_with_a_stream_is_one_line(
     for source, more, said in (
         (empty, (), f"{empty}: no records; expected at least one"),
         (tmp_path / "none.jsonl", (), "none.jsonl: no such file"),
-        (data, ("--validation-fraction", "0.2"), "--validation-fraction 0.2: a share of a stream"),
         (data, ("--max-length", "4096"), "--max-length 4096: a row of a stream may have as many"),
         (data, ("--shuffle-buffer", "0"), "--shuffle-buffer: found 0; expected"),
         (data, ("--data-workers", "-1"), "--data-workers: found -1; expected"),
@@ -270,6 +561,10 @@ def test_a_hub_set_needs_a_number_of_steps(
     code, _, err = train(model, "owner/name", tmp_path / "run", capsys=capsys)
     assert (code, err.count("\n")) == (2, 1)
     assert "to count its rows would be to fetch all of it; expected a number of steps; pass" in err
+    share = ("--max-steps", "4", "--validation-fraction", "0.2")
+    code, _, err = train(model, "owner/name", tmp_path / "run", *share, capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--validation-fraction 0.2: owner/name is a data set of the hub, and a share of" in err
     steps = ("--max-steps", "4", "--save-steps", "1")
     code, out, _ = train(model, "owner/name", tmp_path / "run", *steps, capsys=capsys)
     assert code == 0

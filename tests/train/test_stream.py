@@ -57,7 +57,10 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     ("made", "changes"),
     [
         ({}, {}),
-        ({"max_length": 24, "long_samples": "drop"}, {"batch_size": 3}),
+        (
+            {"max_length": 24, "long_samples": "drop", "without": frozenset({0, 8, 29})},
+            {"batch_size": 3},
+        ),
         ({"workers": 1}, {"batch_size": 2, "gradient_accumulation_steps": 2, "packing": True}),
     ],
 )
