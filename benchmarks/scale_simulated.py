@@ -175,12 +175,12 @@ def model_rows(arguments: argparse.Namespace, ceilings: Any, model: str, network
                 {
                     "model": model, "network": network, "gpus": gpus, "form": form,
                     "rows": f"{step.micro_batches} × {step.rows}",
-                    "step_seconds": step.seconds,
-                    "tokens_per_second": run.rows * run.tokens / step.seconds,
-                    "efficiency": one.seconds / (gpus * step.seconds),
+                    "step_seconds": _short(step.seconds),
+                    "tokens_per_second": _short(run.rows * run.tokens / step.seconds),
+                    "efficiency": _short(one.seconds / (gpus * step.seconds)),
                     "lost_to": lost_to(run, one, step, gpus),
-                    "gather_seconds": step.gather_seconds,
-                    "sum_seconds": step.sum_seconds,
+                    "gather_seconds": _short(step.gather_seconds),
+                    "sum_seconds": _short(step.sum_seconds),
                     "sent_bytes": round(step.sent_bytes),
                     "peak_bytes": step.peak_bytes,
                     "card_bytes": budget.taken_of_card(step.peak_bytes),
@@ -188,6 +188,10 @@ def model_rows(arguments: argparse.Namespace, ceilings: Any, model: str, network
                 }
             )  # fmt: skip
     return found
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def lost_to(run: Run, one: Step, step: Step, gpus: int) -> str:
