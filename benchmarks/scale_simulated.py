@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def _end(steps: list[Row]) -> str:
         return "does not fit"
     paying = [step for step in fitting if step["efficiency"] >= _HALF]
     if not paying:
-        return f"never: {fitting[0]['lost_to']}"
+        return f"fits from {fitting[0]['gpus']}, never pays: {fitting[0]['lost_to']}"
     first, last = paying[0]["gpus"], paying[-1]["gpus"]
     beyond = [step for step in fitting if step["gpus"] > last]
     return f"{first} to {last}" + (f", then {beyond[0]['lost_to']}" if beyond else "")
@@ -249,55 +249,53 @@ def _table(rows: list[Row]) -> tuple[list[Row], list[str]]:
 
 
 def draw(rows: list[Row], arguments: argparse.Namespace, path: Path) -> Path:
-    """Draw the share of the ideal speed, and the memory of a card, over the GPUs, by model."""
+    """Draw the share of the ideal speed over each network, and the memory of a card, by model."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    networks, models = list(arguments.networks), arguments.models
+    size = (2.8 * len(models) + 1.5, 2.4 * len(networks) + 3.2)
     figure, grid = pyplot.subplots(
-        2, len(arguments.models), figsize=(3 * len(arguments.models) + 1.5, 6), sharex=True,
-        sharey="row", squeeze=False, layout="constrained",
+        len(networks) + 1, len(models), figsize=size, sharex=True, sharey="row", squeeze=False,
+        layout="constrained",
     )  # fmt: skip
-    for (speed, memory), model in zip(grid.T, arguments.models, strict=True):
-        _draw_model(speed, memory, [row for row in rows if row["model"] == model], arguments)
-        speed.set_title(model)
+    for column, model in zip(grid.T, models, strict=True):
+        *speeds, memory = column
+        of_model = [row for row in rows if row["model"] == model]
+        for speed, network in zip(speeds, networks, strict=True):
+            over = [row for row in of_model if row["network"] == network]
+            _draw_forms(speed, over, lambda row: 100 * row["efficiency"], 100 * _HALF)
+            _draw_forms(memory, over, lambda row: row["card_bytes"] / 1e9, arguments.memory / 1e9)
+            speed.set_ylim(0, 105)
+        column[0].set_title(model)
+        memory.set_yscale("log")
+        memory.yaxis.set_major_formatter("{x:,.0f}")
+        memory.set_xscale("log", base=2)
+        memory.xaxis.set_major_formatter("{x:,.0f}")
         memory.set_xlabel("GPUs")
-    grid[0, 0].set_ylabel("speed, % of ideal")
-    grid[1, 0].set_ylabel("of each card (GB = 10⁹ bytes)")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(arguments.networks))
-    rate = ", ".join(f"{name} {rate:g} Gb/s" for name, rate in arguments.networks.items())
+    for axes, network in zip(grid[:, 0], networks, strict=False):
+        axes.set_ylabel(f"{network} {arguments.networks[network]:g} Gb/s:\nspeed, % of ideal")
+    grid[-1, 0].set_ylabel("of each card\n(GB = 10⁹ bytes)")
+    grid[0, 0].legend(FORMS, loc="lower left", fontsize="small")
     figure.suptitle(
         f"COMPUTED from stated rates, not measured: {arguments.rows} rows of "
-        f"{arguments.tokens:,} tokens a step on {arguments.card}; a node of "
-        f"{arguments.gpus_per_node}: {rate}"
+        f"{arguments.tokens:,} tokens a step, {arguments.card}, {arguments.gpus_per_node} a node"
     )
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
 
 
-def _draw_model(speed: Any, memory: Any, rows: list[Row], arguments: argparse.Namespace) -> None:
-    """Draw the lines of a model into its two charts, thinner ones over those that they cover."""
+def _draw_forms(axes: Any, rows: list[Row], height: Callable[[Row], float], level: float) -> None:
+    """Draw a line for each form, thinner ones over those that they cover, and a level."""
     for color, form in enumerate(FORMS):
-        look = {"color": f"C{color}", "linewidth": 5 - 1.8 * color}
-        for network, style in zip(arguments.networks, itertools.cycle(("-", "--", ":"))):
-            line = [row for row in rows if (row["form"], row["network"]) == (form, network)]
-            gpus = [row["gpus"] for row in line]
-            share = [100 * row["efficiency"] for row in line]
-            speed.plot(gpus, share, style, label=f"{form}, {network}", **look)
-            taken = [row["card_bytes"] / 1e9 for row in line]
-            memory.plot(gpus, taken, **look)
-    speed.axhline(100 * _HALF, color="0.6", linewidth=0.8)
-    speed.set_ylim(0, 105)
-    memory.axhline(arguments.memory / 1e9, color="0.6", linewidth=0.8)
-    memory.set_xscale("log", base=2)
-    memory.xaxis.set_major_formatter("{x:,.0f}")
-    memory.set_yscale("log")
-    memory.yaxis.set_major_formatter("{x:,.0f}")
-    for axes in (speed, memory):
-        axes.grid(alpha=0.25)
+        line = [row for row in rows if row["form"] == form]
+        gpus, heights = [row["gpus"] for row in line], [height(row) for row in line]
+        axes.plot(gpus, heights, color=f"C{color}", linewidth=4 - 1.4 * color)
+    axes.axhline(level, color="0.6", linewidth=0.8)
+    axes.grid(alpha=0.25)
 
 
 if __name__ == "__main__":

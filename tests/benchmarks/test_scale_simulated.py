@@ -227,7 +227,8 @@ def test_where_a_form_stops_paying(simulated: Any) -> None:
     assert simulated._end([step(1, 1.0), step(2, 0.9), step(4, 0.4)]) == "1 to 2, then gathers"
     assert simulated._end([step(1, 1.0, fits=False), step(2, 0.9)]) == "2 to 2"
     assert simulated._end([step(1, 1.0, fits=False)]) == "does not fit"
-    assert simulated._end([step(1, 1.0, fits=False), step(2, 0.3)]) == "never: gathers"
+    never = simulated._end([step(1, 1.0, fits=False), step(2, 0.3)])
+    assert never == "fits from 2, never pays: gathers"
 
 
 def test_what_the_time_is_lost_to(simulated: Any, scale: Any) -> None:

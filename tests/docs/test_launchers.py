@@ -150,7 +150,7 @@ def test_the_real_torchrun_hands_the_options_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_command_begins_and_goes_on(tmp_path: Path) -> None:
-    settings = ("--samples", "0", "--val-ratio", "0", "--max-length", "64")
+    settings = ("--samples", "0", "--val-size", "0", "--max-length", "64")
     begun = real_torchrun(tmp_path, "--max-steps", "1", *settings)
     assert begun.returncode == 0, begun.stderr
     assert "no checkpoint yet; starting from the beginning" in begun.stdout + begun.stderr
@@ -158,6 +158,11 @@ def test_the_same_command_begins_and_goes_on(tmp_path: Path) -> None:
     assert gone_on.returncode == 0, gone_on.stderr
     assert "checkpoint-1" in gone_on.stdout + gone_on.stderr
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    weights = tmp_path / "run" / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    ended = real_torchrun(tmp_path, "--max-steps", "2", *settings)
+    assert ended.returncode == 0, ended.stderr
+    assert weights.stat().st_mtime_ns == before, "a run that has ended is left as it is"
 
 
 # ---------------------------------------------------------------- Slurm
@@ -283,6 +288,25 @@ def test_kubernetes_own_schema_has_every_field() -> None:
     job["spec"]["completionsMode"] = job["spec"].pop("completionMode")
     with pytest.raises(schema.ValidationError, match="completionsMode"):
         schema.validate(job, "1.37", strict=True)
+
+
+def test_a_trainjob_of_kubeflow(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (PROJECT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    trainer = yaml.safe_load(block)["spec"]["trainer"]
+    program, *call = trainer["command"]
+    assert program == "torchrun"
+    # The variables that Kubeflow sets for torchrun.
+    for name, value in {
+        "NNODES": trainer["numNodes"], "NPROC_PER_NODE": trainer["numProcPerNode"],
+        "NODE_RANK": 1, "MASTER_ADDR": "node-0", "MASTER_PORT": 29400,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"PET_{name}", str(value))
+    launch, _ = accepted([*call, *trainer["args"]], capsys)
+    assert (launch.nnodes, launch.nproc_per_node) == ("2", "8")
+    assert (int(launch.node_rank), launch.master_addr) == (1, "node-0")
 
 
 # ---------------------------------------------------------------- SkyPilot
