@@ -170,9 +170,13 @@ class Run:
         return math.ceil(most / rows), rows
 
     def amounts(self, gpus: int) -> Amounts:
-        """Return the amounts of the busiest GPU."""
+        """Return the amounts of the busiest GPU.
+
+        Several GPUs keep their gradients at all times, end to end in one tensor that is summed.
+        """
         micro_batches, rows = self.share(gpus)
-        return _counted(self.model, rows, self.tokens, accumulates=micro_batches > 1)
+        keeps_gradients = micro_batches > 1 or gpus > 1
+        return _counted(self.model, rows, self.tokens, keeps_gradients=keeps_gradients)
 
     def step(self, form: str, gpus: int, cluster: Cluster, ceilings: Ceilings) -> Step:
         """Return an optimiser step in one of the `FORMS`."""
@@ -191,7 +195,7 @@ class Run:
             micro_batches * waits,
             cluster.sum_seconds(one.trained_bytes, gpus),
             micro_batches * gathered + 2 * sent_bytes(one.trained_bytes, gpus),
-            _peak_bytes(one, over, gpus),
+            _peak_bytes(one, over),
         )
 
 
@@ -209,15 +213,13 @@ def _gather_waits(one: Amounts, gather: float, ceilings: Ceilings) -> float:
     return sum(gather + (one.layers - 1) * max(0.0, gather - layer) for layer in seconds)
 
 
-def _peak_bytes(one: Amounts, over: int, gpus: int) -> int:
+def _peak_bytes(one: Amounts, over: int) -> int:
     """Return the peak of a GPU that holds one of `over` parts of the base."""
-    peak = one.peak_bytes
-    if gpus > 1:
-        peak += one.trained_bytes  # the gradients, laid end to end to be summed at once
-    if over > 1:
-        base = one.layers * one.layer_bytes
-        peak += min(base, math.ceil(base / over) + _WHOLE_LAYERS * one.layer_bytes) - base
-    return peak
+    if over == 1:
+        return one.peak_bytes
+    base = one.layers * one.layer_bytes
+    held = math.ceil(base / over) + _WHOLE_LAYERS * one.layer_bytes
+    return one.peak_bytes - base + min(base, held)
 
 
 # ---------------------------------------------------------------- counted by the plan
@@ -259,9 +261,9 @@ def subject_of(config: Any) -> Any:
 
 
 @functools.cache
-def _counted(model: str, rows: int, tokens: int, *, accumulates: bool) -> Amounts:
+def _counted(model: str, rows: int, tokens: int, *, keeps_gradients: bool) -> Amounts:
     """Count a micro-batch of models of two depths; all other layers are as their difference."""
-    config = config_of(model, rows, tokens, 2 if accumulates else 1)
+    config = config_of(model, rows, tokens, 2 if keeps_gradients else 1)
     subject = subject_of(config)
     layers: int = subject.spec.architecture().get_text_config().num_hidden_layers
     short, longer = (_of_depth(subject, config, depth) for depth in _DEPTHS)

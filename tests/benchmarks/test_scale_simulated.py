@@ -110,12 +110,20 @@ def test_gathers_hide_behind_layers(scale: Any, gather: float, waits: float) -> 
 
 def test_memory_of_a_part_of_the_base(scale: Any) -> None:
     one = amounts(scale, 3, 6, layers=10)  # 6,000 of 10,000 bytes are the layers
-    assert scale._peak_bytes(one, 1, 1) == 10_000
-    assert scale._peak_bytes(one, 1, 4) == 10_000 + 40
+    assert scale._peak_bytes(one, 1) == 10_000
     # A quarter of ten layers, and two whole ones.
-    assert scale._peak_bytes(one, 4, 4) == 10_000 + 40 - 6_000 + 1_500 + 1_200
+    assert scale._peak_bytes(one, 4) == 10_000 - 6_000 + 1_500 + 1_200
     few = amounts(scale, 3, 6, layers=2)  # never more than the whole base
-    assert scale._peak_bytes(few, 2, 2) == 10_000 + 40
+    assert scale._peak_bytes(few, 2) == 10_000
+
+
+def test_several_gpus_keep_their_gradients(scale: Any) -> None:
+    run_of, links = scale.Run("demo", 2, 1, 64), cluster(scale)
+    single = scale.Run("demo", 1, 1, 64).step(scale.REPLICATED, 1, links, H100)
+    several = run_of.step(scale.REPLICATED, 2, links, H100)
+    assert single.micro_batches == several.micro_batches == 1
+    more = several.peak_bytes - single.peak_bytes
+    assert 0 < more <= run_of.amounts(2).trained_bytes, "backward makes some of them by its peak"
 
 
 # ---------------------------------------------------------------- one GPU
@@ -141,7 +149,7 @@ def test_the_layers_that_are_left_out_are_as_counted(
     monkeypatch.setitem(scale._DERIVED, "seven", ("smollm2-135m", {"num_hidden_layers": 7}))
     config = scale.config_of("seven", 2, 128, 2)
     whole = scale._of_depth(scale.subject_of(config), config, 7)
-    found = scale._counted("seven", 2, 128, accumulates=True)
+    found = scale._counted("seven", 2, 128, keeps_gradients=True)
     assert found.micro_batch == whole.micro_batch
     assert (found.peak_bytes, found.trained_bytes) == (whole.peak_bytes, whole.trained_bytes)
     # torch clips gradients in groups, so clipping is not the same for each layer.
