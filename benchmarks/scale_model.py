@@ -28,7 +28,8 @@ FORMS = (REPLICATED, SHARDED, TWO_DIMENSIONS)
 _DEPTHS = (3, 4)
 # Of a sharded base, the layer that computes is whole, and the next one, which is under way.
 _WHOLE_LAYERS = 2
-# A forward pass gathers each layer, and so does a backward pass, which computes it again.
+# A forward pass gathers each layer, and so does a backward pass, which computes it again. The head
+# is gathered once, for the loss.
 _PASSES = ("forward", "backward")
 # Llama shapes that `configs/` does not have, as changes of one that it has.
 _DERIVED: dict[str, tuple[str, dict[str, int]]] = {
@@ -103,6 +104,7 @@ class Amounts:
         passes: work of one decoder layer, by pass.
         peak_bytes: peak of a step.
         layer_bytes: bytes of the packed weights of one decoder layer, with their constants.
+        head_bytes: bytes of the head, where it is not the embedding as well.
         trained_bytes: bytes of the LoRA matrices, which are those of their gradients.
     """
 
@@ -112,6 +114,7 @@ class Amounts:
     passes: dict[str, Work]
     peak_bytes: int
     layer_bytes: int
+    head_bytes: int
     trained_bytes: int
 
 
@@ -187,7 +190,9 @@ class Run:
         waits = gathered = 0.0
         if (over := parts[form]) > 1:
             waits = _gather_waits(one, cluster.gather_seconds(one.layer_bytes, over), ceilings)
-            gathered = len(_PASSES) * sent_bytes(one.layers * one.layer_bytes, over)
+            waits += cluster.gather_seconds(one.head_bytes, over)
+            packed = len(_PASSES) * one.layers * one.layer_bytes
+            gathered = sent_bytes(packed + one.head_bytes, over)
         return Step(
             micro_batches,
             rows,
@@ -275,6 +280,7 @@ def _counted(model: str, rows: int, tokens: int, *, keeps_gradients: bool) -> Am
         {name: _difference(longer.passes[name], short.passes[name]) for name in _PASSES},
         short.peak_bytes + more * (longer.peak_bytes - short.peak_bytes),
         short.layer_bytes,
+        short.head_bytes,
         short.trained_bytes + more * (longer.trained_bytes - short.trained_bytes),
     )
 
@@ -297,6 +303,7 @@ def _of_depth(subject: Any, config: Any, depth: int) -> Amounts:
             passes,
             max(run.device[phase].bytes for phase in (*_PASSES, "optimizer")),
             sum(weight.stored_bytes for weight in packed_weights(layer)),
+            run.device["backward"].by_purpose.get("head", 0),
             sum(parameter.nbytes for parameter in run.parameters.values()),
         )
 

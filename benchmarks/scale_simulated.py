@@ -27,10 +27,12 @@ from typing import Any
 from measure import machine_and_command, print_table
 from scale_model import FORMS, REPLICATED, Cluster, Run, Step
 
+from qlora_kit.errors import QloraKitError
+
 MODELS = "llama-2-7b,llama-2-13b,llama-3.1-70b,llama-3.1-405b"
 GPUS = "1,2,4,8,16,32,64,128,256,512"
 NETWORKS = "infiniband=3200,ethernet=100"
-# Of a link's nominal rate. Large messages of NCCL reach about this share of it.
+# Assumed: the share of its nominal rate that collectives reach of a link.
 _SHARE_OF_LINK = 0.8
 _HALF = 0.5
 _COMPUTED = "computed from stated rates; not measured"
@@ -39,7 +41,14 @@ Row = dict[str, Any]
 
 def main() -> None:
     arguments = _arguments()
-    ceilings = _ceilings(arguments)
+    try:
+        compute(arguments, _ceilings(arguments))
+    except QloraKitError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def compute(arguments: argparse.Namespace, ceilings: Any) -> None:
+    """Compute, print and save everything that was asked for."""
     print(f"{_COMPUTED}\n")
     print_table(rates(arguments, ceilings), ["rate", "value"])
     rows = [
@@ -49,7 +58,7 @@ def main() -> None:
         for row in model_rows(arguments, ceilings, model, network)
     ]
     for network in arguments.networks:
-        print(f"\nan optimiser step over {network} between nodes, {_COMPUTED}:")
+        print(f"\nan optimiser step over {network} between nodes, {_COMPUTED}; !: does not fit:")
         print_table(*_table([row for row in rows if row["network"] == network]))
     ends = stops(rows)
     print(f"\nthe most GPUs at which a form fits and pays, {_COMPUTED}:")
@@ -71,15 +80,15 @@ def _arguments(given: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=_names, default=_names(MODELS), help=f"default {MODELS}")
     add("--gpus", type=_integers, default=_integers(GPUS), help=f"default {GPUS}")
-    add("--rows", type=int, default=256, help="rows of an optimiser step, on all GPUs together")
-    add("--micro-batch", type=int, default=4, help="rows of a GPU's micro-batch at most")
-    add("--tokens", type=int, default=2048, help="tokens a row")
+    add("--rows", type=_count, default=256, help="rows of an optimiser step, on all GPUs together")
+    add("--micro-batch", type=_count, default=4, help="rows of a GPU's micro-batch at most")
+    add("--tokens", type=_count, default=2048, help="tokens a row")
     add("--card", default="H100", help="its rates are those of `qlora-kit plan --card`")
     add("--memory", type=_size, default=_size("80GB"), help="memory of the card")
     add("--call-us", type=float, default=4.5,
         help="host's time for a small call, µs; 0: the host keeps up, as `plan --card` takes it;\n"
         "default 4.5, fitted to the steps of the one H100 that was measured")  # fmt: skip
-    add("--gpus-per-node", type=int, default=8)
+    add("--gpus-per-node", type=_count, default=8)
     add("--inside", type=float, default=450, help="GB/s into a GPU from its node; 450: NVLink 4")
     add("--networks", type=_networks, default=_networks(NETWORKS),
         help=f"Gb/s into a node, for all its GPUs, by name; default {NETWORKS}")  # fmt: skip
@@ -87,7 +96,20 @@ def _arguments(given: list[str] | None = None) -> argparse.Namespace:
         help="latency to the next GPU and to the next node, µs; default 3,10")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="save every figure")
     add("--plot", type=Path, metavar="FILE", help="save a picture")
-    return parser.parse_args(given)
+    found = parser.parse_args(given)
+    for gpus in found.gpus:
+        if gpus > found.gpus_per_node and gpus % found.gpus_per_node:
+            parser.error(
+                f"--gpus {gpus}: nodes of {found.gpus_per_node} GPUs, the last one not full; "
+                f"expected a multiple of {found.gpus_per_node}"
+            )
+    return found
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return count
 
 
 def _names(text: str) -> list[str]:
@@ -95,7 +117,7 @@ def _names(text: str) -> list[str]:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [_count(part) for part in text.split(",")]
 
 
 def _numbers(text: str) -> list[float]:
@@ -203,7 +225,8 @@ def lost_to(run: Run, one: Step, step: Step, gpus: int) -> str:
         "gathers of the base": step.gather_seconds,
         "the sum of gradients": step.sum_seconds,
     }
-    return max(lost, key=lambda name: lost[name])
+    most = max(lost, key=lambda name: lost[name])
+    return most if lost[most] > 0 else "nothing"
 
 
 def stops(rows: list[Row]) -> list[Row]:

@@ -88,7 +88,7 @@ def amounts(scale: Any, forward: float, backward: float, layers: int) -> Any:
         return Work(operations=Counter({Operation("product", "bfloat16", flop, 0): 1}))
 
     passes = {"forward": work(forward), "backward": work(backward)}
-    return scale.Amounts(layers, work(10), work(1), passes, 10_000, 600, 40)
+    return scale.Amounts(layers, work(10), work(1), passes, 10_000, 600, 80, 40)
 
 
 def flat() -> Ceilings:
@@ -180,10 +180,12 @@ def test_bytes_of_a_70b(scale: Any) -> None:
         for form in scale.FORMS
     }
     trained = 2 * 3 / 4 * one.trained_bytes
-    # Two micro-batches a GPU, each with a gather in forward and one in backward.
+    assert one.head_bytes == 2 * 128256 * 8192
+    # Two micro-batches a GPU, each with a gather in forward and one in backward, and the head once.
+    gathered = 2 * (2 * 80 * one.layer_bytes + one.head_bytes)
     assert sent[scale.REPLICATED] == trained
-    assert sent[scale.SHARDED] == trained + 2 * 2 * 3 / 4 * 80 * one.layer_bytes
-    assert sent[scale.TWO_DIMENSIONS] == trained + 2 * 2 * 1 / 2 * 80 * one.layer_bytes
+    assert sent[scale.SHARDED] == trained + 3 / 4 * gathered
+    assert sent[scale.TWO_DIMENSIONS] == trained + 1 / 2 * gathered
 
 
 def test_more_gpus_never_pay_better(scale: Any) -> None:
@@ -246,10 +248,37 @@ def test_what_the_time_is_lost_to(simulated: Any, scale: Any) -> None:
         return scale.Step(1, 1, compute, gather, total, 0, 0)
 
     one = taking(80, 0, 0)
+    assert simulated.lost_to(of_a_step, one, one, 1) == "nothing"
     assert simulated.lost_to(of_a_step, one, taking(10, 1, 0.5), 8) == "gathers of the base"
     assert simulated.lost_to(of_a_step, one, taking(10, 1, 1.5), 8) == "the sum of gradients"
     assert simulated.lost_to(of_a_step, one, taking(12, 1, 1.5), 8) == "small micro-batches"
     assert simulated.lost_to(of_a_step, one, taking(12, 1, 1.5), 16) == "GPUs without rows"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--gpus", "12"], "expected a multiple of 8"),
+        (["--gpus", "0"], "expected 1 or more"),
+        (["--rows", "-1"], "expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(
+    simulated: Any, given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        simulated._arguments(given)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_card_or_model_is_one_line(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in (["--card", "abacus"], ["--models", "no-such-model"]):
+        monkeypatch.setattr(sys, "argv", ["scale_simulated.py", *given])
+        with pytest.raises(SystemExit, match=f"^error: .*{given[1]}"):
+            simulated.main()
 
 
 def test_the_command(
