@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record", 
+    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record",
     "end_memory_record", "is_in_backward", "largest_magnitudes", "outside_of_modes", "own_buffers",
     "own_parameters", "shared_store", "storage_key", "tree_leaves", "version_of",
 ]  # fmt: skip
