@@ -55,6 +55,9 @@ class DataParallel:
 
     def __init__(self, place: Place) -> None:
         self.rank, self.count, self.is_writer = place.rank, place.count, place.is_writer
+        self._flat: Tensor | None = None
+        self._parts: list[Tensor] = []
+        self._where: list[tuple[int, str]] = []
         try:
             self._join()
         except RuntimeError as error:
@@ -63,8 +66,6 @@ class DataParallel:
                 f"({type(error).__name__}); expected each to reach the others; look at their "
                 "machines and at the network, and start all of them again"
             ) from error
-        self._flat: Tensor | None = None
-        self._parts: list[Tensor] = []
 
     def _join(self) -> None:
         if not dist.is_initialized():
@@ -75,9 +76,7 @@ class DataParallel:
         self._of_step = _gloo(STEP_SECONDS)
         self._of_work = _gloo(WORK_SECONDS)
         self._store: Any = shared_store("qlora-kit")
-        self._store.set(f"process {self.rank}", f"{os.getpid()} {socket.gethostname()}")
-        # Everybody has written who it is before anybody can be missed.
-        self.most(0.0)
+        self._where = self.each(lambda: (os.getpid(), _machine()))
 
     # ------------------------------------------------------------ the meetings of a step
 
@@ -216,7 +215,10 @@ class DataParallel:
             if self._has_spoken():
                 break
             time.sleep(_POLL_SECONDS)
-        expected = "expected all of them to work until the end of the run; start again"
+        expected = (
+            "expected all of them to work until the end of the run; look for what ended it, such "
+            "as memory that ran out"
+        )
         if not missing:
             return (
                 f"a process of {self.count} did not answer, or is gone from another machine; "
@@ -228,16 +230,12 @@ class DataParallel:
 
     def _missing(self) -> dict[int, str]:
         """Return the processes of this machine that do not run, by rank, with their status."""
-        here, missing = socket.gethostname(), {}
-        for rank in range(self.count):
-            try:
-                pid, host = self._store.get(f"process {rank}").decode().split(" ", 1)
-            except RuntimeError:
-                return {0: psutil.STATUS_DEAD}
-            status = _status(int(pid)) if host == here and rank != self.rank else None
-            if status in (*_ENDED, psutil.STATUS_STOPPED):
-                missing[rank] = status
-        return missing
+        here = _machine()
+        found = {
+            rank: _status(pid) for rank, (pid, where) in enumerate(self._where) if where == here
+        }
+        not_running = (*_ENDED, psutil.STATUS_STOPPED)
+        return {rank: status for rank, status in found.items() if status in not_running}
 
     def _has_spoken(self) -> bool:
         """Whether some process has told the user how the run ended."""
@@ -275,6 +273,11 @@ class _Outcome:
 
 def _gloo(seconds: float) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+
+
+def _machine() -> str:
+    """Return the name of this machine, with its number among those of the launcher."""
+    return f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '')}"
 
 
 def _status(pid: int) -> str:
