@@ -177,6 +177,7 @@ class Subject:
         rows: the sizes of the rows.
         task: the task of the run.
         ceilings: the rates of the device, or the reason why they are not known.
+        holds_gradients: whether all gradients have their memory before the first is computed.
     """
 
     spec: BaseSpec
@@ -185,14 +186,16 @@ class Subject:
     rows: RowSizes
     task: Task = CAUSAL
     ceilings: Ceilings | str = "the rates of the device are not known"
+    holds_gradients: bool = False
 
     def divided(self, count: int) -> Subject:
         """Return the share of each of several processes: as large rows, and fewer of them."""
-        usual = self.rows.usual
-        if count == 1 or usual is None:
+        if count == 1:
             return self
-        fewer = replace(usual, rows=math.ceil(usual.rows / count))
-        return replace(self, rows=replace(self.rows, usual=fewer))
+        usual, rows = self.rows.usual, self.rows
+        if usual is not None:
+            rows = replace(rows, usual=replace(usual, rows=math.ceil(usual.rows / count)))
+        return replace(self, rows=rows, holds_gradients=True)
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
