@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record",
+    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record", "default_store",
     "end_memory_record", "is_in_backward", "largest_magnitudes", "outside_of_modes", "own_buffers",
     "own_parameters", "storage_key", "tree_leaves", "version_of",
 ]  # fmt: skip
@@ -25,6 +25,13 @@ __all__ = [
 # The binding of torch's profiler to C++, which has no types.
 _profiler: Any = torch.autograd
 _ACTIVITIES = {_profiler.ProfilerActivity.CPU}
+
+
+def default_store() -> Any:
+    """Return the store by which the processes of torch.distributed have found each other."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:

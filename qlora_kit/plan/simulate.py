@@ -329,7 +329,7 @@ class SimulatedRun:
         """
         settle(self.model, options, self.hardware)
         self.model.train()
-        if options.gradient_accumulation_steps > 1:
+        if options.gradient_accumulation_steps > 1 or self.subject.holds_gradients:
             self._give_gradients()
         objective = self._objective(options)
         if options.packing:

@@ -5,6 +5,7 @@ Takes the options of `train`; only the architecture need be on this machine. Nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -176,6 +177,7 @@ class Subject:
         rows: the sizes of the rows.
         task: the task of the run.
         ceilings: the rates of the device, or the reason why they are not known.
+        holds_gradients: whether all gradients have their memory before the first is computed.
     """
 
     spec: BaseSpec
@@ -184,6 +186,16 @@ class Subject:
     rows: RowSizes
     task: Task = CAUSAL
     ceilings: Ceilings | str = "the rates of the device are not known"
+    holds_gradients: bool = False
+
+    def divided(self, count: int) -> Subject:
+        """Return the share of each of several processes: as large rows, and fewer of them."""
+        if count == 1:
+            return self
+        usual, rows = self.rows.usual, self.rows
+        if usual is not None:
+            rows = replace(rows, usual=replace(usual, rows=math.ceil(usual.rows / count)))
+        return replace(self, rows=rows, holds_gradients=True)
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
