@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qlora_kit.layers.kernels import serves
 from qlora_kit.layers.kernels.nf4 import unpack_4bit
-from qlora_kit.layers.purpose import UNPACKED, announce, purpose
+from qlora_kit.layers.purpose import HEAD, UNPACKED, announce, purpose
+from qlora_kit.layers.shards import Shards, held
 
 QuantType = Literal["nf4", "fp4"]
 
@@ -36,13 +37,20 @@ class FrozenWeight(nn.Module):
     backward. So no graph holds a packed tensor that a loader may have moved since.
 
     The tensors are buffers; after `as_parameters` they are parameters without gradient.
+
+    Attributes:
+        shape: (K, D).
+        rows: the rows of each tensor that was cut, by its name; see `cut`.
     """
 
     bits: int
+    # Tensors of a few numbers, which every process holds.
+    _NEVER_CUT: tuple[str, ...] = ()
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
+        self.rows: dict[str, int] = {}
         self._kept: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -94,10 +102,17 @@ class FrozenWeight(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         return self
 
+    def cut(self, shards: Shards) -> None:
+        """Keep this process's part of the tensors only. Before a product they must be gathered."""
+        for name, tensor in list(self.named_buffers(recurse=False)):
+            if name not in self._NEVER_CUT:
+                self.rows[name] = len(tensor)
+                self.register_buffer(name, shards.part(tensor))
+
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the stored tensors by name."""
-        yield from self.named_buffers()
-        yield from self.named_parameters()
+        """Yield the tensors that this process stores, by name."""
+        for name, tensor in (*self.named_buffers(), *self.named_parameters()):
+            yield name, held(tensor)
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +172,40 @@ class PlainWeight(FrozenWeight):
         return self.dequantize(dtype)
 
 
+class GatheredWeight(FrozenWeight):
+    """A weight in 16 bits of which each process holds a part, and gathers the whole for a product.
+
+    It is for a weight that a step needs once, such as that of the head: nothing is gathered in
+    advance. All processes ask for its values together.
+
+    Args:
+        weight: (K, D), the whole weight.
+        shards: the processes that hold it together.
+    """
+
+    bits = 16
+
+    def __init__(self, weight: Tensor, shards: Shards) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        self._shards = shards
+        self.register_buffer("part", shards.part(weight))
+        self.part: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The whole weight (K, D), which lives as long as its caller keeps it."""
+        with purpose(HEAD):
+            return self._shards.gathered(self.part, self.shape[0])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole weight, cast if `dtype` is another dtype."""
+        return self.values.to(dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole weight without announcing it: nothing is unpacked."""
+        return self.dequantize(dtype)
+
+
 class Int8Weight(FrozenWeight):
     """A weight in 8 bits: int8 codes, and one scale for each row.
 
@@ -192,6 +241,7 @@ class FourBitWeight(FrozenWeight):
     """
 
     bits = 4
+    _NEVER_CUT = ("absmax_code", "absmax_offset")
 
     def __init__(
         self,
