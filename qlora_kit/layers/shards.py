@@ -6,17 +6,18 @@ tensors are divided.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qlora_kit.private_torch import own_parameters
+# torch 2.13 has it under a new name, and warns of the old one.
+_all_gather: Any = getattr(torch.distributed, "all_gather_single", None) or getattr(
+    torch.distributed, "all_gather_into_tensor"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Shards:
 
         The last process has fewer rows than the others where they do not divide, or none.
         """
-        size = self._most_rows(len(tensor))
+        size = self.part_rows(len(tensor))
         return tensor[self.rank * size : (self.rank + 1) * size].clone()
 
     def gathered(self, part: Tensor, rows: int) -> Tensor:
@@ -50,7 +51,7 @@ class Shards:
             part: what `part` returned of the tensor.
             rows: the rows of the whole tensor.
         """
-        size = self._most_rows(rows)
+        size = self.part_rows(rows)
         whole = part.new_empty(self.count * size, *part.shape[1:])
         if self.group is not None:
             padded = part
@@ -58,38 +59,17 @@ class Shards:
                 padded = part.new_zeros(size, *part.shape[1:])
                 padded[: len(part)] = part
             # As bytes, which every backend can send.
-            torch.distributed.all_gather_into_tensor(_bytes(whole), _bytes(padded), self.group)
+            _all_gather(_bytes(whole), _bytes(padded), self.group)
         return whole[:rows]
 
-    def _most_rows(self, rows: int) -> int:
+    def part_rows(self, rows: int) -> int:
+        """Return the rows that a process holds of a tensor of `rows` rows, at most."""
         return -(-rows // self.count)
 
 
 def held(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds; all of it unless torch divided it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@contextlib.contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Gather the weights of a module for a block that calls it, or a part of it, by itself.
-
-    Within the forward and backward of its layer they are there anyway. All processes that hold the
-    weights enter the block together. A module whose weights are not divided stays as it is.
-    """
-    divided = [
-        (own_parameters(each), name, parameter)
-        for each in module.modules()
-        for name, parameter in own_parameters(each).items()
-        if isinstance(parameter, DTensor)
-    ]
-    for parameters, name, part in divided:
-        parameters[name] = nn.Parameter(part.full_tensor(), requires_grad=False)
-    try:
-        yield
-    finally:
-        for parameters, name, part in divided:
-            parameters[name] = part
 
 
 def _bytes(tensor: Tensor) -> Tensor:

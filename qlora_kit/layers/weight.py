@@ -9,6 +9,7 @@ Shapes: D in, K out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
@@ -21,6 +22,7 @@ from qlora_kit.layers.kernels import serves
 from qlora_kit.layers.kernels.nf4 import unpack_4bit
 from qlora_kit.layers.purpose import HEAD, UNPACKED, announce, purpose
 from qlora_kit.layers.shards import Shards, held
+from qlora_kit.private_torch import own_buffers, own_parameters
 
 QuantType = Literal["nf4", "fp4"]
 
@@ -41,6 +43,7 @@ class FrozenWeight(nn.Module):
     Attributes:
         shape: (K, D).
         rows: the rows of each tensor that was cut, by its name; see `cut`.
+        shards: the processes that it was cut for; None if it is whole.
     """
 
     bits: int
@@ -51,6 +54,7 @@ class FrozenWeight(nn.Module):
         super().__init__()
         self.shape = shape
         self.rows: dict[str, int] = {}
+        self.shards: Shards | None = None
         self._kept: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -104,10 +108,36 @@ class FrozenWeight(nn.Module):
 
     def cut(self, shards: Shards) -> None:
         """Keep this process's part of the tensors only. Before a product they must be gathered."""
+        self.shards = shards
         for name, tensor in list(self.named_buffers(recurse=False)):
             if name not in self._NEVER_CUT:
                 self.rows[name] = len(tensor)
                 self.register_buffer(name, shards.part(tensor))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the tensors are here, whatever part of them this process stores."""
+        return all(len(held(getattr(self, name))) == rows for name, rows in self.rows.items())
+
+    def gather(self) -> dict[str, Tensor]:
+        """Return the whole tensors of those that were cut, by name; all processes call it."""
+        assert self.shards is not None
+        return {
+            name: self.shards.gathered(held(getattr(self, name)), rows)
+            for name, rows in self.rows.items()
+        }
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put tensors in the places of others, for a while; return the others."""
+        before = {name: getattr(self, name) for name in tensors}
+        for name, tensor in tensors.items():
+            if name in own_buffers(self):
+                own_buffers(self)[name] = tensor
+            else:
+                is_one = isinstance(tensor, nn.Parameter)
+                parameter = tensor if is_one else nn.Parameter(tensor, requires_grad=False)
+                own_parameters(self)[name] = parameter
+        return before
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that this process stores, by name."""
@@ -123,6 +153,22 @@ class FrozenWeight(nn.Module):
     def stored_bytes(self) -> int:
         """The bytes of the stored tensors."""
         return sum(tensor.nbytes for _, tensor in self.stored())
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather the weights of a module for a block that calls it, or a part of it, by itself.
+
+    Within the forward and backward of its layer they are there anyway. All processes that hold the
+    weights enter the block together. A module whose weights are whole stays as it is.
+    """
+    weights = [m for m in module.modules() if isinstance(m, FrozenWeight) and not m.is_whole]
+    parts = [weight.replace(weight.gather()) for weight in weights]
+    try:
+        yield
+    finally:
+        for weight, stored in zip(weights, parts, strict=True):
+            weight.replace(stored)
 
 
 class HeldWeight(FrozenWeight):

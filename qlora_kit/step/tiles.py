@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qlora_kit.layers.mlp import Parts, TiledMLP
-from qlora_kit.layers.shards import gathered
+from qlora_kit.layers.weight import gathered
 
 _PROBE_TOKENS = 3
 

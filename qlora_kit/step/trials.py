@@ -23,8 +23,7 @@ from qlora_kit.layers.kernels.norm import FusedNorm
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.loss import cross_entropy_sum
 from qlora_kit.layers.mlp import Parts, TiledMLP
-from qlora_kit.layers.shards import gathered
-from qlora_kit.layers.weight import FourBitWeight
+from qlora_kit.layers.weight import FourBitWeight, gathered
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.private_torch import outside_of_modes
