@@ -27,7 +27,7 @@ class Shards:
     Attributes:
         count: number of these processes.
         rank: number of this process among them, from 0.
-        group: torch's group of these processes; None in a plan, which has no other process.
+        group: torch's group of these processes.
     """
 
     count: int
@@ -53,13 +53,12 @@ class Shards:
         """
         size = self.part_rows(rows)
         whole = part.new_empty(self.count * size, *part.shape[1:])
-        if self.group is not None:
-            padded = part
-            if len(part) < size:
-                padded = part.new_zeros(size, *part.shape[1:])
-                padded[: len(part)] = part
-            # As bytes, which every backend can send.
-            _all_gather(_bytes(whole), _bytes(padded), self.group)
+        padded = part
+        if len(part) < size:
+            padded = part.new_zeros(size, *part.shape[1:])
+            padded[: len(part)] = part
+        # As bytes, which every backend can send.
+        _all_gather(_bytes(whole), _bytes(padded), self.group)
         return whole[:rows]
 
     def part_rows(self, rows: int) -> int:

@@ -74,13 +74,19 @@ def shard_layers(model: nn.Module, sharding: Sharding) -> None:
         model: a model that was loaded in parts, without adapters; changed in place.
         sharding: the processes that hold the parts.
     """
-    stacks: dict[nn.Module, None] = {}
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, GradientCheckpointingLayer):
+    for stack, layers in stacks_of(model).items():
+        for layer in layers:
             _divide(layer, sharding)
-            stacks[_owner(model, path)] = None
-    for stack in stacks:
         _order(stack, sharding.mesh)
+
+
+def stacks_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """Return the layers whose weights are gathered together, by the module that calls them."""
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            found.setdefault(_owner(model, path), []).append(layer)
+    return found
 
 
 def _divide(layer: nn.Module, sharding: Sharding) -> None:

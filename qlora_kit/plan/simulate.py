@@ -39,6 +39,7 @@ from qlora_kit.model.load import (
 )
 from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.duration import StepWork
+from qlora_kit.plan.gathers import Gathers, PlannedShards
 from qlora_kit.plan.ledger import Ledger, Peak, Work
 from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
 from qlora_kit.plan.temporaries import workspace_bytes
@@ -279,9 +280,12 @@ class SimulatedRun:
             on_host,
             are_drawn=spec.random,
         )
+        shards = PlannedShards(self.subject.sharing) if self.subject.sharing > 1 else None
+        planned_head = head and _planned(head)
         with self.phase("load"):
-            fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
-        self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement)
+            fill(self.model, self._claimed(stream), self.hardware, planned_head, shards)
+        self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement, shards=shards)
+        self.gathers = Gathers(self.model, shards) if shards else None
         claim_model(self.ledger, self.model)
         workspace = workspace_bytes(self.hardware.device.type)
         self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.hardware.device)
@@ -352,6 +356,8 @@ class SimulatedRun:
                 loss = objective.loss_sum(batch)
             with self.phase("backward"):
                 torch.autograd.backward(loss)
+                if self.gathers is not None:
+                    self.gathers.end_of_backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _objective(self, options: StepOptions) -> Objective:

@@ -176,6 +176,7 @@ class Subject:
         rows: the sizes of the rows.
         task: the task of the run.
         ceilings: the rates of the device, or the reason why they are not known.
+        sharing: the number of processes that hold the base together; 1: each holds all of it.
     """
 
     spec: BaseSpec
@@ -184,6 +185,7 @@ class Subject:
     rows: RowSizes
     task: Task = CAUSAL
     ceilings: Ceilings | str = "the rates of the device are not known"
+    sharing: int = 1
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

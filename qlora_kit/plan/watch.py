@@ -16,16 +16,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.layers.projections import base_prefix, projections
-from qlora_kit.layers.purpose import GATHERED, HEAD, LAYER_CHECKPOINTS, LOSS_CHUNK, UNPACKED, heard_by
+from qlora_kit.layers.purpose import (
+    GATHERED,
+    HEAD,
+    LAYER_CHECKPOINTS,
+    LOSS_CHUNK,
+    UNPACKED,
+    heard_by,
+)
 from qlora_kit.layers.shards import held
 from qlora_kit.plan.ledger import Ledger
 
 _CONSTANTS = "quantisation constants"
 # The names of the purposes, in the order in which a picture stacks them.
 PURPOSES = (
-    "base weights", _CONSTANTS, GATHERED, "norms and biases", "embeddings", HEAD, "LoRA",
+    "base weights", _CONSTANTS, "norms and biases", "embeddings", HEAD, "LoRA",
     "gradients", "optimizer", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
-    UNPACKED, "workspace", "copies to save",
+    UNPACKED, "workspace", "copies to save", GATHERED,
 )  # fmt: skip
 
 
