@@ -42,23 +42,22 @@ class Shards:
         size = self.part_rows(len(tensor))
         return tensor[self.rank * size : (self.rank + 1) * size].clone()
 
-    def gathered(self, part: Tensor, rows: int) -> Tensor:
+    def gathered(self, part: Tensor, rows: int, device: torch.device | None = None) -> Tensor:
         """Return a tensor of which each process holds a part; all processes call it together.
 
-        The result is written by the collective itself, so nothing larger exists beside it.
+        The collective itself writes the result, in place, so nothing else exists beside it.
 
         Args:
-            part: what `part` returned of the tensor.
+            part: what `part` returned of the tensor, there or in host memory.
             rows: the rows of the whole tensor.
+            device: the device of the whole tensor; None: that of the part.
         """
         size = self.part_rows(rows)
-        whole = part.new_empty(self.count * size, *part.shape[1:])
-        padded = part
-        if len(part) < size:
-            padded = part.new_zeros(size, *part.shape[1:])
-            padded[: len(part)] = part
+        whole = part.new_empty(self.count * size, *part.shape[1:], device=device)
+        own = whole[self.rank * size : (self.rank + 1) * size]
+        own[: len(part)].copy_(part, non_blocking=True)
         # As bytes, which every backend can send.
-        _all_gather(_bytes(whole), _bytes(padded), self.group)
+        _all_gather(_bytes(whole), _bytes(own), self.group)
         return whole[:rows]
 
     def part_rows(self, rows: int) -> int:

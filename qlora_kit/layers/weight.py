@@ -222,26 +222,31 @@ class GatheredWeight(FrozenWeight):
     """A weight in 16 bits of which each process holds a part, and gathers the whole for a product.
 
     It is for a weight that a step needs once, such as that of the head: nothing is gathered in
-    advance. All processes ask for its values together.
+    advance. Beside a GPU, its part is in host memory. All processes ask for its values together.
 
     Args:
-        weight: (K, D), the whole weight.
+        weight: (K, D), the whole weight, on any device.
         shards: the processes that hold it together.
+        whole_on: the device of the gathered weight.
     """
 
     bits = 16
 
-    def __init__(self, weight: Tensor, shards: Shards) -> None:
+    def __init__(self, weight: Tensor, shards: Shards, whole_on: torch.device) -> None:
         super().__init__((weight.shape[0], weight.shape[1]))
-        self._shards = shards
-        self.register_buffer("part", shards.part(weight))
+        self._whole_on = whole_on
+        self._of = shards
+        part = shards.part(weight)
+        if whole_on.type == "cuda":
+            part = part.cpu().pin_memory()  # the processor waits for copies from other host memory
+        self.register_buffer("part", part)
         self.part: Tensor
 
     @property
     def values(self) -> Tensor:
         """The whole weight (K, D), which lives as long as its caller keeps it."""
         with purpose(HEAD):
-            return self._shards.gathered(self.part, self.shape[0])
+            return self._of.gathered(self.part, self.shape[0], self._whole_on)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the whole weight, cast if `dtype` is another dtype."""

@@ -454,7 +454,7 @@ def load_base(
     if asked.embedding_on_cpu and not placement.embedding_on_cpu:
         why = "it is the head as well" if is_head else "all of it runs on the CPU"
         announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
-    on_host = names_on_host(model, placement)
+    on_host = names_on_host(model, placement, shards)
     tensors = frozen_tensors(spec, model, hardware.device, digest, announce, on_host)
     with memory_returned(), torch.no_grad():
         fill(model, tensors, hardware, head_quantization(spec, placement), shards)
@@ -471,15 +471,19 @@ def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | No
     return None if bits == 16 else replace(spec.quantization, bits=bits)
 
 
-def names_on_host(model: PreTrainedModel, placement: Placement) -> frozenset[str]:
+def names_on_host(
+    model: PreTrainedModel, placement: Placement, shards: Shards | None = None
+) -> frozenset[str]:
     """Return the names of the parameters that a resolved placement loads into host memory.
 
-    A head that will be quantised is one of them: its slices go to the device one by one.
+    A head that will be quantised is one of them: its slices go to the device one by one. So is a
+    head that several processes hold together, which is on the device while it is used.
     """
     modules = []
     if placement.embedding_on_cpu:
         modules.append(model.get_input_embeddings())
-    if placement.head_bits != 16 and model.get_output_embeddings() is not None:
+    is_needed_in_parts = placement.head_bits != 16 or (shards is not None and not is_tied(model))
+    if is_needed_in_parts and model.get_output_embeddings() is not None:
         modules.append(model.get_output_embeddings())
     return frozenset(f"{_path_of(model, module)}.weight" for module in modules)
 
@@ -513,7 +517,7 @@ def fill(
         empty.discard(name)
         del value  # what is read next must not lie beside it
         if shards is not None and name in divided:
-            _cut(model, name, shards)
+            _cut(model, name, shards, hardware.device)
     if empty:
         raise ModelError(f"not filled by the checkpoint: {', '.join(sorted(empty)[:5])}")
     if head_path is not None:
@@ -551,13 +555,13 @@ def divided_weights(model: PreTrainedModel, *, whole_head: object = None) -> fro
     return frozenset(found)
 
 
-def _cut(model: PreTrainedModel, name: str, shards: Shards) -> None:
+def _cut(model: PreTrainedModel, name: str, shards: Shards, device: torch.device) -> None:
     """Let a frozen layer keep this process's part of its weight only."""
     layer = model.get_submodule(name.rpartition(".")[0])
     assert isinstance(layer, FrozenLinear)
     if layer is model.get_output_embeddings():
         assert isinstance(layer.weight, PlainWeight)
-        layer.weight = GatheredWeight(layer.weight.values, shards)
+        layer.weight = GatheredWeight(layer.weight.values, shards, device)
     else:
         layer.weight.cut(shards)
 
@@ -612,9 +616,11 @@ def _share_tied(model: PreTrainedModel, head_path: str) -> None:
 
 
 def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Move the buffers to their devices; the parameters are in their places already."""
+    """Move the buffers to their devices; parameters and parts are in their places already."""
     embedding = model.get_input_embeddings()
     for module in model.modules():
+        if isinstance(module, GatheredWeight):
+            continue
         target = embedding.weight.device if module is embedding else device
         for name, buffer in own_buffers(module).items():
             if buffer is not None and buffer.device != target:

@@ -35,9 +35,10 @@ class PlannedShards(Shards):
 
     received: Counter[str] = field(default_factory=Counter)
 
-    def gathered(self, part: Tensor, rows: int) -> Tensor:
+    def gathered(self, part: Tensor, rows: int, device: torch.device | None = None) -> Tensor:
         """Return a tensor of the size of the whole; see `Shards`."""
-        whole = part.new_empty(self.count * self.part_rows(rows), *part.shape[1:])
+        whole = part.new_empty(self.count * self.part_rows(rows), *part.shape[1:], device=device)
+        whole[: len(part)].copy_(part)
         self.receive("others", whole.nbytes)
         return whole[:rows]
 

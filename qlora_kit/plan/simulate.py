@@ -270,7 +270,8 @@ class SimulatedRun:
         )
         spec = self.subject.spec
         quantization = _planned(spec.quantization)
-        on_host = names_on_host(self.model, placement)
+        shards = PlannedShards(self.subject.sharing) if self.subject.sharing > 1 else None
+        on_host = names_on_host(self.model, placement, shards)
         head = head_quantization(spec, placement)
         stream = _empty_tensors(
             self.model,
@@ -280,7 +281,6 @@ class SimulatedRun:
             on_host,
             are_drawn=spec.random,
         )
-        shards = PlannedShards(self.subject.sharing) if self.subject.sharing > 1 else None
         planned_head = head and _planned(head)
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, planned_head, shards)
