@@ -30,7 +30,7 @@ class PlannedShards(Shards):
     """Processes that are only planned; their parts come at once, and have no values.
 
     Attributes:
-        received: the bytes that this process has received, "layers" and "others" apart.
+        received: the bytes that this process has received, those of layers and others apart.
     """
 
     received: Counter[str] = field(default_factory=Counter)
@@ -56,6 +56,7 @@ class Gathers:
     """
 
     def __init__(self, model: nn.Module, shards: PlannedShards) -> None:
+        self._shards = shards
         self._layers: list[_Layer] = []
         for stack, layers in stacks_of(model).items():
             order = _Order()
@@ -67,10 +68,19 @@ class Gathers:
                     _Hooks(layer, order).put_on(module)
             stack.register_forward_hook(order.end_of_forward)
 
-    def end_of_backward(self) -> None:
-        """Free what a backward leaves: the first layer, whose input takes no gradient."""
+    def begin(self) -> None:
+        """Count what is received from here on."""
+        self._shards.received.clear()
+
+    def end_of_backward(self) -> int:
+        """Free what a backward leaves: the first layer, whose input takes no gradient.
+
+        Returns:
+            The bytes that this process has received since `begin`.
+        """
         for layer in self._layers:
             layer.free()
+        return self._shards.received.total()
 
 
 @dataclass(eq=False)

@@ -339,6 +339,8 @@ class SimulatedRun:
         if options.packing:
             objective = packing(objective)
         batch = shape.stand_in(objective)
+        if self.gathers is not None:
+            self.gathers.begin()
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.optimizer),
@@ -357,7 +359,7 @@ class SimulatedRun:
             with self.phase("backward"):
                 torch.autograd.backward(loss)
                 if self.gathers is not None:
-                    self.gathers.end_of_backward()
+                    self.work.received_bytes = self.gathers.end_of_backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _objective(self, options: StepOptions) -> Objective:
