@@ -33,18 +33,26 @@ class Stopped(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:
+        return type(self), (self.signum,)
 
 
 _received: int | None = None
 _deferring = 0
+_says_so = True
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Handle the signals while the block runs. Only the main thread may call this."""
-    global _received
-    _received = None
+def stop_on_signals(*, says_so: bool = True) -> Iterator[None]:
+    """Handle the signals while the block runs. Only the main thread may call this.
+
+    Args:
+        says_so: whether to tell the user that the end must wait; of several processes one does.
+    """
+    global _received, _says_so
+    _received, _says_so = None, says_so
     # A signal that the parent chose to ignore (nohup, a job in the background) stays ignored.
     handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _receive) for number in handled}
@@ -64,10 +72,37 @@ def _receive(signum: int, frame: FrameType | None) -> None:
         if signal.getsignal(number) is _receive:
             signal.signal(number, signal.SIG_DFL)
     if _deferring:
-        with contextlib.suppress(OSError):
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _NOTE)
+        if _says_so:
+            _say_that_it_waits()
         return
     raise Stopped(signum)
+
+
+def _say_that_it_waits() -> None:
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _NOTE)
+
+
+@contextlib.contextmanager
+def passed_on(to: Callable[[int], bool]) -> Iterator[None]:
+    """Pass the signals on to processes that this one has started, while the block runs.
+
+    Args:
+        to: sends a signal to them; returns whether there were any. Without them this process ends.
+    """
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        if not to(signum):
+            raise Stopped(signum)
+        _say_that_it_waits()
+
+    handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -81,15 +116,20 @@ def deferred() -> Iterator[None]:
         _deferring -= 1
 
 
-def safe_point(agreed: Callable[[bool], bool] = lambda has_come: has_come) -> None:
+def received() -> int:
+    """Return the number of the signal that has come to this process; 0 if none has."""
+    return _received or 0
+
+
+def safe_point(agreed: Callable[[int], int] = lambda number: number) -> None:
     """End the program here if a signal has come. Call it where no work is half done.
 
     Args:
-        agreed: returns whether a signal has come to any process of a run, given whether one has
-            come to this process, see `parallel.one.Processes.any`: all of them stop together.
+        agreed: returns the number of a signal that has come to any process of a run, given that of
+            this process, so that all of them stop together; 0 stands for none.
 
     Raises:
         Stopped: a signal has come.
     """
-    if agreed(_received is not None):
-        raise Stopped(signal.SIGTERM if _received is None else _received)
+    if number := agreed(received()):
+        raise Stopped(number)

@@ -14,8 +14,10 @@ import click
 import qlora_kit
 from qlora_kit.cli.commands import COMMANDS
 from qlora_kit.cli.models import doctor, models
-from qlora_kit.errors import EXIT_INTERRUPTED, QloraKitError
+from qlora_kit.errors import EXIT_INTERRUPTED, EnvironmentFault, QloraKitError
+from qlora_kit.launched import end_with_launcher, is_by_devices, place
 from qlora_kit.model.environment import restart_with_tight_heap
+from qlora_kit.parallel.one import leave, lost_process, speaks
 from qlora_kit.redact import one_line, redacted
 from qlora_kit.signals import Stopped, stop_on_signals
 
@@ -56,15 +58,21 @@ def main(arguments: list[str] | None = None) -> None:
         # Training fills the heap most, and takes long enough that starting twice does not matter.
         if arguments[:1] == ["train"]:
             restart_with_tight_heap()
+        command = [sys.executable, *sys.orig_argv[1:]]
+    else:
+        command = [sys.executable, "-m", "qlora_kit", *arguments]
     debug = "--debug" in arguments
     try:
-        with stop_on_signals():
-            cli.main(args=arguments, prog_name="qlora-kit", standalone_mode=False)
+        end_with_launcher()
+        with stop_on_signals(says_so=place().is_writer and not is_by_devices()):
+            cli.main(args=arguments, prog_name="qlora-kit", standalone_mode=False, obj=command)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
         _fail([error.format_message()], 2)
     except Stopped as stop:
+        if (line := lost_process()) is not None:
+            _fail([line], EnvironmentFault.exit_code)
         _fail([str(stop)], stop.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail(["stopped by the user"], EXIT_INTERRUPTED)
@@ -105,6 +113,9 @@ def _internal(error: BaseException) -> str:
 
 
 def _fail(faults: object, code: int) -> None:
-    for fault in faults:  # type: ignore[attr-defined]
-        click.echo(f"error: {one_line(str(fault))}", err=True)
+    """Say once, however many processes fail, what is wrong, and exit."""
+    if speaks():
+        for fault in faults:  # type: ignore[attr-defined]
+            click.echo(f"error: {one_line(str(fault))}", err=True)
+    leave()
     sys.exit(code)

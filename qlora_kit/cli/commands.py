@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ from qlora_kit.config import (
     by_heading,
     declared,
 )
+from qlora_kit.launched import place
+from qlora_kit.parallel.launch import started_processes
 
 
 class _Command(click.Command):
@@ -48,9 +51,13 @@ class _Command(click.Command):
             if given["dry_run"]:
                 print_config(config, as_json=as_json)
                 return
+            if name == "train" and isinstance(config, TrainConfig):
+                code = started_processes(config, click.get_current_context().obj)
+                if code is not None:
+                    sys.exit(code)
             with listener(as_json=as_json) as announce:
                 result = getattr(recipe, name)(config, announce)
-            if as_json:
+            if as_json and place().is_writer:
                 print_result(result)
 
         self._config_class = config_class

@@ -26,6 +26,8 @@ from qlora_kit.config.values import (
     as_meant,
     kinds_of,
     parse_balanced_or_numbers,
+    parse_device,
+    parse_devices,
     parse_digits,
     parse_list,
     parse_names,
@@ -94,6 +96,10 @@ NumberList = Annotated[tuple[_Number, ...], BeforeValidator(parse_list)]
 NumberByPattern = Annotated[dict[str, _Number], BeforeValidator(parse_numbers)]
 FolderByName = Annotated[dict[str, Path], BeforeValidator(parse_names)]
 ByteCount = Annotated[int, BeforeValidator(parse_size)]
+DeviceName = Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(parse_device)]
+DeviceCount = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=1, le=_MOST)], BeforeValidator(parse_devices)
+]
 MemorySize = Annotated[Literal["auto"] | int, BeforeValidator(parse_size_or_auto)]
 OptimizerName = Annotated[
     Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit"], _renamed(_OPTIMIZER_NAMES)
@@ -208,7 +214,7 @@ class BaseModelOptions(Options):
         "bits the output head is held in; below 16 it is approximate, and so is the loss",
         decides=["base", "memory"],
     )
-    device: Literal["auto", "cpu", "cuda"] = option(
+    device: DeviceName = option(
         "auto", "where the model runs", decides="precision", known_by_result=True
     )
     dtype: DtypeName = option(
@@ -495,6 +501,16 @@ class StepOptions(Options):
     )  # fmt: skip
 
 
+class ProcessOptions(Options):
+    """How many processes train together."""
+
+    devices: DeviceCount | None = option(
+        None, "processes that divide the rows of every step, each on a GPU of its own; auto: one "
+        "for each GPU; default: this process, or those of a launcher such as torchrun",
+        also=["num_processes", "nproc_per_node"],
+    )  # fmt: skip
+
+
 class BudgetOptions(Options):
     """How much memory a run may have. What is left open in its settings is then chosen."""
 
@@ -612,6 +628,7 @@ class RunOptions(Options):
 class TrainConfig(
     RunOptions,
     OptimizerOptions,
+    ProcessOptions,
     BudgetOptions,
     StepOptions,
     TokenOptions,

@@ -209,6 +209,28 @@ def parse_digits(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value) else value
 
 
+def parse_device(value: Any) -> Any:
+    """Return the name of a device as it is.
+
+    Raises:
+        ValueError: the value is a number, which another option means.
+    """
+    if re.fullmatch(r"\d+", str(value)):
+        raise ValueError(f"expected auto, cpu or cuda; did you mean --devices {value}?")
+    return value
+
+
+def parse_devices(value: Any) -> Any:
+    """Return a text of digits as a whole number; "auto", None and numbers as they are.
+
+    Raises:
+        ValueError: the value is the name of a device, which another option means.
+    """
+    if value in ("cpu", "cuda", "gpu"):
+        raise ValueError(f"expected a number or auto; did you mean --device {value}?")
+    return parse_digits(value)
+
+
 def parse_size(value: Any) -> Any:
     """Return bytes from "4GB" (10⁹), "4GiB" (2³⁰), or a plain number of bytes.
 

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from qlora_kit.data.batch import Row, TokenRows
+from qlora_kit.errors import OutOfMemory
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.layers.loss import CHUNK_TOKENS
 from qlora_kit.lora.several import PerRow
 from qlora_kit.model.halving import batches_that_fit
 from qlora_kit.model.load import Base
+from qlora_kit.parallel.one import OneProcess, Processes
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.task import Figures, Objective, RowSums, Task
 
 _Name = TypeVar("_Name", bound=str | None)
+_ALONE = OneProcess()
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ def evaluate_parts(
     task: Task = CAUSAL,
     announce: Announce = silent,
     per_row: PerRow | None = None,
+    processes: Processes = _ALONE,
 ) -> tuple[Evaluation, dict[_Name, Evaluation]]:
     """Measure token rows; return the result on all rows, and on each part of them by its name.
 
@@ -124,6 +128,7 @@ def evaluate_parts(
         task: the meaning of a row.
         announce: receives a notice when the batch is halved.
         per_row: the adapter of each row, if several adapters are on the base.
+        processes: the processes that divide the batches; each has the result on all rows.
 
     Raises:
         OutOfMemory: even one row does not fit.
@@ -131,7 +136,10 @@ def evaluate_parts(
     """
     rows = TokenRows.of(rows)
     objective = task.objective(base, pad_token_id, chunk_tokens, None)
-    sums = _measure(objective, rows, batch_size, announce, per_row)
+    found = processes.each(
+        lambda: _measure(objective, rows, batch_size, announce, per_row, processes)
+    )
+    sums = _Sums.joined(found)
     total = sums.of(range(len(rows)), objective, rows)
     chosen = {name: some for name, some in parts.items() if len(some)}
     return total, {name: sums.of(some, objective, rows) for name, some in chosen.items()}
@@ -200,6 +208,21 @@ class _Sums:
         if found.outputs is not None:
             self.outputs.update(zip(indices, found.outputs, strict=True))
 
+    @staticmethod
+    def joined(parts: Sequence[_Sums]) -> _Sums:
+        """Return the sums of all rows, of which each of `parts` has some."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = _Sums(parts[0].rows, min(part.batch_size for part in parts))
+        for part in parts:
+            whole.weight += part.weight
+            whole.units += part.units
+            whole.loss += part.loss
+            for name, values in part.metrics.items():
+                whole.metrics[name] = whole.metrics.get(name, 0) + values
+            whole.outputs.update(part.outputs)
+        return whole
+
     def of(self, some: Sequence[int], objective: Objective, rows: TokenRows) -> Evaluation:
         """Return the means over some of the rows, and their figures."""
         chosen = torch.tensor(some)
@@ -222,9 +245,17 @@ def _measure(
     batch_size: int,
     announce: Announce,
     per_row: PerRow | None,
+    processes: Processes,
 ) -> _Sums:
-    """Run all rows in evaluation mode, and return their sums."""
+    """Run the rows of this process in evaluation mode, and return their sums."""
     sums, base = _Sums(len(rows), batch_size), objective.base
+    order = _by_length(rows)
+    # Whole batches are dealt out, so they are those of one process, and give the same numbers.
+    own = [
+        row
+        for place, row in enumerate(order)
+        if place // batch_size % processes.count == processes.rank
+    ]
 
     def measured(indices: Sequence[int]) -> RowSums:
         batch = objective.batch([rows[index] for index in indices])
@@ -233,11 +264,16 @@ def _measure(
         return objective.row_sums(batch, objective.measured(batch))
 
     def fewer(most: int) -> None:
+        if processes.computes_together:
+            raise OutOfMemory(
+                "out of memory in evaluation in one process, while the others wait for its part of "
+                "the base; expected each to fit; pass a smaller --eval-batch-size"
+            )
         sums.batch_size = most
         announce(Notice(f"out of memory in evaluation: {most} row(s) a batch from here"))
 
     fitting = batches_that_fit(
-        _by_length(rows),
+        own,
         batch_size,
         measured,
         base.hardware.device,
@@ -247,7 +283,15 @@ def _measure(
     with base.in_evaluation():
         for indices, found in fitting:
             sums.add(indices, found)
+        if processes.computes_together and _has_a_batch_less(len(rows), batch_size, processes):
+            measured(order[:1])  # for nothing: the others need this process
     return sums
+
+
+def _has_a_batch_less(rows: int, batch_size: int, processes: Processes) -> bool:
+    """Whether this process has one batch less than the first."""
+    left_over = -(-rows // batch_size) % processes.count
+    return 0 < left_over <= processes.rank
 
 
 def _line(tokens: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_kit.errors import ConfigError, EnvironmentFault
+from qlora_kit.launched import place
 from qlora_kit.model.environment import (
     CUBLAS_WORKSPACE,
     DETERMINISTIC_WORKSPACES,
@@ -82,11 +83,7 @@ def choose_hardware(
         raise ConfigError(
             "--device cuda: no GPU is visible to torch; use --device cpu, or run `qlora-kit doctor`"
         )
-    where = (
-        torch.device(device, torch.cuda.current_device())
-        if device == "cuda"
-        else torch.device(device)
-    )
+    where = _own_gpu() if device == "cuda" else torch.device(device)
     if dtype != "auto":
         if dtype == "float16" and device == "cpu":
             raise ConfigError("--dtype float16: the CPU has no loss scaling; use float32")
@@ -97,6 +94,24 @@ def choose_hardware(
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Hardware(where, torch.bfloat16, "the GPU computes in bfloat16")
     return Hardware(where, torch.float32, "the GPU has no bfloat16, and float16 overflows")
+
+
+def _own_gpu() -> torch.device:
+    """Return the GPU of this process: of several processes of a machine each has its own.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+    """
+    here = place()
+    if here.count > 1:
+        gpus = torch.cuda.device_count()
+        if here.local_rank >= gpus:
+            raise ConfigError(
+                f"{here.on_machine} processes on a machine where torch sees {gpus} "
+                f"GPU{'s' * (gpus != 1)}; expected one for each; start fewer, or pass --device cpu"
+            )
+        torch.cuda.set_device(here.local_rank)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _settle_kernels() -> None:

@@ -34,27 +34,29 @@ class Threads:
         return f"{self.count} thread{'s' * (self.count != 1)} ({self.reason})"
 
 
-def choose_threads(asked: int | None = None) -> Threads:
+def choose_threads(asked: int | None = None, processes: int = 1) -> Threads:
     """Choose the number of threads, and let torch compute with it.
 
     A number that the user set stays: by the option, or by the variables of OpenMP and MKL.
 
     Args:
         asked: the number of the option, or of the run that is resumed; None: not given.
+        processes: processes of the run on this machine, which share its free cores.
     """
-    chosen = _choice(asked)
+    chosen = _choice(asked, processes)
     torch.set_num_threads(chosen.count)
     return chosen
 
 
-def _choice(asked: int | None) -> Threads:
+def _choice(asked: int | None, processes: int) -> Threads:
     if asked is not None:
         return Threads(asked, "as set for this run")
     if set_by := next((name for name in _SET_BY_USER if name in os.environ), None):
         return Threads(torch.get_num_threads(), f"as {set_by} says")
     free, cores = free_cores()
-    count = max(1, min(torch.get_num_threads(), free))
-    return Threads(count, f"{free} of {cores} cores {'is' if free == 1 else 'are'} free")
+    count = max(1, min(torch.get_num_threads(), free // processes))
+    shared = f", for {processes} processes" if processes > 1 else ""
+    return Threads(count, f"{free} of {cores} cores {'is' if free == 1 else 'are'} free{shared}")
 
 
 def free_cores() -> tuple[int, int]:

@@ -1,55 +1,195 @@
-"""The protocol of the processes of a run, and a run of one process, which is all there is yet."""
+"""The protocol of the processes of a run, and a run of one process.
+
+Imports no torch: a run of one process learns here that it is alone.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from accelerate import PartialState
+from qlora_kit.launched import place
 
-from qlora_kit.errors import EnvironmentFault
+if TYPE_CHECKING:
+    from torch import nn
+
+Value = TypeVar("Value")
 
 
 class Processes(Protocol):
-    """The processes of a run. Every one of them makes the same calls in the same order."""
+    """The processes of a run. Every one of them makes the same calls in the same order.
+
+    `totals`, `most` and `sum_gradients` are the calls of a step: all processes make them within
+    minutes. The others wait for as long as one process may work for all.
+    """
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, counted from 0."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """The number of all processes."""
+        ...
 
     @property
     def is_writer(self) -> bool:
         """Whether this process saves, logs and prints."""
         ...
 
-    def total(self, value: float) -> float:
-        """Return the sum of a number over all processes."""
+    @property
+    def computes_together(self) -> bool:
+        """Whether a forward needs all processes, because each has a part of the base only."""
         ...
 
-    def any(self, flag: bool) -> bool:
-        """Return whether `flag` is set in any process, so that all of them decide the same."""
+    def totals(self, *values: float) -> tuple[float, ...]:
+        """Return the sum of each number over all processes, in fp64."""
+        ...
+
+    def most(self, *values: float) -> tuple[float, ...]:
+        """Return the largest of each number in any process, so that all decide the same."""
+        ...
+
+    def hold_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the memory that gradients are summed in, before any is computed."""
+        ...
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients of all processes, in place."""
+        ...
+
+    def each(self, work: Callable[[], Value]) -> list[Value]:
+        """Return what `work` returns in each process, by rank.
+
+        Raises:
+            QloraKitError: `work` raised it in some process; it is raised in all.
+            Stopped: the same.
+        """
+        ...
+
+    def from_writer(self, work: Callable[[], Value]) -> Value:
+        """Return what `work` returns in the writer; the others do not call it.
+
+        Raises:
+            QloraKitError: `work` raised it; it is raised in all processes.
+            Stopped: the same.
+        """
+        ...
+
+    def in_writer(self, work: Callable[[], Value]) -> Value | None:
+        """Wait until the writer has done `work`; return its result there, and None elsewhere.
+
+        Raises:
+            QloraKitError: see `from_writer`.
+        """
+        ...
+
+    def writer_first(self, work: Callable[[], Value]) -> Value:
+        """Do `work` in every process, in the writer first: the others find what it has made.
+
+        Raises:
+            QloraKitError: see `from_writer`.
+        """
+        ...
+
+    def after_writer(self, doing: str) -> None:
+        """Wait until the writer has come to the end of `doing`, or is gone; no meeting."""
+        ...
+
+    def lost(self) -> str | None:
+        """Return a line if another process is gone; None if none is, or it was told."""
+        ...
+
+    def speaks(self) -> bool:
+        """Whether this process is the one that tells the user how the run ended."""
+        ...
+
+    def leave(self) -> None:
+        """Meet no process any more, and wait until the writer has said its last words."""
         ...
 
 
 class OneProcess:
     """A process that trains by itself: every sum is its own number, every decision its own."""
 
+    rank = 0
+    count = 1
     is_writer = True
+    computes_together = False
 
-    def total(self, value: float) -> float:
+    def totals(self, *values: float) -> tuple[float, ...]:
         """See `Processes`."""
-        return value
+        return values
 
-    def any(self, flag: bool) -> bool:
+    most = totals
+
+    def hold_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """See `Processes`: autograd holds them."""
+
+    sum_gradients = hold_gradients
+
+    def each(self, work: Callable[[], Value]) -> list[Value]:
         """See `Processes`."""
-        return flag
+        return [work()]
+
+    def from_writer(self, work: Callable[[], Value]) -> Value:
+        """See `Processes`."""
+        return work()
+
+    in_writer = from_writer
+    writer_first = from_writer
+
+    def after_writer(self, doing: str) -> None:
+        """See `Processes`: there is nothing to wait for."""
+
+    def lost(self) -> str | None:
+        """See `Processes`."""
+        return None
+
+    def speaks(self) -> bool:
+        """See `Processes`."""
+        return True
+
+    def leave(self) -> None:
+        """See `Processes`."""
+
+
+_joined: Processes | None = None
 
 
 def processes_of_this_run() -> Processes:
-    """Return the processes that were launched.
+    """Return the processes that were launched, and meet them at the first call.
 
     Raises:
-        EnvironmentFault: several processes were launched; each would train on its own.
+        EnvironmentFault: the launcher's environment contradicts itself.
+        WorkerLost: not all processes came.
     """
-    launched = PartialState().num_processes
-    if launched > 1:
-        raise EnvironmentFault(
-            f"{launched} processes were launched; expected one (data parallel training is not "
-            "built yet); start it without torchrun or accelerate launch"
-        )
-    return OneProcess()
+    global _joined
+    here = place()
+    if here.count == 1:
+        return OneProcess()
+    if _joined is None:
+        from qlora_kit.parallel.data_parallel import DataParallel
+
+        _joined = DataParallel(here)
+    return _joined
+
+
+def lost_process() -> str | None:
+    """Return a line if another process of the run is gone; None if none is, or it was told."""
+    return None if _joined is None else _joined.lost()
+
+
+def speaks() -> bool:
+    """Whether this process is the one that tells the user how the run ended.
+
+    Of several processes the first that asks. Before they have met, the writer.
+    """
+    return place().is_writer if _joined is None else _joined.speaks()
+
+
+def leave() -> None:
+    """Let the other processes know that this one ends, and end after the writer."""
+    if _joined is not None:
+        _joined.leave()

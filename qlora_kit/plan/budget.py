@@ -110,12 +110,13 @@ class Budget:
         return f"{size_text(self.beside_bytes)} of context, assumed"
 
 
-def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
+def budget_of(options: BudgetOptions, *, on_gpu: bool, processes: int = 1) -> Budget:
     """Return the budget that was asked for; `auto` is all memory that nobody else has taken.
 
     Args:
         options: the sizes that were asked for.
         on_gpu: whether the model will run on a card.
+        processes: processes that share the memory of the host. Each has a card of its own.
 
     Raises:
         ConfigError: `auto`, and there is no GPU to ask; or less memory than a process takes by
@@ -136,6 +137,8 @@ def budget_of(options: BudgetOptions, *, on_gpu: bool) -> Budget:
     elif card == "auto":
         card = psutil.virtual_memory().available
     host = psutil.virtual_memory().available if host == "auto" else host
+    host = host // processes if host is not None else None
+    card = card // processes if card is not None and not on_gpu else card
     budget = Budget(card, host, on_gpu, beside, is_measured)
     _check_budget(budget)
     return budget

@@ -50,7 +50,8 @@ class Rehearsal:
 def rehearse(step: OptimizerStep, micro_batches: int, *, has_sources: bool = False) -> Rehearsal:
     """Take one optimiser step on the longest rows, measure it and undo it.
 
-    Where memory runs out the micro-batch is halved, as it would be in training.
+    Where memory runs out the micro-batch is halved, as it would be in training. Several processes
+    rehearse together, each on the longest rows.
 
     Args:
         step: takes the steps of the run.
@@ -77,7 +78,7 @@ def rehearse(step: OptimizerStep, micro_batches: int, *, has_sources: bool = Fal
             ledger.recorded() as changes,
             ledger,
         ):
-            step.take(window, rate=0.0)
+            step.take(window, rate=0.0, is_divided=False)
     rows = min(step.micro_batch_rows, len(largest))
     return Rehearsal(
         rows=rows,

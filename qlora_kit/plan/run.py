@@ -35,7 +35,12 @@ PICTURE = "memory.png"
 
 
 def plan_run(
-    config: TrainConfig, subject: Subject, announce: Announce, *, choose: bool = True
+    config: TrainConfig,
+    subject: Subject,
+    announce: Announce,
+    *,
+    choose: bool = True,
+    on_machine: int = 1,
 ) -> Plan | None:
     """Predict the memory of a run before anything is loaded, and keep the run to its budget.
 
@@ -44,6 +49,7 @@ def plan_run(
         subject: the run, on the hardware of this machine.
         announce: receives the prediction and the choice.
         choose: False for a resumed run, whose settings were chosen before.
+        on_machine: processes of the run that share the memory of this machine.
 
     Returns:
         The plan, with the settings to train with. None where the code could not be simulated;
@@ -53,7 +59,7 @@ def plan_run(
         ConfigError: nothing fits the budget, or the settings do not fit the free memory.
     """
     hardware = subject.hardware
-    budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
+    budget = budget_of(config, on_gpu=hardware.device.type != "cpu", processes=on_machine)
     planned = replace(
         subject, hardware=standing_in_for(hardware), ceilings=rates_of(hardware.device)
     )
@@ -74,8 +80,15 @@ def plan_run(
     if budget.is_bounded:
         limit_memory(hardware.device, budget.allocatable_bytes)
     else:
-        _check_free_memory(plan, hardware, announce)
+        _check_free_memory(plan, hardware, announce, on_machine)
     return plan
+
+
+def keep_to_budget(config: TrainConfig, hardware: Hardware, on_machine: int) -> None:
+    """Keep a process to the budget of a plan that another process has made."""
+    if hardware.device.type == "cuda":
+        budget = budget_of(config, on_gpu=True, processes=on_machine)
+        limit_memory(hardware.device, budget.allocatable_bytes)
 
 
 def _announce_plan(plan: Plan, announce: Announce) -> None:
@@ -94,13 +107,15 @@ def _announce_plan(plan: Plan, announce: Announce) -> None:
     announce(Facts("time", plan.time_rows()))
 
 
-def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce) -> None:
+def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce, on_machine: int) -> None:
     """Check settings that no search has chosen against the memory that is free now.
 
     Raises:
         ConfigError: not even the tensors fit.
     """
     free, peak = free_bytes(hardware.device), plan.prediction.peak.bytes
+    if hardware.device.type == "cpu":
+        free //= on_machine
     if peak > free:
         raise ConfigError(
             f"the run needs {size_text(peak)} and {size_text(free)} of memory are free; "
@@ -129,6 +144,7 @@ class MemoryAccount:
         plan: the plan with the prediction, or None.
         announce: receives the measured memory beside the predicted.
         has_sources: whether rows are sources and targets.
+        micro_batches: micro-batches of a step.
         rehearsal: the rehearsed step, or None before it.
     """
 
@@ -136,13 +152,12 @@ class MemoryAccount:
     plan: Plan | None
     announce: Announce
     has_sources: bool = False
+    micro_batches: int = 2
     rehearsal: Rehearsal | None = field(default=None, init=False)
 
     def rehearse(self, step: OptimizerStep) -> None:
         """Take the largest step of the run, undo it, and announce the memory it took."""
-        plan = self.plan
-        micro_batches = plan.config.gradient_accumulation_steps if plan else 2
-        self.rehearsal = found = rehearse(step, micro_batches, has_sources=self.has_sources)
+        self.rehearsal = found = rehearse(step, self.micro_batches, has_sources=self.has_sources)
         measured = f"{size_text(found.peak_bytes)} by the {found.how}"
         if (predicted := self._predicted_step(found)) is not None:
             measured += f", predicted {size_text(predicted)}"
@@ -243,7 +258,11 @@ class StepTimes:
 
     @classmethod
     def of(
-        cls, log_rows: Sequence[Mapping[str, Any]], plan: Plan | None, first_step: int
+        cls,
+        log_rows: Sequence[Mapping[str, Any]],
+        plan: Plan | None,
+        first_step: int,
+        processes: int = 1,
     ) -> StepTimes | None:
         """Return the times of the steps of this process, without its first ones.
 
@@ -251,6 +270,7 @@ class StepTimes:
             log_rows: the rows of the run's log.
             plan: the plan with the prediction, or None.
             first_step: the first step that this process took; the log may have earlier ones.
+            processes: number of processes, of which each computes its share of the tokens.
 
         Returns:
             The times; None where the log has no step after the first ones.
@@ -262,7 +282,8 @@ class StepTimes:
         if not taken:
             return None
         pace = plan.pace if plan else None
-        predicted = pace.seconds_for(fmean(row["tokens"] for row in taken)) if pace else None
+        tokens = fmean(row["tokens"] for row in taken) / processes
+        predicted = pace.seconds_for(tokens) if pace else None
         return cls(fmean(row["step_seconds"] for row in taken), len(taken), predicted)
 
     def rows(self) -> tuple[tuple[str, str], ...]:

@@ -5,6 +5,7 @@ Takes the options of `train`; only the architecture need be on this machine. Nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -186,6 +187,14 @@ class Subject:
     task: Task = CAUSAL
     ceilings: Ceilings | str = "the rates of the device are not known"
     sharing: int = 1
+
+    def divided(self, count: int) -> Subject:
+        """Return the share of each of several processes: as large rows, and fewer of them."""
+        usual = self.rows.usual
+        if count == 1 or usual is None:
+            return self
+        fewer = replace(usual, rows=math.ceil(usual.rows / count))
+        return replace(self, rows=replace(self.rows, usual=fewer))
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

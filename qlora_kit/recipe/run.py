@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, count_trainable
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.opening.model import Opened
+from qlora_kit.parallel.division import share_of
+from qlora_kit.parallel.one import Processes
 from qlora_kit.plan.planning import Plan
-from qlora_kit.plan.run import PICTURE, MemoryAccount, StepTimes, plan_run
+from qlora_kit.plan.rehearsal import rehearse
+from qlora_kit.plan.run import PICTURE, MemoryAccount, StepTimes
 from qlora_kit.plan.subject import Subject
+from qlora_kit.recipe.agreement import check_alike, planned_by_writer
 from qlora_kit.recipe.rows import surveyed
 from qlora_kit.recipe.streaming import Learnt
 from qlora_kit.recipe.validation import Validation
@@ -38,17 +42,23 @@ from qlora_kit.report.profile import Profile, read_profile
 from qlora_kit.report.trackers import Tracking
 from qlora_kit.signals import Stopped
 from qlora_kit.step.kernels import Kernels
-from qlora_kit.storage import storage_errors, write_text
+from qlora_kit.storage import manifest_hash, storage_errors, write_text
 from qlora_kit.train.checkpoint import check_room
 from qlora_kit.train.folder import CONFIG, checkpoints, clear_run, goes_on, step_of
 from qlora_kit.train.loop import Saving, TrainResult, train_adapter
+from qlora_kit.train.optimizer_step import OptimizerStep
 from qlora_kit.train.packing import Packing
 from qlora_kit.train.resume import is_finished, resume_point
 from qlora_kit.train.windows import plan_steps
 
 
 def planned(
-    config: TrainConfig, subject: Subject, rows: int | None, output: Path, announce: Announce
+    config: TrainConfig,
+    subject: Subject,
+    rows: int | None,
+    output: Path,
+    announce: Announce,
+    processes: Processes,
 ) -> tuple[TrainConfig, Plan | None]:
     """Plan a run before any weight is loaded, and check that memory and disk have room for it.
 
@@ -58,18 +68,20 @@ def planned(
         rows: number of training rows of an epoch; None if they are not counted.
         output: the run folder.
         announce: receives the prediction and the choice.
+        processes: the processes of the run. The plan is that of the largest of them.
 
     Returns:
-        The options with the settings that the plan chose, and the plan, if one could be made.
+        The options with the settings that the plan chose; and in the writer the plan, if one could
+        be made.
 
     Raises:
         ConfigError: a target or pattern names no layer, or nothing fits the memory.
         StorageError: the disk is too full.
     """
     trainable = count_trainable(subject.spec.skeleton(), subject.lora)
-    plan = plan_run(config, subject, announce, choose=not goes_on(output, config.resume))
-    config = plan.config if plan else config
-    check_room(output, trainable, plan_steps(rows, config), config)
+    choose = processes.from_writer(lambda: not goes_on(output, config.resume))
+    config, plan = planned_by_writer(config, subject, announce, processes, choose=choose)
+    processes.in_writer(lambda: check_room(output, trainable, plan_steps(rows, config), config))
     return config, plan
 
 
@@ -79,7 +91,7 @@ class Run:
 
     Attributes:
         config: the options of the run, with the settings that the plan chose.
-        output: the run folder, claimed for this process.
+        output: the run folder, claimed for this process, or for the writer of several.
         announce: receives the events.
         samples: the training data as it was read.
         validation: the validation data as it was read, if there is a file of it.
@@ -87,10 +99,11 @@ class Run:
         rows: the training rows, or those of the first samples of a stream.
         learnt: all that is learnt from.
         held_out: the validation rows, if there are any.
-        plan: the plan of the run's memory, if one could be made.
+        plan: the plan of the memory of a process, in the writer, if one could be made.
         adapter: the adapter, attached to the loaded base.
         kernels: the kernels that serve the loaded base.
         packing: whether the samples of a step are packed, and why.
+        processes: the processes of the run. The writer alone prepares and finishes the folder.
     """
 
     config: TrainConfig
@@ -106,6 +119,7 @@ class Run:
     adapter: Adapter
     kernels: Kernels
     packing: Packing
+    processes: Processes
 
     @cached_property
     def record(self) -> BaseRecord:
@@ -128,17 +142,32 @@ class Run:
             "kernels": self.kernels.names,
             # The number of threads decides how a sum is divided.
             "threads": config.threads if base.hardware.device.type == "cpu" else None,
+            "processes": self.processes.count,
         }
 
     @cached_property
     def resume(self) -> Path | None:
         """The checkpoint to resume from, which is looked for once; None to start anew."""
+        check_alike(
+            lambda: {words: self.identity.get(name) for name, words in _READ.items()},
+            self.processes,
+        )
         steps = plan_steps(self.learnt.in_epoch, self.config)
-        return resume_point(self.output, self.config, self.identity, steps.total, self.announce)
+        found = self.processes.from_writer(
+            lambda: resume_point(
+                self.output, self.config, self.identity, steps.total, self.announce
+            )
+        )
+        if found is not None:
+            check_alike(lambda: {"checkpoint": manifest_hash(found)}, self.processes)
+        return found
 
     def finished_before(self) -> dict[str, Any] | None:
         """Return the outcome of a run that was finished before; None if it has work left."""
-        if self.resume is None or not is_finished(self.output, self.resume, self.config):
+        resume = self.resume
+        if resume is None or not self.processes.from_writer(
+            lambda: is_finished(self.output, resume, self.config)
+        ):
             return None
         self.announce(Notice(f"{self.output}: this run is finished; nothing to do"))
         return {"output": str(self.output), "finished": True}
@@ -147,28 +176,46 @@ class Run:
 
     def taken(self) -> dict[str, Any]:
         """Train, and write all files of the run; return its outcome, for programs."""
+        begun = self.processes.in_writer(self._begun)
+        try:
+            validation = self._validation()
+            result = self._trained(begun.memory if begun else None, validation)
+        except (Stopped, NumericsError, OutOfMemory, DataError, HubError, WorkerLost) as end:
+            if isinstance(end, WorkerLost) and self.processes.count > 1:
+                raise WorkerLost(*self._with_way_on(end)) from end
+            self._say_how_to_go_on(end)
+            raise
+        return self.processes.from_writer(lambda: self._outcome(result, begun, validation))
+
+    def _begun(self) -> _Begun:
+        """Write the files of the run that are there before it, and say what it is."""
         if self.config.overwrite:
             clear_run(self.output)
         facts = header(
             self.adapter, self.learnt, self.rows, self.held_out, self.config, self.kernels,
-            self.packing.described(self.config, self.rows.rows),
+            self.packing.described(self.config, self.rows.rows), self.processes.count,
         )  # fmt: skip
         name = self.opened.source.name
         self.announce(Facts(f"qlora-kit: {name} → {self.output}", facts))
         self._save_inputs()
         self._show_data()
         memory = MemoryAccount(
-            self.output, self.plan, self.announce, has_sources=self.opened.task.has_sources
-        )
-        samples = self._samples()
-        try:
-            validation = self._validation()
-            result = self._trained(memory, validation)
-        except (Stopped, NumericsError, OutOfMemory, DataError, HubError, WorkerLost) as end:
-            self._say_how_to_go_on(end)
-            raise
+            self.output, self.plan, self.announce, has_sources=self.opened.task.has_sources,
+            micro_batches=self._micro_batches,
+        )  # fmt: skip
+        return _Begun(facts, memory, self._samples())
+
+    @property
+    def _micro_batches(self) -> int:
+        """Micro-batches of a step in each process."""
+        return share_of(self.config, self.processes.count).gradient_accumulation_steps
+
+    def _outcome(
+        self, result: TrainResult, begun: _Begun | None, validation: Validation | None
+    ) -> dict[str, Any]:
+        assert begun is not None, "the writer has begun"
         last = validation.last if validation else None
-        outcome = self._finished(result, memory, samples, facts, last.details if last else {})
+        outcome = self._finished(result, begun, last.details if last else {})
         return {**outcome, **self._of_sources(validation)}
 
     def _of_sources(self, validation: Validation | None) -> dict[str, Any]:
@@ -204,21 +251,39 @@ class Run:
         account.begin(count, (self.held_out or self.rows).rows, tokens_at_once)
         return account
 
-    def _trained(self, memory: MemoryAccount, validation: Validation | None) -> TrainResult:
+    def _trained(self, memory: MemoryAccount | None, validation: Validation | None) -> TrainResult:
+        """Train; the writer reports it.
+
+        Args:
+            memory: the account of the memory, in the writer.
+            validation: what measures the validation rows.
+        """
+        rehearsal = memory.rehearse if memory else self._rehearse
+        train = partial(
+            train_adapter,
+            self.adapter,
+            self.learnt.rows,
+            self.config,
+            task=self.opened.task,
+            pad_token_id=self.opened.tokenizer.pad_token_id,
+            evaluate=validation,
+            saving=Saving(self.output, self.record, self.resume, self.identity),
+            before_first_step=rehearsal if self.config.rehearse else None,
+        )
+        return self._reported(train) if self.processes.is_writer else train()
+
+    def _rehearse(self, step: OptimizerStep) -> None:
+        """Rehearse a step beside the writer, which gives account of it."""
+        rehearse(step, self._micro_batches, has_sources=self.opened.task.has_sources)
+
+    def _reported(self, train: Callable[..., TrainResult]) -> TrainResult:
+        """Train with all reports of the run: log, trackers, profile, terminal."""
         profile = None
         if self.config.profile is not None:
             profile = Profile(self.output, self.config.profile, self.adapter, self.announce)
         with Tracking(self.config, self.output, self._first_step, self.announce) as tracking:
             written = log.Log(self.output, self.config.logging_steps)
-            result = train_adapter(
-                self.adapter,
-                self.learnt.rows,
-                self.config,
-                task=self.opened.task,
-                pad_token_id=self.opened.tokenizer.pad_token_id,
-                evaluate=validation,
-                saving=Saving(self.output, self.record, self.resume, self.identity),
-                before_first_step=memory.rehearse if self.config.rehearse else None,
+            result = train(
                 around_step=profile.step if profile else nullcontext,
                 announce=announce_to((written, tracking, self.announce)),
             )
@@ -236,37 +301,47 @@ class Run:
         if self.held_out is None:
             return None
         base = self.adapter.base
-        return Validation(base, self.opened, self.held_out, self.config, self.announce)
+        return Validation(
+            base, self.opened, self.held_out, self.config, self.announce, self.processes
+        )
 
     def _say_how_to_go_on(self, end: BaseException) -> None:
         if checkpoints(self.output):
             until = " until the last checkpoint" if isinstance(end, TornStep) else ""
-            again = f"qlora-kit train --output {shlex.quote(str(self.output))} --resume"
-            self.announce(Notice(f"what was trained{until} is saved; go on with: {again}"))
+            self.announce(Notice(f"what was trained{until} is saved; go on with: {self._again}"))
+
+    @property
+    def _again(self) -> str:
+        return f"qlora-kit train --output {shlex.quote(str(self.output))} --resume"
+
+    def _with_way_on(self, lost: WorkerLost) -> Iterator[str]:
+        """Say how to go on in the error itself: whichever process is left tells it."""
+        is_saved = bool(checkpoints(self.output))
+        until = "what was trained until the last checkpoint is saved; go on with: "
+        for fault in lost.faults:
+            yield f"{fault}; {until}{self._again}" if is_saved else fault
 
     # ------------------------------------------------------------ what it leaves behind
 
     def _finished(
         self,
         result: TrainResult,
-        memory: MemoryAccount,
-        samples: SampleAccount,
-        facts: tuple[tuple[str, str], ...],
+        begun: _Begun,
         labels: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Write the plot, the card, the page and the adapter; say what to do next."""
-        output = self.output
+        output, facts = self.output, begun.facts
         rows = log.read_log(output / log.NAME)
         plot.draw_loss(rows, output / plot.NAME, self.opened.task.unit)
         if labels:
             write_labels(output, labels)
-        times = StepTimes.of(rows, self.plan, self._first_step)
+        times = StepTimes.of(rows, self.plan, self._first_step, self.processes.count)
         results = (
             *_results(result, self.config),
             *self._streamed(result),
             *speed(rows),
             *(times.rows() if times else ()),
-            *memory.close(result.peak_memory_bytes),
+            *begun.memory.close(result.peak_memory_bytes),
         )
         commands = _next_commands(output, self.config)
         record = self.record
@@ -280,7 +355,7 @@ class Run:
             output,
             summary,
             rows,
-            [sample.rows() for sample in samples.close()],
+            [sample.rows() for sample in begun.samples.close()],
             loss_picture=output / plot.NAME,
             step_picture=output / PICTURE,
             on_gpu=self.adapter.base.hardware.device.type != "cpu",
@@ -306,6 +381,27 @@ class Run:
         yield "streamed", counts.describe()
         if stream.skipped:
             yield "skipped", f"{stream.skipped:,} for a fault; the first: {stream.first_skipped}"
+
+
+_READ = {
+    "data": "training data", "rows": "training rows", "validation": "validation data",
+    "base": "base model",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the writer has before the first step.
+
+    Attributes:
+        facts: the table that says what the run is.
+        memory: the account of its memory.
+        samples: the account of its samples.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    memory: MemoryAccount
+    samples: SampleAccount
 
 
 def _evaluated(found: Evaluation | None) -> dict[str, Any]:

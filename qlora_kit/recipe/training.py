@@ -14,6 +14,7 @@ from qlora_kit.events import Announce, silent
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
+from qlora_kit.parallel.one import processes_of_this_run
 from qlora_kit.recipe.rows import read_data, token_rows
 from qlora_kit.recipe.streaming import learning_from
 from qlora_kit.report.trackers import check_tracker
@@ -23,45 +24,51 @@ from qlora_kit.train.folder import claimed_run, goes_on
 def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     """Train a LoRA adapter, from a data file to an adapter folder.
 
+    Of several processes each reads the data and loads the base, and all of them train. One of them
+    decides what may differ between them, writes the files and announces the events.
+
     Returns:
         The outcome of the run, for programs.
     """
     prepare_environment(deterministic=config.deterministic)
+    processes = processes_of_this_run()
+    announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
     source = find_model(config.model)
-    with (
-        claimed_run(
+    with ExitStack() as at_the_end:
+        claimed = claimed_run(
             config.output, source.name, resume=config.resume, overwrite=config.overwrite
-        ) as output,
-        ExitStack() as at_the_end,
-    ):
-        samples, validation = read_data(config, announce)
+        )
+        output = processes.from_writer(lambda: at_the_end.enter_context(claimed))
+        samples, validation = processes.writer_first(lambda: read_data(config, announce))
 
         # torch is imported here, after everything that can be checked without it.
         from qlora_kit.lora.attach import LoraSpec, attach
-        from qlora_kit.model.ceilings import proposing_bfloat16
-        from qlora_kit.model.hardware import choose_hardware, make_deterministic
+        from qlora_kit.model.hardware import make_deterministic
         from qlora_kit.model.load import Placement, load_base
-        from qlora_kit.model.threads import choose_threads
         from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
+        from qlora_kit.recipe.agreement import chosen_hardware, serving_kernels, shared_threads
         from qlora_kit.recipe.run import Run, planned
-        from qlora_kit.step.kernels import choose_kernels
         from qlora_kit.train.packing import choose_packing
 
         if config.deterministic:
             make_deterministic()
-        threads = choose_threads(config.threads)
+        threads = shared_threads(config, processes)
         config = config.model_copy(update={"threads": threads.count})
-        opened, rows, held_out = token_rows(samples, validation, config, announce)
-        learnt = at_the_end.enter_context(learning_from(samples, opened, rows, config, announce))
+        opened, rows, held_out = processes.writer_first(
+            lambda: token_rows(samples, validation, config, announce)
+        )
+        learnt = processes.writer_first(
+            lambda: at_the_end.enter_context(learning_from(samples, opened, rows, config, announce))
+        )
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
-        hardware = choose_hardware(config.device, config.dtype, threads)
-        if config.dtype == "auto":
-            hardware = proposing_bfloat16(hardware)
-        packing = choose_packing(
-            config, opened.task, spec.skeleton(), rows.rows, longest=max(learnt.rows.lengths()),
-            goes_on=goes_on(output, config.resume),
+        hardware = chosen_hardware(config, threads, processes)
+        packing = processes.from_writer(
+            lambda: choose_packing(
+                config, opened.task, spec.skeleton(), rows.rows, longest=max(learnt.rows.lengths()),
+                goes_on=goes_on(output, config.resume),
+            )
         )  # fmt: skip
         config = packing.settled(config)
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
@@ -72,14 +79,15 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
             )
             sizes = replace(sizes, usual=replace(usual, rows=learnt.in_epoch or usual.rows))
         subject = Subject(spec, lora, hardware, sizes, opened.task)
-        config, plan = planned(config, subject, learnt.in_epoch, output, announce)
+        config, plan = planned(config, subject, learnt.in_epoch, output, announce, processes)
         base = load_base(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
-        packing = packing.tried(base.model)
+        tried = packing.tried(base.model)
+        packing = processes.from_writer(lambda: tried)
         config = packing.settled(config)
-        kernels = choose_kernels(base.model, config, hardware)
+        config, kernels = serving_kernels(base.model, config, hardware, announce, processes)
         run = Run(
             config, output, announce, samples, validation, opened, rows, learnt, held_out, plan,
-            adapter, kernels, packing,
+            adapter, kernels, packing, processes,
         )  # fmt: skip
         return run.finished_before() or run.taken()

@@ -10,6 +10,7 @@ from qlora_kit.events import Announce
 from qlora_kit.infer.evaluate import Evaluation, evaluate_parts
 from qlora_kit.model.load import Base
 from qlora_kit.opening.model import Opened
+from qlora_kit.parallel.one import Processes
 from qlora_kit.train.best import loss_of_source
 
 
@@ -22,6 +23,7 @@ class Validation:
         held_out: the validation rows.
         config: the options of the run.
         announce: receives notices.
+        processes: the processes of the run, which divide the rows.
     """
 
     def __init__(
@@ -31,10 +33,11 @@ class Validation:
         held_out: Tokenized,
         config: TrainConfig,
         announce: Announce,
+        processes: Processes,
     ) -> None:
         self._base, self._opened, self._rows = base, opened, held_out.rows
         self._parts = {each.name: each.rows for each in held_out.sources}
-        self._config, self._announce = config, announce
+        self._config, self._announce, self._processes = config, announce, processes
         self._batch_size = config.eval_batch_size
         self.last: Evaluation | None = None
         self.by_source: Mapping[str, Evaluation] = {}
@@ -51,6 +54,7 @@ class Validation:
             chunk_tokens=self._config.loss_chunk_tokens,
             task=self._opened.task,
             announce=self._announce,
+            processes=self._processes,
         )
         self.last, self._batch_size = found, found.batch_size
         losses = {loss_of_source(name): each.loss for name, each in self.by_source.items()}

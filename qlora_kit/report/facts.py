@@ -144,6 +144,7 @@ def header(
     config: TrainConfig,
     kernels: Kernels,
     packing: str,
+    processes: int = 1,
 ) -> Rows:
     """Return the facts that are known before training: model, data, device and batch.
 
@@ -155,6 +156,7 @@ def header(
         config: the options of the run.
         kernels: the kernels that serve the loaded base.
         packing: whether the samples of a step are packed, in words.
+        processes: number of processes that divide the rows of a step.
     """
     base = adapter.base
     share = adapter.trainable / base.parameters
@@ -167,6 +169,8 @@ def header(
         ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in "
                       f"{len(adapter.layers)} layers"),
         ("device", base.hardware.device_name),
+        *((("processes", f"{processes}, which divide the rows of each step"),)
+          if processes > 1 else ()),
         ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
         *((("kernels", kernels.described()),) if on_gpu else ()),
         ("data", learnt.described),

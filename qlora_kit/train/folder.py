@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qlora_kit.config import Layer, read_config_file
 from qlora_kit.errors import OutputError
+from qlora_kit.launched import place
 from qlora_kit.storage import (
     LOCK,
     check_confined,
@@ -73,6 +74,9 @@ def stored_layer(output: Path | None, resume: str | None) -> Layer | None:
     check_confined(folder, OutputError)
     stored = read_config_file(folder / CONFIG)
     kept = {name: value for name, value in stored.values.items() if name not in _OF_ONE_START}
+    launched = place().count
+    if launched > 1 and kept.get("devices") != str(launched):
+        kept.pop("devices", None)  # the launcher says how many there are now
     return Layer(stored.origin, kept)
 
 

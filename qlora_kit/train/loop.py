@@ -29,6 +29,7 @@ from qlora_kit.errors import (
     OutOfMemory,
     QloraKitError,
     TornStep,
+    WorkerLost,
 )
 from qlora_kit.events import (
     Announce,
@@ -47,6 +48,7 @@ from qlora_kit.layers.loss import ChunkLoss
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.model.memory import memory_in_use_bytes, peak_memory_bytes, restart_peak
+from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.one import Processes, processes_of_this_run
 from qlora_kit.step.reducers import without_effect
 from qlora_kit.step.settle import settle
@@ -113,6 +115,7 @@ class TrainResult:
             per supervised token.
         seconds: duration in this process.
         peak_memory_bytes: peak since the run began: allocated on the GPU, or anonymous on a CPU.
+        process_tokens: tokens that each process has computed in this call, by rank.
     """
 
     progress: Progress
@@ -120,6 +123,7 @@ class TrainResult:
     last_loss: float
     seconds: float
     peak_memory_bytes: int
+    process_tokens: tuple[int, ...] = ()
 
 
 def _loss_and_metrics(found: float | Mapping[str, float]) -> tuple[float, dict[str, float]]:
@@ -144,7 +148,10 @@ def train_adapter(
     around_step: AroundStep = nullcontext,
     announce: Announce = silent,
 ) -> TrainResult:
-    """Train an attached adapter.
+    """Train an attached adapter, in this process or in all that a launcher started.
+
+    Several processes take the very steps of one: they divide the rows of each step, and each calls
+    this function with the same arguments.
 
     Args:
         adapter: trained in place.
@@ -173,6 +180,7 @@ def train_adapter(
         OutOfMemory: not even one row at a time fits.
         TornStep: memory ran out while the weights changed; only the last checkpoint remains.
         Stopped: a signal came.
+        WorkerLost: another process is gone, or does not answer.
     """
     processes = processes_of_this_run()
     run = _Training(
@@ -214,8 +222,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.model = self.adapter.base.model
-        packing = choose_packing(self.config, self.task, self.model, self.rows)
-        self.config = packing.tried(self.model).settled(self.config)
+        packing = choose_packing(self.config, self.task, self.model, self.rows).tried(self.model)
+        self.config = self.processes.from_writer(lambda: packing).settled(self.config)
         config, hardware = self.config, self.adapter.base.hardware
         self.device = hardware.device
         self.trainee = Trainee(
@@ -223,13 +231,14 @@ class _Training:
             build_optimizer(self.adapter.parameters().values(), config),
             torch.amp.GradScaler(self.device.type, enabled=hardware.dtype == torch.float16),
         )
+        self.rows_at_once = share_of(config, self.processes.count).batch_size
         self.step = OptimizerStep(
             adapter=self.adapter,
             objective=self._objective(),
             rows=self.rows,
             optimizer=self.trainee.optimizer,
             scaler=self.trainee.scaler,
-            micro_batch_rows=config.batch_size,
+            micro_batch_rows=self.rows_at_once,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             packs=bool(config.packing),
@@ -265,7 +274,11 @@ class _Training:
         except TornStep:
             raise
         except (signals.Stopped, NumericsError, OutOfMemory):
-            self._save()
+            self._save_last()
+            raise
+        except WorkerLost:
+            # The step was not taken, so the weights are sound. Nobody is met any more.
+            self._write()
             raise
         self.progress.finished = True
         self.model.eval()
@@ -274,7 +287,8 @@ class _Training:
         seconds = time.perf_counter() - start
         self.announce(RunFinished(self.progress.optimizer_step, reason, seconds))
         memory = peak_memory_bytes(self.device)
-        return TrainResult(self.progress, reason, self.last_loss, seconds, memory)
+        computed = tuple(self.processes.each(lambda: self.step.tokens_computed))
+        return TrainResult(self.progress, reason, self.last_loss, seconds, memory, computed)
 
     def _begin(self) -> None:
         seed_everything(self.config.seed)
@@ -284,11 +298,14 @@ class _Training:
         self.model.train()
         if self.saving is not None and self.saving.resume is not None:
             self.progress = restore_checkpoint(self.saving.resume, self.trainee)
-            adopt(self.saving.output, self.saving.resume, self.progress)
+            if self.processes.is_writer:
+                adopt(self.saving.output, self.saving.resume, self.progress)
             self.saved = copy(self.progress)
             self.progress.finished = False
-            self.step.micro_batch_rows = self.progress.micro_batch_rows or self.config.batch_size
+            self.step.micro_batch_rows = self.progress.micro_batch_rows or self.rows_at_once
         self._say_cost_of_determinism()
+        # From here on the processes do not wait long for each other.
+        self.processes.each(lambda: None)
         if self.before_first_step is not None:
             self.before_first_step(self.step)
         self.announce(
@@ -311,7 +328,7 @@ class _Training:
         if self.device.type == "cpu":
             self.announce(Notice("--deterministic: a CPU run has the same bits each time anyway"))
             return
-        some_rows = tuple(range(min(self.config.batch_size, len(self.rows))))
+        some_rows = tuple(range(min(self.rows_at_once, len(self.rows))))
         cost = self.step.cost_of_determinism([some_rows])
         self.announce(Notice(f"--deterministic: a micro-batch takes {cost:.2f} times as long"))
 
@@ -322,11 +339,14 @@ class _Training:
         if is_behind and (reason := self._after_step()):
             return reason
         for window in self._windows():
-            signals.safe_point(self.processes.any)
+            signals.safe_point(self._of_all)
             self._take(window)
             if reason := self._after_step():
                 return reason
         return "all steps done"
+
+    def _of_all(self, number: int) -> int:
+        return int(self.processes.most(number)[0])
 
     def _windows(self) -> Iterator[tuple[Indices, ...]]:
         """Yield, epoch after epoch, the windows that are still to be done."""
@@ -343,7 +363,7 @@ class _Training:
         try:
             return next(windows, None)
         except QloraKitError:
-            self._save()
+            self._save_last()
             raise
 
     def _epoch(self) -> float:
@@ -425,12 +445,12 @@ class _Training:
     def _record_halving(self, rows_now: int) -> None:
         self.progress.micro_batch_rows = rows_now
         step = self.progress.optimizer_step + 1
-        self.announce(MicroBatchHalved(step, self.config.batch_size, rows_now))
+        self.announce(MicroBatchHalved(step, self.rows_at_once, rows_now))
 
     def _tell(self, event: Event) -> None:
         """Announce an event, and ask the stop rule about it."""
         self.announce(event)
-        if self.stop_when is not None and self.stop_when(event):
+        if self.stop_when is not None and self.processes.most(self.stop_when(event))[0]:
             self.is_asked_to_stop = True
 
     # ------------------------------------------------------------ between steps
@@ -469,7 +489,8 @@ class _Training:
             return False
         start = time.perf_counter()
         self.model.eval()
-        loss, metrics = _loss_and_metrics(self.evaluate())
+        found = self.evaluate()
+        loss, metrics = self.processes.from_writer(lambda: _loss_and_metrics(found))
         self.model.train()
         step = self.progress.optimizer_step
         if not math.isfinite(loss):
@@ -502,6 +523,14 @@ class _Training:
 
     def _save(self) -> None:
         """Save a checkpoint, unless there was no progress since the last one."""
+        self.processes.in_writer(self._write)
+
+    def _save_last(self) -> None:
+        """Save as far as the run came; the other processes do not end, and so end it, before."""
+        self._write()
+        self.processes.after_writer("saving")
+
+    def _write(self) -> None:
         if self.saving is None or not self.processes.is_writer:
             return
         if not self.progress.optimizer_step or self.progress == self.saved:

@@ -4,32 +4,45 @@ If memory runs out, the micro-batch is halved, and the step is replayed from the
 it began with. The rows of the window, and so the effective batch, stay the same. All memory of a
 step is allocated before a weight changes. If the loss or the gradient is not finite, no weight
 changes, and the rows are named. If a signal comes between two micro-batches, the step is undone.
+
+Several processes divide the rows of a step, and compute them in rounds: in each, every process has
+one micro-batch or none. Before each round all of them tell each other whether memory ran out or a
+signal came, so they leave a step in the same way, at the same place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from qlora_kit.data.batch import Indices, TokenRows
 from qlora_kit.data.packing import packed
-from qlora_kit.errors import TornStep
+from qlora_kit.errors import OutOfMemory, TornStep
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.halving import halved, if_it_fits
 from qlora_kit.model.memory import is_out_of_memory
+from qlora_kit.parallel.division import divided
 from qlora_kit.parallel.one import OneProcess, Processes
-from qlora_kit.signals import safe_point
+from qlora_kit.signals import Stopped, received
 from qlora_kit.tasks.task import Batch, Objective
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
-from qlora_kit.train.random_states import random_states, restore_random_states
+from qlora_kit.train.random_states import (
+    random_states,
+    restore_random_states,
+    seed_everything,
+)
+
+Result = TypeVar("Result")
 
 Window = Sequence[Indices]
 """The micro-batches of one optimiser step, each as indices of rows."""
@@ -65,16 +78,36 @@ class _Gradients(NamedTuple):
     """The facts about a window whose gradients are computed.
 
     Attributes:
-        losses: summed loss of each micro-batch.
-        batches: the micro-batches.
-        weight: sum of the weights of the units that the loss is a mean over, in all processes.
+        losses: summed loss of each micro-batch of this process.
+        batches: its micro-batches.
+        loss: summed loss of all processes.
+        size: size of the step in all processes.
         norm: norm of the gradient before clipping.
+        longest: tokens of the longest row.
     """
 
     losses: list[float]
     batches: list[Batch]
-    weight: float
+    loss: float
+    size: _Size
     norm: float
+    longest: int
+
+
+class _Size(NamedTuple):
+    """What the batches of a step have together, see `Taken`."""
+
+    weight: float
+    units: float
+    tokens: float
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> _Size:
+        return cls(
+            sum(batch.weight for batch in batches),
+            sum(batch.units for batch in batches),
+            sum(batch.tokens for batch in batches),
+        )
 
 
 @dataclass
@@ -115,6 +148,7 @@ class OptimizerStep:
         # The width of the widest row: masks are drawn at this width for every batch.
         self.longest = max(self.rows.lengths())
         self.most_tokens = self.adapter.base.batch_width(self.longest)
+        self.tokens_computed = 0
 
     def take(
         self,
@@ -122,6 +156,8 @@ class OptimizerStep:
         rate: float,
         step: int = 0,
         check: Callable[[int], None] = lambda longest: None,
+        *,
+        is_divided: bool = True,
     ) -> Taken:
         """Take one step, or skip it where its loss or gradient is not finite.
 
@@ -131,76 +167,163 @@ class OptimizerStep:
             step: number of the step, from which dropout draws its masks.
             check: called with the tokens of the longest row, after finite gradients are computed
                 and before the weights change.
+            is_divided: whether several processes divide the rows. Otherwise each takes all of them,
+                as if they had as many times the rows.
 
         Raises:
             OutOfMemory: even one row does not fit. The weights are those before the step.
             TornStep: memory ran out while the weights changed. The weights are useless.
             Stopped: a signal came. The weights and random states are those before the step.
+            WorkerLost: another process is gone. The weights are those before the step.
         """
-        found = self._gradients(window, step)
-        losses, batches, norm = found.losses, found.batches, found.norm
+        found = self._gradients(window, step, is_divided=is_divided)
         overflowed = False
-        suspect = _suspect_rows(losses, norm, batches, is_scaled=self.scaler.is_enabled())
-        if not self.processes.any(bool(suspect)):
-            overflowed = not math.isfinite(norm)
+        suspect = self._suspect_rows(found)
+        if not suspect:
+            overflowed = not math.isfinite(found.norm)
             if not overflowed:
-                check(max(batch.longest for batch in batches))
+                check(found.longest)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self._change_weights()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.tokens_computed += sum(batch.tokens for batch in found.batches)
         return Taken(
-            loss=math.fsum(losses) / found.weight,
-            grad_norm=norm,
-            weight=found.weight,
-            units=sum(batch.units for batch in batches),
-            tokens=sum(batch.tokens for batch in batches),
+            loss=found.loss / found.size.weight,
+            grad_norm=found.norm,
+            weight=found.size.weight,
+            units=int(found.size.units),
+            tokens=int(found.size.tokens),
             suspect_rows=suspect,
             overflowed=overflowed,
         )
 
-    def _gradients(self, window: Window, step: int) -> _Gradients:
+    def _gradients(self, window: Window, step: int, *, is_divided: bool) -> _Gradients:
         """Sum the window's gradients and clip them; halve the micro-batch if memory runs out."""
+        if self.processes.count > 1:
+            # What draws from the random states, such as an encoder's own dropout, must neither be
+            # alike in all processes, nor depend on what was computed before.
+            seed_everything(_seed_of(self.seed, step, self.processes.rank))
         states = random_states(self.device)
-
-        def attempt() -> _Gradients:
+        while True:
             try:
-                make_state(self.optimizer)
-                return self._backward(window, step)
+                found = self._attempt(self._divided(window, is_divided=is_divided), step)
             except BaseException:
                 self._forget(states)
                 raise
-
-        while True:
-            found = if_it_fits(attempt, self.device)
-            # If memory ran out in one process, all processes begin again.
-            if not self.processes.any(found is None):
-                assert found is not None
+            if found is not None:
                 return found
             self._forget(states)
-            self._halve(window)
+            self._halve(self._divided(window, is_divided=is_divided))
 
     def _forget(self, states: dict[str, Tensor]) -> None:
         """Drop the gradients, and put the random states back to the beginning of the step."""
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(states, self.device)
 
-    def _backward(self, window: Window, step: int) -> _Gradients:
-        micro_batches = self._micro_batches(window)
-        batches = [self._collate(indices) for indices in micro_batches]
-        weight = self.processes.total(sum(batch.weight for batch in batches))
-        sums = []
-        for indices, batch in zip(micro_batches, batches, strict=True):
-            safe_point(self.processes.any)
-            lengths = batch.lengths if self.packs else None
-            with drawn_from(Draws(self.seed, step, indices, self.most_tokens, lengths)):
-                summed = self.objective.loss_sum(batch)
-                differentiate(self.scaler.scale(summed / weight))
-            sums.append(summed.detach().double())
+    def _attempt(self, shares: Sequence[Window], step: int) -> _Gradients | None:
+        """Compute the gradients of a step; None if memory ran out in any process.
+
+        Args:
+            shares: the micro-batches of each process.
+            step: number of the step.
+        """
+        own = shares[self.processes.rank]
+        begun = self._fitting(lambda: self._begun(own))
+        batches = begun or []
+        short, *sizes = self.processes.totals(begun is None, *_Size.of(batches))
+        if short:
+            return None
+        size = _Size(*sizes)
+        sums: list[Tensor] = []
+        for number in range(max(map(len, shares))):
+            if self._is_short(len(sums) < min(number, len(own))):
+                return None
+            passed = self._fitting(partial(self._pass, shares, number, batches, size.weight, step))
+            if passed is not None:
+                sums += passed
+        longest = max((batch.longest for batch in batches), default=0)
+        short, most = self.processes.most(len(sums) < len(own), longest)
+        if short:
+            return None
+        self.processes.sum_gradients(self.parameters)
         # One transfer from the device for all micro-batches.
-        losses: list[float] = torch.stack(sums).tolist()
-        return _Gradients(losses, batches, weight, self._clip())
+        losses = self._fitting(lambda: torch.stack(sums).tolist() if sums else [])
+        norm = None if losses is None else self._fitting(self._clip)
+        short, loss = self.processes.totals(norm is None, math.fsum(losses or ()))
+        if short:
+            return None
+        assert losses is not None
+        assert norm is not None
+        return _Gradients(losses, batches, loss, size, norm, int(most))
+
+    def _begun(self, own: Window) -> list[Batch]:
+        make_state(self.optimizer)
+        self.processes.hold_gradients(self.parameters)
+        return [self._collate(indices) for indices in own]
+
+    def _fitting(self, work: Callable[[], Result]) -> Result | None:
+        """Return the result of work; None if memory ran out, where that can be made good.
+
+        Raises:
+            OutOfMemory: processes that compute together cannot go on without this one.
+        """
+        found = if_it_fits(work, self.device)
+        if found is None and self.processes.computes_together:
+            raise OutOfMemory(
+                "out of memory in one process, while the others wait for its part of the base; "
+                "expected each to fit; pass a smaller --batch-size, --max-length or --rank"
+            )
+        return found
+
+    def _is_short(self, is_short: bool) -> bool:
+        """Meet before a round; return whether memory ran out in any process.
+
+        Raises:
+            Stopped: a signal came to any process.
+        """
+        number, short = self.processes.most(received(), is_short)
+        if number:
+            raise Stopped(int(number))
+        return bool(short)
+
+    def _pass(
+        self,
+        shares: Sequence[Window],
+        number: int,
+        batches: Sequence[Batch],
+        weight: float,
+        step: int,
+    ) -> list[Tensor]:
+        """Run a micro-batch of this process forward and backward.
+
+        Args:
+            shares: the micro-batches of each process.
+            number: number of the round.
+            batches: the micro-batches of this process.
+            weight: what the loss is divided by.
+            step: number of the step.
+
+        Returns:
+            The summed loss, fp64 on the device; nothing where this process has no micro-batch.
+        """
+        own = shares[self.processes.rank]
+        if number < len(own):
+            summed = self._differentiated(own[number], batches[number], weight, step)
+            return [summed.detach().double()]
+        if self.processes.computes_together:
+            # The others need this process, so it computes a row of theirs, for nothing.
+            other = next(each[number] for each in shares if number < len(each))
+            self._differentiated(other[-1:], self._collate(other[-1:]), math.inf, step)
+        return []
+
+    def _differentiated(self, indices: Indices, batch: Batch, weight: float, step: int) -> Tensor:
+        lengths = batch.lengths if self.packs else None
+        with drawn_from(Draws(self.seed, step, indices, self.most_tokens, lengths)):
+            summed = self.objective.loss_sum(batch)
+            differentiate(self.scaler.scale(summed / weight))
+        return summed
 
     def _clip(self) -> float:
         """Divide the gradients by the loss scale and clip them; return their norm before that."""
@@ -239,19 +362,42 @@ class OptimizerStep:
             return packed(window, lengths, self.micro_batch_rows * self.longest)
         return list(cut(window, self.micro_batch_rows))
 
-    def _halve(self, window: Window) -> None:
-        micro_batches = self._micro_batches(window)
+    def _divided(self, window: Window, *, is_divided: bool) -> list[list[Indices]]:
+        """Return the micro-batches of each process."""
+        count = self.processes.count
+        if count == 1 or not is_divided:
+            return [self._micro_batches(window)] * count
+        shares = divided(window, self.rows.tokens_of, count)
+        return [self._micro_batches([share]) if share else [] for share in shares]
+
+    def _halve(self, shares: Sequence[Window]) -> None:
+        micro_batches = [indices for own in shares for indices in own]
         most = max(len(indices) for indices in micro_batches)
         if self.packs:
             tokens = max(sum(map(self.rows.tokens_of, indices)) for indices in micro_batches)
             most = math.ceil(tokens / self.longest)
-        longest = max(len(self.rows[i]["input_ids"]) for indices in window for i in indices)
+        longest = max(len(self.rows[i]["input_ids"]) for indices in micro_batches for i in indices)
         self.micro_batch_rows = halved(
             most,
             f"out of memory on one row at a time, the longest of {longest} tokens; expected it to "
             "fit; pass a smaller --max-length, --rank or --loss-chunk-tokens, or fewer --bits",
         )
         self.on_halved(self.micro_batch_rows)
+
+    def _suspect_rows(self, found: _Gradients) -> Indices:
+        """Return the rows, of all processes, that make the step unsound; empty if it is sound."""
+        # With loss scaling, infinite gradients are normal: the scaler skips the step to find its
+        # scale.
+        is_sound = math.isfinite(found.norm) or self.scaler.is_enabled()
+        if math.isfinite(found.loss) and is_sound:
+            return ()
+        suspect = self._rows_of_all(_not_finite(found))
+        return suspect if suspect or is_sound else self._rows_of_all(found.batches)
+
+    def _rows_of_all(self, batches: Sequence[Batch]) -> Indices:
+        """Return the rows of the batches of all processes."""
+        rows = {row for batch in batches for row in batch.rows}
+        return tuple(sorted(set().union(*self.processes.each(lambda: rows))))
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -263,7 +409,7 @@ class OptimizerStep:
         states = random_states(self.device)
         weights = [parameter.detach().cpu().clone() for parameter in self.parameters]
         moments = optimizer_copy(self.optimizer)
-        scale = self.scaler.state_dict()
+        scale, computed = self.scaler.state_dict(), self.tokens_computed
         try:
             yield
         finally:
@@ -273,6 +419,7 @@ class OptimizerStep:
                     parameter.copy_(kept)
             restore_copy(self.optimizer, moments)
             self.scaler.load_state_dict(scale)
+            self.tokens_computed = computed
             restore_random_states(states, self.device)
 
     def cost_of_determinism(self, window: Window) -> float:
@@ -320,12 +467,11 @@ def cut(window: Window, most_rows: int) -> Iterator[Indices]:
             yield indices[start : start + most_rows]
 
 
-def _suspect_rows(
-    losses: Sequence[float], norm: float, batches: Sequence[Batch], *, is_scaled: bool
-) -> Indices:
-    """Return the rows that make the step unsound; empty if it is sound."""
-    suspect = [b for loss, b in zip(losses, batches, strict=True) if not math.isfinite(loss)]
-    # With loss scaling, infinite gradients are normal: the scaler skips the step to find its scale.
-    if not suspect and not math.isfinite(norm) and not is_scaled:
-        suspect = list(batches)
-    return tuple(sorted({row for batch in suspect for row in batch.rows}))
+def _not_finite(found: _Gradients) -> list[Batch]:
+    pairs = zip(found.losses, found.batches, strict=True)
+    return [batch for loss, batch in pairs if not math.isfinite(loss)]
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    """Return the seed of the random states of a process in a step, below 2³²."""
+    return random.Random(f"states {seed} {step} {rank}").getrandbits(32)
