@@ -21,7 +21,13 @@ class Processes(Protocol):
 
     `totals`, `most` and `sum_gradients` are the calls of a step: all processes make them within
     minutes. The others wait for as long as one process may work for all.
+
+    Attributes:
+        computes_together: whether a forward needs all processes, because each has a part of the
+            base only (`parallel.sharded`).
     """
+
+    computes_together: bool
 
     @property
     def rank(self) -> int:
@@ -36,11 +42,6 @@ class Processes(Protocol):
     @property
     def is_writer(self) -> bool:
         """Whether this process saves, logs and prints."""
-        ...
-
-    @property
-    def computes_together(self) -> bool:
-        """Whether a forward needs all processes, because each has a part of the base only."""
         ...
 
     def totals(self, *values: float) -> tuple[float, ...]:

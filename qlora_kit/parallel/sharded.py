@@ -11,21 +11,28 @@ Takes a base that was loaded in parts; changes it in place. Never sends a gradie
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import EnvironmentFault
+from qlora_kit.events import Announce, silent
+from qlora_kit.launched import place
 from qlora_kit.layers.shards import Shards
 from qlora_kit.layers.weight import FrozenWeight
+from qlora_kit.model.hardware import Hardware
+from qlora_kit.model.load import Base, BaseSpec, Placement, load_base
+from qlora_kit.parallel.data_parallel import STEP_SECONDS
+from qlora_kit.parallel.launch import check_sharing
+from qlora_kit.parallel.one import processes_of_this_run
 from qlora_kit.private_torch import own_buffers
 
 
@@ -54,17 +61,50 @@ class Sharding:
         Raises:
             EnvironmentFault: the machines run different numbers of processes.
         """
-        world = torch.distributed.get_world_size()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        if world % local:
+        here = place()
+        if here.count % here.on_machine or here.rank % here.on_machine != here.local_rank:
             raise EnvironmentFault(
-                f"--shard-base: {world} processes, {local} of them on this machine; expected as "
-                "many on each machine; start as many everywhere"
+                f"--shard-base: process {here.rank} of {here.count} is number {here.local_rank} of "
+                f"{here.on_machine} on its machine; expected as many on every machine, in order; "
+                "start as many everywhere"
             )
-        names = ("machine", "device")
-        mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=names)
-        mine = mesh["device"]
-        return cls(Shards(local, mine.get_local_rank(), mine.get_group()), mine)
+        # Every process makes the groups of all machines, as torch requires.
+        first = range(0, here.count, here.on_machine)
+        machines = [list(range(each, each + here.on_machine)) for each in first]
+        patience = timedelta(seconds=STEP_SECONDS)
+        groups = [torch.distributed.new_group(ranks, timeout=patience) for ranks in machines]
+        group = groups[here.rank // here.on_machine]
+        mesh = DeviceMesh.from_group(group, device.type)
+        return cls(Shards(here.on_machine, here.local_rank, group), mesh)
+
+
+def load_shared_base(
+    spec: BaseSpec,
+    hardware: Hardware,
+    announce: Announce = silent,
+    placement: Placement | None = None,
+) -> Base:
+    """Load a base of which each process of this machine holds a part; see `load_base`.
+
+    All processes of the run call it together, and from then on make the same forwards together.
+
+    Args:
+        spec: the base to load.
+        hardware: the device of this process, and the dtype that it computes in.
+        announce: receives notices and the progress.
+        placement: the place of the embedding, and the bits of the head; None: as suits the device.
+
+    Raises:
+        ConfigError: there is no other process on this machine.
+        ModelError: see `load_base`.
+    """
+    processes, here = processes_of_this_run(), place()
+    check_sharing(here.count, here.on_machine)
+    sharding = Sharding.of_this_run(hardware.device)
+    base = load_base(spec, hardware, announce, placement, sharding.shards)
+    shard_layers(base.model, sharding)
+    processes.computes_together = True
+    return base
 
 
 def shard_layers(model: nn.Module, sharding: Sharding) -> None:

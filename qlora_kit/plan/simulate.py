@@ -41,6 +41,7 @@ from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.duration import StepWork
 from qlora_kit.plan.gathers import Gathers, PlannedShards
 from qlora_kit.plan.ledger import Ledger, Peak, Work
+from qlora_kit.plan.network import reduced_bytes
 from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
 from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
@@ -170,7 +171,10 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
         device,
         {phase: run.host[phase] for phase in PHASES},
         evaluation_rows,
-        _step_work(rows, config, work, run.update_work),
+        replace(
+            _step_work(rows, config, work, run.update_work),
+            reduced_bytes=reduced_bytes(run.trainable, subject.devices),
+        ),
     )
 
 
@@ -250,6 +254,7 @@ class SimulatedRun:
         self.device: dict[str, Peak] = {}
         self.host: dict[str, Peak] = {}
         self.work = Work()
+        self.kept_gradients: list[Tensor] = []
 
     @contextlib.contextmanager
     def phase(self, name: str, ledger: Ledger | None = None) -> Iterator[None]:
@@ -313,9 +318,18 @@ class SimulatedRun:
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def trainable(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
     def _give_gradients(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = torch.empty_like(parameter)
+        made = self.kept_gradients or [torch.empty_like(p) for p in self.parameters.values()]
+        if self.subject.devices > 1:
+            # One tensor, in which the gradients of all processes are summed, is there at all times.
+            self.kept_gradients = made
+        for parameter, gradient in zip(self.parameters.values(), made, strict=True):
+            parameter.grad = gradient
         claim_trained(self.ledger, self.optimizer)
 
     # ------------------------------------------------------------ training
@@ -333,7 +347,7 @@ class SimulatedRun:
         """
         settle(self.model, options, self.hardware)
         self.model.train()
-        if options.gradient_accumulation_steps > 1:
+        if options.gradient_accumulation_steps > 1 or self.subject.devices > 1:
             self._give_gradients()
         objective = self._objective(options)
         if options.packing:

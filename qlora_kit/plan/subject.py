@@ -177,7 +177,8 @@ class Subject:
         rows: the sizes of the rows.
         task: the task of the run.
         ceilings: the rates of the device, or the reason why they are not known.
-        sharing: the number of processes that hold the base together; 1: each holds all of it.
+        devices: the number of processes of the run, each with a device; this is one of them.
+        sharing: the number of them that hold the base together; 1: each holds all of it.
     """
 
     spec: BaseSpec
@@ -186,15 +187,16 @@ class Subject:
     rows: RowSizes
     task: Task = CAUSAL
     ceilings: Ceilings | str = "the rates of the device are not known"
+    devices: int = 1
     sharing: int = 1
 
     def divided(self, count: int) -> Subject:
         """Return the share of each of several processes: as large rows, and fewer of them."""
-        usual = self.rows.usual
+        usual, one = self.rows.usual, replace(self, devices=count)
         if count == 1 or usual is None:
-            return self
+            return one
         fewer = replace(usual, rows=math.ceil(usual.rows / count))
-        return replace(self, rows=replace(self.rows, usual=fewer))
+        return replace(one, rows=replace(self.rows, usual=fewer))
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

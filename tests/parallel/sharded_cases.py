@@ -88,7 +88,8 @@ class Step:
 
     def __str__(self) -> str:
         named = [f"{name}={value}" for name, value in self.options]
-        return " ".join([self.model, f"{self.bits}b", "packed" * self.packs, *named]).strip()
+        kind = ["packed"] * self.packs + [f"head {self.head_bits}b"] * (self.head_bits < 16)
+        return " ".join([self.model, f"{self.bits}b", *kind, *named])
 
 
 STEPS = (
@@ -101,7 +102,7 @@ STEPS = (
     Step(options=(("mlp_tile_tokens", 8),)),
     Step(options=(("keep_layers", 1),)),
     Step("gemma-2-9b"),  # a head that is the embedding as well
-    Step("phi-4-mini", bits=8, head_bits=4),
+    Step(bits=8, head_bits=4),
 )
 
 
@@ -377,8 +378,10 @@ def main() -> None:
         "kinds": lambda: kinds(folder),
     }
     chosen = sys.argv[4:] or list(parts)
-    found = {name: parts[name]() for name in chosen}
-    (output / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    found = {}
+    for name in chosen:
+        found[name] = parts[name]()
+        (output / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
