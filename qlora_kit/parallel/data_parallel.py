@@ -195,7 +195,7 @@ class DataParallel:
     def speaks(self) -> bool:
         """See `Processes`."""
         try:
-            return self._store.add("spoken", 1) == 1
+            return bool(self._store.add("spoken", 1) == 1)
         except RuntimeError:
             # The store is gone with the process that had it, which is the first.
             return self.rank == 1
