@@ -6,6 +6,7 @@ Imports no torch: a run of one process learns here that it is alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from qlora_kit.launched import place
@@ -21,13 +22,7 @@ class Processes(Protocol):
 
     `totals`, `most` and `sum_gradients` are the calls of a step: all processes make them within
     minutes. The others wait for as long as one process may work for all.
-
-    Attributes:
-        computes_together: whether a forward needs all processes, because each has a part of the
-            base only (`parallel.sharded`).
     """
-
-    computes_together: bool
 
     @property
     def rank(self) -> int:
@@ -42,6 +37,19 @@ class Processes(Protocol):
     @property
     def is_writer(self) -> bool:
         """Whether this process saves, logs and prints."""
+        ...
+
+    @property
+    def computes_together(self) -> bool:
+        """Whether a forward needs all processes, because each has a part of the base only."""
+        ...
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a block that computes; what other processes do to it is told as a lost process.
+
+        Raises:
+            WorkerLost: another process, whose part of the base is needed, is gone.
+        """
         ...
 
     def totals(self, *values: float) -> tuple[float, ...]:
@@ -118,6 +126,10 @@ class OneProcess:
     count = 1
     is_writer = True
     computes_together = False
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See `Processes`."""
+        return nullcontext()
 
     def totals(self, *values: float) -> tuple[float, ...]:
         """See `Processes`."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -30,7 +30,7 @@ from qlora_kit.layers.shards import Shards
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.load import Base, BaseSpec, Placement, load_base
-from qlora_kit.parallel.data_parallel import STEP_SECONDS
+from qlora_kit.parallel.data_parallel import STEP_SECONDS, DataParallel
 from qlora_kit.parallel.launch import check_sharing
 from qlora_kit.parallel.one import processes_of_this_run
 from qlora_kit.private_torch import own_buffers
@@ -100,10 +100,11 @@ def load_shared_base(
     """
     processes, here = processes_of_this_run(), place()
     check_sharing(here.count, here.on_machine)
+    assert isinstance(processes, DataParallel)
     sharding = Sharding.of_this_run(hardware.device)
     base = load_base(spec, hardware, announce, placement, sharding.shards)
     shard_layers(base.model, sharding)
-    processes.computes_together = True
+    processes.share_base(sharding.shards.group)
     return base
 
 
@@ -127,6 +128,17 @@ def stacks_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
         if isinstance(layer, GradientCheckpointingLayer):
             found.setdefault(_owner(model, path), []).append(layer)
     return found
+
+
+def gather_once(model: nn.Module) -> None:
+    """Gather every layer and free it again: the first time, FSDP2 makes tensors that it keeps.
+
+    All processes that share the model call it together; of any other model nothing is gathered.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def _divide(layer: nn.Module, sharding: Sharding) -> None:
