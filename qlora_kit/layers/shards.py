@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 # torch 2.13 has it under a new name, and warns of the old one.
-_all_gather: Any = getattr(torch.distributed, "all_gather_single", None) or getattr(
-    torch.distributed, "all_gather_into_tensor"
-)
+_of_torch: Any = torch.distributed
+_all_gather = getattr(_of_torch, "all_gather_single", None) or _of_torch.all_gather_into_tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -511,7 +511,7 @@ def fill(
     output = model.get_output_embeddings()
     head_path = None if output is None else _path_of(model, output)
     empty = set(model.state_dict(keep_vars=True)) - set(model.all_tied_weights_keys or {})
-    divided = frozenset[str]() if shards is None else divided_weights(model, whole_head=head)
+    divided = divided_weights(model, is_head_whole=head is not None)
     for name, value in tensors:
         _place(model, name, value, hardware)
         empty.discard(name)
@@ -535,7 +535,7 @@ def fill(
     model.eval()
 
 
-def divided_weights(model: PreTrainedModel, *, whole_head: object = None) -> frozenset[str]:
+def divided_weights(model: PreTrainedModel, *, is_head_whole: bool = False) -> frozenset[str]:
     """Return the names of the weights that several processes hold together.
 
     They are those of the layers that are gathered one after another, and that of the head, unless
@@ -543,14 +543,16 @@ def divided_weights(model: PreTrainedModel, *, whole_head: object = None) -> fro
 
     Args:
         model: a skeleton.
-        whole_head: anything but None, if every process holds the whole head.
+        is_head_whole: whether every process holds the whole head.
     """
-    layers = [path for path, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
-    found = {
-        name for name in projected_weights(model) if any(name.startswith(f"{p}.") for p in layers)
-    }
+    layers = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    )
+    found = {name for name in projected_weights(model) if name.startswith(layers)}
     head = model.get_output_embeddings()
-    if head is not None and whole_head is None and not is_tied(model):
+    if head is not None and not is_head_whole and not is_tied(model):
         found.add(f"{_path_of(model, head)}.weight")
     return frozenset(found)
 

@@ -48,7 +48,7 @@ class StepWork:
         update: the work of clipping and of the optimiser.
         micro_batches: micro-batches of a step.
         tokens: tokens of a step, padding not counted.
-        reduced_bytes: bytes of gradients that a device receives from others after its micro-batches.
+        reduced_bytes: bytes of gradients that a device receives from others, once a step.
     """
 
     micro_batch: Work
@@ -85,7 +85,9 @@ class Seconds:
     @property
     def bound(self) -> str:
         """Who the others wait for: "device", "host", "link" or "network"."""
-        return max(("device", "host", "link", "network"), key=lambda name: float(getattr(self, name)))
+        return max(
+            ("device", "host", "link", "network"), key=lambda name: float(getattr(self, name))
+        )
 
 
 def seconds_of(work: Work, ceilings: Ceilings) -> Seconds:

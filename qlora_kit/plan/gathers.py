@@ -153,6 +153,7 @@ class _Order:
             pass
         return self.called[-1] if self.called else None
 
+
 @dataclass(eq=False)
 class _Hooks:
     """The hooks of a layer."""

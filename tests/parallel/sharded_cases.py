@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from support import recorded_peak, relative_error
-from tiny_models import fill_lora, load_folder
+from tiny_models import fill_lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import make_rows
@@ -23,14 +23,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import qlora_kit as qk
 from qlora_kit.config import TrainConfig
+from qlora_kit.infer.evaluate import evaluate_parts
 from qlora_kit.layers.frozen import FrozenLinear
-from qlora_kit.layers.head import SlicedWeight
 from qlora_kit.layers.projections import projections
 from qlora_kit.layers.shards import held
-from qlora_kit.layers.weight import FrozenWeight, GatheredWeight, gathered
+from qlora_kit.layers.weight import gathered
 from qlora_kit.model.load import BaseSpec, Placement
 from qlora_kit.model.names import known_models
-from qlora_kit.parallel.sharded import Sharding, shard_layers
+from qlora_kit.parallel.one import processes_of_this_run
+from qlora_kit.parallel.sharded import Sharding, load_shared_base, shard_layers
 from qlora_kit.plan.ledger import Ledger
 from qlora_kit.plan.simulate import predict
 from qlora_kit.plan.subject import RowSizes, Subject
@@ -44,7 +45,7 @@ from qlora_kit.train.optimizer import build_optimizer
 CPU = qk.choose_hardware("cpu", "float32")
 
 
-def random_spec(name: str, bits: int, scale: int = 16, layers: int = 3, **numbers: Any) -> BaseSpec:
+def random_spec(name: str, bits: Any, scale: int = 16, layers: int = 3, **numbers: Any) -> BaseSpec:
     """Return random weights of a known architecture with a fraction of its width."""
     source = known_models()[name]
     found = dict(source.architecture or {})
@@ -84,31 +85,43 @@ class Step:
     bits: int = 4
     packs: bool = False
     head_bits: int = 16
+    double_quant: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         named = [f"{name}={value}" for name, value in self.options]
         kind = ["packed"] * self.packs + [f"head {self.head_bits}b"] * (self.head_bits < 16)
+        kind += ["plain constants"] * (not self.double_quant)
         return " ".join([self.model, f"{self.bits}b", *kind, *named])
 
 
 STEPS = (
     *(
         Step(bits=bits, options=(("recompute", recompute), ("mlp_tile_tokens", 0)))
-        for bits in (4, 8, 16)
+        for bits in (4, 8)
         for recompute in (True, False)
     ),
     Step(packs=True),
     Step(options=(("mlp_tile_tokens", 8),)),
-    Step(options=(("keep_layers", 1),)),
     Step("gemma-2-9b"),  # a head that is the embedding as well
     Step(bits=8, head_bits=4),
+)
+MORE_STEPS = (
+    Step(bits=16),
+    Step(bits=16, options=(("recompute", False),)),
+    Step(options=(("keep_layers", 1),)),
+    Step(double_quant=False),
+    Step("qwen3-8b", packs=True),
+    Step("mistral-7b", bits=8, options=(("mlp_tile_tokens", 8), ("recompute", False))),
 )
 
 
 def gradients(step: Step, *, shared: bool) -> dict[str, Tensor]:
     """Return the gradients of two micro-batches, and the loss and scores of the second."""
-    base = load(random_spec(step.model, step.bits), shared=shared, head_bits=step.head_bits)
+    spec = random_spec(step.model, step.bits)
+    quantization = replace(spec.quantization, double_quant=step.double_quant)
+    spec = replace(spec, quantization=quantization)
+    base = load(spec, shared=shared, head_bits=step.head_bits)
     adapter = with_lora(base)
     settle(base.model, TrainConfig(**dict(step.options)), CPU)
     base.model.train()
@@ -194,18 +207,28 @@ def planned_received(spec: BaseSpec) -> int:
 
 
 def loading(bits: int) -> dict[str, int]:
-    """Load a shared base under a ledger; return what stays, its peak and its largest tensor."""
+    """Load a shared and an own base under a ledger; return what stays, and what is beside it.
+
+    What lies beside the base while it is read is one tensor, and what its quantising takes.
+    """
     spec = random_spec("llama-3.1-8b", bits, scale=8, layers=4)
     sharding = Sharding.of_this_run(CPU.device)
-    ledger = Ledger("cpu")
-    with ledger:
-        base = qk.load_base(spec, CPU, shards=sharding.shards)
-    peak, stays = ledger.peak().bytes, ledger.live_bytes
-    shard_layers(base.model, sharding)
-    parts = {id(held(t)): held(t) for t in [*base.model.parameters(), *base.model.buffers()]}
-    kept = sum(tensor.nbytes for tensor in parts.values())
-    largest = max(p.numel() * 4 for p in spec.skeleton().parameters())
-    return {"peak": peak, "stays": stays, "kept": kept, "largest": largest}
+    found = {}
+    for name, shards in (("shared", sharding.shards), ("own", None)):
+        ledger = Ledger("cpu")
+        with ledger:
+            base = qk.load_base(spec, CPU, shards=shards)
+        tensors = [*base.model.parameters(), *base.model.buffers()]
+        found[f"{name}_stays"] = bytes_of(tensors)
+        found[f"{name}_beside"] = ledger.peak().bytes - bytes_of(tensors)
+    found["linear"] = packed_bytes(base, only_cut=False)
+    return found
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Return the bytes of the storages of tensors, or of the parts of them that are here."""
+    storages = [held(tensor).untyped_storage() for tensor in tensors]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
 # ---------------------------------------------------------------- memory of a step
@@ -226,14 +249,16 @@ def step_memory(bits: int) -> dict[str, int]:
 
     def step() -> None:
         ids = torch.randint(3, 500, (tokens,)).tolist()
-        objective.loss_sum(objective.batch([{"input_ids": ids, "labels": ids, "row": 0}])).backward()
+        objective.loss_sum(
+            objective.batch([{"input_ids": ids, "labels": ids, "row": 0}])
+        ).backward()
 
     step()
     optimizer.step()
     state = [v for kept in optimizer.state.values() for v in kept.values()]
     tensors = [v for v in state if isinstance(v, Tensor)] + [p.grad for p in parameters]
-    tensors += [held(t) for t in [*base.model.parameters(), *base.model.buffers()]]
-    static = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    tensors += [*base.model.parameters(), *base.model.buffers()]
+    static = bytes_of(tensors)
     peak = static + recorded_peak(step)
     planned = predict(subject_of(spec, tokens), config)
     return {
@@ -363,26 +388,68 @@ def kinds(folder: Path) -> dict[str, float]:
     return found
 
 
+def training() -> dict[str, Any]:
+    """Train with a base of each process and with a shared base, from rows that do not divide."""
+    spec = random_spec("llama-3.1-8b", 4, layers=2)
+    config = TrainConfig(
+        max_steps=3, batch_size=2, gradient_accumulation_steps=2, learning_rate=5e-3,
+        lora_dropout=0.1, packing=False,
+    )  # fmt: skip
+    weights, losses = [], []
+    for loaded in (qk.load_base, load_shared_base):
+        adapter = qk.attach(loaded(spec, CPU), qk.LoraSpec(rank=4, dropout=0.1), seed=1)
+        rows = make_rows(7)
+        result = qk.train_adapter(adapter, rows, config)
+        weights.append([p.detach().clone() for p in adapter.parameters().values()])
+        evaluated, _ = evaluate_parts(
+            adapter.base, rows, {}, batch_size=2, processes=processes_of_this_run()
+        )
+        losses.append(evaluated.loss)
+    return {
+        "weights": all(torch.equal(*pair) for pair in zip(*weights, strict=True)),
+        "losses": losses,
+        "tokens": result.process_tokens,
+        "refused": refusal(lambda: qk.merge(adapter)),
+    }
+
+
+def refusal(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except qk.QloraKitError as error:
+        return str(error)
+    return "not refused"
+
+
 def main() -> None:
     folder, output, stories = map(Path, sys.argv[1:4])
-    dist.init_process_group("gloo")
+    processes_of_this_run()
     parts: dict[str, Callable[[], Any]] = {
         "gradients": lambda: {str(step): compared(step) for step in STEPS},
-        "traffic": lambda: {bits: traffic(bits) for bits in (4, 8)},
-        "loading": lambda: {bits: loading(bits) for bits in (4, 8)},
-        "memory": lambda: {bits: step_memory(bits) for bits in (4, 8)},
+        "traffic": lambda: traffic(4),
+        "loading": lambda: loading(4),
+        "memory": lambda: step_memory(4),
         "large": lambda: large_layer(4096, 2048),
         "uneven": uneven,
         "trials": trials,
         "files": lambda: same_files(stories, output),
         "kinds": lambda: kinds(folder),
+        "training": training,
+    }
+    slow: dict[str, Callable[[], Any]] = {
+        "more gradients": lambda: {str(step): compared(step) for step in MORE_STEPS},
+        "traffic at 8": lambda: traffic(8),
+        "loading at 8": lambda: loading(8),
+        "memory at 8": lambda: step_memory(8),
+        # As large as the largest of a 70B.
+        "very large": lambda: large_layer(28672, 8192),
     }
     chosen = sys.argv[4:] or list(parts)
+    parts |= slow
     found = {}
     for name in chosen:
         found[name] = parts[name]()
         (output / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
