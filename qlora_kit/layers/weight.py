@@ -133,10 +133,10 @@ class FrozenWeight(nn.Module):
         for name, tensor in tensors.items():
             if name in own_buffers(self):
                 own_buffers(self)[name] = tensor
+            elif isinstance(tensor, nn.Parameter):
+                own_parameters(self)[name] = tensor
             else:
-                is_one = isinstance(tensor, nn.Parameter)
-                parameter = tensor if is_one else nn.Parameter(tensor, requires_grad=False)
-                own_parameters(self)[name] = parameter
+                own_parameters(self)[name] = nn.Parameter(tensor, requires_grad=False)
         return before
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:

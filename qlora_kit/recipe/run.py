@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -52,8 +52,6 @@ from qlora_kit.train.optimizer_step import OptimizerStep
 from qlora_kit.train.packing import Packing
 from qlora_kit.train.resume import is_finished, resume_point
 from qlora_kit.train.windows import plan_steps
-
-Result = TypeVar("Result")
 
 
 def planned(
@@ -180,7 +178,7 @@ class Run:
 
     def taken(self) -> dict[str, Any]:
         """Train, and write all files of the run; return its outcome, for programs."""
-        begun = self._by_writer(self.processes.in_writer, self._begun)
+        begun: _Begun | None = self._by_writer(self.processes.in_writer, self._begun)
         try:
             validation = self._validation()
             result = self._trained(begun.memory if begun else None, validation)
@@ -189,17 +187,16 @@ class Run:
                 raise WorkerLost(*self._with_way_on(end)) from end
             self._say_how_to_go_on(end)
             raise
-        return self._by_writer(
+        outcome: dict[str, Any] = self._by_writer(
             self.processes.from_writer, lambda: self._outcome(result, begun, validation)
         )
+        return outcome
 
     @cached_property
     def _together(self) -> Together:
         return Together(self.adapter.base, self.opened.tokenizer, self.processes)
 
-    def _by_writer(
-        self, meet: Callable[[Callable[[], Result]], Result | None], work: Callable[[], Result]
-    ) -> Any:
+    def _by_writer(self, meet: Callable[..., Any], work: Callable[[], Any]) -> Any:
         """Let the writer work; the others generate with it where its samples need all of them.
 
         Args:
