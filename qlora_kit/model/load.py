@@ -511,7 +511,7 @@ def fill(
     output = model.get_output_embeddings()
     head_path = None if output is None else _path_of(model, output)
     empty = set(model.state_dict(keep_vars=True)) - set(model.all_tied_weights_keys or {})
-    divided = divided_weights(model, is_head_whole=head is not None)
+    divided = divided_weights(model, is_head_whole=head is not None) if shards else frozenset()
     for name, value in tensors:
         _place(model, name, value, hardware)
         empty.discard(name)

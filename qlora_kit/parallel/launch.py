@@ -72,7 +72,7 @@ def check_sharing(processes: int, on_machine: int) -> None:
     if processes == 1:
         raise ConfigError(
             "--shard-base: the run has one process, which holds all of the base; expected several; "
-            "pass --devices N, or leave --shard-base out"
+            "pass --devices N, or --no-shard-base"
         )
     if on_machine == 1:
         raise ConfigError(

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_kit.errors import EnvironmentFault
+from qlora_kit.errors import EnvironmentFault, ModelError
 from qlora_kit.events import Announce, silent
 from qlora_kit.launched import place
 from qlora_kit.layers.shards import Shards
@@ -96,12 +96,17 @@ def load_shared_base(
 
     Raises:
         ConfigError: there is no other process on this machine.
-        ModelError: see `load_base`.
+        ModelError: the model has no layers that can be gathered; or see `load_base`.
     """
     processes, here = processes_of_this_run(), place()
     check_sharing(here.count, here.on_machine)
     assert isinstance(processes, DataParallel)
     sharding = Sharding.of_this_run(hardware.device)
+    if not stacks_of(spec.skeleton()):
+        raise ModelError(
+            f"--shard-base: {spec.source.name} has no layers that are computed one after another; "
+            "expected a transformer; pass --no-shard-base"
+        )
     base = load_base(spec, hardware, announce, placement, sharding.shards)
     shard_layers(base.model, sharding)
     processes.share_base(sharding.shards.group)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from support import recorded_peak, relative_error
+from t5_models import ROWS, objective_of, t5_spec
 from tiny_models import fill_lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -376,16 +377,28 @@ def same_files(folder: Path, output: Path) -> dict[str, bool]:
 
 
 def kinds(folder: Path) -> dict[str, float]:
-    """Compare the hidden states of models of other kinds: a mixture of experts, transposed."""
+    """Compare the logits of a mixture of experts and a transposed model, gradients of two T5."""
     found = {}
     for name in ("mixtral", "gpt2"):
-        outputs = []
-        for shared in (True, False):
-            spec = BaseSpec(qk.find_model(str(folder / name)), folder / name, qk.Quantization(4))
-            base = load(spec, shared=shared)
-            outputs.append(base.model(torch.arange(3, 20)[None]).logits)
-        found[name] = relative_error(*outputs)
+        spec = BaseSpec(qk.find_model(str(folder / name)), folder / name, qk.Quantization(4))
+        bases = [load(spec, shared=shared) for shared in (True, False)]
+        found[name] = relative_error(*(b.model(torch.arange(3, 20)[None]).logits for b in bases))
+    for name in ("t5", "t5-v1.1"):
+        spec = t5_spec(folder / name, bits=4)
+        shared, own = (t5_gradients(load(spec, shared=shared)) for shared in (True, False))
+        found[name] = max(relative_error(*pair) for pair in zip(shared, own, strict=True))
     return found
+
+
+def t5_gradients(base: qk.Base) -> list[Tensor]:
+    """Return the gradients of LoRA on both halves of an encoder-decoder, recomputed."""
+    adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=("all-linear",)), seed=1)
+    fill_lora(adapter)
+    settle(base.model, TrainConfig(), CPU)
+    base.model.train()
+    objective = objective_of(adapter)
+    objective.loss_sum(objective.batch(ROWS)).backward()
+    return [p.grad for p in adapter.parameters().values() if p.grad is not None]
 
 
 def training() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support import PROJECT, run
+from t5_models import save_t5
 from tiny_models import OTHERS, save_model
 
 from qlora_kit.plan.network import LINKS, reduced_bytes
@@ -25,6 +26,8 @@ def launched(folder: Path, stories: Path, *names: str) -> Results:
     output.mkdir()
     for name in ("mixtral", "gpt2"):
         save_model(models / name, OTHERS[name])
+    for name in ("t5", "t5-v1.1"):
+        save_t5(models / name, name)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     command = [sys.executable, *launcher, *map(str, (CASES, models, output, stories, *names))]
     paths = os.pathsep.join((str(PROJECT), str(PROJECT / "tests")))
@@ -112,8 +115,9 @@ def test_adapter_digest_and_generated_text_are_those_of_one_process(two: Results
         assert found["files"] == {"text": True, "digest": True, "adapter": True}
 
 
-def test_experts_and_transposed_layers_are_gathered_too(two: Results) -> None:
-    assert set(two[0]["kinds"]) == {"mixtral", "gpt2"}
+def test_models_of_other_kinds_are_gathered_too(two: Results) -> None:
+    """Experts, transposed layers, and both halves of an encoder-decoder."""
+    assert set(two[0]["kinds"]) == {"mixtral", "gpt2", "t5", "t5-v1.1"}
     assert max(two[0]["kinds"].values()) <= 1e-6
 
 
