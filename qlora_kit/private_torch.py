@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record",
+    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record", "default_store",
     "end_memory_record", "is_in_backward", "largest_magnitudes", "outside_of_modes", "own_buffers",
-    "own_parameters", "shared_store", "storage_key", "tree_flatten", "tree_leaves",
-    "tree_unflatten", "version_of",
+    "own_parameters", "storage_key", "tree_flatten", "tree_leaves", "tree_unflatten", "version_of",
 ]  # fmt: skip
 
 # The binding of torch's profiler to C++, which has no types.
@@ -28,15 +27,11 @@ _profiler: Any = torch.autograd
 _ACTIVITIES = {_profiler.ProfilerActivity.CPU}
 
 
-def shared_store(prefix: str) -> Any:
-    """Return the store by which the processes of torch.distributed have found each other.
-
-    Args:
-        prefix: stands before the keys, so that they are no other's.
-    """
+def default_store() -> Any:
+    """Return the store by which the processes of torch.distributed have found each other."""
     from torch.distributed import distributed_c10d
 
-    return distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+    return distributed_c10d._get_default_store()
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:

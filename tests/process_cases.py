@@ -133,7 +133,8 @@ def classes(folder: Path) -> Found:
     )
     rows = [{**row, "labels": [row["row"] % 3]} for row in make_rows(11)]
     task = classify(head, _no_samples, (3.0, 1.0, 0.5))
-    return _run(qk.attach(base, lora, seed=1), rows, task, {"batch_size": 4})[0]
+    changes = {"batch_size": 4, "learning_rate": 1e-3}
+    return _run(qk.attach(base, lora, seed=1), rows, task, changes)[0]
 
 
 def _no_samples(*_: Any) -> Any:
@@ -154,7 +155,7 @@ def early_stop(folder: Path) -> Found:
         return {"loss": found.loss, **found.metrics}
 
     changes = {
-        "batch_size": 3, "learning_rate": 5e-2, "eval_steps": 2, "early_stopping_patience": 1,
+        "batch_size": 3, "eval_steps": 2, "early_stopping_patience": 1,
     }  # fmt: skip
     found, events = _run(adapter, make_rows(12), options_of_run=changes, evaluate=evaluate)
     losses = [event.loss for event in events if isinstance(event, Evaluated)]

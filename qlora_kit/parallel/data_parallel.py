@@ -19,11 +19,13 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qlora_kit.errors import QloraKitError, WorkerLost
 from qlora_kit.launched import Place
 from qlora_kit.model.memory import is_out_of_memory
-from qlora_kit.private_torch import shared_store
+from qlora_kit.private_torch import default_store
 from qlora_kit.signals import Stopped
 
 Value = TypeVar("Value")
@@ -46,37 +48,49 @@ class DataParallel:
 
     Args:
         place: the place of this process among them.
-
-    Raises:
-        WorkerLost: not all of them came.
     """
 
     def __init__(self, place: Place) -> None:
         self._base_group: Any = None
         self.rank, self.count, self.is_writer = place.rank, place.count, place.is_writer
+        self._flat: Tensor | None = None
+        self._parts: list[Tensor] = []
+        self._store: Any = None
+        self._where: list[tuple[int, str]] = []
+
+    def join(self) -> None:
+        """Meet the other processes.
+
+        Raises:
+            WorkerLost: not all of them came.
+        """
         try:
-            self._join()
+            self._find_each_other()
         except RuntimeError as error:
             raise WorkerLost(
                 f"not all {self.count} processes came within {STEP_SECONDS:.0f} s "
                 f"({type(error).__name__}); expected each to reach the others; look at their "
                 "machines and at the network, and start all of them again"
             ) from error
-        self._flat: Tensor | None = None
-        self._parts: list[Tensor] = []
+        self._where = self.each(lambda: (os.getpid(), _machine()))
 
-    def _join(self) -> None:
-        if not dist.is_initialized():
+    def _find_each_other(self) -> None:
+        patience = timedelta(seconds=STEP_SECONDS)
+        if dist.is_initialized():
+            store = default_store()
+        else:
+            store, rank, count = next(iter(rendezvous("env://", timeout=patience)))
+            # What one process says is known through this, even if they do not meet.
+            self._store = PrefixStore("qlora-kit", store)
             # Nothing is computed by NCCL, nor any memory taken for it, before the first sum.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=STEP_SECONDS))
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=count, timeout=patience
+            )
+        self._store = PrefixStore("qlora-kit", store)
         # A group for each patience: a timeout belongs to a group.
         self._of_step = _gloo(STEP_SECONDS)
         self._of_work = _gloo(WORK_SECONDS)
-        self._store: Any = shared_store("qlora-kit")
-        self._store.set(f"process {self.rank}", f"{os.getpid()} {socket.gethostname()}")
-        # Everybody has written who it is before anybody can be missed.
-        self.most(0.0)
 
     # ------------------------------------------------------------ a base in parts
 
@@ -214,6 +228,9 @@ class DataParallel:
 
     def speaks(self) -> bool:
         """See `Processes`."""
+        if self._store is None:
+            # The first has the store: either it failed to, or the next could not reach it.
+            return self.rank <= 1
         try:
             return bool(self._store.add("spoken", 1) == 1)
         except RuntimeError:
@@ -236,7 +253,10 @@ class DataParallel:
             if self._has_spoken():
                 break
             time.sleep(_POLL_SECONDS)
-        expected = "expected all of them to work until the end of the run; start again"
+        expected = (
+            "expected all of them to work until the end of the run; look for what ended it, such "
+            "as memory that ran out"
+        )
         if not missing:
             return (
                 f"a process of {self.count} did not answer, or is gone from another machine; "
@@ -248,16 +268,12 @@ class DataParallel:
 
     def _missing(self) -> dict[int, str]:
         """Return the processes of this machine that do not run, by rank, with their status."""
-        here, missing = socket.gethostname(), {}
-        for rank in range(self.count):
-            try:
-                pid, host = self._store.get(f"process {rank}").decode().split(" ", 1)
-            except RuntimeError:
-                return {0: psutil.STATUS_DEAD}
-            status = _status(int(pid)) if host == here and rank != self.rank else None
-            if status in (*_ENDED, psutil.STATUS_STOPPED):
-                missing[rank] = status
-        return missing
+        here = _machine()
+        found = {
+            rank: _status(pid) for rank, (pid, where) in enumerate(self._where) if where == here
+        }
+        not_running = (*_ENDED, psutil.STATUS_STOPPED)
+        return {rank: status for rank, status in found.items() if status in not_running}
 
     def _has_spoken(self) -> bool:
         """Whether some process has told the user how the run ended."""
@@ -272,6 +288,8 @@ class DataParallel:
 
     def leave(self) -> None:
         """See `Processes`."""
+        if not self._where:
+            return
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             # The others learn it at once, and not when this process has ended.
             for group in (self._base_group, self._of_step, self._of_work):
@@ -301,6 +319,11 @@ def _is_of_network(error: RuntimeError) -> bool:
 
 def _gloo(seconds: float) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+
+
+def _machine() -> str:
+    """Return the name of this machine, with its number among those of the launcher."""
+    return f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '')}"
 
 
 def _status(pid: int) -> str:

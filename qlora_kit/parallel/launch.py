@@ -172,7 +172,7 @@ def _code(failures: Mapping[int, Any], stopped: Sequence[int], count: int) -> in
         raise WorkerLost(
             f"process {rank} of {count}, counted from 0, was ended by "
             f"{signal.Signals(-first.exitcode).name}; expected it to work until the end of the "
-            "run; look for memory that ran out, and start again"
+            "run; look for what ended it, such as memory that ran out"
         )
     if stopped and 128 + stopped[0] in told:
         return 128 + stopped[0]

@@ -186,6 +186,7 @@ def processes_of_this_run() -> Processes:
         from qlora_kit.parallel.data_parallel import DataParallel
 
         _joined = DataParallel(here)
+        _joined.join()
     return _joined
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,21 +208,21 @@ def test_recomputation_changes_nothing_but_memory(
 
 
 class AnotherIsAsked(OneProcess):
-    """One of two processes, the other of which gets a signal after some decisions."""
+    """One of two processes, the other of which gets a signal after some meetings."""
 
-    def __init__(self, decisions: int) -> None:
-        self.left = decisions
+    def __init__(self, meetings: int) -> None:
+        self.left = meetings
 
-    def any(self, flag: bool) -> bool:
+    def most(self, *values: float) -> tuple[float, ...]:
         self.left -= 1
-        return flag or self.left < 0
+        return (15, *values[1:]) if self.left < 0 else values
 
 
 def test_a_signal_to_another_process_stops_this_one_at_the_same_step(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A step decides four times: to begin, for its micro-batch, whether it fits, if it is sound.
-    monkeypatch.setattr("qlora_kit.train.loop.processes_of_this_run", lambda: AnotherIsAsked(8))
+    # The processes of a step meet before it, before its micro-batch, and behind that.
+    monkeypatch.setattr("qlora_kit.train.loop.processes_of_this_run", lambda: AnotherIsAsked(6))
     adapter = make_adapter(save_tiny("tinyllama"))
     saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
     with pytest.raises(Stopped) as stopped:
@@ -232,12 +231,15 @@ def test_a_signal_to_another_process_stops_this_one_at_the_same_step(
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
 
 
-def test_several_processes_are_refused(
-    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}, {"WORLD_SIZE": ""}]
+)
+def test_a_launcher_that_contradicts_itself_is_refused(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
-    launched = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr("qlora_kit.parallel.one.PartialState", lambda: launched)
-    with pytest.raises(EnvironmentFault, match="2 processes were launched; expected one"):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EnvironmentFault, match=r"WORLD_SIZE=.*--devices N or torchrun"):
         qk.train_adapter(make_adapter(save_tiny()), make_rows(4), options())
 
 
