@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from qlora_kit.opening.labelled import open_classifier
     from qlora_kit.opening.model import load_data, open_base
     from qlora_kit.opening.options import configure
+    from qlora_kit.parallel.sharded import load_shared_base
     from qlora_kit.train.loop import TrainResult, train_adapter
 
 __version__ = "0.1.0"
@@ -78,6 +79,7 @@ _EXPORTS = {
     "opening.labelled": ("open_classifier",),
     "opening.model": ("load_data", "open_base"),
     "opening.options": ("configure",),
+    "parallel.sharded": ("load_shared_base",),
     "train.loop": ("TrainResult", "train_adapter"),
 }
 _HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names}

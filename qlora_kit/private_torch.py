@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "begin_memory_record", "default_store",
     "end_memory_record", "is_in_backward", "largest_magnitudes", "outside_of_modes", "own_buffers",
-    "own_parameters", "storage_key", "tree_leaves", "version_of",
+    "own_parameters", "storage_key", "tree_flatten", "tree_leaves", "tree_unflatten", "version_of",
 ]  # fmt: skip
 
 # The binding of torch's profiler to C++, which has no types.

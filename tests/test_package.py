@@ -24,9 +24,9 @@ def test_every_public_name_is_there_and_listed() -> None:
         "Quantization", "RecordOptions", "Sampling", "TokenOptions", "TrainConfig", "TrainResult",
         "__version__",
         "attach", "choose_hardware", "configure", "detach", "evaluate", "find_model", "generate",
-        "known_models", "load_adapter", "load_adapters", "load_base", "load_data", "merge",
-        "merge_to", "open_base", "open_classifier", "quantize_to", "read_adapter", "save_adapter",
-        "train_adapter", "verify_merge",
+        "known_models", "load_adapter", "load_adapters", "load_base", "load_data",
+        "load_shared_base", "merge", "merge_to", "open_base", "open_classifier", "quantize_to",
+        "read_adapter", "save_adapter", "train_adapter", "verify_merge",
     ]  # fmt: skip
 
 

@@ -510,6 +510,10 @@ class ProcessOptions(Options):
         "for each GPU; default: this process, or those of a launcher such as torchrun",
         also=["num_processes", "nproc_per_node"],
     )  # fmt: skip
+    shard_base: bool | None = option(
+        None, "hold the base in parts, one on each device of a machine, and gather it layer by "
+        "layer; default: where it does not fit a device, and there are several", decides="memory",
+    )  # fmt: skip
 
 
 class BudgetOptions(Options):

@@ -280,7 +280,7 @@ def _measure(
         line_of=lambda index: _line(len(rows[index]["input_ids"])),
         on_halved=fewer,
     )
-    with base.in_evaluation():
+    with base.in_evaluation(), processes.computing():
         for indices, found in fitting:
             sums.add(indices, found)
         if processes.computes_together and _has_a_batch_less(len(rows), batch_size, processes):

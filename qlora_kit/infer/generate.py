@@ -174,6 +174,8 @@ def _generate_batch(
         pad_token_id=pad,
         eos_token_id=end_token_ids(tokenizer, _configured_ends(base)),
         use_cache=True,
+        # No process may end before the others where each has a part of the base.
+        synced_gpus=base.shards is not None,
         **chosen,
     )
     # A decoder that continues a prompt gives it back; one that reads a source begins with a token

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,14 @@ class SampleAccount:
         base: the model, with the adapter that is trained on it.
         tokenizer: the model's tokenizer.
         announce: receives a notice if there are no samples.
+        continues: continues prompts, see `generate`.
     """
 
     output: Path
     base: Base
     tokenizer: Any
     announce: Announce
+    continues: Callable[..., Iterator[str]] = generate
     samples: tuple[GeneratedSample, ...] = field(default=(), init=False)
     _asked_for: int = field(default=0, init=False)
     _new_tokens: int = field(default=MOST_NEW_TOKENS, init=False)
@@ -155,6 +157,8 @@ class SampleAccount:
                     return None
                 return list(self._continue(prompts, self._new_tokens))
         except Exception as error:
+            if self.base.shards is not None:
+                raise  # the other processes wait in the midst of a forward
             # A run of hours must not end for a few lines of text, whatever the error is.
             self.announce(Notice(f"no samples: generating them failed ({type(error).__name__})"))
         # Here the error is gone, and so are the tensors that its frames held.
@@ -180,7 +184,8 @@ class SampleAccount:
 
     def _continue(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[str]:
         sampling = Sampling(max_new_tokens=new_tokens, temperature=0.0)
-        return generate(self.base, self.tokenizer, prompts, sampling, self._batch_size(prompts))
+        batch = self._batch_size(prompts)
+        return self.continues(self.base, self.tokenizer, prompts, sampling, batch)
 
     def _batch_size(self, prompts: Sequence[Sequence[int]]) -> int:
         return max(1, self._tokens_at_once // (max(map(len, prompts)) + self._new_tokens))

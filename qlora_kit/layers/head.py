@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_kit.layers.frozen import FrozenLinear, frozen_product
 from qlora_kit.layers.quantize import Quantization
-from qlora_kit.layers.weight import FrozenWeight, PlainWeight
+from qlora_kit.layers.weight import FrozenWeight, GatheredWeight, PlainWeight
 
 _SLICE_ROWS = 8192
 
@@ -109,7 +109,9 @@ class Head:
         stored = self.linear.weight
         if isinstance(stored, SlicedWeight):
             return stored
-        return stored.values if isinstance(stored, PlainWeight) else stored.unpacked(dtype)
+        if isinstance(stored, PlainWeight | GatheredWeight):
+            return stored.values
+        return stored.unpacked(dtype)
 
     def fill_products(self, hidden: Tensor, weight: Tensor | SlicedWeight, out: Tensor) -> None:
         """Write h Wᵀ into `out` (n, V), without bias, scale and cap; computed in the dtype of h.

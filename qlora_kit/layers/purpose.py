@@ -15,6 +15,8 @@ from torch import Tensor
 from qlora_kit.layers.in_force import InForce
 
 UNPACKED = "dequantised weight"
+GATHERED = "gathered weights"
+HEAD = "head"
 LOSS_CHUNK = "loss chunk"
 LAYER_CHECKPOINTS = "layer checkpoints"
 

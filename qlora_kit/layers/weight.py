@@ -9,6 +9,7 @@ Shapes: D in, K out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from qlora_kit.layers.kernels import serves
 from qlora_kit.layers.kernels.nf4 import unpack_4bit
-from qlora_kit.layers.purpose import UNPACKED, announce, purpose
+from qlora_kit.layers.purpose import HEAD, UNPACKED, announce, purpose
+from qlora_kit.layers.shards import Shards, held
+from qlora_kit.private_torch import own_buffers, own_parameters
 
 QuantType = Literal["nf4", "fp4"]
 
@@ -36,13 +39,22 @@ class FrozenWeight(nn.Module):
     backward. So no graph holds a packed tensor that a loader may have moved since.
 
     The tensors are buffers; after `as_parameters` they are parameters without gradient.
+
+    Attributes:
+        shape: (K, D).
+        rows: the rows of each tensor that was cut, by its name; see `cut`.
+        shards: the processes that it was cut for; None if it is whole.
     """
 
     bits: int
+    # Tensors of a few numbers, which every process holds.
+    _NEVER_CUT: tuple[str, ...] = ()
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
+        self.rows: dict[str, int] = {}
+        self.shards: Shards | None = None
         self._kept: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -94,10 +106,43 @@ class FrozenWeight(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         return self
 
+    def cut(self, shards: Shards) -> None:
+        """Keep this process's part of the tensors only. Before a product they must be gathered."""
+        self.shards = shards
+        for name, tensor in list(self.named_buffers(recurse=False)):
+            if name not in self._NEVER_CUT:
+                self.rows[name] = len(tensor)
+                self.register_buffer(name, shards.part(tensor))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the tensors are here, whatever part of them this process stores."""
+        return all(len(held(getattr(self, name))) == rows for name, rows in self.rows.items())
+
+    def gather(self) -> dict[str, Tensor]:
+        """Return the whole tensors of those that were cut, by name; all processes call it."""
+        assert self.shards is not None
+        return {
+            name: self.shards.gathered(held(getattr(self, name)), rows)
+            for name, rows in self.rows.items()
+        }
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put tensors in the places of others, for a while; return the others."""
+        before = {name: getattr(self, name) for name in tensors}
+        for name, tensor in tensors.items():
+            if name in own_buffers(self):
+                own_buffers(self)[name] = tensor
+            elif isinstance(tensor, nn.Parameter):
+                own_parameters(self)[name] = tensor
+            else:
+                own_parameters(self)[name] = nn.Parameter(tensor, requires_grad=False)
+        return before
+
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the stored tensors by name."""
-        yield from self.named_buffers()
-        yield from self.named_parameters()
+        """Yield the tensors that this process stores, by name."""
+        for name, tensor in (*self.named_buffers(), *self.named_parameters()):
+            yield name, held(tensor)
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +153,22 @@ class FrozenWeight(nn.Module):
     def stored_bytes(self) -> int:
         """The bytes of the stored tensors."""
         return sum(tensor.nbytes for _, tensor in self.stored())
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather the weights of a module for a block that calls it, or a part of it, by itself.
+
+    Within the forward and backward of its layer they are there anyway. All processes that hold the
+    weights enter the block together. A module whose weights are whole stays as it is.
+    """
+    weights = [m for m in module.modules() if isinstance(m, FrozenWeight) and not m.is_whole]
+    parts = [weight.replace(weight.gather()) for weight in weights]
+    try:
+        yield
+    finally:
+        for weight, stored in zip(weights, parts, strict=True):
+            weight.replace(stored)
 
 
 class HeldWeight(FrozenWeight):
@@ -157,6 +218,45 @@ class PlainWeight(FrozenWeight):
         return self.dequantize(dtype)
 
 
+class GatheredWeight(FrozenWeight):
+    """A weight in 16 bits of which each process holds a part, and gathers the whole for a product.
+
+    It is for a weight that a step needs once, such as that of the head: nothing is gathered in
+    advance. Beside a GPU, its part is in host memory. All processes ask for its values together.
+
+    Args:
+        weight: (K, D), the whole weight, on any device.
+        shards: the processes that hold it together.
+        whole_on: the device of the gathered weight.
+    """
+
+    bits = 16
+
+    def __init__(self, weight: Tensor, shards: Shards, whole_on: torch.device) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        self._whole_on = whole_on
+        self._of = shards
+        part = shards.part(weight)
+        if whole_on.type == "cuda":
+            part = part.cpu().pin_memory()  # the processor waits for copies from other host memory
+        self.register_buffer("part", part)
+        self.part: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The whole weight (K, D), which lives as long as its caller keeps it."""
+        with purpose(HEAD):
+            return self._of.gathered(self.part, self.shape[0], self._whole_on)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole weight, cast if `dtype` is another dtype."""
+        return self.values.to(dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole weight without announcing it: nothing is unpacked."""
+        return self.dequantize(dtype)
+
+
 class Int8Weight(FrozenWeight):
     """A weight in 8 bits: int8 codes, and one scale for each row.
 
@@ -192,6 +292,7 @@ class FourBitWeight(FrozenWeight):
     """
 
     bits = 4
+    _NEVER_CUT = ("absmax_code", "absmax_offset")
 
     def __init__(
         self,

@@ -349,7 +349,15 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
     Afterwards the layers are frozen layers again, as before `attach`, and compute the trained
     output. The weight is dequantised, the delta is added in fp32, and the sum is rounded once. The
     sum is never quantised again.
+
+    Raises:
+        ConfigError: several processes hold the base together.
     """
+    if adapter.base.shards is not None:
+        raise ConfigError(
+            "the base is held by several processes together; expected all of it here; save the "
+            "adapter, and merge it with qlora-kit export"
+        )
     model = adapter.base.model
     for path, layer in adapter.layers.items():
         merged = layer.frozen.weight.dequantize(torch.float32) + layer.delta()

@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.config import BaseModelOptions
 from qlora_kit.errors import ModelError
@@ -26,7 +27,8 @@ from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import quantize_head
 from qlora_kit.layers.projections import projected_weights
 from qlora_kit.layers.quantize import Quantization, read_quantized
-from qlora_kit.layers.weight import FrozenWeight, PlainWeight
+from qlora_kit.layers.shards import Shards
+from qlora_kit.layers.weight import FrozenWeight, GatheredWeight, PlainWeight
 from qlora_kit.model.architecture import (
     CAUSAL_LM,
     architecture_from,
@@ -183,6 +185,7 @@ class Base:
         unquantized_share: share of the weights, outside embeddings and head, that stay unquantised.
         placement: the place of the embedding, and the bits of the head.
         fresh: the parameters of a classifier that its checkpoint has no values for.
+        shards: the processes that hold the base together; None if this process holds all of it.
     """
 
     model: PreTrainedModel
@@ -193,6 +196,7 @@ class Base:
     unquantized_share: float
     placement: Placement = Placement(embedding_on_cpu=False)
     fresh: frozenset[str] = frozenset()
+    shards: Shards | None = None
 
     @property
     def quantization(self) -> Quantization:
@@ -420,6 +424,7 @@ def load_base(
     hardware: Hardware,
     announce: Announce = silent,
     placement: Placement | None = None,
+    shards: Shards | None = None,
 ) -> Base:
     """Load a base, frozen and quantised, onto its device.
 
@@ -431,6 +436,9 @@ def load_base(
         hardware: the device that it is loaded onto, and the dtype that it computes in.
         announce: receives notices and the progress.
         placement: the place of the embedding, and the bits of the head; None: as suits the device.
+        shards: the processes that hold the base together. Each reads the whole checkpoint, and
+            keeps its part of every weight of the layers and of the head. The layers compute once
+            `parallel.sharded` has divided them.
 
     Raises:
         ModelError: the checkpoint does not fit its architecture, or the architecture would
@@ -446,13 +454,15 @@ def load_base(
     if asked.embedding_on_cpu and not placement.embedding_on_cpu:
         why = "it is the head as well" if is_head else "all of it runs on the CPU"
         announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
-    on_host = names_on_host(model, placement)
+    on_host = names_on_host(model, placement, shards)
     tensors = frozen_tensors(spec, model, hardware.device, digest, announce, on_host)
     with memory_returned(), torch.no_grad():
-        fill(model, tensors, hardware, head_quantization(spec, placement))
+        fill(model, tensors, hardware, head_quantization(spec, placement), shards)
         if model.get_output_embeddings() is not None:
             verify_head(model, hardware)
-    return Base(model, spec, hardware, digest.hexdigest(), parameters, share, placement, spec.fresh)
+    return Base(
+        model, spec, hardware, digest.hexdigest(), parameters, share, placement, spec.fresh, shards
+    )
 
 
 def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | None:
@@ -461,15 +471,19 @@ def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | No
     return None if bits == 16 else replace(spec.quantization, bits=bits)
 
 
-def names_on_host(model: PreTrainedModel, placement: Placement) -> frozenset[str]:
+def names_on_host(
+    model: PreTrainedModel, placement: Placement, shards: Shards | None = None
+) -> frozenset[str]:
     """Return the names of the parameters that a resolved placement loads into host memory.
 
-    A head that will be quantised is one of them: its slices go to the device one by one.
+    A head that will be quantised is one of them: its slices go to the device one by one. So is a
+    head that several processes hold together, which is on the device while it is used.
     """
     modules = []
     if placement.embedding_on_cpu:
         modules.append(model.get_input_embeddings())
-    if placement.head_bits != 16 and model.get_output_embeddings() is not None:
+    is_needed_in_parts = placement.head_bits != 16 or (shards is not None and not is_tied(model))
+    if is_needed_in_parts and model.get_output_embeddings() is not None:
         modules.append(model.get_output_embeddings())
     return frozenset(f"{_path_of(model, module)}.weight" for module in modules)
 
@@ -479,6 +493,7 @@ def fill(
     tensors: Iterable[tuple[str, FrozenWeight | Tensor]],
     hardware: Hardware,
     head: Quantization | None = None,
+    shards: Shards | None = None,
 ) -> None:
     """Turn a skeleton into a frozen model in evaluation mode, tensor by tensor.
 
@@ -488,6 +503,7 @@ def fill(
             in host memory is looked up there.
         hardware: the device that the layers run on, and the dtype that they compute in.
         head: the quantisation of the head; None keeps it as it is stored.
+        shards: the processes that hold the model together; each weight is cut when it is there.
 
     Raises:
         ModelError: a tensor is missing.
@@ -495,9 +511,13 @@ def fill(
     output = model.get_output_embeddings()
     head_path = None if output is None else _path_of(model, output)
     empty = set(model.state_dict(keep_vars=True)) - set(model.all_tied_weights_keys or {})
+    divided = divided_weights(model, is_head_whole=head is not None) if shards else frozenset()
     for name, value in tensors:
         _place(model, name, value, hardware)
         empty.discard(name)
+        del value  # what is read next must not lie beside it
+        if shards is not None and name in divided:
+            _cut(model, name, shards, hardware.device)
     if empty:
         raise ModelError(f"not filled by the checkpoint: {', '.join(sorted(empty)[:5])}")
     if head_path is not None:
@@ -513,6 +533,39 @@ def fill(
     model.config.dtype = hardware.dtype
     _connect_embedding(model.get_input_embeddings(), hardware)
     model.eval()
+
+
+def divided_weights(model: PreTrainedModel, *, is_head_whole: bool = False) -> frozenset[str]:
+    """Return the names of the weights that several processes hold together.
+
+    They are those of the layers that are gathered one after another, and that of the head, unless
+    it is the embedding as well.
+
+    Args:
+        model: a skeleton.
+        is_head_whole: whether every process holds the whole head.
+    """
+    layers = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    )
+    found = {name for name in projected_weights(model) if name.startswith(layers)}
+    head = model.get_output_embeddings()
+    if head is not None and not is_head_whole and not is_tied(model):
+        found.add(f"{_path_of(model, head)}.weight")
+    return frozenset(found)
+
+
+def _cut(model: PreTrainedModel, name: str, shards: Shards, device: torch.device) -> None:
+    """Let a frozen layer keep this process's part of its weight only."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(layer, FrozenLinear)
+    if layer is model.get_output_embeddings():
+        assert isinstance(layer.weight, PlainWeight)
+        layer.weight = GatheredWeight(layer.weight.values, shards, device)
+    else:
+        layer.weight.cut(shards)
 
 
 def _place(
@@ -565,9 +618,11 @@ def _share_tied(model: PreTrainedModel, head_path: str) -> None:
 
 
 def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Move the buffers to their devices; the parameters are in their places already."""
+    """Move the buffers to their devices; parameters and parts are in their places already."""
     embedding = model.get_input_embeddings()
     for module in model.modules():
+        if isinstance(module, GatheredWeight):
+            continue
         target = embedding.weight.device if module is embedding else device
         for name, buffer in own_buffers(module).items():
             if buffer is not None and buffer.device != target:

@@ -50,9 +50,8 @@ class DataParallel:
         place: the place of this process among them.
     """
 
-    computes_together = False
-
     def __init__(self, place: Place) -> None:
+        self._base_group: Any = None
         self.rank, self.count, self.is_writer = place.rank, place.count, place.is_writer
         self._flat: Tensor | None = None
         self._parts: list[Tensor] = []
@@ -92,6 +91,27 @@ class DataParallel:
         # A group for each patience: a timeout belongs to a group.
         self._of_step = _gloo(STEP_SECONDS)
         self._of_work = _gloo(WORK_SECONDS)
+
+    # ------------------------------------------------------------ a base in parts
+
+    def share_base(self, group: Any) -> None:
+        """From now on a forward needs the processes of this machine, which are torch's `group`."""
+        self._base_group = group
+
+    @property
+    def computes_together(self) -> bool:
+        """See `Processes`."""
+        return self._base_group is not None
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """See `Processes`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.computes_together and _is_of_network(error):
+                raise WorkerLost(self._who_is_lost()) from error
+            raise
 
     # ------------------------------------------------------------ the meetings of a step
 
@@ -272,8 +292,9 @@ class DataParallel:
             return
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             # The others learn it at once, and not when this process has ended.
-            for group in (self._of_step, self._of_work):
-                dist.destroy_process_group(group)
+            for group in (self._base_group, self._of_step, self._of_work):
+                if group is not None:
+                    dist.destroy_process_group(group)
         self.after_writer("leaving")
 
 
@@ -289,6 +310,11 @@ class _Outcome:
             return cls(work())
         except (QloraKitError, Stopped) as fault:
             return cls(fault=fault)
+
+
+def _is_of_network(error: RuntimeError) -> bool:
+    """Whether torch raises an error because another process did not do its part of a gather."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _gloo(seconds: float) -> Any:

@@ -50,6 +50,37 @@ def started_processes(config: TrainConfig, command: Sequence[str]) -> int | None
     return None if count == 1 else _run(command, count)
 
 
+def planned_devices(config: TrainConfig) -> int:
+    """Return the number of devices of a run that is planned, here or for elsewhere."""
+    if config.devices != "auto":
+        return config.devices or 1
+    import torch
+
+    return max(1, torch.cuda.device_count()) if config.device != "cpu" else 1
+
+
+def check_sharing(processes: int, on_machine: int) -> None:
+    """Check that there are devices that can hold a base together.
+
+    Args:
+        processes: number of processes of the run.
+        on_machine: number of those on one machine.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if processes == 1:
+        raise ConfigError(
+            "--shard-base: the run has one process, which holds all of the base; expected several; "
+            "pass --devices N, or --no-shard-base"
+        )
+    if on_machine == 1:
+        raise ConfigError(
+            f"--shard-base: of {processes} processes, one is on this machine; expected several, "
+            "because parts of a base do not leave a machine; start a process for each of its GPUs"
+        )
+
+
 def _count(config: TrainConfig) -> int:
     """Return the number of processes: one for each GPU, or on a CPU as many as are asked for."""
     import torch

@@ -6,6 +6,7 @@ Imports no torch: a run of one process learns here that it is alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from qlora_kit.launched import place
@@ -41,6 +42,14 @@ class Processes(Protocol):
     @property
     def computes_together(self) -> bool:
         """Whether a forward needs all processes, because each has a part of the base only."""
+        ...
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a block that computes; what other processes do to it is told as a lost process.
+
+        Raises:
+            WorkerLost: another process, whose part of the base is needed, is gone.
+        """
         ...
 
     def totals(self, *values: float) -> tuple[float, ...]:
@@ -117,6 +126,10 @@ class OneProcess:
     count = 1
     is_writer = True
     computes_together = False
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See `Processes`."""
+        return nullcontext()
 
     def totals(self, *values: float) -> tuple[float, ...]:
         """See `Processes`."""

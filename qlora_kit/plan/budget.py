@@ -168,8 +168,13 @@ def _check_budget(budget: Budget) -> None:
         )
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes of free memory on the device where the model will run."""
+def free_bytes(device: torch.device, processes: int = 1) -> int:
+    """Return the bytes of free memory on the device where the model will run.
+
+    Args:
+        device: the device.
+        processes: processes of the machine, which share its memory where it is a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // processes

@@ -16,6 +16,7 @@ from typing import Any
 
 from qlora_kit.model.ceilings import Ceilings
 from qlora_kit.plan.ledger import Operation, Work
+from qlora_kit.plan.network import BYTES_PER_SECOND
 
 # Share of the best rates that a step reaches. On a GPU: three steps of deepseek-7b, which one H100
 # limited and not its host; on a CPU: three steps of SmolLM2-135M (docs/performance.md).
@@ -31,6 +32,7 @@ _LIMITS = {
     "device": "the device",
     "host": "the host, whose time is known within a factor of two only",
     "link": "the copies",
+    "network": "the network, at stated rates",
 }
 # From the first of these times on, a time is told in the unit beside it.
 _UNITS = ((86_400 * 2, 86_400, "days"), (5_400, 3_600, "h"), (90, 60, "min"))
@@ -46,12 +48,14 @@ class StepWork:
         update: the work of clipping and of the optimiser.
         micro_batches: micro-batches of a step.
         tokens: tokens of a step, padding not counted.
+        reduced_bytes: bytes of gradients that a device receives from others, once a step.
     """
 
     micro_batch: Work
     update: Work
     micro_batches: float
     tokens: float
+    reduced_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,21 +66,28 @@ class Seconds:
         device: arithmetic and passes over memory, on a CPU with the calls.
         host: the calls of the host of a GPU; 0 on a CPU.
         link: copies between host and device.
+        network: what is received from other devices beside the computation, at stated rates.
+        reduction: what is received after it, likewise.
     """
 
     device: float
     host: float = 0.0
     link: float = 0.0
+    network: float = 0.0
+    reduction: float = 0.0
 
     @property
     def all(self) -> float:
         """The time of the work."""
-        return max(self.device, self.host, self.link) + SHARE_OF_COPIES_SEEN * self.link
+        beside = max(self.device, self.host, self.link, self.network)
+        return beside + SHARE_OF_COPIES_SEEN * self.link + self.reduction
 
     @property
     def bound(self) -> str:
-        """Who the others wait for: "device", "host" or "link"."""
-        return max(("device", "host", "link"), key=lambda name: float(getattr(self, name)))
+        """Who the others wait for: "device", "host", "link" or "network"."""
+        return max(
+            ("device", "host", "link", "network"), key=lambda name: float(getattr(self, name))
+        )
 
 
 def seconds_of(work: Work, ceilings: Ceilings) -> Seconds:
@@ -90,7 +101,8 @@ def seconds_of(work: Work, ceilings: Ceilings) -> Seconds:
     calls = work.operations.total() * (ceilings.call_seconds or 0.0) * CALL_FACTOR
     if (link := ceilings.link_bytes_per_second) is None:
         return Seconds(best / CPU_SHARE + calls)
-    return Seconds(best / GPU_SHARE, calls, work.crossing_bytes / link)
+    network = work.received_bytes / BYTES_PER_SECOND
+    return Seconds(best / GPU_SHARE, calls, work.crossing_bytes / link, network)
 
 
 def step_seconds(step: StepWork, ceilings: Ceilings) -> Seconds:
@@ -100,6 +112,8 @@ def step_seconds(step: StepWork, ceilings: Ceilings) -> Seconds:
         one.device * step.micro_batches + update.device,
         one.host * step.micro_batches + update.host,
         one.link * step.micro_batches + update.link,
+        one.network * step.micro_batches,
+        step.reduced_bytes / BYTES_PER_SECOND if ceilings.is_of_gpu else 0.0,
     )
 
 

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.layers.weight import GatheredWeight
 from qlora_kit.plan.duration import Seconds, seconds_of
 from qlora_kit.plan.ledger import Work
+from qlora_kit.plan.network import BYTES_PER_SECOND
 from qlora_kit.plan.simulate import BatchShape, SimulatedRun, simulated_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.step.offload import pinned_bytes
@@ -125,6 +127,8 @@ class Extrapolation:
         host_load_bytes: bytes on the host while the base is loaded.
         host_bytes: bytes on the host at all times.
         layer_copy_bytes: bytes on the host for each layer while a checkpoint of the run is saved.
+        received_bytes: bytes received from other devices in a micro-batch, of any number of rows.
+        head_part_bytes: bytes of the head that are copied to the device for a micro-batch.
         head_work: work of a step outside of the layers, for one row.
         head_seconds: its time, on the device and on the host that calls it.
         head_unpacking_seconds: the time of unpacking outside of the layers, likewise, of all rows.
@@ -144,6 +148,8 @@ class Extrapolation:
     host_load_bytes: int
     host_bytes: int
     layer_copy_bytes: int
+    received_bytes: int
+    head_part_bytes: int
     head_work: Work
     head_seconds: tuple[float, float]
     head_unpacking_seconds: tuple[float, float]
@@ -217,7 +223,8 @@ class Extrapolation:
         )
         unpacked -= self._needless(setting, "unpacked_bytes", self.head_work.unpacked_bytes)
         copies = 2 * recomputed * setting.offload + setting.embedding_on_cpu
-        return Work(round(flop), round(unpacked), copies * self.checkpoint_bytes * setting.rows)
+        crossing = copies * self.checkpoint_bytes * setting.rows + self.head_part_bytes
+        return Work(round(flop), round(unpacked), crossing, self.received_bytes)
 
     def _seconds(self, setting: Setting, work: Work) -> Seconds | None:
         _, one, two = self._kind(setting)
@@ -231,6 +238,7 @@ class Extrapolation:
             device - self._needless(setting, "unpacking_seconds", on_device),
             host - self._needless(setting, "unpacking_host_seconds", on_host),
             work.crossing_bytes / link if link else 0.0,
+            work.received_bytes / BYTES_PER_SECOND if link else 0.0,
         )
 
     def _host_seconds(self, setting: Setting, one: float, two: float) -> float:
@@ -301,6 +309,7 @@ def extrapolate(
 
     with run_of(_DEPTH + 1) as run:
         deeper = _sample(run, config, BatchShape(rows[0], tokens), tiles[0], keep_layers=1)
+        more_received = run.work.received_bytes
     with run_of(_DEPTH) as run:
         kinds = {
             tile: {each: _kind(run, config, BatchShape(each, tokens), tile) for each in measured}
@@ -308,6 +317,7 @@ def extrapolate(
         }
         evaluations = _evaluation_peaks(run, config, tokens)
         run.save()
+    received = run.work.received_bytes
     host = {phase: run.host[phase].bytes for phase in ("load", "optimizer", "save")}
     first = kinds[tiles[0]][rows[0]]
     checkpoint = run.base.batch_width(tokens) * text.hidden_size * hardware.dtype.itemsize
@@ -322,6 +332,8 @@ def extrapolate(
         host_load_bytes=host["load"],
         host_bytes=host["optimizer"],
         layer_copy_bytes=(host["save"] - host["optimizer"]) // _DEPTH,
+        received_bytes=received + (text.num_hidden_layers - _DEPTH) * (more_received - received),
+        head_part_bytes=_head_part_bytes(run.model),
         head_work=Work(round(outside.flop / rows[0]), round(outside.unpacked_bytes)),
         head_seconds=(outside.device_seconds / rows[0], outside.host_seconds / rows[0]),
         head_unpacking_seconds=(outside.unpacking_seconds, outside.unpacking_host_seconds),
@@ -364,6 +376,12 @@ def _unpacked_layer_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Return the bytes of the packed weights of one layer in the dtype of the products."""
     layer = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
     return sum(math.prod(weight.shape) for weight in packed_weights(layer)) * dtype.itemsize
+
+
+def _head_part_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes in host memory of a head that devices hold together; 0 of any other."""
+    weights = (each for each in model.modules() if isinstance(each, GatheredWeight))
+    return sum(weight.stored_bytes for weight in weights)
 
 
 def _outside(first: _Kind, deeper: _StepTaken) -> _StepTaken:

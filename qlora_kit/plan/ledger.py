@@ -79,12 +79,14 @@ class Work:
         flop: floating-point operations of matrix products and attention.
         unpacked_bytes: bytes written by dequantisation.
         crossing_bytes: bytes copied between host and device, in either direction.
+        received_bytes: bytes received from other devices.
         operations: the number of operations of each kind and size on the device.
     """
 
     flop: int = 0
     unpacked_bytes: int = 0
     crossing_bytes: int = 0
+    received_bytes: int = 0
     operations: Counter[Operation] = field(default_factory=Counter)
 
     @property

@@ -17,6 +17,7 @@ from qlora_kit.model.positions import positions_of
 from qlora_kit.plan.alternatives import nothing_fits
 from qlora_kit.plan.budget import Budget
 from qlora_kit.plan.duration import Pace
+from qlora_kit.plan.network import Traffic
 from qlora_kit.plan.search import SearchResult, search
 from qlora_kit.plan.simulate import Prediction, predict
 from qlora_kit.plan.subject import Subject, UsualRows
@@ -43,6 +44,8 @@ class Plan:
             about to start on a CPU; 0 elsewhere.
         ceilings: the rates of the device, or the reason why they are not known.
         usual: the means over the rows of the run; None where the data are not known.
+        devices: number of devices of the run; this is the plan of one.
+        sharing: number of them that hold the base together.
     """
 
     config: TrainConfig
@@ -54,6 +57,17 @@ class Plan:
     before_bytes: int = 0
     ceilings: Ceilings | str = "the rates of the device are not known"
     usual: UsualRows | None = None
+    devices: int = 1
+    sharing: int = 1
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What the device receives from others in a step; None where it is alone."""
+        if self.devices == 1:
+            return None
+        step = self.prediction.step
+        gathered = round(step.micro_batch.received_bytes * step.micro_batches)
+        return Traffic(self.devices, self.sharing, gathered, step.reduced_bytes)
 
     @property
     def pace(self) -> Pace | None:
@@ -122,6 +136,7 @@ class Plan:
             "budget_bytes": self.budget.card_bytes,
             "host_budget_bytes": self.budget.host_bytes,
             "time": self.pace.as_json() if self.pace else {"why_not": self.ceilings},
+            **({"traffic": self.traffic.as_json()} if self.traffic else {}),
             "warnings": list(self.warnings),
             "choices": self.found.as_json(_CHOICES_SHOWN) if self.found else [],
             "why": self.found.why if self.found else None,
@@ -179,7 +194,7 @@ def _as_asked(config: TrainConfig, subject: Subject, budget: Budget) -> Plan:
     settled = config.model_copy(update={"eval_batch_size": prediction.evaluation_rows})
     return Plan(
         settled, subject.hardware, prediction, budget, ceilings=subject.ceilings,
-        usual=subject.rows.usual,
+        usual=subject.rows.usual, devices=subject.devices, sharing=subject.sharing,
     )  # fmt: skip
 
 

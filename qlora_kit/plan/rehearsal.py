@@ -16,6 +16,7 @@ import torch
 from qlora_kit.data.batch import largest_batch, widest_batch
 from qlora_kit.errors import OutOfMemory, TornStep
 from qlora_kit.model.memory import out_of_memory_while
+from qlora_kit.parallel.sharded import gather_once
 from qlora_kit.plan.allocator_record import AllocatorRecord
 from qlora_kit.plan.ledger import Change, Ledger
 from qlora_kit.plan.watch import PURPOSES, claim_model, claim_trained, watched
@@ -68,6 +69,7 @@ def rehearse(step: OptimizerStep, micro_batches: int, *, has_sources: bool = Fal
     else:
         largest = largest_batch(step.rows.lengths(), step.micro_batch_rows)
     window = [largest] * min(2, micro_batches)
+    gather_once(step.model)
     ledger = Ledger(step.device.type)
     claim_model(ledger, step.model)
     with _shortage_in_one_line(), step.undone():

@@ -21,8 +21,9 @@ from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_memory
 from qlora_kit.plan.budget import budget_of, free_bytes
 from qlora_kit.plan.duration import about
-from qlora_kit.plan.planning import Plan, make_plan
+from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse
+from qlora_kit.plan.sharing import plan_ways
 from qlora_kit.plan.subject import Subject, rates_of, standing_in_for
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
@@ -63,8 +64,12 @@ def plan_run(
     planned = replace(
         subject, hardware=standing_in_for(hardware), ceilings=rates_of(hardware.device)
     )
+    free = None if budget.is_bounded else free_bytes(hardware.device, on_machine)
     try:
-        plan = make_plan(config, planned, budget, choose=choose)
+        ways = plan_ways(
+            config, planned, budget, on_machine=on_machine, choose=choose, free_bytes=free
+        )
+        plan = ways.chosen
     except QloraKitError:
         raise
     except Exception as error:
@@ -76,6 +81,8 @@ def plan_run(
     if hardware.device.type == "cpu":
         return_free_memory()
         plan = replace(plan, before_bytes=anonymous_bytes())
+    if ways.rows():
+        announce(Facts(f"the base on {subject.devices} devices", ways.rows()))
     _announce_plan(plan, announce)
     if budget.is_bounded:
         limit_memory(hardware.device, budget.allocatable_bytes)
@@ -105,6 +112,8 @@ def _announce_plan(plan: Plan, announce: Announce) -> None:
         rows.append(("of the budget", f"{plan.card_bytes / plan.budget.card_bytes:.0%}"))
     announce(Facts("memory", tuple(rows)))
     announce(Facts("time", plan.time_rows()))
+    if plan.traffic is not None:
+        announce(Facts("received by a device in a step", plan.traffic.rows()))
 
 
 def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce, on_machine: int) -> None:
@@ -113,9 +122,7 @@ def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce, on_ma
     Raises:
         ConfigError: not even the tensors fit.
     """
-    free, peak = free_bytes(hardware.device), plan.prediction.peak.bytes
-    if hardware.device.type == "cpu":
-        free //= on_machine
+    free, peak = free_bytes(hardware.device, on_machine), plan.prediction.peak.bytes
     if peak > free:
         raise ConfigError(
             f"the run needs {size_text(peak)} and {size_text(free)} of memory are free; "

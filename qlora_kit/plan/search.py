@@ -17,6 +17,7 @@ from qlora_kit.plan.budget import Budget
 from qlora_kit.plan.duration import SHARE_OF_COPIES_SEEN
 from qlora_kit.plan.extrapolation import Extrapolation, Needs, Setting, extrapolate
 from qlora_kit.plan.ledger import Work
+from qlora_kit.plan.network import BYTES_PER_SECOND
 from qlora_kit.plan.subject import Subject
 from qlora_kit.report.memory import size_text
 from qlora_kit.step.reducers import MLP_TILE_TOKENS
@@ -132,6 +133,7 @@ class SearchResult:
                 "host_peak_bytes": choice.needs.host_peak_bytes,
                 "flop": choice.micro_batches * choice.needs.work.flop,
                 "crossing_bytes": choice.micro_batches * choice.needs.work.crossing_bytes,
+                "received_bytes": choice.micro_batches * choice.needs.work.received_bytes,
                 "ranked_by": self.ranked_by,
                 "relative_cost": choice.cost / self.fitting[0].cost,
             }
@@ -169,7 +171,7 @@ def search(
         return budget.over_bytes(choice.needs.peak_bytes, choice.needs.host_peak_bytes)
 
     choices = [choice(setting) for setting in _all_settings(config, extrapolation, kinds, on_gpu)]
-    if "unpacked_layers" not in config.model_fields_set:
+    if subject.sharing == 1 and "unpacked_layers" not in config.model_fields_set:
         choices += [choice(setting) for setting in _unpacked(choices, extrapolation, budget)]
     fitting = [each for each in choices if not over(each)]
     return SearchResult(
@@ -198,7 +200,8 @@ def _cost(work: Work) -> float:
     computing = work.flop / _FLOP_RATE
     computing += _PASSES_OVER_UNPACKED * work.unpacked_bytes / _MEMORY_RATE
     copying = work.crossing_bytes / _LINK_RATE
-    return max(computing, copying) + SHARE_OF_COPIES_SEEN * copying
+    receiving = work.received_bytes / BYTES_PER_SECOND
+    return max(computing, copying, receiving) + SHARE_OF_COPIES_SEEN * copying
 
 
 # ---------------------------------------------------------------- the settings to choose from

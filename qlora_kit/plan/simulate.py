@@ -39,7 +39,9 @@ from qlora_kit.model.load import (
 )
 from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.duration import StepWork
+from qlora_kit.plan.gathers import Gathers, PlannedShards
 from qlora_kit.plan.ledger import Ledger, Peak, Work
+from qlora_kit.plan.network import reduced_bytes
 from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
 from qlora_kit.plan.temporaries import workspace_bytes
 from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
@@ -169,7 +171,10 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
         device,
         {phase: run.host[phase] for phase in PHASES},
         evaluation_rows,
-        _step_work(rows, config, work, run.update_work),
+        replace(
+            _step_work(rows, config, work, run.update_work),
+            reduced_bytes=reduced_bytes(run.trainable, subject.devices),
+        ),
     )
 
 
@@ -249,6 +254,7 @@ class SimulatedRun:
         self.device: dict[str, Peak] = {}
         self.host: dict[str, Peak] = {}
         self.work = Work()
+        self.kept_gradients: list[Tensor] = []
 
     @contextlib.contextmanager
     def phase(self, name: str, ledger: Ledger | None = None) -> Iterator[None]:
@@ -269,7 +275,8 @@ class SimulatedRun:
         )
         spec = self.subject.spec
         quantization = _planned(spec.quantization)
-        on_host = names_on_host(self.model, placement)
+        shards = PlannedShards(self.subject.sharing) if self.subject.sharing > 1 else None
+        on_host = names_on_host(self.model, placement, shards)
         head = head_quantization(spec, placement)
         stream = _empty_tensors(
             self.model,
@@ -279,9 +286,11 @@ class SimulatedRun:
             on_host,
             are_drawn=spec.random,
         )
+        planned_head = head and _planned(head)
         with self.phase("load"):
-            fill(self.model, self._claimed(stream), self.hardware, head and _planned(head))
-        self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement)
+            fill(self.model, self._claimed(stream), self.hardware, planned_head, shards)
+        self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement, shards=shards)
+        self.gathers = Gathers(self.model, shards) if shards else None
         claim_model(self.ledger, self.model)
         workspace = workspace_bytes(self.hardware.device.type)
         self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.hardware.device)
@@ -309,9 +318,18 @@ class SimulatedRun:
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def trainable(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
     def _give_gradients(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = torch.empty_like(parameter)
+        made = self.kept_gradients or [torch.empty_like(p) for p in self.parameters.values()]
+        if self.subject.devices > 1:
+            # One tensor, in which the gradients of all processes are summed, is there at all times.
+            self.kept_gradients = made
+        for parameter, gradient in zip(self.parameters.values(), made, strict=True):
+            parameter.grad = gradient
         claim_trained(self.ledger, self.optimizer)
 
     # ------------------------------------------------------------ training
@@ -329,12 +347,14 @@ class SimulatedRun:
         """
         settle(self.model, options, self.hardware)
         self.model.train()
-        if options.gradient_accumulation_steps > 1 or self.subject.holds_gradients:
+        if options.gradient_accumulation_steps > 1 or self.subject.devices > 1:
             self._give_gradients()
         objective = self._objective(options)
         if options.packing:
             objective = packing(objective)
         batch = shape.stand_in(objective)
+        if self.gathers is not None:
+            self.gathers.begin()
         with (
             self.ledger.counted() as self.work,
             watched(self.ledger, self.optimizer),
@@ -352,6 +372,8 @@ class SimulatedRun:
                 loss = objective.loss_sum(batch)
             with self.phase("backward"):
                 torch.autograd.backward(loss)
+                if self.gathers is not None:
+                    self.work.received_bytes = self.gathers.end_of_backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _objective(self, options: StepOptions) -> Objective:

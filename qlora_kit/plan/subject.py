@@ -177,7 +177,8 @@ class Subject:
         rows: the sizes of the rows.
         task: the task of the run.
         ceilings: the rates of the device, or the reason why they are not known.
-        holds_gradients: whether all gradients have their memory before the first is computed.
+        devices: the number of processes of the run, each with a device; this is one of them.
+        sharing: the number of them that hold the base together; 1: each holds all of it.
     """
 
     spec: BaseSpec
@@ -186,16 +187,16 @@ class Subject:
     rows: RowSizes
     task: Task = CAUSAL
     ceilings: Ceilings | str = "the rates of the device are not known"
-    holds_gradients: bool = False
+    devices: int = 1
+    sharing: int = 1
 
     def divided(self, count: int) -> Subject:
         """Return the share of each of several processes: as large rows, and fewer of them."""
-        if count == 1:
-            return self
-        usual, rows = self.rows.usual, self.rows
-        if usual is not None:
-            rows = replace(rows, usual=replace(usual, rows=math.ceil(usual.rows / count)))
-        return replace(self, rows=rows, holds_gradients=True)
+        usual, one = self.rows.usual, replace(self, devices=count)
+        if count == 1 or usual is None:
+            return one
+        fewer = replace(usual, rows=math.ceil(usual.rows / count))
+        return replace(one, rows=replace(self.rows, usual=fewer))
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

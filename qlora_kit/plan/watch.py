@@ -16,15 +16,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.layers.projections import base_prefix, projections
-from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, LOSS_CHUNK, UNPACKED, heard_by
+from qlora_kit.layers.purpose import (
+    GATHERED,
+    HEAD,
+    LAYER_CHECKPOINTS,
+    LOSS_CHUNK,
+    UNPACKED,
+    heard_by,
+)
+from qlora_kit.layers.shards import held
 from qlora_kit.plan.ledger import Ledger
 
 _CONSTANTS = "quantisation constants"
 # The names of the purposes, in the order in which a picture stacks them.
 PURPOSES = (
-    "base weights", _CONSTANTS, "norms and biases", "embeddings", "head", "LoRA",
+    "base weights", _CONSTANTS, "norms and biases", "embeddings", HEAD, "LoRA",
     "gradients", "optimizer", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
-    UNPACKED, "workspace", "copies to save",
+    UNPACKED, "workspace", "copies to save", GATHERED,
 )  # fmt: skip
 
 
@@ -36,7 +44,7 @@ def purpose_of_part(part: str) -> str:
 def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
     """Tell the ledger the purpose of every tensor of a loaded model."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        ledger.claim(tensor, "norms and biases")
+        ledger.claim(held(tensor), "norms and biases")
     for projection in projections(model).values():
         for name, tensor in projection.frozen.weight.stored():
             ledger.claim(tensor, purpose_of_part(name))
@@ -44,7 +52,7 @@ def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if name and prefix and not f"{name}.".startswith(prefix):
             for tensor in [*module.parameters(), *module.buffers()]:
-                ledger.claim(tensor, "head")
+                ledger.claim(tensor, HEAD)
     # Embeddings come last, because one may be the head as well.
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -27,6 +27,9 @@ from qlora_kit.plan.run import keep_to_budget, plan_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.step.kernels import Kernels, choose_kernels
 
+BATCH = ("batch_size", "gradient_accumulation_steps")
+"""the options whose product is the rows of a step"""
+
 
 def shared_threads(config: TrainConfig, processes: Processes) -> Threads:
     """Choose the threads of each process of this machine, and let torch compute with them."""
@@ -68,27 +71,24 @@ def planned_by_writer(
     plan = processes.in_writer(
         lambda: plan_run(share, of_one, announce, choose=choose, on_machine=on_machine)
     )
-    settled = processes.from_writer(lambda: _of_all(config, share, plan))
+    settled = processes.from_writer(lambda: of_all(config, share, plan))
     if not processes.is_writer:
         keep_to_budget(settled, subject.hardware, on_machine)
     return settled, plan
 
 
-def _of_all(config: TrainConfig, share: TrainConfig, plan: Plan | None) -> TrainConfig:
+def of_all(config: TrainConfig, share: TrainConfig, plan: Plan | None) -> TrainConfig:
     """Return the options of a run with the settings that were planned for each of its processes."""
     if plan is None:
         return config
     rows, every = plan.config.batch_size, config.batch_size * config.gradient_accumulation_steps
     if rows == share.batch_size:
-        batch = {name: getattr(config, name) for name in _BATCH}
+        batch = {name: getattr(config, name) for name in BATCH}
     else:
         # The effective batch stays as it is: as many rows at a time as divide it.
         fitting = max(each for each in range(1, rows + 1) if every % each == 0)
-        batch = dict(zip(_BATCH, (fitting, every // fitting), strict=True))
+        batch = dict(zip(BATCH, (fitting, every // fitting), strict=True))
     return plan.config.model_copy(update=batch)
-
-
-_BATCH = ("batch_size", "gradient_accumulation_steps")
 
 
 def serving_kernels(

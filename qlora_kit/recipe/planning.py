@@ -10,6 +10,8 @@ from qlora_kit.events import Announce, Closing, Facts, Notice, silent
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.tasks import check_searchable, planned_task
+from qlora_kit.parallel.division import share_of
+from qlora_kit.parallel.launch import check_sharing, planned_devices
 
 if TYPE_CHECKING:
     from qlora_kit.model.load import BaseSpec
@@ -27,9 +29,10 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.threads import choose_threads
     from qlora_kit.plan.budget import budget_of
-    from qlora_kit.plan.planning import make_plan
+    from qlora_kit.plan.sharing import plan_ways
     from qlora_kit.plan.subject import RowSizes, Subject, planned_ceilings, planned_hardware
     from qlora_kit.plan.watch import PURPOSES
+    from qlora_kit.recipe.agreement import BATCH, of_all
     from qlora_kit.report.memory import breakdown_rows, draw_memory, phase_rows
 
     hardware = planned_hardware(config)
@@ -42,24 +45,37 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     config = config.model_copy(update=asdict(spec.quantization))
     config = _with_rows_that_fit(config, spec, announce)
     rows = RowSizes(config.max_length, answer_tokens=config.max_length)
-    budget = budget_of(config, on_gpu=hardware.device.type != "cpu")
-    subject = Subject(spec, LoraSpec.of(config), hardware, rows, task, ceilings)
-    made = make_plan(config, subject, budget)
-    found, settled = made.as_json(), made.config
+    devices = planned_devices(config)
+    if config.shard_base:
+        check_sharing(devices, devices)
+    budget = budget_of(config, on_gpu=hardware.device.type != "cpu", processes=devices)
+    subject = Subject(spec, LoraSpec.of(config), hardware, rows, task, ceilings).divided(devices)
+    share = share_of(config, devices)
+    ways = plan_ways(share, subject, budget, on_machine=devices, compare=True)
+    made = ways.chosen
+    found, settled = made.as_json(), of_all(config, share, made)
+    if devices > 1:
+        found["settings"] |= {name: getattr(settled, name) for name in BATCH}
+        found["devices"], found["ways"] = devices, ways.as_json()
     for warning in made.warnings:
         announce(Notice(warning))
     if made.found is not None:
         announce(Facts(f"settings for {budget.describe()}", made.choice_rows()))
     title = (
         f"{config.model}, {config.bits} bits, {settled.batch_size} × {config.max_length} tokens "
-        f"on {found['settings']['device']} ({found['settings']['dtype']})"
+        f"on {f'each of {devices} × ' if devices > 1 else ''}"
+        f"{found['settings']['device']} ({found['settings']['dtype']})"
     )
+    if ways.rows():
+        announce(Facts(f"the base on {devices} devices", ways.rows()))
     peaks = phase_rows(found["phase_peaks_bytes"], found["host_phase_peaks_bytes"])
     announce(Facts(f"predicted peak of each phase: {title}", peaks))
     parts = breakdown_rows(made.prediction.peak.by_purpose, PURPOSES)
     announce(Facts(f"at the largest of them, {made.prediction.peak_phase}", parts))
     announce(Facts("predicted peak", _card_rows(made)))
     announce(Facts("predicted time, of rows as long as --max-length", made.time_rows()))
+    if made.traffic is not None:
+        announce(Facts("received by each device in a step", made.traffic.rows()))
     if config.plot is not None:
         draw_memory(found["breakdown_bytes"], PURPOSES, title, config.plot)
         announce(Closing((str(config.plot),), ()))

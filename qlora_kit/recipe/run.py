@@ -19,7 +19,9 @@ from qlora_kit.data.tokens import Counts, Tokenized
 from qlora_kit.errors import DataError, HubError, NumericsError, OutOfMemory, TornStep, WorkerLost
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
 from qlora_kit.infer.evaluate import Evaluation
+from qlora_kit.infer.generate import generate
 from qlora_kit.infer.samples import SampleAccount
+from qlora_kit.infer.together import Together
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, count_trainable
 from qlora_kit.lora.files import BaseRecord
@@ -176,7 +178,7 @@ class Run:
 
     def taken(self) -> dict[str, Any]:
         """Train, and write all files of the run; return its outcome, for programs."""
-        begun = self.processes.in_writer(self._begun)
+        begun: _Begun | None = self._by_writer(self.processes.in_writer, self._begun)
         try:
             validation = self._validation()
             result = self._trained(begun.memory if begun else None, validation)
@@ -185,7 +187,27 @@ class Run:
                 raise WorkerLost(*self._with_way_on(end)) from end
             self._say_how_to_go_on(end)
             raise
-        return self.processes.from_writer(lambda: self._outcome(result, begun, validation))
+        outcome: dict[str, Any] = self._by_writer(
+            self.processes.from_writer, lambda: self._outcome(result, begun, validation)
+        )
+        return outcome
+
+    @cached_property
+    def _together(self) -> Together:
+        return Together(self.adapter.base, self.opened.tokenizer, self.processes)
+
+    def _by_writer(self, meet: Callable[..., Any], work: Callable[[], Any]) -> Any:
+        """Let the writer work; the others generate with it where its samples need all of them.
+
+        Args:
+            meet: the call of `Processes` that tells what became of the work.
+            work: what the writer does.
+        """
+        if not self.processes.computes_together:
+            return meet(work)
+        if not self.processes.is_writer:
+            self._together.follow()
+        return meet(lambda: self._together.led(work))
 
     def _begun(self) -> _Begun:
         """Write the files of the run that are there before it, and say what it is."""
@@ -242,9 +264,11 @@ class Run:
 
     def _samples(self) -> SampleAccount:
         """Return the account of the run's samples, with those from before training written."""
+        is_shared = self.processes.computes_together
         account = SampleAccount(
-            self.output, self.adapter.base, self.opened.tokenizer, self.announce
-        )
+            self.output, self.adapter.base, self.opened.tokenizer, self.announce,
+            continues=self._together.continued if is_shared else generate,
+        )  # fmt: skip
         # In a cache of keys and values, a token takes up to as much memory as two in training.
         tokens_at_once = self.config.batch_size * max(self.rows.rows.lengths()) // 2
         count = self.config.samples if self.opened.task.generates else 0

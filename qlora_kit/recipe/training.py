@@ -11,9 +11,11 @@ from typing import Any
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.events import Announce, silent
+from qlora_kit.launched import place
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
+from qlora_kit.parallel.launch import check_sharing
 from qlora_kit.parallel.one import processes_of_this_run
 from qlora_kit.recipe.rows import read_data, token_rows
 from qlora_kit.recipe.streaming import learning_from, settled
@@ -34,6 +36,8 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     processes = processes_of_this_run()
     announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
+    if config.shard_base:
+        check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
     with ExitStack() as at_the_end:
         claimed = claimed_run(
@@ -50,6 +54,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         from qlora_kit.lora.attach import LoraSpec, attach
         from qlora_kit.model.hardware import make_deterministic
         from qlora_kit.model.load import Placement, load_base
+        from qlora_kit.parallel.sharded import load_shared_base
         from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
         from qlora_kit.recipe.agreement import chosen_hardware, serving_kernels, shared_threads
         from qlora_kit.recipe.run import Run, planned
@@ -84,7 +89,8 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
             sizes = replace(sizes, usual=replace(usual, rows=learnt.in_epoch or usual.rows))
         subject = Subject(spec, lora, hardware, sizes, opened.task)
         config, plan = planned(config, subject, learnt.in_epoch, output, announce, processes)
-        base = load_base(spec, hardware, announce, Placement.of(config))
+        load = load_shared_base if config.shard_base else load_base
+        base = load(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
         tried = packing.tried(base.model)
         packing = processes.from_writer(lambda: tried)

@@ -136,6 +136,12 @@ class Data(Protocol):
         ...
 
 
+def _parts(adapter: Adapter) -> str:
+    """Say how many processes hold the base together."""
+    shards = adapter.base.shards
+    return "" if shards is None else f"; {shards.count} hold the base together"
+
+
 def header(
     adapter: Adapter,
     learnt: Data,
@@ -169,7 +175,7 @@ def header(
         ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in "
                       f"{len(adapter.layers)} layers"),
         ("device", base.hardware.device_name),
-        *((("processes", f"{processes}, which divide the rows of each step"),)
+        *((("processes", f"{processes}, which divide the rows of each step{_parts(adapter)}"),)
           if processes > 1 else ()),
         ("dtype", f"{base.hardware.dtype_name} ({base.hardware.reason})"),
         *((("kernels", kernels.described()),) if on_gpu else ()),

@@ -114,5 +114,5 @@ def without_effect(options: StepOptions, reducers: Reducers, applied: Applied) -
     if options.mlp_tile_tokens and not applied.tiled_mlps:
         said.append("--mlp-tile-tokens has no effect: the model's MLPs are of another kind")
     if options.unpacked_layers and not applied.unpacked_weights:
-        said.append("--unpacked-layers has no effect: no weight of the layers is packed")
+        said.append("--unpacked-layers has no effect: no layer holds its packed weights whole")
     return said

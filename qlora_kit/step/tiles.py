@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qlora_kit.layers.mlp import Parts, TiledMLP
+from qlora_kit.layers.weight import gathered
 
 _PROBE_TOKENS = 3
 
@@ -70,7 +71,8 @@ def _computes_the_same(module: nn.Module, parts: Parts, dtype: torch.dtype) -> b
     was_training = module.training
     module.eval()  # in training mode, the dropout masks of the two forwards would differ
     try:
-        own, found = module(x).float(), TiledMLP(module, _PROBE_TOKENS - 1)(x).float()
+        with gathered(module):
+            own, found = module(x).float(), TiledMLP(module, _PROBE_TOKENS - 1)(x).float()
     finally:
         module.train(was_training)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

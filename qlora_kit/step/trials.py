@@ -23,7 +23,7 @@ from qlora_kit.layers.kernels.norm import FusedNorm
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.loss import cross_entropy_sum
 from qlora_kit.layers.mlp import Parts, TiledMLP
-from qlora_kit.layers.weight import FourBitWeight
+from qlora_kit.layers.weight import FourBitWeight, gathered
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.private_torch import outside_of_modes
@@ -93,8 +93,9 @@ def _nf4(tried: Tried) -> Iterator[Trial]:
 
 def _products(weight: FourBitWeight, numbers: Numbers) -> list[Tensor]:
     outputs, inputs = weight.shape
-    y = weight.product(numbers.draw(_TOKENS, inputs))
-    return [y, weight.product_back(numbers.draw(_TOKENS, outputs))]
+    with gathered(weight):
+        y = weight.product(numbers.draw(_TOKENS, inputs))
+        return [y, weight.product_back(numbers.draw(_TOKENS, outputs))]
 
 
 def _lora(tried: Tried) -> Iterator[Trial]:
@@ -112,7 +113,8 @@ def _low_rank(layer: LoRALinear, numbers: Numbers) -> list[Tensor]:
     with torch.no_grad():
         other.lora_B.copy_(numbers.draw(*other.lora_B.shape))
     x = numbers.input(_TOKENS, layer.frozen.in_features)
-    return numbers.with_gradients(other(x), x, other.lora_A, other.lora_B)
+    with gathered(layer.frozen):
+        return numbers.with_gradients(other(x), x, other.lora_A, other.lora_B)
 
 
 def _norm(tried: Tried) -> Iterator[Trial]:
@@ -167,7 +169,8 @@ def _gated(mlp: TiledMLP, numbers: Numbers) -> list[Tensor]:
     was_training = mlp.training
     mlp.eval()  # in training mode, two trials would draw two dropout masks
     try:
-        return numbers.with_gradients(mlp(x), x)
+        with gathered(mlp):
+            return numbers.with_gradients(mlp(x), x)
     finally:
         mlp.train(was_training)
 

@@ -18,7 +18,9 @@ from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 def packed_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
     """Yield the weights of a layer that are unpacked for a product."""
     for module in layer.modules():
-        if isinstance(module, FrozenWeight) and not isinstance(module, PlainWeight):
+        is_packed = isinstance(module, FrozenWeight) and not isinstance(module, PlainWeight)
+        # Of a weight that processes hold together, what is gathered must not stay.
+        if is_packed and module.shards is None:
             yield module
 
 

@@ -269,7 +269,8 @@ class OptimizerStep:
         Raises:
             OutOfMemory: processes that compute together cannot go on without this one.
         """
-        found = if_it_fits(work, self.device)
+        with self.processes.computing():
+            found = if_it_fits(work, self.device)
         if found is None and self.processes.computes_together:
             raise OutOfMemory(
                 "out of memory in one process, while the others wait for its part of the base; "
