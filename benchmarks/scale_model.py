@@ -126,7 +126,7 @@ class Step:
         micro_batches: micro-batches of a GPU.
         rows: rows of a micro-batch.
         compute_seconds: time that a GPU computes, with its own copies to the host.
-        gather_seconds: time that it waits for layers of the base.
+        gather_seconds: time that it waits for parts of the base.
         sum_seconds: time of the sum of the gradients.
         sent_bytes: bytes that a GPU sends to others; it receives as many.
         peak_bytes: bytes that a GPU allocates at most.

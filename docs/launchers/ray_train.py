@@ -30,8 +30,11 @@ def main() -> None:
     """Start the workers, and wait for the end of the run."""
     arguments = _arguments()
 
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError as error:
+        sys.exit(f"error: {error}; pip install 'ray[train]'")
 
     gpus = arguments.gpus_per_node
     settings = {

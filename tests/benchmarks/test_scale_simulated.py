@@ -288,7 +288,7 @@ def test_the_command(
     saved, picture = tmp_path / "scale.json", tmp_path / "scale.png"
     given = [
         "--models", "demo", "--gpus", "1,16", "--rows", "8", "--tokens", "64", "--memory", "1GB",
-        "--networks", "slow=1", "--json", str(saved), "--plot", str(picture),
+        "--networks", "slow=0.01", "--json", str(saved), "--plot", str(picture),
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["scale_simulated.py", *given])
     simulated.main()

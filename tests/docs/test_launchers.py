@@ -129,40 +129,60 @@ def test_what_is_not_named_is_said(cluster: dict[str, str], script: str) -> None
     assert not calls(cluster, "torchrun")
 
 
-def real_torchrun(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the script of one node with the torchrun of this environment, on one process."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    named = {"MODEL": "demo", "DATA": str(tmp_path / "rows.jsonl"), "OUTPUT": str(tmp_path / "run")}
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "two", "completion": "2"}\n' * 4)
-    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    return bash(
-        dict(os.environ), str(LAUNCHERS / "torchrun_one_node.sh"), *options, **threads, **named,
-        PATH=path, GPUS="1",
+def real_torchrun(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    """Start the script of one node with the torchrun of this environment, on one process."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "two", "completion": "2"}\n' * 4)
+    named = {
+        "MODEL": "demo", "DATA": str(data), "OUTPUT": str(tmp_path / "run"), "GPUS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return subprocess.Popen(
+        ["bash", str(LAUNCHERS / "torchrun_one_node.sh"), *options], env={**os.environ, **named},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
+def ended(running: subprocess.Popen[str]) -> str:
+    """Return what a process that ends well has printed."""
+    out, err = running.communicate()
+    assert running.returncode == 0, err
+    return out + err
+
+
 def test_the_real_torchrun_hands_the_options_on(tmp_path: Path) -> None:
-    done = real_torchrun(tmp_path, "--max-steps", "3", "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    out, _ = real_torchrun(tmp_path, "--max-steps", "3", "--dry-run", "--json").communicate()
+    found = json.loads(out)
     assert (found["model"], found["max_steps"], found["resume"]) == ("demo", 3, "latest")
+
+
+_QUICK = ("--samples", "0", "--val-size", "0", "--max-length", "64")
 
 
 @pytest.mark.slow
 def test_the_same_command_begins_and_goes_on(tmp_path: Path) -> None:
-    settings = ("--samples", "0", "--val-size", "0", "--max-length", "64")
-    begun = real_torchrun(tmp_path, "--max-steps", "1", *settings)
-    assert begun.returncode == 0, begun.stderr
-    assert "no checkpoint yet; starting from the beginning" in begun.stdout + begun.stderr
-    gone_on = real_torchrun(tmp_path, "--max-steps", "2", *settings)
-    assert gone_on.returncode == 0, gone_on.stderr
-    assert "checkpoint-1" in gone_on.stdout + gone_on.stderr
+    begun = ended(real_torchrun(tmp_path, "--max-steps", "1", *_QUICK))
+    assert "no checkpoint yet; starting from the beginning" in begun
+    assert "checkpoint-1" in ended(real_torchrun(tmp_path, "--max-steps", "2", *_QUICK))
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
     weights = tmp_path / "run" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns
-    ended = real_torchrun(tmp_path, "--max-steps", "2", *settings)
-    assert ended.returncode == 0, ended.stderr
+    ended(real_torchrun(tmp_path, "--max-steps", "2", *_QUICK))
     assert weights.stat().st_mtime_ns == before, "a run that has ended is left as it is"
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_taken_away_saves_a_checkpoint(tmp_path: Path) -> None:
+    steps = ("--max-steps", "100000", "--save-steps", "100000")
+    running = real_torchrun(tmp_path, *steps, *_QUICK)
+    log = tmp_path / "run" / "trainer_log.jsonl"
+    _wait_for(lambda: log.is_file() and log.read_text().count("\n") > 3, seconds=300)
+    running.terminate()
+    out, err = running.communicate(timeout=120)
+    assert running.returncode != 0
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert f"saved {saved}" in out + err
 
 
 # ---------------------------------------------------------------- Slurm
@@ -366,6 +386,15 @@ def test_a_run_of_ray_train(ray_train: Any, capsys: pytest.CaptureFixture[str]) 
     assert (launch.nnodes, launch.node_rank, launch.nproc_per_node) == ("2", 1, "8")
     assert (launch.master_addr, launch.master_port) == ("10.0.0.1", 29511)
     assert config["model"] == "llama-3.1-8b"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
+def test_without_ray_it_says_what_to_install(
+    ray_train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ray_train.py", "--", "--model", "demo"])
+    with pytest.raises(SystemExit, match=r"^error: .*ray.*; pip install 'ray\[train\]'$"):
+        ray_train.main()
 
 
 @pytest.mark.slow
