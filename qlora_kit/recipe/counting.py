@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MOST_HELD_OUT = 10_000
 """samples of a stream that are held out by default: more take memory, and measure no better"""
+_HOLDS_OUT_ALL = "--validation-fraction: holds out every row; expected some to train on"
 
 
 def is_counted(config: TrainConfig, *, holds_out: bool) -> bool:
@@ -90,6 +91,7 @@ def counted_pass(
         would have to be fetched.
 
     Raises:
+        ConfigError: all samples are held out.
         DataError: a record has a fault, or nothing is left to learn from.
     """
     from qlora_kit.data.stream_count import Pass, taken_out
@@ -104,6 +106,8 @@ def counted_pass(
     numbers = frozenset(held_out_numbers(count, fraction, config.seed))
     if not numbers:
         return Pass(found["rows"])
+    if len(numbers) == count:
+        raise ConfigError(_HOLDS_OUT_ALL)
     return Pass(found["rows"], taken_out(stream, numbers, samples), numbers)
 
 
@@ -123,7 +127,7 @@ def learnt_pass(whole: Pass, held_out: Tokenized) -> Pass:
     """
     rows = whole.rows - len(held_out.rows)
     if rows < 1:
-        raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
+        raise ConfigError(_HOLDS_OUT_ALL)
     return replace(whole, rows=rows)
 
 

@@ -186,6 +186,7 @@ def _of_pass(
     found = counted_pass(samples, opened, rows, config, announce, holds_out=holds_out)
     if found is not None and found.held_out is not None:
         held_out = tokenize(found.held_out, opened.tokenizer, config, makes=opened.task.makes)
+        opened.check_positions(config, held_out)
         found, rows = learnt_pass(found, held_out), without_samples(rows, found.numbers)
         announce(Notice(f"validation: {len(held_out.rows)} rows held out of the data"))
     return replace(rows, stream_pass=found), held_out

@@ -215,18 +215,17 @@ def settled(
         is_new: whether the run has no options of an earlier start, which are settled.
     """
     stream = samples.stream
+    asks = "validation_fraction" in config.model_fields_set
     config = config.model_copy(update={"stream_data": stream is not None})
-    holds_out = validation is None and config.validation_fraction == _DEFAULT_FRACTION
-    if not is_new or stream is None or stream.why or config.max_steps is None or not holds_out:
+    if not is_new or stream is None or stream.why or config.max_steps is None:
         return config
-    asked = (
-        f", and so does a --validation-fraction other than {_DEFAULT_FRACTION:g}, for which they "
-        "are counted"
-    )
+    if validation is not None or not config.validation_fraction or (asks and not stream.is_of_hub):
+        return config
+    also = "" if stream.is_of_hub else ", and so does --validation-fraction, for which they are"
     announce(
         Notice(
             "no sample is held out: with --stream-data and --max-steps they are not counted; "
-            f"--validation FILE measures while training{'' if stream.is_of_hub else asked}"
+            f"--validation FILE measures while training{also}"
         )
     )
     return config.model_copy(update={"validation_fraction": 0.0})

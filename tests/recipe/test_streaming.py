@@ -260,10 +260,10 @@ def test_with_a_number_of_steps_a_share_is_held_out_only_if_it_is_asked_for(
     out = check(model, longer, "--max-steps", "1", capsys=capsys)
     assert "note: no sample is held out: with --stream-data and --max-steps" in out
     assert "validation none" in out
-    more = ("--max-steps", "1", "--validation-fraction", "0.1")
+    more = ("--max-steps", "1", "--validation-fraction", "0.05")
     out = check(model, longer, *more, capsys=capsys)
-    assert "note: validation: 24 rows held out of the data" in out
-    assert "validation 24 rows" in out
+    assert "note: validation: 12 rows held out of the data" in out
+    assert "validation 12 rows" in out
     assert "also trained on" not in out
 
 
