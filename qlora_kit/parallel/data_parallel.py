@@ -52,6 +52,7 @@ class DataParallel:
 
     def __init__(self, place: Place) -> None:
         self._base_group: Any = None
+        self._spoke = False
         self.rank, self.count, self.is_writer = place.rank, place.count, place.is_writer
         self._flat: Tensor | None = None
         self._parts: list[Tensor] = []
@@ -232,10 +233,11 @@ class DataParallel:
             # The first has the store: either it failed to, or the next could not reach it.
             return self.rank <= 1
         try:
-            return bool(self._store.add("spoken", 1) == 1)
+            self._spoke = bool(self._store.add("spoken", 1) == 1)
         except RuntimeError:
             # The store is gone with the process that had it, which is the first.
-            return self.rank == 1
+            self._spoke = self.rank == 1
+        return self._spoke
 
     @contextlib.contextmanager
     def _meeting(self) -> Iterator[None]:
@@ -292,10 +294,11 @@ class DataParallel:
             return
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             # The others learn it at once, and not when this process has ended.
-            for group in (self._base_group, self._of_step, self._of_work):
-                if group is not None:
-                    dist.destroy_process_group(group)
-        self.after_writer("leaving")
+            for group in (self._of_step, self._of_work):
+                dist.destroy_process_group(group)
+        # Where the others wait for this process in a gather, they learn it when it has ended.
+        if not (self.computes_together and self._spoke):
+            self.after_writer("leaving")
 
 
 class _Outcome:
