@@ -209,3 +209,21 @@ def test_a_70b_fits_two_cards_of_24_gb(capsys: pytest.CaptureFixture[str]) -> No
     assert found["fits"] is True
     assert found["settings"]["shard_base"] is True
     assert found["predicted_peak_bytes"] < 22_300_000_000
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_adapter_of_processes_that_hold_all(tmp_path: Path) -> None:
+    written = []
+    for name in ("--shard-base", "--no-shard-base"):
+        output = tmp_path / name
+        command = f"train --model demo --device cpu --devices 2 --max-steps 2 --samples 1 {name}"
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_kit", *command.split(), "--output", str(output)],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("2 hold the base together" in done.stdout + done.stderr) is (name == "--shard-base")
+        assert json.loads((output / "samples.json").read_text())["samples"]
+        written.append((output / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
