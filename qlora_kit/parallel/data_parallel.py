@@ -52,7 +52,7 @@ class DataParallel:
 
     def __init__(self, place: Place) -> None:
         self._base_group: Any = None
-        self._spoke = False
+        self._is_awaited = False
         self.rank, self.count, self.is_writer = place.rank, place.count, place.is_writer
         self._flat: Tensor | None = None
         self._parts: list[Tensor] = []
@@ -103,6 +103,10 @@ class DataParallel:
     def computes_together(self) -> bool:
         """See `Processes`."""
         return self._base_group is not None
+
+    def abandon(self) -> None:
+        """See `Processes`."""
+        self._is_awaited = True
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -220,6 +224,7 @@ class DataParallel:
         with contextlib.suppress(RuntimeError):
             if self.is_writer:
                 self._store.set(doing, "done")
+            if self.is_writer or self._is_awaited:
                 return
             until = time.monotonic() + _SECONDS_FOR_WRITER
             while time.monotonic() < until and not self._store.check([doing]):
@@ -233,11 +238,10 @@ class DataParallel:
             # The first has the store: either it failed to, or the next could not reach it.
             return self.rank <= 1
         try:
-            self._spoke = bool(self._store.add("spoken", 1) == 1)
+            return bool(self._store.add("spoken", 1) == 1)
         except RuntimeError:
             # The store is gone with the process that had it, which is the first.
-            self._spoke = self.rank == 1
-        return self._spoke
+            return self.rank == 1
 
     @contextlib.contextmanager
     def _meeting(self) -> Iterator[None]:
@@ -296,9 +300,7 @@ class DataParallel:
             # The others learn it at once, and not when this process has ended.
             for group in (self._of_step, self._of_work):
                 dist.destroy_process_group(group)
-        # Where the others wait for this process in a gather, they learn it when it has ended.
-        if not (self.computes_together and self._spoke):
-            self.after_writer("leaving")
+        self.after_writer("leaving")
 
 
 class _Outcome:

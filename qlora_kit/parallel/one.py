@@ -44,6 +44,10 @@ class Processes(Protocol):
         """Whether a forward needs all processes, because each has a part of the base only."""
         ...
 
+    def abandon(self) -> None:
+        """Wait for nobody any more: the others wait for this process, which ends by itself."""
+        ...
+
     def computing(self) -> AbstractContextManager[None]:
         """Return a block that computes; what other processes do to it is told as a lost process.
 
@@ -126,6 +130,9 @@ class OneProcess:
     count = 1
     is_writer = True
     computes_together = False
+
+    def abandon(self) -> None:
+        """See `Processes`: nobody waits."""
 
     def computing(self) -> AbstractContextManager[None]:
         """See `Processes`."""

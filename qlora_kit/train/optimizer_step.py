@@ -272,6 +272,7 @@ class OptimizerStep:
         with self.processes.computing():
             found = if_it_fits(work, self.device)
         if found is None and self.processes.computes_together:
+            self.processes.abandon()
             raise OutOfMemory(
                 "out of memory in one process, while the others wait for its part of the base; "
                 "expected each to fit; pass a smaller --batch-size, --max-length or --rank"
