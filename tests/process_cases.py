@@ -6,6 +6,7 @@ Each process writes what it found to `FOLDER/rank-N.pt`. The folders of the mode
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,31 @@ def halved(folder: Path) -> Found:
     return Found(*_fields(found), sizes)
 
 
+def together(folder: Path) -> Found:
+    """Every forward needs all processes, as with a base in parts: those without rows compute too.
+
+    Seven rows make a last window of one row, and nine rows of evaluation a batch that one process
+    has more.
+    """
+    processes = processes_of_this_run()
+    adapter = make_adapter(folder / LLAMA, dropout=0.3)
+    forwards: list[int] = []
+    adapter.base.model.model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def evaluate() -> float:
+        held_out = make_rows(9, seed=1)
+        return evaluate_parts(adapter.base, held_out, {}, batch_size=2, processes=processes)[0].loss
+
+    kind: Any = type(processes)
+    kind.computes_together = True
+    try:
+        changes = {"batch_size": 2, "packing": False, "eval_steps": 5}
+        found, _ = _run(adapter, make_rows(7), options_of_run=changes, evaluate=evaluate)
+    finally:
+        kind.computes_together = False
+    return Found(*_fields(found), len(forwards))
+
+
 def _fields(found: Found) -> tuple[Any, ...]:
     return found.losses, found.weights, found.process_tokens, found.reason
 
@@ -237,6 +263,7 @@ CASES: dict[str, Callable[[Path], Found]] = {
     case.__name__: case
     for case in (
         uneven, dropout, packed, weighted, classes, early_stop, stopped_by_rule, not_finite, halved,
+        together,
     )
 }  # fmt: skip
 
@@ -280,6 +307,12 @@ def meetings() -> dict[str, Any]:
     processes.sum_gradients(parameters)
     seen["gradients"] = [each.grad.clone() for each in parameters if each.grad is not None]
     seen["speaks"] = [processes.speaks(), processes.speaks()]
+    # The last ends by a fault of its own: the others learn it at once, not after a timeout.
+    if rank < count - 1:
+        began = time.monotonic()
+        seen["alone"] = fault_of(lambda: processes.most(0.0))
+        seen["seconds"] = time.monotonic() - began
+    processes.leave()
     return seen
 
 

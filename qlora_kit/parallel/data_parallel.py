@@ -57,6 +57,8 @@ class DataParallel:
         self._flat: Tensor | None = None
         self._parts: list[Tensor] = []
         self._store: Any = None
+        self._of_step: Any = None
+        self._of_work: Any = None
         self._where: list[tuple[int, str]] = []
 
     def join(self) -> None:
@@ -274,6 +276,7 @@ class DataParallel:
             # The others learn it at once, and not when this process has ended.
             for group in (self._of_step, self._of_work):
                 dist.destroy_process_group(group)
+        self._of_step = self._of_work = None
         self.after_writer("leaving")
 
 
