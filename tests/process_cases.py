@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def early_stop(folder: Path) -> Found:
     }  # fmt: skip
     found, events = _run(adapter, make_rows(12), options_of_run=changes, evaluate=evaluate)
     losses = [event.loss for event in events if isinstance(event, Evaluated)]
-    return Found(*_fields(found), (losses, [(e.loss, e.metrics, e.weight) for e in measured]))
+    return replace(found, others=(losses, [(e.loss, e.metrics, e.weight) for e in measured]))
 
 
 def stopped_by_rule(folder: Path) -> Found:
@@ -198,7 +198,7 @@ def not_finite(folder: Path) -> Found:
     found, _ = _run(
         adapter, rows, options_of_run=changes, loss=_spoiling, announce=listen
     )  # fmt: skip
-    return Found(*_fields(found), skipped)
+    return replace(found, others=skipped)
 
 
 class _ShortInLast:
@@ -227,7 +227,7 @@ def halved(folder: Path) -> Found:
     found, _ = _run(
         adapter, make_rows(16), options_of_run=changes, loss=_ShortInLast(), announce=listen
     )
-    return Found(*_fields(found), sizes)
+    return replace(found, others=sizes)
 
 
 def together(folder: Path) -> Found:
@@ -252,11 +252,7 @@ def together(folder: Path) -> Found:
         found, _ = _run(adapter, make_rows(7), options_of_run=changes, evaluate=evaluate)
     finally:
         kind.computes_together = False
-    return Found(*_fields(found), len(forwards))
-
-
-def _fields(found: Found) -> tuple[Any, ...]:
-    return found.losses, found.weights, found.process_tokens, found.reason
+    return replace(found, others=len(forwards))
 
 
 CASES: dict[str, Callable[[Path], Found]] = {
@@ -279,8 +275,7 @@ def meetings() -> dict[str, Any]:
         "from_writer": processes.from_writer(lambda: rank),
         "in_writer": processes.in_writer(lambda: rank),
     }
-    order: list[float] = []
-    seen["writer_first"] = processes.writer_first(lambda: order.append(rank) or rank)
+    seen["writer_first"] = processes.writer_first(lambda: rank)
 
     def fault_of(work: Callable[[], Any]) -> Any:
         try:

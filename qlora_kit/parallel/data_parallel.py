@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 STEP_SECONDS = 300.0
 """the longest that processes wait for each other in a step"""
-WORK_SECONDS = 6 * 3600.0
+WORK_SECONDS = 2 * 3600.0
 """the longest that they wait for one that works for all: it tokenises, evaluates or saves"""
 # After a process has ended it takes the system a moment to say so.
 _SECONDS_TO_BE_GONE = 2.0
