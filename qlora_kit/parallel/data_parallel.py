@@ -36,7 +36,9 @@ WORK_SECONDS = 2 * 3600.0
 """the longest that they wait for one that works for all: it tokenises, evaluates or saves"""
 # After a process has ended it takes the system a moment to say so.
 _SECONDS_TO_BE_GONE = 2.0
-_SECONDS_FOR_WRITER = 300.0
+# A launcher ends all processes soon after the first has ended, so the writer ends first: after its
+# last checkpoint, and after its last words.
+_SECONDS_TO_SAVE, _SECONDS_TO_SPEAK = 300.0, 30.0
 _POLL_SECONDS = 0.05
 # Parts of one tensor begin at multiples of as many numbers: kernels load several at a time.
 _ALIGNMENT = 64
@@ -198,11 +200,14 @@ class DataParallel:
 
     def after_writer(self, doing: str) -> None:
         """See `Processes`."""
+        self._wait_for_writer(doing, _SECONDS_TO_SAVE)
+
+    def _wait_for_writer(self, doing: str, seconds: float) -> None:
         with contextlib.suppress(RuntimeError):
             if self.is_writer:
                 self._store.set(doing, "done")
                 return
-            until = time.monotonic() + _SECONDS_FOR_WRITER
+            until = time.monotonic() + seconds
             while time.monotonic() < until and not self._store.check([doing]):
                 if 0 in self._missing():
                     return
@@ -277,7 +282,7 @@ class DataParallel:
             for group in (self._of_step, self._of_work):
                 dist.destroy_process_group(group)
         self._of_step = self._of_work = None
-        self.after_writer("leaving")
+        self._wait_for_writer("leaving", _SECONDS_TO_SPEAK)
 
 
 class _Outcome:
@@ -290,6 +295,8 @@ class _Outcome:
     def of(cls, work: Callable[[], Any]) -> _Outcome:
         try:
             return cls(work())
+        except WorkerLost:
+            raise  # nobody is met any more
         except (QloraKitError, Stopped) as fault:
             return cls(fault=fault)
 
