@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from qlora_kit.errors import EnvironmentFault
 from qlora_kit.launched import place
 
 if TYPE_CHECKING:
@@ -205,9 +206,15 @@ def lost_process() -> str | None:
 def speaks() -> bool:
     """Whether this process is the one that tells the user how the run ended.
 
-    Of several processes the first that asks. Before they have met, the writer.
+    Of several processes the first that asks. Before they have met, the writer; and where nobody
+    knows which process is the writer, every one.
     """
-    return place().is_writer if _joined is None else _joined.speaks()
+    if _joined is not None:
+        return _joined.speaks()
+    try:
+        return place().is_writer
+    except EnvironmentFault:
+        return True
 
 
 def leave() -> None:

@@ -36,8 +36,8 @@ SECONDS = "20"
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (("--device", "2"), "--device: found 2; expected auto, cpu or cuda; did you mean --devices"),
-        (("--devices", "cpu"), "--devices: found cpu; expected a number or auto; did you mean --dev"),
+        (("--device", "2"), "found 2; expected auto, cpu or cuda; did you mean --devices 2?"),
+        (("--devices", "cpu"), "found cpu; expected a number or auto; did you mean --device cpu?"),
         (("--devices", "0"), "--devices: found 0; expected greater than or equal to 1"),
         (("--device-s", "2"), "'--devices'"),
     ],

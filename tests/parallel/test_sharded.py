@@ -133,7 +133,7 @@ def test_a_run_of_the_api_has_the_bits_of_one_whose_processes_hold_all(two: Resu
 def test_memory_that_runs_out_in_one_process_ends_all(two: Results) -> None:
     """The other waits for it in a gather, and learns that it is gone."""
     (lost, lost_code, line), (short, code, why) = (found["short"] for found in two)
-    assert (short, code) == ("OutOfMemory", 3)
+    assert (short, code) == ("WorkerLost", 3)
     assert why.startswith("out of memory in one process, while the others wait")
     assert (lost, lost_code) == ("WorkerLost", 3)
     assert "\n" not in line
