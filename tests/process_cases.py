@@ -6,8 +6,9 @@ Each process writes what it found to `FOLDER/rank-N.pt`. The folders of the mode
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def early_stop(folder: Path) -> Found:
     }  # fmt: skip
     found, events = _run(adapter, make_rows(12), options_of_run=changes, evaluate=evaluate)
     losses = [event.loss for event in events if isinstance(event, Evaluated)]
-    return Found(*_fields(found), (losses, [(e.loss, e.metrics, e.weight) for e in measured]))
+    return replace(found, others=(losses, [(e.loss, e.metrics, e.weight) for e in measured]))
 
 
 def stopped_by_rule(folder: Path) -> Found:
@@ -197,7 +198,7 @@ def not_finite(folder: Path) -> Found:
     found, _ = _run(
         adapter, rows, options_of_run=changes, loss=_spoiling, announce=listen
     )  # fmt: skip
-    return Found(*_fields(found), skipped)
+    return replace(found, others=skipped)
 
 
 class _ShortInLast:
@@ -226,17 +227,39 @@ def halved(folder: Path) -> Found:
     found, _ = _run(
         adapter, make_rows(16), options_of_run=changes, loss=_ShortInLast(), announce=listen
     )
-    return Found(*_fields(found), sizes)
+    return replace(found, others=sizes)
 
 
-def _fields(found: Found) -> tuple[Any, ...]:
-    return found.losses, found.weights, found.process_tokens, found.reason
+def together(folder: Path) -> Found:
+    """Every forward needs all processes, as with a base in parts: those without rows compute too.
+
+    Seven rows make a last window of one row, and nine rows of evaluation a batch that one process
+    has more.
+    """
+    processes = processes_of_this_run()
+    adapter = make_adapter(folder / LLAMA, dropout=0.3)
+    forwards: list[int] = []
+    adapter.base.model.model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def evaluate() -> float:
+        held_out = make_rows(9, seed=1)
+        return evaluate_parts(adapter.base, held_out, {}, batch_size=2, processes=processes)[0].loss
+
+    kind: Any = type(processes)
+    kind.computes_together = True
+    try:
+        changes = {"batch_size": 2, "packing": False, "eval_steps": 5}
+        found, _ = _run(adapter, make_rows(7), options_of_run=changes, evaluate=evaluate)
+    finally:
+        kind.computes_together = False
+    return replace(found, others=len(forwards))
 
 
 CASES: dict[str, Callable[[Path], Found]] = {
     case.__name__: case
     for case in (
         uneven, dropout, packed, weighted, classes, early_stop, stopped_by_rule, not_finite, halved,
+        together,
     )
 }  # fmt: skip
 
@@ -252,8 +275,7 @@ def meetings() -> dict[str, Any]:
         "from_writer": processes.from_writer(lambda: rank),
         "in_writer": processes.in_writer(lambda: rank),
     }
-    order: list[float] = []
-    seen["writer_first"] = processes.writer_first(lambda: order.append(rank) or rank)
+    seen["writer_first"] = processes.writer_first(lambda: rank)
 
     def fault_of(work: Callable[[], Any]) -> Any:
         try:
@@ -280,6 +302,12 @@ def meetings() -> dict[str, Any]:
     processes.sum_gradients(parameters)
     seen["gradients"] = [each.grad.clone() for each in parameters if each.grad is not None]
     seen["speaks"] = [processes.speaks(), processes.speaks()]
+    # The last ends by a fault of its own: the others learn it at once, not after a timeout.
+    if rank < count - 1:
+        began = time.monotonic()
+        seen["alone"] = fault_of(lambda: processes.most(0.0))
+        seen["seconds"] = time.monotonic() - began
+    processes.leave()
     return seen
 
 

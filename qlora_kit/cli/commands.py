@@ -49,7 +49,8 @@ class _Command(click.Command):
         def callback(**given: Any) -> None:
             config, as_json = configure(config_class, given), given["json"]
             if given["dry_run"]:
-                print_config(config, as_json=as_json)
+                if place().is_writer:
+                    print_config(config, as_json=as_json)
                 return
             if name == "train" and isinstance(config, TrainConfig):
                 code = started_processes(config, click.get_current_context().obj)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.data.batch import Row, TokenRows
-from qlora_kit.errors import OutOfMemory
+from qlora_kit.errors import WorkerLost
 from qlora_kit.events import Announce, Notice, silent
 from qlora_kit.layers.loss import CHUNK_TOKENS
 from qlora_kit.lora.several import PerRow
@@ -265,7 +265,7 @@ def _measure(
 
     def fewer(most: int) -> None:
         if processes.computes_together:
-            raise OutOfMemory(
+            raise WorkerLost(
                 "out of memory in evaluation in one process, while the others wait for its part of "
                 "the base; expected each to fit; pass a smaller --eval-batch-size"
             )

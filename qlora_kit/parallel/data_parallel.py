@@ -32,11 +32,13 @@ Value = TypeVar("Value")
 
 STEP_SECONDS = 300.0
 """the longest that processes wait for each other in a step"""
-WORK_SECONDS = 6 * 3600.0
+WORK_SECONDS = 2 * 3600.0
 """the longest that they wait for one that works for all: it tokenises, evaluates or saves"""
 # After a process has ended it takes the system a moment to say so.
 _SECONDS_TO_BE_GONE = 2.0
-_SECONDS_FOR_WRITER = 300.0
+# A launcher ends all processes soon after the first has ended, so the writer ends first: after its
+# last checkpoint, and after its last words.
+_SECONDS_TO_SAVE, _SECONDS_TO_SPEAK = 300.0, 30.0
 _POLL_SECONDS = 0.05
 # Parts of one tensor begin at multiples of as many numbers: kernels load several at a time.
 _ALIGNMENT = 64
@@ -52,10 +54,13 @@ class DataParallel:
 
     def __init__(self, place: Place) -> None:
         self._base_group: Any = None
+        self._is_awaited = False
         self.rank, self.count, self.is_writer = place.rank, place.count, place.is_writer
         self._flat: Tensor | None = None
         self._parts: list[Tensor] = []
         self._store: Any = None
+        self._of_step: Any = None
+        self._of_work: Any = None
         self._where: list[tuple[int, str]] = []
 
     def join(self) -> None:
@@ -102,6 +107,10 @@ class DataParallel:
     def computes_together(self) -> bool:
         """See `Processes`."""
         return self._base_group is not None
+
+    def abandon(self) -> None:
+        """See `Processes`."""
+        self._is_awaited = True
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -216,11 +225,15 @@ class DataParallel:
 
     def after_writer(self, doing: str) -> None:
         """See `Processes`."""
+        self._wait_for_writer(doing, _SECONDS_TO_SAVE)
+
+    def _wait_for_writer(self, doing: str, seconds: float) -> None:
         with contextlib.suppress(RuntimeError):
             if self.is_writer:
                 self._store.set(doing, "done")
+            if self.is_writer or self._is_awaited:
                 return
-            until = time.monotonic() + _SECONDS_FOR_WRITER
+            until = time.monotonic() + seconds
             while time.monotonic() < until and not self._store.check([doing]):
                 if 0 in self._missing():
                     return
@@ -292,10 +305,10 @@ class DataParallel:
             return
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             # The others learn it at once, and not when this process has ended.
-            for group in (self._base_group, self._of_step, self._of_work):
-                if group is not None:
-                    dist.destroy_process_group(group)
-        self.after_writer("leaving")
+            for group in (self._of_step, self._of_work):
+                dist.destroy_process_group(group)
+        self._of_step = self._of_work = None
+        self._wait_for_writer("leaving", _SECONDS_TO_SPEAK)
 
 
 class _Outcome:
@@ -308,6 +321,8 @@ class _Outcome:
     def of(cls, work: Callable[[], Any]) -> _Outcome:
         try:
             return cls(work())
+        except WorkerLost:
+            raise  # nobody is met any more
         except (QloraKitError, Stopped) as fault:
             return cls(fault=fault)
 

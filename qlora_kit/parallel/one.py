@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from qlora_kit.errors import EnvironmentFault
 from qlora_kit.launched import place
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Processes(Protocol):
     @property
     def computes_together(self) -> bool:
         """Whether a forward needs all processes, because each has a part of the base only."""
+        ...
+
+    def abandon(self) -> None:
+        """Wait for nobody any more: the others wait for this process, which ends by itself."""
         ...
 
     def computing(self) -> AbstractContextManager[None]:
@@ -127,6 +132,9 @@ class OneProcess:
     is_writer = True
     computes_together = False
 
+    def abandon(self) -> None:
+        """See `Processes`: nobody waits."""
+
     def computing(self) -> AbstractContextManager[None]:
         """See `Processes`."""
         return nullcontext()
@@ -198,9 +206,15 @@ def lost_process() -> str | None:
 def speaks() -> bool:
     """Whether this process is the one that tells the user how the run ended.
 
-    Of several processes the first that asks. Before they have met, the writer.
+    Of several processes the first that asks. Before they have met, the writer; and where nobody
+    knows which process is the writer, every one.
     """
-    return place().is_writer if _joined is None else _joined.speaks()
+    if _joined is not None:
+        return _joined.speaks()
+    try:
+        return place().is_writer
+    except EnvironmentFault:
+        return True
 
 
 def leave() -> None:

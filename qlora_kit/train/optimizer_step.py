@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qlora_kit.data.batch import Indices, TokenRows
 from qlora_kit.data.packing import packed
-from qlora_kit.errors import OutOfMemory, TornStep
+from qlora_kit.errors import TornStep, WorkerLost
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.model.halving import halved, if_it_fits
@@ -252,10 +252,11 @@ class OptimizerStep:
         losses = self._fitting(lambda: torch.stack(sums).tolist() if sums else [])
         norm = None if losses is None else self._fitting(self._clip)
         short, loss = self.processes.totals(norm is None, math.fsum(losses or ()))
-        if short:
+        if losses is None or norm is None:
             return None
-        assert losses is not None
-        assert norm is not None
+        if short:
+            self._allow_to_unscale_again()
+            return None
         return _Gradients(losses, batches, loss, size, norm, int(most))
 
     def _begun(self, own: Window) -> list[Batch]:
@@ -267,12 +268,13 @@ class OptimizerStep:
         """Return the result of work; None if memory ran out, where that can be made good.
 
         Raises:
-            OutOfMemory: processes that compute together cannot go on without this one.
+            WorkerLost: processes that compute together cannot go on without this one.
         """
         with self.processes.computing():
             found = if_it_fits(work, self.device)
         if found is None and self.processes.computes_together:
-            raise OutOfMemory(
+            self.processes.abandon()
+            raise WorkerLost(
                 "out of memory in one process, while the others wait for its part of the base; "
                 "expected each to fit; pass a smaller --batch-size, --max-length or --rank"
             )
@@ -333,9 +335,12 @@ class OptimizerStep:
         try:
             return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         except BaseException:
-            # Without this, the scaler would refuse to unscale the gradients of the replayed step.
-            self.scaler.update(self.scaler.get_scale())
+            self._allow_to_unscale_again()
             raise
+
+    def _allow_to_unscale_again(self) -> None:
+        """Let the scaler unscale the gradients of the replayed step, which it would refuse."""
+        self.scaler.update(self.scaler.get_scale())
 
     def _change_weights(self) -> None:
         """Let the optimiser change the weights.

@@ -27,11 +27,11 @@ _PROMISE = "one of two processes killed, hanging or without disk: all end, nothi
 _COUNT = 2
 _KILLS_A_CHAIN = 3
 _MOST_SURVIVED = 10
-# Processes wait this long for each other in a step, instead of minutes. On a busy machine one may
-# be some seconds late.
-_STEP_SECONDS = 10.0
+# Processes wait this long for each other in a step, and for one that works for all, instead of
+# minutes and hours. On a busy machine one may be some seconds late.
+_STEP_SECONDS, _WORK_SECONDS = 10.0, 30.0
 # Within this time after the fault all processes have ended: a wait, and what it takes to say so.
-_MOST_SECONDS = 60.0
+_MOST_SECONDS = 90.0
 _EXIT_ENVIRONMENT = 3
 
 
@@ -90,6 +90,7 @@ def _ranks(
         from qlora_kit.parallel import data_parallel
 
         data_parallel.STEP_SECONDS = _STEP_SECONDS
+        data_parallel.WORK_SECONDS = _WORK_SECONDS
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(_COUNT), LOCAL_RANK=str(rank),
             LOCAL_WORLD_SIZE=str(_COUNT), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),

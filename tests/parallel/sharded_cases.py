@@ -426,6 +426,33 @@ def training() -> dict[str, Any]:
     }
 
 
+class ShortInLast:
+    """A loss for which memory runs out in the last process, in the midst of a step."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2 and dist.get_rank() == dist.get_world_size() - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def short() -> tuple[str, int, str]:
+    """Run out of memory in one process; return how this one ended. No other part can follow."""
+    spec = random_spec("llama-3.1-8b", 4, layers=2)
+    adapter = qk.attach(load_shared_base(spec, CPU), qk.LoraSpec(rank=4), seed=1)
+    config = TrainConfig(
+        max_steps=2, batch_size=1, gradient_accumulation_steps=8, packing=False
+    )  # fmt: skip
+    try:
+        qk.train_adapter(adapter, make_rows(8), config, loss=ShortInLast())
+    except qk.QloraKitError as error:
+        return type(error).__name__, error.exit_code, str(error)
+    return "not ended", 0, ""
+
+
 def refusal(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -448,6 +475,7 @@ def main() -> None:
         "files": lambda: same_files(stories, output),
         "kinds": lambda: kinds(folder),
         "training": training,
+        "short": short,
     }
     slow: dict[str, Callable[[], Any]] = {
         "more gradients": lambda: {str(step): compared(step) for step in MORE_STEPS},

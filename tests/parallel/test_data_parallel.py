@@ -16,6 +16,8 @@ import torch
 from process_cases import CASES, Found
 from support import PROJECT, relative_error
 
+from qlora_kit.parallel.data_parallel import STEP_SECONDS
+
 Results = list[dict[str, Any]]
 
 
@@ -149,6 +151,17 @@ def test_what_the_processes_tell_each_other(two: Results) -> None:
     assert (first["in_writer"], second["in_writer"]) == (0, None)
     assert (first["writer_first"], second["writer_first"]) == (0, 1)
     assert sorted([first["speaks"], second["speaks"]]) == [[False, False], [True, False]]
+
+
+def test_a_process_that_ends_is_missed_at_once(two: Results) -> None:
+    first = two[0]["meetings"]
+    assert (first["alone"][0], first["alone"][2]) == ("WorkerLost", 3)
+    assert first["seconds"] < 0.2 * STEP_SECONDS
+
+
+def test_processes_that_compute_together_make_as_many_forwards(two: Results) -> None:
+    forwards = [found["together"].others for found in two]
+    assert forwards[0] == forwards[1]
 
 
 def test_gradients_are_summed_whether_autograd_adds_to_them_or_replaces_them(two: Results) -> None:

@@ -130,6 +130,15 @@ def test_a_run_of_the_api_has_the_bits_of_one_whose_processes_hold_all(two: Resu
         assert "merge it with qlora-kit export" in training["refused"]
 
 
+def test_memory_that_runs_out_in_one_process_ends_all(two: Results) -> None:
+    """The other waits for it in a gather, and learns that it is gone."""
+    (lost, lost_code, line), (short, code, why) = (found["short"] for found in two)
+    assert (short, code) == ("WorkerLost", 3)
+    assert why.startswith("out of memory in one process, while the others wait")
+    assert (lost, lost_code) == ("WorkerLost", 3)
+    assert "\n" not in line
+
+
 @pytest.mark.slow
 def test_the_rest_holds_too(more: Results) -> None:
     for found in more:
@@ -209,3 +218,21 @@ def test_a_70b_fits_two_cards_of_24_gb(capsys: pytest.CaptureFixture[str]) -> No
     assert found["fits"] is True
     assert found["settings"]["shard_base"] is True
     assert found["predicted_peak_bytes"] < 22_300_000_000
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_adapter_of_processes_that_hold_all(tmp_path: Path) -> None:
+    written = []
+    for name in ("--shard-base", "--no-shard-base"):
+        output = tmp_path / name
+        command = f"train --model demo --device cpu --devices 2 --max-steps 2 --samples 1 {name}"
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_kit", *command.split(), "--output", str(output)],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("2 hold the base together" in done.stdout + done.stderr) is (name == "--shard-base")
+        assert json.loads((output / "samples.json").read_text())["samples"]
+        written.append((output / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
