@@ -3,10 +3,10 @@
     python benchmarks/classify.py --model FOLDER --train FILE --test FILE [--seeds 1,2,3] [--rows N]
 
 The model is an encoder or a decoder. Both sides have the same base, rows, steps, batches, learning
-rate and schedule, LoRA on the same layers, and a head of their own, drawn from the seed. Neither
-recomputes. They differ in the order of the rows and in the first values of A and of the head. The
-kit runs through its command line, in processes of its own. Printed are the accuracy on the test
-rows and the time of each side, and the mean of the seeds.
+rate and schedule, LoRA on the same layers, and a head of their own, drawn from the seed. They
+differ in the order of the rows and in the first values of A and of the head. The kit runs through
+its command line, in processes of its own. Printed are the accuracy on the test rows and the time
+of each side, and the mean of the seeds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--test", help="likewise")
     parser.add_argument("--rows", type=int, help="train on the first rows only")
     parser.add_argument("--bits", default="4,16")
-    parser.add_argument("--sides", default=",".join(_SIDES))
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=420)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -61,11 +60,10 @@ def main() -> None:
         "group_by_length",
     )  # fmt: skip
     common = {name: getattr(arguments, name) for name in names}
-    sides = arguments.sides.split(",")
     rows = []
     for bits in map(int, arguments.bits.split(",")):
         for seed in map(int, arguments.seeds.split(",")):
-            for side in sides:
+            for side in _SIDES:
                 settings = {**common, "bits": bits, "seed": seed}
                 rows.append({"side": side, "bits": bits, "seed": seed})
                 rows[-1] |= run_side(sys.argv[0], side, settings)
@@ -76,7 +74,7 @@ def main() -> None:
     means = [
         {"side": side, "bits": bits, "accuracy": round(statistics.mean(accuracies), 4)}
         for bits in map(int, arguments.bits.split(","))
-        for side in sides
+        for side in _SIDES
         if (accuracies := [r["accuracy"] for r in rows if (r["side"], r["bits"]) == (side, bits)])
     ]
     print_table(means, ["side", "bits", "accuracy"])
@@ -97,7 +95,7 @@ def run_ours(settings: dict[str, Any]) -> dict[str, Any]:
             "--learning-rate", str(settings["learning_rate"]), "--rank", str(RANK),
             "--alpha", str(ALPHA), "--lora-dropout", str(DROPOUT), "--max-grad-norm", str(CLIP),
             "--warmup-ratio", str(WARMUP), "--max-length", str(settings["max_length"]),
-            "--validation-fraction", "0", "--save-steps", "100000", "--no-recompute",
+            "--validation-fraction", "0", "--save-steps", "100000",
             "--group-by-length" if settings["group_by_length"] else "--no-group-by-length",
         ]  # fmt: skip
         subprocess.run(train, check=True, capture_output=True)
