@@ -169,6 +169,7 @@ class Run:
             lambda: is_finished(self.output, resume, self.config)
         ):
             return None
+        self.processes.part()
         self.announce(Notice(f"{self.output}: this run is finished; nothing to do"))
         return {"output": str(self.output), "finished": True}
 
@@ -185,7 +186,9 @@ class Run:
                 raise WorkerLost(*self._with_way_on(end)) from end
             self._say_how_to_go_on(end)
             raise
-        return self.processes.from_writer(lambda: self._outcome(result, begun, validation))
+        outcome = self.processes.from_writer(lambda: self._outcome(result, begun, validation))
+        self.processes.part()
+        return outcome
 
     def _begun(self) -> _Begun:
         """Write the files of the run that are there before it, and say what it is."""
