@@ -6,6 +6,7 @@ Run by `test_sharded.py` under torch's launcher. Process 0 also computes with a 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -423,6 +424,7 @@ def training() -> dict[str, Any]:
         "losses": losses,
         "tokens": result.process_tokens,
         "refused": refusal(lambda: qk.merge(adapter)),
+        "sharing": adapter.base.shards.count if adapter.base.shards else 1,
     }
 
 
@@ -463,6 +465,10 @@ def refusal(work: Callable[[], Any]) -> str:
 
 def main() -> None:
     folder, output, stories = map(Path, sys.argv[1:4])
+    if "ON_MACHINE" in os.environ:  # as if the processes were on several machines
+        on_machine = int(os.environ["ON_MACHINE"])
+        os.environ["LOCAL_WORLD_SIZE"] = str(on_machine)
+        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % on_machine)
     processes_of_this_run()
     parts: dict[str, Callable[[], Any]] = {
         "gradients": lambda: {str(step): compared(step) for step in STEPS},

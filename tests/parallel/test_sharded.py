@@ -20,21 +20,33 @@ CASES = Path(__file__).with_name("sharded_cases.py")
 Results = list[dict[str, Any]]
 
 
-def launched(folder: Path, stories: Path, *names: str) -> Results:
-    """Compute the cases in two processes of torchrun; return what each of them found."""
+def launched(
+    folder: Path, stories: Path, *names: str, count: int = 2, on_machine: int | None = None
+) -> Results:
+    """Compute the cases in processes of torchrun; return what each of them found.
+
+    Args:
+        folder: receives the models and the results.
+        stories: the folder of a real model.
+        names: the cases; none: those by default.
+        count: number of processes.
+        on_machine: number of processes that shall take themselves for those of one machine.
+    """
     models, output = folder / "models", folder / "found"
     output.mkdir()
     for name in ("mixtral", "gpt2"):
         save_model(models / name, OTHERS[name])
     for name in ("t5", "t5-v1.1"):
         save_t5(models / name, name)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
     command = [sys.executable, *launcher, *map(str, (CASES, models, output, stories, *names))]
     paths = os.pathsep.join((str(PROJECT), str(PROJECT / "tests")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    if on_machine is not None:
+        environment["ON_MACHINE"] = str(on_machine)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +159,15 @@ def test_the_rest_holds_too(more: Results) -> None:
         check_loading(found["loading at 8"])
         assert found["very large"] == {"bits": True, "product": True, "gradient": True}
     check_memory(more, "memory at 8")
+
+
+@pytest.mark.slow
+def test_each_machine_holds_a_base_of_its_own(tmp_path: Path, stories: Path) -> None:
+    found = launched(tmp_path, stories, "training", count=4, on_machine=2)
+    for each in found:
+        assert each["training"]["sharing"] == 2
+        assert each["training"]["weights"]
+        assert len(each["training"]["tokens"]) == 4
 
 
 # ---------------------------------------------------------------- the command line
