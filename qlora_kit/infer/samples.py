@@ -86,14 +86,14 @@ class SampleAccount:
         base: the model, with the adapter that is trained on it.
         tokenizer: the model's tokenizer.
         announce: receives a notice if there are no samples.
-        continues: continues prompts, see `generate`.
+        continues: continues prompts in place of `generate`, with the same arguments.
     """
 
     output: Path
     base: Base
     tokenizer: Any
     announce: Announce
-    continues: Callable[..., Iterator[str]] = generate
+    continues: Callable[..., Iterator[str]] | None = None
     samples: tuple[GeneratedSample, ...] = field(default=(), init=False)
     _asked_for: int = field(default=0, init=False)
     _new_tokens: int = field(default=MOST_NEW_TOKENS, init=False)
@@ -184,8 +184,8 @@ class SampleAccount:
 
     def _continue(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[str]:
         sampling = Sampling(max_new_tokens=new_tokens, temperature=0.0)
-        batch = self._batch_size(prompts)
-        return self.continues(self.base, self.tokenizer, prompts, sampling, batch)
+        continues, batch = self.continues or generate, self._batch_size(prompts)
+        return continues(self.base, self.tokenizer, prompts, sampling, batch)
 
     def _batch_size(self, prompts: Sequence[Sequence[int]]) -> int:
         return max(1, self._tokens_at_once // (max(map(len, prompts)) + self._new_tokens))

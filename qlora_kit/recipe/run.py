@@ -19,7 +19,6 @@ from qlora_kit.data.tokens import Counts, Tokenized
 from qlora_kit.errors import DataError, HubError, NumericsError, OutOfMemory, TornStep, WorkerLost
 from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
 from qlora_kit.infer.evaluate import Evaluation
-from qlora_kit.infer.generate import generate
 from qlora_kit.infer.samples import SampleAccount
 from qlora_kit.infer.together import Together
 from qlora_kit.lora.adapter import save_adapter
@@ -269,7 +268,7 @@ class Run:
         is_shared = self.processes.computes_together
         account = SampleAccount(
             self.output, self.adapter.base, self.opened.tokenizer, self.announce,
-            continues=self._together.continued if is_shared else generate,
+            continues=self._together.continued if is_shared else None,
         )  # fmt: skip
         # In a cache of keys and values, a token takes up to as much memory as two in training.
         tokens_at_once = self.config.batch_size * max(self.rows.rows.lengths()) // 2
