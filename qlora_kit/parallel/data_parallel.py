@@ -243,6 +243,8 @@ class DataParallel:
         self._wait_for_writer(doing, _SECONDS_TO_SAVE)
 
     def _wait_for_writer(self, doing: str, seconds: float) -> None:
+        if self._store is None:
+            return
         with contextlib.suppress(RuntimeError):
             if self.is_writer:
                 self._store.set(doing, "done")
@@ -290,6 +292,9 @@ class DataParallel:
                 f"a process of {self.count} did not answer, or is gone from another machine; "
                 f"{expected}"
             )
+        if missing.get(0) == psutil.STATUS_STOPPED:
+            # Without torchrun the first process has the store, which would not answer any more.
+            self._store = None
         rank, status = next(iter(missing.items()))
         what = "is gone" if status in _ENDED else "hangs: it was stopped from outside"
         return f"process {rank} of {self.count}, counted from 0, {what}; {expected}"
@@ -305,6 +310,8 @@ class DataParallel:
 
     def _has_spoken(self) -> bool:
         """Whether some process has told the user how the run ended."""
+        if self._store is None:
+            return False
         try:
             return bool(self._store.check(["spoken"]))
         except RuntimeError:
@@ -316,7 +323,7 @@ class DataParallel:
 
     def leave(self) -> None:
         """See `Processes`."""
-        if not self._where:
+        if not self._where or self._store is None:
             return
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             # The others learn it at once, and not when this process has ended.
