@@ -39,6 +39,7 @@ _SECONDS_TO_BE_GONE = 2.0
 # A launcher ends all processes soon after the first has ended, so the writer ends first: after its
 # last checkpoint, and after its last words.
 _SECONDS_TO_SAVE, _SECONDS_TO_SPEAK = 300.0, 30.0
+_SECONDS_TO_PART = 60.0
 _POLL_SECONDS = 0.05
 # Parts of one tensor begin at multiples of as many numbers: kernels load several at a time.
 _ALIGNMENT = 64
@@ -59,6 +60,7 @@ class DataParallel:
         self._flat: Tensor | None = None
         self._parts: list[Tensor] = []
         self._store: Any = None
+        self._partings = 0
         self._of_step: Any = None
         self._of_work: Any = None
         self._where: list[tuple[int, str]] = []
@@ -222,6 +224,19 @@ class DataParallel:
         return work() if done is None else done[0]
 
     # ------------------------------------------------------------ the end
+
+    def part(self) -> None:
+        """See `Processes`."""
+        # Through the store: a process that ends closes its connections, and gloo then fails in one
+        # that has not read yet what it was sent.
+        self._partings += 1
+        name = f"parting {self._partings}"
+        with contextlib.suppress(RuntimeError):  # the store's process goes when all have come
+            here = self._store.add(name, 1)
+            until = time.monotonic() + _SECONDS_TO_PART
+            while here < self.count and time.monotonic() < until and not self._missing():
+                time.sleep(_POLL_SECONDS)
+                here = self._store.add(name, 0)
 
     def after_writer(self, doing: str) -> None:
         """See `Processes`."""

@@ -143,7 +143,6 @@ def _run(command: Sequence[str], count: int) -> int:
 def _be_silent() -> None:
     """Leave the words to the processes: the launcher would print a log and a table of failures."""
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _signal_children(signum: int) -> bool:

@@ -5,6 +5,7 @@ Imports no torch: a run of one process learns here that it is alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -107,6 +108,10 @@ class Processes(Protocol):
         """
         ...
 
+    def part(self) -> None:
+        """Wait until all processes have come here, so that each may end without the others."""
+        ...
+
     def after_writer(self, doing: str) -> None:
         """Wait until the writer has come to the end of `doing`, or is gone; no meeting."""
         ...
@@ -161,8 +166,11 @@ class OneProcess:
     in_writer = from_writer
     writer_first = from_writer
 
-    def after_writer(self, doing: str) -> None:
+    def part(self) -> None:
         """See `Processes`: there is nothing to wait for."""
+
+    def after_writer(self, doing: str) -> None:
+        """See `Processes`."""
 
     def lost(self) -> str | None:
         """See `Processes`."""
@@ -191,6 +199,8 @@ def processes_of_this_run() -> Processes:
     if here.count == 1:
         return OneProcess()
     if _joined is None:
+        # torch's C++ would tell of every connection that a process which has ended leaves behind.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from qlora_kit.parallel.data_parallel import DataParallel
 
         _joined = DataParallel(here)

@@ -170,6 +170,7 @@ class Run:
             lambda: is_finished(self.output, resume, self.config)
         ):
             return None
+        self.processes.part()
         self.announce(Notice(f"{self.output}: this run is finished; nothing to do"))
         return {"output": str(self.output), "finished": True}
 
@@ -189,6 +190,7 @@ class Run:
         outcome: dict[str, Any] = self._by_writer(
             self.processes.from_writer, lambda: self._outcome(result, begun, validation)
         )
+        self.processes.part()
         return outcome
 
     @cached_property

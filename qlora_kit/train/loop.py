@@ -288,6 +288,7 @@ class _Training:
         self.announce(RunFinished(self.progress.optimizer_step, reason, seconds))
         memory = peak_memory_bytes(self.device)
         computed = tuple(self.processes.each(lambda: self.step.tokens_computed))
+        self.processes.part()
         return TrainResult(self.progress, reason, self.last_loss, seconds, memory, computed)
 
     def _begin(self) -> None:
