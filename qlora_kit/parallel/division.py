@@ -1,16 +1,20 @@
 """The rows of an optimiser step, divided over the processes of a run.
 
 Every process knows all rows of a step and divides them by itself, so it knows as well how much the
-others have. Takes indices of rows and their lengths; returns indices. Asks no other process.
+others have. Takes indices of rows and their lengths; returns indices. Asks no other process, and
+imports no torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import Indices
+
+if TYPE_CHECKING:
+    from qlora_kit.data.batch import Indices
 
 
 def divided(
