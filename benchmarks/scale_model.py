@@ -332,7 +332,7 @@ def _difference(more: Work, less: Work) -> Work:
         more.flop - less.flop,
         more.unpacked_bytes - less.unpacked_bytes,
         more.crossing_bytes - less.crossing_bytes,
-        operations,
+        operations=operations,
     )
 
 
@@ -345,5 +345,5 @@ def _sum(first: Work, layer: Work, count: int) -> Work:
         first.flop + count * layer.flop,
         first.unpacked_bytes + count * layer.unpacked_bytes,
         first.crossing_bytes + count * layer.crossing_bytes,
-        operations,
+        operations=operations,
     )

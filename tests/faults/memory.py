@@ -78,11 +78,11 @@ def _trained(sample: Sample, fail: Callable[..., Tensor] | None) -> _Trained:
     cuts: list[int] = []
     rows: list[int] = []
     calls = itertools.count()
-    real_backward, real_loss_sum = OptimizerStep._backward, CausalObjective.loss_sum
+    real_attempt, real_loss_sum = OptimizerStep._attempt, CausalObjective.loss_sum
 
-    def backward(self: OptimizerStep, *window: Any) -> Any:
+    def attempt(self: OptimizerStep, *window: Any) -> Any:
         rows.clear()
-        return real_backward(self, *window)
+        return real_attempt(self, *window)
 
     def loss_sum(self: CausalObjective, batch: Any) -> Tensor:
         rows.extend(batch.rows)
@@ -95,12 +95,12 @@ def _trained(sample: Sample, fail: Callable[..., Tensor] | None) -> _Trained:
         elif isinstance(event, MicroBatchHalved):
             cuts.append(event.rows_now)
 
-    OptimizerStep._backward = backward  # type: ignore[method-assign]
+    OptimizerStep._attempt = attempt  # type: ignore[method-assign]
     CausalObjective.loss_sum = loss_sum  # type: ignore[method-assign]
     try:
         qk.train_adapter(adapter, make_rows(), options(), announce=listen)
     finally:
-        OptimizerStep._backward = real_backward  # type: ignore[method-assign]
+        OptimizerStep._attempt = real_attempt  # type: ignore[method-assign]
         CausalObjective.loss_sum = real_loss_sum  # type: ignore[method-assign]
     return steps, cuts
 

@@ -237,7 +237,7 @@ def test_a_device_that_cannot_be_measured_costs_only_the_time(
 def test_settings_that_do_not_fit_what_is_free_are_refused(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(plan_module, "free_bytes", lambda device, processes: 1000)
     with pytest.raises(ConfigError, match="MB of memory are free; expected it to fit"):
         plan_tiny(save_tiny("deepseek-7b"), lambda event: None)
 
@@ -248,7 +248,7 @@ def test_a_run_that_cannot_be_simulated_still_runs_unless_a_budget_was_asked_for
     def broken(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError("no such op")
 
-    monkeypatch.setattr(plan_module, "make_plan", broken)
+    monkeypatch.setattr(plan_module, "plan_ways", broken)
     said: list[Event] = []
     assert plan_tiny(save_tiny("deepseek-7b"), said.append) is None
     assert any("is not predicted (RuntimeError)" in e.text for e in said if isinstance(e, Notice))
