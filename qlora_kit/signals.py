@@ -53,14 +53,10 @@ def stop_on_signals(*, says_so: bool = True) -> Iterator[None]:
     """
     global _received, _says_so
     _received, _says_so = None, says_so
-    # A signal that the parent chose to ignore (nohup, a job in the background) stays ignored.
-    handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _receive) for number in handled}
     try:
-        yield
+        with _handled_by(_receive):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         # A program that continues after this block has been told of the signal already.
         _received = None
 
@@ -96,13 +92,21 @@ def passed_on(to: Callable[[int], bool]) -> Iterator[None]:
             raise Stopped(signum)
         _say_that_it_waits()
 
+    with _handled_by(receive):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give the signals to a handler while the block runs, and afterwards back."""
+    # A signal that the parent chose to ignore (nohup, a job in the background) stays ignored.
     handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, receive) for number in handled}
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextlib.contextmanager

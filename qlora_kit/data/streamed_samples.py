@@ -129,11 +129,15 @@ class SampleStream:
             raise DataError(f"{self.name}: no usable record; expected at least one; add rows")
 
     def head(self) -> Samples:
-        """Return the first samples, for all that looks at data before training.
+        """Return the first samples, for all that looks at data before training; they are read once.
 
         Raises:
             DataError: they are not usable, see `to_samples`.
         """
+        return self._head
+
+    @cached_property
+    def _head(self) -> Samples:
         tables = TablesWithoutHeader(self.options.columns)
         source = self._opened(tables)
         first = _First(source.records)

@@ -65,8 +65,15 @@ def train(
     *more: str,
     capsys: pytest.CaptureFixture[str],
 ) -> tuple[int, str, str]:
+    return started(model, data, output, *STREAM, *more, capsys=capsys)
+
+
+def started(
+    model: Path, data: Path | str, output: Path, *more: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Train with these options; return the exit code, the output in one line, and the errors."""
     where = ("--model", str(model), "--data", str(data), "--output", str(output))
-    code, out, err = run("train", *where, *PLAIN, *STREAM, *STEPS, *more, capsys=capsys)
+    code, out, err = run("train", *where, *PLAIN, *STEPS, *more, capsys=capsys)
     return code, " ".join(out.split()), err
 
 
@@ -283,12 +290,8 @@ def test_only_so_many_samples_are_held_out_by_default(
 def by_default(
     model: Path, data: Path | str, output: Path, *more: str, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str, str]:
-    where = ("--model", str(model), "--data", str(data), "--output", str(output))
-    code, out, err = run(
-        "train", *where, *PLAIN, "--data-workers", "0", "--shuffle-buffer", "4", *STEPS, *more,
-        capsys=capsys,
-    )  # fmt: skip
-    return code, " ".join(out.split()), err
+    order = ("--data-workers", "0", "--shuffle-buffer", "4")
+    return started(model, data, output, *order, *more, capsys=capsys)
 
 
 def test_large_data_are_streamed_by_default(
