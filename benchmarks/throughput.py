@@ -18,6 +18,9 @@ recomputes include its recomputation. Host memory is the peak of the process's a
 while it takes steps, minus its anonymous memory after the imports; device memory is the peak that
 torch allocated meanwhile.
 
+With `--bare` the products, the attention and the unpacking of a step are timed alone, in the
+same process (`bare_step.py`): no step on these libraries can be shorter.
+
 After that each side records one step, and its time is told by part, as `qlora-kit train --profile`
 tells it.
 
@@ -42,6 +45,7 @@ from typing import Any
 
 import our_stack
 import speed_sides
+from bare_step import bare_seconds
 from clocks import Clock, clock_of_this_machine, matmul_rate
 from measure import AnonymousPeak, machine_and_command, print_table, run_side
 from speed_sides import SIDES, Take
@@ -158,6 +162,8 @@ def _measured(
     found["flop"] = speed_sides.step_flop(settings, rows, tokens, recompute=recomputes)
     found["matmul"] = {"size": size, "dtype": dtype, "flop_per_second": rate}
     found["share_of_matmul_rate"] = found["flop"] / found["step_seconds"] / rate
+    if settings.get("bare"):
+        found["bare_seconds"] = bare_seconds(settings, *shape, clock, recompute=recomputes)
     if settings.get("profile"):
         found["profile"] = profiled(settings, take, shape, **options)
     return found
@@ -240,6 +246,7 @@ def _arguments() -> argparse.Namespace:
     add("--steps", type=int, default=4, help="measured steps a round, after --warmup")
     add("--warmup", type=int, default=2)
     add("--profile", action=argparse.BooleanOptionalAction, default=True, help="time by part")
+    add("--bare", action="store_true", help="time the products of a step alone, in each process")
     add("--json", type=Path, help="file for every figure of every run")
     add("--tiny", action="store_true", help="an eighth of the model: tries the benchmark itself")
     add("--side", help=argparse.SUPPRESS)
@@ -284,6 +291,7 @@ def _settings(arguments: argparse.Namespace, model: str, folder: Path) -> Settin
         "recompute": arguments.recompute, "warmup": arguments.warmup, "steps": arguments.steps,
         "shapes": arguments.shapes or _BATCHES.get(model, [[1, 2048]]),
         "matmul_size": _MATMUL_SIZES[device], "profile": arguments.profile,
+        "bare": arguments.bare,
     }  # fmt: skip
 
 
@@ -351,6 +359,10 @@ def _row(
         "first_loss": found[0]["losses"][0],
         "last_loss": found[0]["losses"][-1],
     }
+    if "bare_seconds" in found[0]:
+        bare = [sum(each["bare_seconds"].values()) for each in found]
+        ratios = [each["step_seconds"] / own for each, own in zip(found, bare, strict=True)]
+        row |= {"bare_seconds": statistics.median(bare), "times_bare": statistics.median(ratios)}
     if "peak_allocated_bytes" in found[0]:
         row["peak_allocated_bytes"] = _median(found, "peak_allocated_bytes")
     if parts := found[0].get("profile"):
@@ -400,6 +412,8 @@ def tables(model: str, result: dict[str, Any]) -> Iterator[str]:
             f"of the ceiling: operations of a step, with recomputation where `recompute` says so, "
             f"over the rate of a {size} x {size} product in {dtype} in the same process"
         )
+        if any("times_bare" in row for row in rows):
+            yield "x bare: times the products, attention and unpacking of the step alone"
         if any("parts" in row for row in rows):
             yield "\nseconds of one recorded step, by part"
             yield from _lines(_part_rows(rows))
@@ -425,6 +439,8 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     }
     if "peak_allocated_bytes" in row:
         shown["device GB"] = f"{row['peak_allocated_bytes'] / 1e9:.2f}"
+    if "times_bare" in row:
+        shown["x bare"] = f"{row['times_bare']:.2f}"
     shown["first loss"] = f"{row['first_loss']:.5f}"
     if "not_compared" in row:
         return shown | {"x seconds": f"not compared: {row['not_compared']}"}

@@ -77,6 +77,26 @@ def test_all_sides_begin_at_one_loss_and_tell_their_time_by_part(model: str) -> 
     assert not found["ours fastest"]["recomputes"]
 
 
+def test_the_bare_step_makes_the_products_of_a_step_and_no_others(model: str) -> None:
+    from bare_step import bare_seconds
+    from clocks import CpuClock
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flop(**options: Any) -> int:
+        with FlopCounterMode(display=False) as counted:
+            found = bare_seconds(settings_of(model, "ours"), 2, 24, CpuClock(), rounds=1, **options)
+        assert set(found) == {"linear products", "head products", "attention", "unpacking"}
+        assert all(seconds > 0 for seconds in found.values())
+        return int(counted.get_total_flops())
+
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    down = 2 * 64 * 128
+    head = 256 * 64
+    # torch's counter does not know the attention kernel of a CPU.
+    assert flop() == 48 * (6 * linear - 2 * down + 4 * head)
+    assert flop(recompute=False) == 48 * (4 * linear + 4 * head)
+
+
 def test_what_cannot_be_measured_is_said(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import speed_sides
 
