@@ -103,8 +103,8 @@ def uneven(folder: Path) -> Found:
 
 
 def dropout(folder: Path) -> Found:
-    """Windows of two rows, the last of one: a process then has none."""
-    return _plain(folder, 7, dropout=0.3, batch_size=2, packing=False)
+    """Windows of four rows, the last of one: the other processes then have none."""
+    return _plain(folder, 9, dropout=0.3, batch_size=4, packing=False)
 
 
 def packed(folder: Path) -> Found:
@@ -172,7 +172,7 @@ def stopped_by_rule(folder: Path) -> Found:
         return is_last and isinstance(event, StepFinished) and event.optimizer_step == 3
 
     adapter = make_adapter(folder / LLAMA)
-    return _run(adapter, make_rows(6), options_of_run={"batch_size": 2}, stop_when=rule)[0]
+    return _run(adapter, make_rows(12), options_of_run={"batch_size": 4}, stop_when=rule)[0]
 
 
 def _spoiling(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -233,7 +233,7 @@ def halved(folder: Path) -> Found:
 def together(folder: Path) -> Found:
     """Every forward needs all processes, as with a base in parts: those without rows compute too.
 
-    Seven rows make a last window of one row, and nine rows of evaluation a batch that one process
+    Nine rows make a last window of one row, and nine rows of evaluation a batch that one process
     has more.
     """
     processes = processes_of_this_run()
@@ -248,8 +248,8 @@ def together(folder: Path) -> Found:
     kind: Any = type(processes)
     kind.computes_together = True
     try:
-        changes = {"batch_size": 2, "packing": False, "eval_steps": 5}
-        found, _ = _run(adapter, make_rows(7), options_of_run=changes, evaluate=evaluate)
+        changes = {"batch_size": 4, "packing": False, "eval_steps": 5}
+        found, _ = _run(adapter, make_rows(9), options_of_run=changes, evaluate=evaluate)
     finally:
         kind.computes_together = False
     return replace(found, others=len(forwards))
