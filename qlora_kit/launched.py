@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from types import FrameType
 
 from qlora_kit.errors import EnvironmentFault
 
@@ -78,7 +79,15 @@ def end_with_launcher() -> None:
     """
     if not is_by_devices() or not sys.platform.startswith("linux"):
         return
+    # Linux sends it for each thread of the launcher that ends before the last, and a second SIGTERM
+    # would end this process without saving. So it is a signal of its own, and heard once.
+    signal.signal(signal.SIGUSR1, _stop_once)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     if os.environ[BY_DEVICES] != str(os.getppid()):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop_once(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_IGN)
+    os.kill(os.getpid(), signal.SIGTERM)

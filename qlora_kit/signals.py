@@ -109,6 +109,12 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
             signal.signal(number, earlier)
 
 
+def disregard_signals() -> None:
+    """Ignore the signals from now on: the program has said why it ends, and ends by itself."""
+    for number in _HANDLED:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Let a signal wait for the next `safe_point` while the block runs."""

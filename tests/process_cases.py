@@ -156,7 +156,7 @@ def early_stop(folder: Path) -> Found:
         return {"loss": found.loss, **found.metrics}
 
     changes = {
-        "batch_size": 3, "eval_steps": 2, "early_stopping_patience": 1,
+        "batch_size": 4, "eval_steps": 2, "early_stopping_patience": 1,
     }  # fmt: skip
     found, events = _run(adapter, make_rows(12), options_of_run=changes, evaluate=evaluate)
     losses = [event.loss for event in events if isinstance(event, Evaluated)]

@@ -19,7 +19,7 @@ from qlora_kit.launched import end_with_launcher, is_by_devices, place
 from qlora_kit.model.environment import restart_with_tight_heap
 from qlora_kit.parallel.one import leave, lost_process, speaks
 from qlora_kit.redact import one_line, redacted
-from qlora_kit.signals import Stopped, stop_on_signals
+from qlora_kit.signals import Stopped, disregard_signals, stop_on_signals
 
 
 class _Group(click.Group):
@@ -114,6 +114,9 @@ def _internal(error: BaseException) -> str:
 
 def _fail(faults: object, code: int) -> None:
     """Say once, however many processes fail, what is wrong, and exit."""
+    if is_by_devices():
+        # A launcher asks the others to end when one has, which is no other reason.
+        disregard_signals()
     if speaks():
         for fault in faults:  # type: ignore[attr-defined]
             click.echo(f"error: {one_line(str(fault))}", err=True)
