@@ -10,12 +10,10 @@ from qlora_kit.config import RunsConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Closing, Notice, Table, silent
 from qlora_kit.recipe.checking import check_page
-from qlora_kit.recipe.run_folders import find_runs
-from qlora_kit.report.run_list import PAGE, differing, in_order, runs_page, terminal_table
 from qlora_kit.storage import write_text
 from qlora_kit.train.folder import check_outside_runs
 
-_AUTO = Path("auto")
+_AUTO, _PAGE = Path("auto"), "runs.html"
 _MOST_LINES = 20
 
 
@@ -37,6 +35,10 @@ def runs(config: RunsConfig, announce: Announce = silent) -> dict[str, Any]:
     folder = config.folder
     _check_folder(folder)
     page = _page_of(config)
+
+    from qlora_kit.recipe.run_folders import find_runs
+    from qlora_kit.report.run_list import differing, in_order, runs_page, terminal_table
+
     found = find_runs(folder)
     listed = in_order(found.runs, config.sort)
     if listed:
@@ -73,7 +75,7 @@ def _page_of(config: RunsConfig) -> Path | None:
     """Return the path of the page, after checking that it can be written; None without one."""
     if config.html is None:
         return None
-    page = config.folder / PAGE if config.html == _AUTO else config.html
+    page = config.folder / _PAGE if config.html == _AUTO else config.html
     check_page(page)
     check_outside_runs(page, "--html")
     return page

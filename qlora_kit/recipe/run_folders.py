@@ -17,10 +17,11 @@ from qlora_kit.config import TrainConfig, read_config_file
 from qlora_kit.errors import OutputError, QloraKitError
 from qlora_kit.lora.files import WEIGHTS
 from qlora_kit.redact import one_line
-from qlora_kit.report import log, run_page
+from qlora_kit.report import log
 from qlora_kit.report.curve import Curve, Point, is_figure
 from qlora_kit.report.facts import base_name, setting_text
 from qlora_kit.report.memory import ACCOUNT
+from qlora_kit.report.page import RUN_PAGE
 from qlora_kit.report.run_list import Best, ListedRun, State
 from qlora_kit.storage import (
     check_confined,
@@ -45,6 +46,8 @@ _LATEST = 32_503_680_000.0
 _MOST_LOG_BYTES = 32 * 2**20
 _MOST_ROWS = 1000
 _MOST_CHARACTERS = 200
+# Options that may be paths of this machine, of which the last part is the name.
+_PATHS = ("model", "data", "validation", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _read(folder: Path, name: str) -> ListedRun:
         tokens_per_second=_speed(rows.steps),
         predicted_bytes=predicted,
         measured_bytes=measured,
-        has_page=(folder / run_page.NAME).is_file(),
+        has_page=(folder / RUN_PAGE).is_file(),
         losses=_curve(rows.steps, "loss"),
         evaluations=_curve(rows.evaluations, _key(metric)),
     )
@@ -154,9 +157,7 @@ def _settings(path: Path) -> dict[str, str]:
     values = read_config_file(path).values
     known = [name for name in TrainConfig.model_fields if name in values]
     texts = {name: _short(setting_text(values[name])) for name in known}
-    if "model" in texts:
-        texts["model"] = base_name(texts["model"])
-    return texts
+    return texts | {name: base_name(texts[name]) for name in _PATHS if name in texts}
 
 
 def _short(text: str) -> str:

@@ -22,7 +22,7 @@ _SIDE = 1000
 
 # The largest values, mostly of the first steps, would press all others to the floor.
 _CUT_SHARE = 0.02
-_TICKS = 4
+_X_TICKS, _Y_TICKS = 4, 5
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def chart_of(lines: Sequence[Line], *, from_zero: bool = True) -> Chart | None:
     return Chart(
         paths=tuple(path for line in shown for path in _paths(line, x_axis, y_axis)),
         legend=tuple((f"{line.style} {line.css}", line.label) for line in shown if line.label),
-        x_ticks=x_axis.ticks(),
-        y_ticks=y_axis.ticks(),
+        x_ticks=x_axis.ticks(_X_TICKS),
+        y_ticks=y_axis.ticks(_Y_TICKS),
     )
 
 
@@ -118,9 +118,9 @@ class _Axis:
     def share(self, value: float) -> float:
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self) -> tuple[Tick, ...]:
-        """Return round values on the axis."""
-        step = _round_step((self.high - self.low) / _TICKS)
+    def ticks(self, about: int) -> tuple[Tick, ...]:
+        """Return so many round values on the axis, or fewer."""
+        step = _round_step((self.high - self.low) / about)
         digits = max(0, -math.floor(math.log10(step)))
         first = math.ceil(self.low / step)
         last = math.floor(self.high / step)

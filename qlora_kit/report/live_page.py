@@ -71,6 +71,8 @@ class LivePage:
     def __enter__(self) -> LivePage:
         self._so_far = self._of_earlier_starts()
         self._write()
+        # The first page also reads and compiles its template, which says nothing of the others.
+        self._due = time.monotonic() + EVERY_SECONDS
         return self
 
     def __exit__(
@@ -139,7 +141,7 @@ class LivePage:
             refresh_seconds=None if is_over else round(EVERY_SECONDS),
             state=state,
             share=f"{so_far.share:.1%}",
-            now=so_far.rows(self._predicted_bytes),
+            now=so_far.rows(self._predicted_bytes, goes_on=not is_over),
             written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
             silence=span_text(silence),
             summary=summary,

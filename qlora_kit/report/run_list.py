@@ -16,13 +16,11 @@ from urllib.parse import quote
 from qlora_kit.report.chart import Chart, Line, chart_of
 from qlora_kit.report.curve import Point
 from qlora_kit.report.memory import difference_text, size_text
-from qlora_kit.report.page import render
+from qlora_kit.report.page import RUN_PAGE, render
 from qlora_kit.report.plot import smooth
-from qlora_kit.report.run_page import NAME
 
 State = Literal["running", "finished", "stopped", "killed"]
 
-PAGE = "runs.html"
 # More than these cannot be told apart in one chart.
 _MOST_DRAWN = 24
 # More than these do not fit beside the figures of a run in a terminal.
@@ -245,7 +243,7 @@ def _link(run: ListedRun, page: Path) -> str | None:
     """Return the address of a run's own page, relative to another page; None if it has none."""
     if not run.has_page:
         return None
-    way = os.path.relpath((run.folder / NAME).absolute(), page.absolute().parent)
+    way = os.path.relpath((run.folder / RUN_PAGE).absolute(), page.absolute().parent)
     # The dot: a name with a colon would be read as an address of its own.
     return f"./{quote(Path(way).as_posix())}"
 

@@ -13,13 +13,13 @@ from typing import Any
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.facts import RunSummary
 from qlora_kit.report.labels import confusion_picture, counted_of, label_rows
-from qlora_kit.report.page import render
+from qlora_kit.report.page import RUN_PAGE, render
 from qlora_kit.report.plot import memory_curve
 from qlora_kit.report.profile import Summary, part_rows, title_of, top_rows
 from qlora_kit.report.tables import Rows
 from qlora_kit.storage import write_text
 
-NAME = "report.html"
+NAME = RUN_PAGE
 _MOST_ROWS = 50
 
 

@@ -53,7 +53,8 @@ class SoFar:
     def take(self, row: dict[str, Any]) -> None:
         """Take a row of the log, see `report.log.row_of`."""
         step = row["optimizer_step"]
-        self.step = max(self.step, step)
+        if "rows_now" not in row:  # that step is taken again
+            self.step = max(self.step, step)
         if "learning_rate" in row:
             self._last = row
             self._losses.add(step, row["loss"])
@@ -74,18 +75,19 @@ class SoFar:
         """The share of all steps that is done; 0 before the steps begin."""
         return self.step / self._begun.total_steps if self._begun else 0.0
 
-    def rows(self, predicted_bytes: int | None) -> Rows:
+    def rows(self, predicted_bytes: int | None, *, goes_on: bool = True) -> Rows:
         """Return progress and last figures.
 
         Args:
             predicted_bytes: the predicted peak of the same memory that the log has, or None.
+            goes_on: whether the run goes on, so that there is a time left.
         """
-        return tuple(self._rows(predicted_bytes))
+        return tuple(self._rows(predicted_bytes, goes_on))
 
-    def _rows(self, predicted_bytes: int | None) -> Iterator[tuple[str, str]]:
+    def _rows(self, predicted_bytes: int | None, goes_on: bool) -> Iterator[tuple[str, str]]:
         if self._begun is not None:
             yield "step", self._progress(self._begun)
-            yield "time", self._time(self._begun)
+            yield "time", self._time(self._begun, goes_on)
         if self._last:
             loss = figure_text(self._last["loss"])
             yield "training loss", f"{loss} in step {self._last['optimizer_step']:,}"
@@ -106,11 +108,11 @@ class SoFar:
             text += f", epoch {self._last.get('epoch', 0.0):.2f} of {begun.epochs:.2f}"
         return text
 
-    def _time(self, begun: RunStarted) -> str:
+    def _time(self, begun: RunStarted, goes_on: bool) -> str:
         passed = time.monotonic() - self._begun_at
         text = f"{span_text(passed)} since this start"
         done = self.step - begun.first_step + 1
-        if done > 0:
+        if goes_on and done > 0:
             # Evaluations and checkpoints are in the time that passed, and so in the time left.
             left = passed / done * (begun.total_steps - self.step)
             text += f", about {span_text(left)} left"

@@ -26,6 +26,7 @@ from faults.runs import Sample, command, kit, make_sample
 from support import run
 
 from qlora_kit.events import Event, StepFinished
+from qlora_kit.report.log import read_log
 from qlora_kit.storage import LOCK
 
 Capture = pytest.CaptureFixture[str]
@@ -93,7 +94,7 @@ def test_each_run_is_listed_with_its_state_and_its_figures(
     assert found["passed_over"] == []
     assert {"rank", "learning_rate"} <= set(found["differing"])
     for name in ("first", "second", "films"):
-        rows = [json.loads(line) for line in (real_runs / name / "trainer_log.jsonl").open()]
+        rows = read_log(real_runs / name / "trainer_log.jsonl")
         steps = [row for row in rows if "learning_rate" in row]
         each = runs[name]
         assert each["best"] == min(row["eval_loss"] for row in rows if "eval_loss" in row)
