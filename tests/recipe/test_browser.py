@@ -13,7 +13,8 @@ import pytest
 from browser import Tab, browser, chromium
 from faults.children import start
 from faults.moments import on_events
-from faults.runs import Sample, command, make_sample
+from faults.runs import Sample, command
+from sampled import shared_sample
 from support import run_well
 
 from qlora_kit.events import StepFinished
@@ -25,7 +26,7 @@ PHONE, SCREEN = 390, 1280
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("browsed"))
+    return shared_sample(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from faults.children import start
 from faults.classifier import _OPTIONS as CLASSIFY
 from faults.classifier import _make as make_classifier
 from faults.moments import at_event, on_events
-from faults.runs import Sample, command, kit, make_sample
+from faults.runs import Sample, command, kit
+from sampled import shared_sample
 from support import run
 
 from qlora_kit.events import Event, StepFinished
@@ -44,7 +45,7 @@ def ended_at(sample: Sample, output: Path, step: int, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("sample"))
+    return shared_sample(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from faults.children import Child, start
 from faults.moments import at_event, on_events
-from faults.runs import TOTAL_STEPS, Sample, command, differences, make_sample, resumed
+from faults.runs import TOTAL_STEPS, Sample, command, differences, resumed
+from sampled import shared_sample
 
 from qlora_kit.events import Event, RunStarted, StepFinished
 
@@ -22,7 +23,7 @@ REFRESH = '<meta http-equiv="refresh"'
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     """A run of 30 steps, done once without a fault and with the page as it comes."""
-    return make_sample(tmp_path_factory.mktemp("live"))
+    return shared_sample(tmp_path_factory)
 
 
 def started(sample: Sample, output: Path, prepare: Callable[[], None], *more: str) -> Child:
