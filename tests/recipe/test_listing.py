@@ -283,7 +283,7 @@ BAD: dict[tuple[str, ...], str] = {
     ("run", "--html", "run/one/all.html"): "is inside the run",
     ("empty", "more"): "unexpected extra argument",
     ("empty", "--output", "x"): "No such option",
-    ("\0",): "no such folder",
+    ("\0",): "expected text, and this holds a NUL",
 }
 
 
@@ -325,7 +325,7 @@ def _damaged() -> Iterator[tuple[str, Callable[[Path], object], str]]:
     yield (
         "memory",
         lambda run: (run / "memory.json").write_text("{"),
-        "memory.json:1: not valid JSON",
+        "memory.json: not valid JSON",
     )
     yield (
         "nested", lambda run: (run / "memory.json").write_text("[" * 10**5),
@@ -409,7 +409,7 @@ NONSENSE = (
         "optimizer_step": 5,
         "learning_rate": 1,
         "loss": 1e308,
-        "tokens": 1e14,
+        "tokens": 1e16,
         "step_seconds": 1e-300,
     },
     {"optimizer_step": 6, "eval_loss": "nan", "is_best": True},
@@ -420,6 +420,7 @@ NONSENSE = (
 
 def test_nonsense_in_a_log_is_no_figure(own_runs: Path, capsys: Capture) -> None:
     log = own_runs / "first" / "trainer_log.jsonl"
+    before, _ = listed(own_runs, capsys=capsys)
     with log.open("a") as stream:
         stream.writelines(
             json.dumps(row).replace("[1, 2]", '[1, "learning_rate"]') + "\n" for row in NONSENSE
@@ -428,7 +429,8 @@ def test_nonsense_in_a_log_is_no_figure(own_runs: Path, capsys: Capture) -> None
     runs, _ = listed(own_runs, "--html", capsys=capsys)
     each = runs["first"]
     assert each["best"] is None
-    assert each["tokens_per_second"] is None
+    assert each["last_loss"] == before["first"]["last_loss"]
+    assert each["tokens_per_second"] == before["first"]["tokens_per_second"]
     assert each["predicted_peak_bytes"] is None
     assert each["optimizer_step"] == 30
 
