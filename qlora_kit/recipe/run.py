@@ -185,6 +185,7 @@ class Run:
             return self._taken(begun)
 
     def _taken(self, begun: _Begun | None) -> dict[str, Any]:
+        """Train, and finish the folder; say how to go on if that ends before the last step."""
         try:
             validation = self._validation()
             result = self._trained(begun, validation)

@@ -66,11 +66,13 @@ def find_runs(folder: Path) -> Found:
     """
     runs: list[ListedRun] = []
     passed: list[str] = []
-    for path in [folder] if is_run(folder) else _run_folders(folder, passed, _MOST_LEVELS):
+    with storage_errors(folder):
+        is_alone = is_run(folder)
+    for path in [folder] if is_alone else _run_folders(folder, passed, _MOST_LEVELS):
         if len(runs) == _MOST_RUNS:
             passed.append(f"{folder}: more than {_MOST_RUNS:,} runs; the rest is not read")
             break
-        name = folder.name if path == folder else str(path.relative_to(folder))
+        name = str(path.relative_to(folder)) if path != folder else folder.absolute().name
         try:
             runs.append(_read_settled(path, one_line(name)))
         except QloraKitError as error:
@@ -84,6 +86,9 @@ def _run_folders(folder: Path, passed: list[str], levels: int) -> Iterator[Path]
         entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda e: e.name)
     for entry in entries:
         path = folder / entry.name
+        if _as_text(entry.name) != entry.name:
+            passed.append(f"{folder}: {_as_text(entry.name)}: its name is no text; rename it")
+            continue
         if entry.is_symlink():
             if os.path.isdir(path):
                 passed.append(f"{path}: a link, which is not followed; name its target to list it")
@@ -94,6 +99,11 @@ def _run_folders(folder: Path, passed: list[str], levels: int) -> Iterator[Path]
             yield from _runs_at(path, passed, levels)
         except QloraKitError as error:
             passed.append(str(error.faults[0]))
+
+
+def _as_text(text: str) -> str:
+    """Return a text that can be written: bytes that are none, and halves of characters, escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _runs_at(path: Path, passed: list[str], levels: int) -> list[Path]:
@@ -162,7 +172,7 @@ def _settings(path: Path) -> dict[str, str]:
 
 def _short(text: str) -> str:
     short = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
-    return one_line(short)
+    return one_line(_as_text(short))
 
 
 def _state(folder: Path, progress: Mapping[str, Any]) -> State:

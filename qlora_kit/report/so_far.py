@@ -48,6 +48,8 @@ class SoFar:
         """Note the start of the steps; the rows that follow are of this start."""
         self._begun, self._begun_at = event, time.monotonic()
         self.step = event.first_step - 1
+        # A run is only resumed from a checkpoint, and that has the name of its step.
+        self.checkpoint = f"checkpoint-{self.step}" if self.step else None
         self._tokens, self._seconds = 0, 0.0
 
     def take(self, row: dict[str, Any]) -> None:

@@ -189,7 +189,9 @@ def listed_step(folder: Path, capsys: Capture) -> int | None:
     return runs["now"]["optimizer_step"] if runs else None
 
 
-def test_a_sweep_s_folder_and_a_run_alone_are_listed(own_runs: Path, capsys: Capture) -> None:
+def test_a_sweep_s_folder_and_a_run_alone_are_listed(
+    own_runs: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder of a sweep holds runs and a file; it may stand among other runs."""
     sweep = own_runs / "sweep"
     for number, rank in ((1, 4), (2, 8)):
@@ -202,8 +204,10 @@ def test_a_sweep_s_folder_and_a_run_alone_are_listed(own_runs: Path, capsys: Cap
     runs, found = listed(own_runs, "--sort", "name", capsys=capsys)
     assert list(runs) == ["films", "first", "sweep/trial-01-rank=4", "sweep/trial-02-rank=8"]
     assert found["passed_over"] == []
-    runs, _ = listed(own_runs / "first", capsys=capsys)
-    assert list(runs) == ["first"]
+    monkeypatch.chdir(own_runs / "first")
+    for alone in (own_runs / "first", Path()):
+        runs, _ = listed(alone, capsys=capsys)
+        assert list(runs) == ["first"]
 
 
 def test_200_runs_take_a_few_seconds_and_no_torch(real_runs: Path, tmp_path: Path) -> None:
@@ -390,8 +394,12 @@ def test_hostile_names_and_values_are_text_and_nothing_else(
     own = own_runs / name
     (own_runs / "first").rename(own)
     change_yaml(own, model=HOSTILE, rank=HOSTILE, best_metric=HOSTILE, data=[{"path": HOSTILE}])
+    options = own / "training_config.yaml"
+    options.write_text(options.read_text().replace("revision: null", 'revision: "\\ud800"'))
+    os.mkdir(os.fsencode(own_runs) + b"/\xff")
     code, out, _ = run("runs", str(own_runs), "--html", capsys=capsys)
     assert code == 0
+    assert f"passed over: {own_runs}: \\udcff: its name is no text; rename it" in out
     assert "\x1b" not in out
     assert r"\x1b[2J\n<b>" in out
     text = (own_runs / "runs.html").read_text(encoding="utf-8")

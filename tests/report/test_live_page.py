@@ -107,6 +107,7 @@ def test_a_resumed_run_goes_on_with_the_curve_of_its_log(tmp_path: Path) -> None
         page._write()
         text = text_of(tmp_path)
     assert "15 of 40 (38%)" in text
+    assert "<td>checkpoint</td><td>checkpoint-15</td>" in text
     path = re.findall(r'<path class="faint c0" d="([^"]+)"', text)[0]
     assert path.count("L") == 14
     assert "in this start" not in text, "tokens and speed are of this start alone"
