@@ -31,6 +31,15 @@ class Facts(Event):
 
 
 @dataclass(frozen=True)
+class Table(Event):
+    """A table the user should see, of more than a name and a value a row."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Answered(Event):
     """A model continued a prompt; `text` is the continuation."""
 

@@ -19,6 +19,7 @@ from qlora_kit.config import (
     Options,
     PlanConfig,
     QuantizeConfig,
+    RunsConfig,
     TrainConfig,
     by_heading,
     declared,
@@ -139,5 +140,13 @@ COMMANDS: tuple[click.Command, ...] = (
         QuantizeConfig,
         "Write a model in 4 or 8 bits, to be loaded in seconds, here and in plain transformers.",
         "qlora-kit quantize --model deepseek-7b --bits 4 --to models/deepseek-7b-nf4",
+    ),
+    _Command(
+        "runs",
+        RunsConfig,
+        "List the runs in a folder with their state and their best figures. Draws them together in "
+        "the page that --html names.",
+        "qlora-kit runs runs --sort best --html",
+        positional="folder",
     ),
 )

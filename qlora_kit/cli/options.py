@@ -45,7 +45,9 @@ def parameters_of(config_class: type[Options], positional: str | None) -> list[c
     found: list[click.Parameter] = []
     for name, field in config_class.model_fields.items():
         if name == positional:
-            found.append(click.Argument([name], metavar=name.upper(), type=str))
+            shown = name.upper() if field.is_required() else f"[{name.upper()}]"
+            required = field.is_required()
+            found.append(click.Argument([name], metavar=shown, type=str, required=required))
         else:
             found.append(_flag_option(name, field, declared(config_class, name)))
     return [*found, *_switches(config_class), *_common()]

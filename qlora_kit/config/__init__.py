@@ -27,6 +27,7 @@ from qlora_kit.config.options import (
     QuantizeConfig,
     RecordOptions,
     RunOptions,
+    RunsConfig,
     StepOptions,
     TaskOptions,
     TemplateOption,
@@ -47,7 +48,7 @@ __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
     "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig", "ExportConfig", "GenerateConfig",
     "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
-    "PlanConfig", "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TaskOptions",
-    "TemplateOption", "TokenOptions", "TrainConfig", "by_heading", "compared", "declared",
-    "field_names", "parse_size", "read_config_file", "resolve", "that_decide",
+    "PlanConfig", "QuantizeConfig", "RecordOptions", "RunOptions", "RunsConfig", "StepOptions",
+    "TaskOptions", "TemplateOption", "TokenOptions", "TrainConfig", "by_heading", "compared",
+    "declared", "field_names", "parse_size", "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

@@ -783,3 +783,17 @@ class QuantizeConfig(Options):
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where weights are quantised")
     overwrite: bool = option(False, "replace the folder if it exists")
+
+
+class RunsConfig(Options):
+    """Which runs are listed, and how."""
+
+    folder: Path = option(Path("runs"), "folder of runs, of a sweep, or of one run")
+    sort: Literal["time", "best", "name"] = option(
+        "time", "order: time, the run that was written last first; best, by the figure of the best "
+        "checkpoint; or name",
+    )  # fmt: skip
+    html: Path | None = option(
+        None, "page that draws the runs together; auto, or without a name: runs.html in the folder",
+        bare="auto",
+    )  # fmt: skip

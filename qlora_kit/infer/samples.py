@@ -57,11 +57,15 @@ class GeneratedSample:
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """Return the texts for people, each with its title."""
+        after = "not generated" if self.after is None else self.after.strip()
+        return (*self.rows_before(), ("after", after))
+
+    def rows_before(self) -> tuple[tuple[str, str], ...]:
+        """Return the texts from before training, each with its title."""
         return (
             ("prompt", self.prompt.strip()),
             ("in the data", self.expected.strip()),
             ("before", self.before.strip()),
-            ("after", "not generated" if self.after is None else self.after.strip()),
         )
 
 

@@ -27,11 +27,11 @@ from qlora_kit.plan.sharing import plan_ways
 from qlora_kit.plan.subject import Subject, rates_of, standing_in_for
 from qlora_kit.plan.watch import PURPOSES
 from qlora_kit.redact import redacted_values
-from qlora_kit.report.memory import difference_text, draw_timeline, size_text
+from qlora_kit.report.memory import ACCOUNT, difference_text, draw_timeline, size_text
 from qlora_kit.storage import write_text
 from qlora_kit.train.optimizer_step import OptimizerStep
 
-NAME = "memory.json"
+NAME = ACCOUNT
 PICTURE = "memory.png"
 
 

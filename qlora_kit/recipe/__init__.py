@@ -8,8 +8,9 @@ without it has been.
 from qlora_kit.recipe.checking import check
 from qlora_kit.recipe.exporting import export, quantize
 from qlora_kit.recipe.generating import generate
+from qlora_kit.recipe.listing import runs
 from qlora_kit.recipe.measuring import evaluate
 from qlora_kit.recipe.planning import plan
 from qlora_kit.recipe.training import train
 
-__all__ = ["check", "evaluate", "export", "generate", "plan", "quantize", "train"]
+__all__ = ["check", "evaluate", "export", "generate", "plan", "quantize", "runs", "train"]

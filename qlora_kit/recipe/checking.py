@@ -26,7 +26,7 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
     """
     source = find_model(config.model)
     if config.html is not None:
-        _check_page(config.html)
+        check_page(config.html)
     samples, validation = read_data(config, announce)
     config = settled(config, samples, validation, announce)
 
@@ -53,7 +53,7 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
     return found.as_json()
 
 
-def _check_page(path: Path) -> None:
+def check_page(path: Path) -> None:
     """Check that a page can be written at `path`; it may replace an earlier page and nothing else.
 
     Raises:

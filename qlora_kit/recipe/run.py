@@ -39,7 +39,9 @@ from qlora_kit.redact import redacted_values
 from qlora_kit.report import card, data_view, log, plot, run_page
 from qlora_kit.report.facts import RunSummary, header, speed
 from qlora_kit.report.labels import write_labels
+from qlora_kit.report.live_page import LivePage
 from qlora_kit.report.profile import Profile, read_profile
+from qlora_kit.report.tables import Rows
 from qlora_kit.report.trackers import Tracking
 from qlora_kit.signals import Stopped
 from qlora_kit.step.kernels import Kernels
@@ -179,9 +181,14 @@ class Run:
     def taken(self) -> dict[str, Any]:
         """Train, and write all files of the run; return its outcome, for programs."""
         begun: _Begun | None = self._by_writer(self.processes.in_writer, self._begun)
+        with begun.live if begun else nullcontext():
+            return self._taken(begun)
+
+    def _taken(self, begun: _Begun | None) -> dict[str, Any]:
+        """Train, and finish the folder; say how to go on if that ends before the last step."""
         try:
             validation = self._validation()
-            result = self._trained(begun.memory if begun else None, validation)
+            result = self._trained(begun, validation)
         except (Stopped, NumericsError, OutOfMemory, DataError, HubError, WorkerLost) as end:
             if isinstance(end, WorkerLost) and self.processes.count > 1:
                 raise WorkerLost(*self._with_way_on(end)) from end
@@ -226,7 +233,8 @@ class Run:
             self.output, self.plan, self.announce, has_sources=self.opened.task.has_sources,
             micro_batches=self._micro_batches,
         )  # fmt: skip
-        return _Begun(facts, memory, self._samples())
+        samples = self._samples()
+        return _Begun(facts, memory, samples, self._live_page(facts, samples))
 
     @property
     def _micro_batches(self) -> int:
@@ -276,14 +284,34 @@ class Run:
         account.begin(count, (self.held_out or self.rows).rows, tokens_at_once)
         return account
 
-    def _trained(self, memory: MemoryAccount | None, validation: Validation | None) -> TrainResult:
+    def _live_page(self, facts: Rows, samples: SampleAccount) -> LivePage:
+        """Return the page of the run while it goes on."""
+        record = self.record
+        return LivePage(
+            self.output,
+            RunSummary.of(self.config, record.base, facts, (), record.versions, (self._again,)),
+            [sample.rows_before() for sample in samples.samples],
+            on_gpu=self._on_gpu,
+            predicted_bytes=self._predicted_bytes,
+            announce=self.announce,
+        )
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.adapter.base.hardware.device.type != "cpu"
+
+    @property
+    def _predicted_bytes(self) -> int | None:
+        return self.plan.prediction.peak.bytes if self.plan else None
+
+    def _trained(self, begun: _Begun | None, validation: Validation | None) -> TrainResult:
         """Train; the writer reports it.
 
         Args:
-            memory: the account of the memory, in the writer.
+            begun: what the writer has before the first step.
             validation: what measures the validation rows.
         """
-        rehearsal = memory.rehearse if memory else self._rehearse
+        rehearsal = begun.memory.rehearse if begun else self._rehearse
         train = partial(
             train_adapter,
             self.adapter,
@@ -295,14 +323,14 @@ class Run:
             saving=Saving(self.output, self.record, self.resume, self.identity),
             before_first_step=rehearsal if self.config.rehearse else None,
         )
-        return self._reported(train) if self.processes.is_writer else train()
+        return self._reported(train, begun.live) if begun else train()
 
     def _rehearse(self, step: OptimizerStep) -> None:
         """Rehearse a step beside the writer, which gives account of it."""
         rehearse(step, self._micro_batches, has_sources=self.opened.task.has_sources)
 
-    def _reported(self, train: Callable[..., TrainResult]) -> TrainResult:
-        """Train with all reports of the run: log, trackers, profile, terminal."""
+    def _reported(self, train: Callable[..., TrainResult], live: LivePage) -> TrainResult:
+        """Train with all reports of the run: log, page, trackers, profile, terminal."""
         profile = None
         if self.config.profile is not None:
             profile = Profile(self.output, self.config.profile, self.adapter, self.announce)
@@ -310,7 +338,7 @@ class Run:
             written = log.Log(self.output, self.config.logging_steps)
             result = train(
                 around_step=profile.step if profile else nullcontext,
-                announce=announce_to((written, tracking, self.announce)),
+                announce=announce_to((written, live, tracking, self.announce)),
             )
         if profile:
             profile.close()
@@ -383,8 +411,8 @@ class Run:
             [sample.rows() for sample in begun.samples.close()],
             loss_picture=output / plot.NAME,
             step_picture=output / PICTURE,
-            on_gpu=self.adapter.base.hardware.device.type != "cpu",
-            predicted_bytes=self.plan.prediction.peak.bytes if self.plan else None,
+            on_gpu=self._on_gpu,
+            predicted_bytes=self._predicted_bytes,
             labels=labels,
             profile=read_profile(output),
         )
@@ -422,11 +450,13 @@ class _Begun:
         facts: the table that says what the run is.
         memory: the account of its memory.
         samples: the account of its samples.
+        live: its page while it goes on.
     """
 
     facts: tuple[tuple[str, str], ...]
     memory: MemoryAccount
     samples: SampleAccount
+    live: LivePage
 
 
 def _evaluated(found: Evaluation | None) -> dict[str, Any]:

@@ -107,16 +107,17 @@ def base_name(base: str) -> str:
 
 def _setting_rows(config: TrainConfig, names: Iterable[str]) -> Rows:
     values = config.model_dump(mode="json")
-    return tuple((name, _text(values[name])) for name in names)
+    return tuple((name, setting_text(values[name])) for name in names)
 
 
-def _text(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Return the value of an option for people."""
     if value is None:
         return "not set"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return ", ".join(map(_text, value)) or "none"
+        return ", ".join(map(setting_text, value)) or "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={item}" for name, item in value.items()) or "none"
     return str(value)

@@ -50,13 +50,10 @@ class Log:
             # The rows before a checkpoint must be on the disk if the checkpoint is.
             with storage_errors(self._path):
                 sync_file(self._path)
-        elif isinstance(event, StepSkipped | MicroBatchHalved):
-            self._append(asdict(event))
-        elif isinstance(event, StepFinished):
-            if is_logged(event.optimizer_step, self._every):
-                self._append(_step_row(event))
-        elif isinstance(event, Evaluated):
-            self._append(_evaluation_row(event))
+        elif isinstance(event, StepFinished) and not is_logged(event.optimizer_step, self._every):
+            return
+        elif (row := row_of(event)) is not None:
+            self._append(row)
 
     def _append(self, row: dict[str, Any]) -> None:
         # JSON has no NaN or infinity, so their names are written.
@@ -74,6 +71,17 @@ class Log:
             if row["optimizer_step"] <= (evaluated_step if "eval_loss" in row else first_step - 1)
         ]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def row_of(event: Event) -> dict[str, Any] | None:
+    """Return the row that the log has of an event; None for an event without a row."""
+    if isinstance(event, StepFinished):
+        return _step_row(event)
+    if isinstance(event, Evaluated):
+        return _evaluation_row(event)
+    if isinstance(event, StepSkipped | MicroBatchHalved):
+        return asdict(event)
+    return None
 
 
 def _step_row(event: StepFinished) -> dict[str, Any]:

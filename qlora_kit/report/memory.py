@@ -12,6 +12,9 @@ from typing import Any
 from qlora_kit.report.plot import new_figure, save_figure
 from qlora_kit.report.tables import Rows
 
+ACCOUNT = "memory.json"
+"""the predicted and the measured memory of a run, in its folder"""
+
 Breakdown = Mapping[str, int]
 _MB = 10**6
 _GB = 10**9

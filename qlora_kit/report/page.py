@@ -15,6 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_kit.report.tables import markdown_table
 
+RUN_PAGE = "report.html"
+"""the page of a run, in its folder"""
+
 
 def render(template: str, /, **shown: Any) -> str:
     """Return the text of a template, filled with the values that it names."""

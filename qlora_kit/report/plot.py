@@ -38,7 +38,7 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path, unit: str = "nats per 
         x, losses, color="tab:blue", alpha=0.3, linewidth=1, marker=_point_marker(x),
         label="training, each step",
     )  # fmt: skip
-    axes.plot(x, _smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
+    axes.plot(x, smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
     if evaluations:
         axes.plot(
             [row["optimizer_step"] for row in evaluations],
@@ -135,7 +135,7 @@ def _point_marker(points: Sequence[int]) -> str | None:
     return "." if len(points) < _FEW_POINTS else None
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Return the exponential moving average, corrected for its start."""
     old = 1 - 1 / min(max(1.0, len(values) * _SMOOTHED_SHARE), _MOST_SMOOTHED)
     smoothed, average = [], 0.0

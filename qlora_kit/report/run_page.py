@@ -13,13 +13,13 @@ from typing import Any
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.facts import RunSummary
 from qlora_kit.report.labels import confusion_picture, counted_of, label_rows
-from qlora_kit.report.page import render
+from qlora_kit.report.page import RUN_PAGE, render
 from qlora_kit.report.plot import memory_curve
 from qlora_kit.report.profile import Summary, part_rows, title_of, top_rows
 from qlora_kit.report.tables import Rows
 from qlora_kit.storage import write_text
 
-NAME = "report.html"
+NAME = RUN_PAGE
 _MOST_ROWS = 50
 
 
@@ -57,7 +57,6 @@ def write_run_page(
     summary, samples, labels = redacted_values((summary, list(samples), dict(labels or {})))
     # On a CPU the log has the memory of the process, while the prediction has only its tensors.
     levels = {"predicted peak": predicted_bytes} if on_gpu and predicted_bytes else {}
-    process = "anonymous memory of the process"
     text = render(
         "run.html.jinja",
         title=f"{folder.name}: LoRA adapter for {summary.base_name}",
@@ -69,16 +68,21 @@ def write_run_page(
         time_rows=part_rows(profile) if profile else (),
         longest_rows=top_rows(profile) if profile else (),
         time_of=title_of(profile) if profile else "",
-        evaluated=_evaluated_head(log_rows),
-        evaluations=_evaluation_rows(log_rows),
-        incidents=_incidents(log_rows),
+        evaluated=evaluated_head(log_rows),
+        evaluations=evaluation_rows(log_rows),
+        incidents=incidents_of(log_rows),
         most_rows=_MOST_ROWS,
         loss_picture=loss_picture.read_bytes(),
         memory_picture=memory_curve(log_rows, levels),
-        memory_of="peak allocated on the device so far" if on_gpu else process,
+        memory_of=memory_of(on_gpu),
         step_picture=step_picture.read_bytes() if step_picture.is_file() else None,
     )
     write_text(folder / NAME, text)
+
+
+def memory_of(on_gpu: bool) -> str:
+    """Say which memory the log of a run has."""
+    return "peak allocated on the device so far" if on_gpu else "anonymous memory of the process"
 
 
 def _measured(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -87,27 +91,28 @@ def _measured(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if key != "eval_loss"]
 
 
-def _evaluated_head(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def evaluated_head(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Return the head of the table of evaluations."""
     metrics = (key.removeprefix("eval_").replace("_", " ") for key in _measured(rows))
     return ("step", "epoch", "validation loss", *metrics, "")
 
 
-def _evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+def evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return the table of evaluations, under `evaluated_head`."""
     keys = ["eval_loss", *_measured(rows)]
     return [
-        (row["optimizer_step"], f"{row['epoch']:.2f}", *(_figure(row.get(key)) for key in keys),
+        (row["optimizer_step"], f"{row['epoch']:.2f}", *(figure_text(row.get(key)) for key in keys),
          "best so far" if row["is_best"] else "")
         for row in rows if "eval_loss" in row
     ]  # fmt: skip
 
 
-def _figure(value: Any) -> str:
+def figure_text(value: Any) -> str:
     """Return a figure of the log; what is no finite number stands there as a text."""
     return f"{value:.4f}" if isinstance(value, float | int) else str(value or "")
 
 
-def _incidents(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+def incidents_of(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
     """Return the incidents of a run, each with its step: memory that ran out, skipped steps."""
     found: list[tuple[int, str]] = []
     for row in rows:

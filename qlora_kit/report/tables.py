@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,6 +25,17 @@ def print_table(console: Console, title: str, rows: Rows) -> None:
         console.print(table)
     for line in printed.get().splitlines():
         console.out(line.rstrip(), highlight=False)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines in which the cells of each column stand below each other."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def markdown_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ("", "")) -> str:

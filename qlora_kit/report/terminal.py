@@ -34,10 +34,11 @@ from qlora_kit.events import (
     RunStarted,
     StepFinished,
     StepSkipped,
+    Table,
 )
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.mask import mask_text
-from qlora_kit.report.tables import print_table
+from qlora_kit.report.tables import aligned, print_table
 
 _PLAIN_LINES = 20
 _MOST_ROWS = 16
@@ -88,6 +89,8 @@ class Terminal:
             self.console.out(event.text, highlight=False)
         elif isinstance(event, Facts):
             self._show_facts(event)
+        elif isinstance(event, Table):
+            self._show_table(event)
         elif isinstance(event, RowShown):
             self._show_row(event)
         elif isinstance(event, Closing):
@@ -120,6 +123,12 @@ class Terminal:
     def _show_facts(self, event: Facts) -> None:
         self._stop_bar()
         print_table(self.console, event.title, event.rows)
+
+    def _show_table(self, event: Table) -> None:
+        self._stop_bar()
+        self.console.print(event.title, style="bold", markup=False)
+        for line in aligned((event.head, *event.rows)):
+            self.console.out(line, highlight=False)
 
     def _show_row(self, event: RowShown) -> None:
         self.console.print(event.title, style="bold", markup=False)

@@ -36,19 +36,20 @@ from qlora_kit.storage.reading import (
     parse_json,
     read_json,
     read_json_list,
+    read_last_lines,
     read_lines,
     read_raw_lines,
     read_text,
     read_whole,
     strict_json,
 )
-from qlora_kit.storage.space import LOCK, check_space, check_writable, only_writer
+from qlora_kit.storage.space import LOCK, check_space, check_writable, is_locked, only_writer
 
 __all__ = [
     "LOCK", "MANIFEST", "Line", "check_confined", "check_no_pointer", "check_space",
-    "check_writable", "clean_up", "decode", "delete_folder", "file_hash", "is_sealed",
-    "load_tensors", "manifest_hash", "only_writer", "parse_json", "read_json", "read_json_list",
-    "read_lines", "read_raw_lines", "read_text", "read_whole", "save_tensors", "staged_folder",
-    "storage_errors", "strict_json", "sync_file", "verify_folder", "write_by", "write_bytes",
-    "write_json", "write_text",
+    "check_writable", "clean_up", "decode", "delete_folder", "file_hash", "is_locked",
+    "is_sealed", "load_tensors", "manifest_hash", "only_writer", "parse_json", "read_json",
+    "read_json_list", "read_last_lines", "read_lines", "read_raw_lines", "read_text", "read_whole",
+    "save_tensors", "staged_folder", "storage_errors", "strict_json", "sync_file", "verify_folder",
+    "write_by", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip

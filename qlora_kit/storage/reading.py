@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -55,6 +56,25 @@ def read_raw_lines(path: Path) -> Iterator[Line]:
                     "expected one record a line; split it"
                 )
             yield Line(str(path), number, raw.removesuffix(b"\n").removesuffix(b"\r"))
+
+
+def read_last_lines(path: Path, most_bytes: int) -> list[bytes]:
+    """Return the last whole lines of a file, without their line ends.
+
+    A line without an end is left out: its writer was killed, or has not yet written the rest.
+
+    Args:
+        path: the file.
+        most_bytes: what is before the last so many bytes of the file is not read.
+
+    Raises:
+        DataError: as of `read_raw_lines`.
+    """
+    with _opened(path) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - most_bytes))
+        lines = stream.read(most_bytes).split(b"\n")
+    return lines[size > most_bytes : -1]
 
 
 def read_whole(path: Path) -> bytes:

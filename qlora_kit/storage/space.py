@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,12 @@ from filelock import FileLock, Timeout
 from qlora_kit.errors import EnvironmentFault, OutputError, StorageError, raised_as
 from qlora_kit.storage.faults import storage_errors
 
+if sys.platform != "win32":
+    import fcntl
+
 LOCK = ".lock"
+# `is_locked` holds a lock for an instant, which is no reason to refuse the folder.
+_LOCK_SECONDS = 0.2
 
 
 def check_writable(folder: Path) -> None:
@@ -62,7 +68,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         EnvironmentFault: another process holds the lock.
         StorageError: the lock file cannot be written.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=_LOCK_SECONDS)
     line = (
         f"{folder}: another qlora-kit process writes here; expected none; wait for it, or name "
         "another folder"
@@ -77,3 +83,31 @@ def only_writer(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink()
         lock.release()
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process holds the lock of a folder, see `only_writer`.
+
+    Returns:
+        None where there is no lock file: who wrote here last has ended by itself. False where the
+        file is left behind: its process was killed.
+
+    Raises:
+        StorageError: the lock file cannot be opened.
+    """
+    path = folder / LOCK
+    if sys.platform == "win32":
+        # There nobody can ask without taking the lock, and a file in use cannot be deleted.
+        return True if path.exists() else None
+    with storage_errors(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False

@@ -36,11 +36,10 @@ from qlora_kit.storage import (
     write_json,
     write_text,
 )
-from qlora_kit.train.folder import BEST, LAST, checkpoints, step_of
+from qlora_kit.train.folder import BEST, LAST, STATE, checkpoints, step_of
 from qlora_kit.train.optimizer import optimizer_tensors, restore_optimizer
 from qlora_kit.train.random_states import random_states, restore_random_states
 
-_STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random.safetensors"
 
@@ -197,7 +196,7 @@ def save_checkpoint(
         save_adapter(trainee.adapter, staging, record)
         save_tensors(staging / _OPTIMIZER, tensors)
         save_tensors(staging / _RANDOM, random_states(trainee.device))
-        write_json(staging / _STATE, asdict(state))
+        write_json(staging / STATE, asdict(state))
     verify_folder(folder)
     write_text(output / LAST, folder.name + "\n")
     _point_at_best(output, progress)
@@ -344,9 +343,9 @@ def read_state(folder: Path) -> StoredState:
         StorageError: a file was changed since it was written, or the folder was renamed.
     """
     verify_folder(folder)
-    line = f"{folder / _STATE}: not the state of a run; expected one"
+    line = f"{folder / STATE}: not the state of a run; expected one"
     with raised_as(StorageError, line, of=(DataError, ValidationError)):
-        state = TypeAdapter(StoredState).validate_python(read_json(folder / _STATE))
+        state = TypeAdapter(StoredState).validate_python(read_json(folder / STATE))
     if folder.name != f"checkpoint-{state.progress.optimizer_step}":
         raise StorageError(
             f"{folder}: holds step {state.progress.optimizer_step}; expected the step its name "

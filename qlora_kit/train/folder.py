@@ -27,6 +27,8 @@ from qlora_kit.storage import (
 
 LAST, BEST = "last", "best"
 CONFIG = "training_config.yaml"
+STATE = "state.json"
+"""of a checkpoint"""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RUNS = Path("runs")
 # Options that hold for one start of a run, and not for the next.

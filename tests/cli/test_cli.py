@@ -13,7 +13,7 @@ from support import run
 
 from qlora_kit.config import TrainConfig
 
-COMMANDS = ("check", "train", "evaluate", "generate", "export", "models", "doctor")
+COMMANDS = ("check", "train", "evaluate", "generate", "export", "runs", "models", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -48,6 +48,8 @@ EARLY_ERRORS = {
     ("train", "--model", __file__): (2, "is a file; expected the folder of a model"),
     ("train", "--model", str(Path(__file__).parent)): (2, "no config.json"),
     ("train", "--output", f"{__file__}/run"): (2, "is a file; expected a folder"),
+    ("runs",): (2, "runs: no such folder; expected a folder of runs"),
+    ("runs", __file__): (2, "is a file; expected a folder of runs"),
     ("nonsense",): (2, "No such command"),
 }
 

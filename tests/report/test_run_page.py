@@ -192,9 +192,9 @@ def test_pictures_leave_the_drawing_of_the_process_alone(tmp_path: Path) -> None
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_short_run() -> None:
-    assert plot._smooth([2.0] * 500) == pytest.approx([2.0] * 500)
-    assert plot._smooth([5.0, 1.0, 3.0]) == [5.0, 1.0, 3.0]
-    smoothed = plot._smooth([1.0, 3.0] * 100)
+    assert plot.smooth([2.0] * 500) == pytest.approx([2.0] * 500)
+    assert plot.smooth([5.0, 1.0, 3.0]) == [5.0, 1.0, 3.0]
+    smoothed = plot.smooth([1.0, 3.0] * 100)
     assert max(smoothed[50:]) - min(smoothed[50:]) < 0.5
 
 
