@@ -24,6 +24,9 @@ TINY: dict[str, Any] = {
     "query_pre_attn_scalar": 16,
     "sliding_window": 16,
     "original_max_position_embeddings": 32,
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
 }
 
 

@@ -9,6 +9,7 @@ Shapes: N tokens, E experts, k experts of a token, D in, K out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from qlora_kit.private_torch import FakeTensor
 from qlora_kit.private_transformers import gated
+
+STACKED = ("gate_up_proj", "up_proj", "down_proj")
+"""names of the stacked weights, in the order in which transformers registers them"""
 
 
 class Stack(nn.ModuleList):
@@ -42,10 +46,14 @@ class Stack(nn.ModuleList):
         out, into = (2, 1) if is_transposed else (1, 2)
         shape: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
         layers: list[nn.Module] = [
-            nn.Linear(weight.shape[into], weight.shape[out], bias=bias is not None, **shape)
+            _EmptyLinear(weight.shape[into], weight.shape[out], bias=bias is not None, **shape)
             for _ in range(len(weight))
         ]
         return cls(layers, is_transposed=is_transposed)
+
+    def of_each(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return what maps the rows (N, D) of each expert to (N, K), for one pass over them."""
+        return [*self]
 
     def apart(self, path: str, name: str, stacked: Tensor) -> dict[str, Tensor]:
         """Split a stored tensor; return the tensors of the layers by their names.
@@ -66,6 +74,13 @@ class Stack(nn.ModuleList):
         return stacked.transpose(1, 2) if self.is_transposed and stacked.dim() > 2 else stacked
 
 
+class _EmptyLinear(nn.Linear):
+    """A skeleton's linear layer, made without drawing values: a mixture has thousands of them."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: a skeleton has no values."""
+
+
 def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Return the mixture of the chosen experts' outputs, (N, D).
 
@@ -78,10 +93,11 @@ def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights
     count = top_k_index.shape[1]
     chosen, order = torch.sort(top_k_index.flatten(), stable=True)
     rows = hidden[order // count]
-    parts = zip(experts.down_proj, rows.split(_tokens_of_each(chosen, experts)), strict=True)
+    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    parts = rows.split(_tokens_of_each(chosen, experts))
     outputs = [
-        _expert(experts, number, down, part)
-        for number, (down, part) in enumerate(parts)
+        _expert(experts, up, down, part)
+        for up, down, part in zip(first.of_each(), experts.down_proj.of_each(), parts, strict=True)
         if len(part)
     ]
     weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(1)
@@ -89,12 +105,14 @@ def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights
     return weighted[order.argsort()].view(len(hidden), count, -1).sum(1).to(hidden.dtype)
 
 
-def _expert(experts: Any, number: int, down: nn.Module, rows: Tensor) -> Tensor:
-    if experts.has_gate:
-        inner = gated(experts, experts.gate_up_proj[number](rows))
-    else:
-        inner = experts.act_fn(experts.up_proj[number](rows))
-    output: Tensor = down(inner)
+def _expert(
+    experts: Any,
+    up: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor], Tensor],
+    rows: Tensor,
+) -> Tensor:
+    inner = gated(experts, up(rows)) if experts.has_gate else experts.act_fn(up(rows))
+    output = down(inner)
     return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
 
 

@@ -142,6 +142,31 @@ def _parts(adapter: Adapter) -> str:
     return "" if shards is None else f"; {shards.count} hold the base together"
 
 
+def _layers(adapter: Adapter) -> str:
+    stacks = f"{len(adapter.stacks)} stacks of experts" if adapter.stacks else ""
+    layers = f"{len(adapter.layers)} layers" if adapter.layers or not stacks else ""
+    return " and ".join(part for part in (layers, stacks) if part)
+
+
+def _experts(adapter: Adapter) -> Rows:
+    """Say of a mixture whether its experts are trained, and what it would take."""
+    found = by_lora_path(projections(adapter.base.model))
+    stacks = {path: each for path, each in found.items() if each[0].is_expert}
+    if not stacks:
+        return ()
+    frozen = {path: each for path, each in stacks.items() if path not in adapter.stacks}
+    more = sum(
+        adapter.spec.rank_of(path) * (each.in_features + each.out_features)
+        for path, experts in frozen.items()
+        for each in experts
+    )
+    largest = max(len(experts) for experts in stacks.values())
+    said = f"{len(stacks)} stacks of {largest}, {len(frozen) or 'none'} of them frozen"
+    if frozen:
+        said += f" (--targets experts would train {more:,} parameters more)"
+    return (("experts", f"{said}; routers are frozen"),)
+
+
 def header(
     adapter: Adapter,
     learnt: Data,
@@ -172,8 +197,8 @@ def header(
         ("model", f"{base.spec.source.identity}, {base.parameters:,} parameters"),
         ("bits", f"{base.quantization.describe()}; {base.unquantized_share:.2%} of the weights "
                  "outside embeddings and head stay unquantised"),
-        ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in "
-                      f"{len(adapter.layers)} layers"),
+        ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in {_layers(adapter)}"),
+        *_experts(adapter),
         ("device", base.hardware.device_name),
         *((("processes", f"{processes}, which divide the rows of each step{_parts(adapter)}"),)
           if processes > 1 else ()),
