@@ -125,6 +125,6 @@ def _untrained(merge: Merge, layers: Sequence[LayerChange]) -> str:
     if not idle:
         return ""
     return (
-        f"{len(idle):,} of {len(experts):,} expert layers have no delta, such as {idle[0].path}: in "
-        "training no token chose them."
+        f"{len(idle):,} of {len(experts):,} layers of experts have no delta, such as "
+        f"{idle[0].path}: no token of the training chose them."
     )

@@ -2,19 +2,23 @@
 
 Takes hidden states and the router's choice; returns the mixture of the experts' outputs. The
 experts run one after the other, each on the tokens that chose it, so one weight at a time is
-unpacked. Never decides which expert a token takes.
+unpacked. Nothing of an expert is kept for backward, which runs each of them again: so one expert's
+activations are there at a time, however many tokens and experts there are. Never decides which
+expert a token takes.
 
-Shapes: N tokens, E experts, k experts of a token, D in, K out.
+Shapes: N tokens, E experts, k experts of a token, n tokens of one expert, D in, K out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.layers.alike import standing_for
+from qlora_kit.layers.save_first import save_first
 from qlora_kit.private_torch import FakeTensor
 from qlora_kit.private_transformers import gated
 
@@ -51,9 +55,20 @@ class Stack(nn.ModuleList):
         ]
         return cls(layers, is_transposed=is_transposed)
 
-    def of_each(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        """Return what maps the rows (N, D) of each expert to (N, K), for one pass over them."""
-        return [*self]
+    def trained(self) -> tuple[Tensor, ...]:
+        """Return the trained matrices of all experts, (E, …) each; a frozen stack has none."""
+        return ()
+
+    def product(self, number: int, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        """Map the rows x (n, D) of an expert to (n, K).
+
+        Args:
+            number: the number of the expert.
+            x: its rows.
+            matrices: the expert's part of each of the trained matrices.
+        """
+        y: Tensor = self[number](x)
+        return y
 
     def apart(self, path: str, name: str, stacked: Tensor) -> dict[str, Tensor]:
         """Split a stored tensor; return the tensors of the layers by their names.
@@ -90,30 +105,110 @@ def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights
         top_k_index: numbers of the experts that each token chose, (N, k), int64.
         top_k_weights: the shares of these experts in the mixture, (N, k).
     """
-    count = top_k_index.shape[1]
-    chosen, order = torch.sort(top_k_index.flatten(), stable=True)
-    rows = hidden[order // count]
     first = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    parts = rows.split(_tokens_of_each(chosen, experts))
-    outputs = [
-        _expert(experts, up, down, part)
-        for up, down, part in zip(first.of_each(), experts.down_proj.of_each(), parts, strict=True)
-        if len(part)
-    ]
-    weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(1)
-    # The k outputs of a token are summed in a fixed order; index_add_ on a GPU has no fixed order.
-    return weighted[order.argsort()].view(len(hidden), count, -1).sum(1).to(hidden.dtype)
+    stacks = (first, experts.down_proj)
+    chosen, order = torch.sort(top_k_index.flatten(), stable=True)
+    call = _Call(experts, stacks, _tokens_of_each(chosen, experts))
+    parameters = [matrix for stack in stacks for matrix in stack.trained()]
+    saved = save_first(hidden, hidden, top_k_weights, order, *parameters)
+    mixed: Tensor = _Mixture.apply(hidden, top_k_weights, order, call, *saved, *parameters)
+    return mixed
 
 
-def _expert(
-    experts: Any,
-    up: Callable[[Tensor], Tensor],
-    down: Callable[[Tensor], Tensor],
-    rows: Tensor,
-) -> Tensor:
-    inner = gated(experts, up(rows)) if experts.has_gate else experts.act_fn(up(rows))
-    output = down(inner)
-    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+class _Call(NamedTuple):
+    """A call of the experts.
+
+    Attributes:
+        experts: transformers' module.
+        stacks: their first and their last stack.
+        counts: the number of tokens of each expert.
+    """
+
+    experts: Any
+    stacks: tuple[Stack, Stack]
+    counts: list[int]
+
+    def output(self, number: int, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        """Return the output (n, D) of an expert for its rows x (n, D)."""
+        first, last = self.stacks
+        own = len(first.trained())
+        up = first.product(number, x, matrices[:own])
+        inner = gated(self.experts, up) if self.experts.has_gate else self.experts.act_fn(up)
+        output = last.product(number, inner, matrices[own:])
+        has_norm = self.experts.has_post_expert_norm
+        return self.experts.post_expert_norm(output) if has_norm else output
+
+    def parts(self, order: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield each expert that has tokens, the number it stands for, and its part of `order`.
+
+        In a simulation one stands for all with equally many tokens.
+        """
+        is_simulated, seen = isinstance(order, FakeTensor), set()
+        for number, part in enumerate(order.split(self.counts)):
+            count = self.counts[number]
+            if count and count not in seen:
+                yield number, self.counts.count(count) if is_simulated else 1, part
+            if is_simulated:
+                seen.add(count)
+
+
+class _Mixture(torch.autograd.Function):
+    # With s for the share of expert e in token t, f for what the expert computes, and f* for its
+    # backward, summed over the experts of the token:
+    #   out = Σ s f(x)              ds = dout · f(x)              dx = Σ f*(s dout)
+    # A token chooses an expert once, so no row is added to twice in one addition: the order of the
+    # sums is that of the experts, on a GPU too. Sums are fp32 or wider.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        shares: Tensor,
+        order: Tensor,
+        call: _Call,
+        token: Tensor,
+        node: Any,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.call, ctx.node = call, node
+        total = _zeros_for_sums(hidden)
+        for number, times, part in call.parts(order):
+            with standing_for(times):
+                tokens = part // shares.shape[1]
+                output = call.output(number, hidden[tokens], [each[number] for each in parameters])
+                share = shares.flatten()[part].unsqueeze(1)
+                total.index_add_(0, tokens, (output * share).to(total.dtype))
+        return total.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, shares, order, *parameters = ctx.node.saved_tensors
+        call: _Call = ctx.call
+        grad_hidden, grad_shares = _zeros_for_sums(hidden), torch.zeros_like(shares)
+        found = [torch.zeros_like(each) for each in parameters]
+        for number, times, part in call.parts(order):
+            with standing_for(times):
+                tokens = part // shares.shape[1]
+                grad = grads[0][tokens]
+                x, *matrices = (
+                    each.detach().requires_grad_()
+                    for each in (hidden[tokens], *(matrix[number] for matrix in parameters))
+                )
+                with torch.enable_grad():
+                    output = call.output(number, x, matrices)
+                grad_shares.view(-1)[part] = (grad * output.detach()).sum(1).to(shares.dtype)
+                share = shares.flatten()[part].unsqueeze(1)
+                grad_x, *own = torch.autograd.grad(
+                    output, (x, *matrices), (grad * share).to(output.dtype)
+                )
+                grad_hidden.index_add_(0, tokens, grad_x.to(grad_hidden.dtype))
+                for whole, each in zip(found, own, strict=True):
+                    whole[number] = each
+        return (grad_hidden.to(hidden.dtype), grad_shares, *(None,) * 4, *found)
+
+
+def _zeros_for_sums(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _tokens_of_each(chosen: Tensor, experts: Any) -> list[int]:

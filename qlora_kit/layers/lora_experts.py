@@ -15,8 +15,7 @@ Source: LoRA (arXiv:2106.09685), section 4.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +67,16 @@ class LoRAStack(Stack):
         """Return the stack of the same layers without their terms."""
         return Stack([*self], is_transposed=self.is_transposed)
 
-    def of_each(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        """Return what maps the rows (N, D) of each expert to (N, K), for one pass over them."""
-        # In backward, the gradients of all experts are stacked once.
-        matrices = zip(self.lora_A.unbind(), self.lora_B.unbind(), strict=True)
-        return [partial(self._product, number, a, b) for number, (a, b) in enumerate(matrices)]
+    def trained(self) -> tuple[Tensor, ...]:
+        """Return A (E, R, D) and B (E, K, R)."""
+        return self.lora_A, self.lora_B
 
-    def _product(self, number: int, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    def product(self, number: int, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        """Map the rows x (n, D) of an expert to (n, K); see `Stack`."""
+        a, b = matrices
         with torch.no_grad():
             term = as_served(LowRank((a,), (b,), scaling=self.scaling), x)
-        (y,) = products_with_term(x, [self.expert(number)], term, [a, b])
+        (y,) = products_with_term(x, [self.expert(number)], term, matrices)
         return y
 
     @torch.no_grad()

@@ -188,6 +188,20 @@ class Adapter:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters().values())
 
+    @property
+    def expert_counts(self) -> dict[str, int]:
+        """The number of experts of each stack of the base, by path; of other models none."""
+        return {path: len(each) for path, each in stacks(self.base.model).items()}
+
+    @property
+    def untrained_experts(self) -> int:
+        """Number of parameters that LoRA on the experts without it would train."""
+        return sum(
+            self.spec.rank_of(each.lora_path) * (each.in_features + each.out_features)
+            for each in projections(self.base.model).values()
+            if each.is_expert and each.lora_path not in self.stacks
+        )
+
 
 def resolve_targets(
     found: Mapping[str, Projection],

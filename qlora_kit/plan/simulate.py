@@ -92,12 +92,14 @@ class Prediction:
         host: the peak of each phase on the host, without the process itself, by phase.
         evaluation_rows: rows of a batch in evaluation.
         step: the work of an optimiser step on rows of the mean length.
+        trainable: number of trained parameters.
     """
 
     device: dict[str, Peak]
     host: dict[str, Peak]
     evaluation_rows: int
     step: StepWork
+    trainable: int = 0
 
     @property
     def peak(self) -> Peak:
@@ -176,6 +178,7 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
             _step_work(rows, config, work, run.update_work),
             reduced_bytes=reduced_bytes(run.trainable, subject.devices),
         ),
+        run.trainable,
     )
 
 

@@ -150,20 +150,13 @@ def _layers(adapter: Adapter) -> str:
 
 def _experts(adapter: Adapter) -> Rows:
     """Say of a mixture whether its experts are trained, and what it would take."""
-    found = by_lora_path(projections(adapter.base.model))
-    stacks = {path: each for path, each in found.items() if each[0].is_expert}
-    if not stacks:
+    counts = adapter.expert_counts
+    if not counts:
         return ()
-    frozen = {path: each for path, each in stacks.items() if path not in adapter.stacks}
-    more = sum(
-        adapter.spec.rank_of(path) * (each.in_features + each.out_features)
-        for path, experts in frozen.items()
-        for each in experts
-    )
-    largest = max(len(experts) for experts in stacks.values())
-    said = f"{len(stacks)} stacks of {largest}, {len(frozen) or 'none'} of them frozen"
+    frozen = len(counts) - len(adapter.stacks)
+    said = f"{len(counts)} stacks of {max(counts.values())}, {frozen or 'none'} of them frozen"
     if frozen:
-        said += f" (--targets experts would train {more:,} parameters more)"
+        said += f" (--targets experts would train {adapter.untrained_experts:,} parameters more)"
     return (("experts", f"{said}; routers are frozen"),)
 
 

@@ -378,22 +378,25 @@ def same_files(folder: Path, output: Path) -> dict[str, bool]:
 
 
 def kinds(folder: Path) -> dict[str, float]:
-    """Compare the logits of a mixture of experts and a transposed model, gradients of two T5."""
+    """Compare logits of a mixture and a transposed model, gradients of LoRA on experts and T5."""
     found = {}
     for name in ("mixtral", "gpt2"):
         spec = BaseSpec(qk.find_model(str(folder / name)), folder / name, qk.Quantization(4))
         bases = [load(spec, shared=shared) for shared in (True, False)]
         found[name] = relative_error(*(b.model(torch.arange(3, 20)[None]).logits for b in bases))
+        if name == "mixtral":
+            pairs = zip(*(lora_gradients(base, "experts") for base in bases), strict=True)
+            found["experts"] = max(relative_error(*pair) for pair in pairs)
     for name in ("t5", "t5-v1.1"):
         spec = t5_spec(folder / name, bits=4)
-        shared, own = (t5_gradients(load(spec, shared=shared)) for shared in (True, False))
+        shared, own = (lora_gradients(load(spec, shared=shared)) for shared in (True, False))
         found[name] = max(relative_error(*pair) for pair in zip(shared, own, strict=True))
     return found
 
 
-def t5_gradients(base: qk.Base) -> list[Tensor]:
-    """Return the gradients of LoRA on both halves of an encoder-decoder, recomputed."""
-    adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=("all-linear",)), seed=1)
+def lora_gradients(base: qk.Base, targets: str = "all-linear") -> list[Tensor]:
+    """Return the gradients of LoRA, recomputed."""
+    adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=(targets,)), seed=1)
     fill_lora(adapter)
     settle(base.model, TrainConfig(), CPU)
     base.model.train()
