@@ -8,13 +8,13 @@ base in exactly the same way. Never downloads, and never runs code that a file c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
 from qlora_kit.layers.projections import (
@@ -38,7 +38,15 @@ from qlora_kit.lora.files import (
     read_peft_config,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
-from qlora_kit.lora.stacked import folded, key_paths, stack_of_keys, target_parameters, unfolded
+from qlora_kit.lora.stacked import (
+    folded,
+    key_paths,
+    layers_named,
+    stack_of_keys,
+    taken_for_experts,
+    target_parameters,
+    unfolded,
+)
 from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.load import Base
 from qlora_kit.redact import redacted_values
@@ -94,7 +102,10 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     """Return the content of `adapter_config.json`."""
     spec = adapter.spec
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
-    experts = target_parameters(adapter.stacks, stacks(adapter.base.model))
+    model = adapter.base.model
+    of_mixture = stacks(model)
+    aside = taken_for_experts(adapter.layers) if of_mixture else []
+    parameters = target_parameters(adapter.stacks, of_mixture, aside, projections(model))
     return {
         "peft_type": "LORA",
         "task_type": spec.task_type,
@@ -102,12 +113,13 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "revision": record.revision,
         "r": spec.rank,
         "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
+        # PEFT opens no parameters with dropout, which only training has.
+        "lora_dropout": 0.0 if parameters else spec.dropout,
         "use_rslora": spec.rslora,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
-        "target_modules": _target_modules(adapter),
-        **({"target_parameters": experts} if experts else {}),
+        "target_modules": _target_modules(model, adapter.layers.keys() - set(aside)),
+        **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
         "modules_to_save": _modules_to_save(adapter) or None,
@@ -140,11 +152,10 @@ def _rest_of_heads(adapter: Adapter) -> dict[str, Tensor]:
     return {name: each for name, each in named if prefix and not name.startswith(prefix)}
 
 
-def _target_modules(adapter: Adapter) -> list[str]:
+def _target_modules(model: nn.Module, targeted: Set[str]) -> list[str]:
     """Return the last parts of the paths, or the whole paths if the parts name other layers too."""
-    targeted = set(adapter.layers)
     endings = sorted({path.rsplit(".", 1)[-1] for path in targeted})
-    every = projections(adapter.base.model)
+    every = projections(model)
     named = {path for path in every if path.rsplit(".", 1)[-1] in endings}
     return endings if named == targeted else sorted(targeted)
 
@@ -232,16 +243,18 @@ def read_adapter(folder: Path) -> StoredAdapter:
         alpha_pattern=config.alpha_pattern or {},
     )
     ranks = _ranks(folder, spec)
+    stack_paths = set(stack_of.values())
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     stacked: dict[str, int] = {}
     for path, (a, b) in pairs.items():
-        of_experts = path in stack_of.values()
+        of_experts = path in stack_paths
         parts = unfolded(path, a, b, ranks[path], folder) if of_experts else {path: (a, b)}
         for each, (part_of_a, part_of_b) in parts.items():
             _check_pair(folder, each, part_of_a, part_of_b, ranks[path])
         tensors |= parts
         stacked |= {path: len(parts)} if of_experts else {}
-    base, targeted = config.base_model_name_or_path, config.targeted_names
+    base = config.base_model_name_or_path
+    targeted = (*config.targeted_names, *layers_named(parameters))
     return StoredAdapter(folder, spec, tensors, base, record, saved, targeted, stacked, parameters)
 
 

@@ -5,6 +5,10 @@ the experts once for each of its stacked weights, the first that is registered i
 names the place of the wrapper and not the weight: `experts.base_layer.lora_A` is of `gate_up_proj`
 and `experts.lora_A` of `down_proj`. Which weights are wrapped, `target_parameters` says.
 
+PEFT 0.21 takes every layer of a mixture that has the name of an expert's former layer, in
+`target_modules`, for the experts: a shared expert too. So such layers stand in `target_parameters`
+as well, by their weight, which gives them the keys that they have anyway.
+
 Shapes: E experts, R rank, D in, K out.
 """
 
@@ -20,6 +24,9 @@ from qlora_kit.layers.experts import STACKED
 _WRAPPED = ".base_layer"
 # What every mixture of transformers calls the module that holds the stacks.
 _EXPERTS = "experts"
+_WEIGHT = ".weight"
+_FORMER = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def key_paths(stacks: Iterable[str]) -> dict[str, str]:
@@ -47,11 +54,12 @@ def stack_of_keys(paths: Iterable[str], parameters: Sequence[str], where: object
         where: the file, for an error.
 
     Raises:
-        AdapterError: a parameter is of no stack of experts, or has no tensors, or a wrapper holds
-            none.
+        AdapterError: a parameter is of no stack of experts and no linear layer's, or it has no
+            tensors.
     """
     for name in parameters:
-        if name.rpartition(".")[2] not in STACKED:
+        owner = name.removesuffix(_WEIGHT).rpartition(".")[2]
+        if owner not in STACKED if owner == name.rpartition(".")[2] else owner in _ROUTERS:
             raise AdapterError(
                 f"{where}: target_parameters names {name}, which is no stack of experts; expected "
                 f"{', '.join(STACKED)} of experts; routers stay frozen here"
@@ -71,8 +79,9 @@ def stack_of_keys(paths: Iterable[str], parameters: Sequence[str], where: object
             f"{where}: target_parameters names {found[missing[0]]}, and its tensors "
             f"({missing[0]}) are missing; expected lora_A and lora_B; save the adapter again"
         )
+    layers = [f"{path}{_WEIGHT}" for path in given]
     for name in parameters:
-        if not any(_is_named(path, [name]) for path in found.values()):
+        if not any(_is_named(path, [name]) for path in (*found.values(), *layers)):
             raise AdapterError(
                 f"{where}: target_parameters names {name}, and there is no tensor of it; expected "
                 "lora_A and lora_B; save the adapter again"
@@ -84,15 +93,35 @@ def _is_named(path: str, parameters: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in parameters)
 
 
-def target_parameters(targeted: Iterable[str], every: Iterable[str]) -> list[str]:
-    """Return what PEFT calls some stacks: the ends of their paths, or the whole where they must be.
+def taken_for_experts(paths: Iterable[str]) -> list[str]:
+    """Return the layers of a mixture that PEFT would take for its experts."""
+    return [path for path in paths if path.rpartition(".")[2] in _FORMER]
+
+
+def target_parameters(
+    stacks: Iterable[str], every_stack: Iterable[str], layers: Iterable[str], every: Iterable[str]
+) -> list[str]:
+    """Return what PEFT calls stacks and layers, by the ends of their paths if those name no other.
 
     Args:
-        targeted: the paths of the stacks that carry LoRA.
-        every: the paths of all stacks of the model.
+        stacks: the paths of the stacks that carry LoRA.
+        every_stack: the paths of all stacks of the model.
+        layers: the paths of layers that PEFT would take for experts.
+        every: the paths of all layers of the model.
     """
+    weights = [f"{path}{_WEIGHT}" for path in layers]
+    every_weight = [f"{path}{_WEIGHT}" for path in every]
+    return _shortest(stacks, every_stack, 2) + _shortest(weights, every_weight, 3)
+
+
+def layers_named(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the layers among `target_parameters`."""
+    return tuple(name.removesuffix(_WEIGHT) for name in parameters if name.endswith(_WEIGHT))
+
+
+def _shortest(targeted: Iterable[str], every: Iterable[str], parts: int) -> list[str]:
     wanted = set(targeted)
-    ends = {".".join(path.split(".")[-2:]) for path in wanted}
+    ends = {".".join(path.split(".")[-parts:]) for path in wanted}
     named = {path for path in every if _is_named(path, ends)}
     return sorted(ends if named == wanted else wanted)
 

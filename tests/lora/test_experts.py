@@ -199,6 +199,27 @@ def test_the_kit_writes_what_peft_opens_and_reads_it_back(
         assert torch.equal(loaded.parameters()[name], parameter)
 
 
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [("qwen2-moe", ["shared_expert"]), ("deepseek-v3", ["mlp", "shared_experts"])],
+)
+def test_peft_does_not_take_a_shared_expert_for_the_experts(
+    folder_of: Callable[[str], Path], tmp_path: Path, kind: str, modules: list[str]
+) -> None:
+    folder = folder_of(kind)
+    adapter = attached(folder, 16, targets=("all-linear",), dropout=0.1)
+    saved = save(adapter, tmp_path / "adapter")
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["target_parameters"] == [
+        f"{module}.{name}_proj.weight" for module in modules for name in ("down", "gate", "up")
+    ]
+    expected = logits(adapter.base.model)
+    assert relative_error(logits(in_peft(folder, adapter, saved)), expected) <= 1e-5
+    again = load_folder(folder)
+    qk.load_adapter(again, saved)
+    assert torch.equal(logits(again.model), expected)
+
+
 PEFTS: dict[str, dict[str, Any]] = {
     "parameters": {
         "target_modules": ["q_proj"],
