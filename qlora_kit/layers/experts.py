@@ -34,7 +34,7 @@ class Stack(nn.ModuleList):
         is_transposed: whether the checkpoint holds the weights as (E, D, K).
     """
 
-    def __init__(self, layers: list[nn.Module], *, is_transposed: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Module], *, is_transposed: bool) -> None:
         super().__init__(layers)
         self.is_transposed = is_transposed
 
@@ -143,7 +143,8 @@ class _Call(NamedTuple):
 
         In a simulation one stands for all with equally many tokens.
         """
-        is_simulated, seen = isinstance(order, FakeTensor), set()
+        is_simulated = isinstance(order, FakeTensor)
+        seen: set[int] = set()
         for number, part in enumerate(order.split(self.counts)):
             count = self.counts[number]
             if count and count not in seen:

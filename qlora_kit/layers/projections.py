@@ -29,8 +29,8 @@ _OTHERS = re.compile(r"(k(ey)?|v(alue)?)(_(proj|lin))?|up_proj|wi_1")
 # Attention to what another half of the model computed: its keys and values have an input of their
 # own.
 _CROSS = re.compile(r"enc_?dec|encoder_attn|cross", re.IGNORECASE)
-# What chooses experts, or weighs a shared one, beside the experts.
-_ROUTER = re.compile(r"gate|router|shared_expert_gate")
+ROUTER = re.compile(r"gate|router|shared_expert_gate")
+"""names of what chooses experts, or weighs a shared one, beside the experts"""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def router_paths(model: nn.Module) -> list[str]:
         f"{block}.{name}" if block else name
         for block in blocks
         for name, _ in model.get_submodule(block).named_children()
-        if _ROUTER.fullmatch(name)
+        if ROUTER.fullmatch(name)
     ]
 
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.layers.experts import STACKED
+from qlora_kit.layers.projections import ROUTER
 
 _WRAPPED = ".base_layer"
 # What every mixture of transformers calls the module that holds the stacks.
 _EXPERTS = "experts"
 _WEIGHT = ".weight"
 _FORMER = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def key_paths(stacks: Iterable[str]) -> dict[str, str]:
@@ -55,11 +55,10 @@ def stack_of_keys(paths: Iterable[str], parameters: Sequence[str], where: object
 
     Raises:
         AdapterError: a parameter is of no stack of experts and no linear layer's, or it has no
-            tensors.
+            tensors; or there are tensors of no parameter.
     """
     for name in parameters:
-        owner = name.removesuffix(_WEIGHT).rpartition(".")[2]
-        if owner not in STACKED if owner == name.rpartition(".")[2] else owner in _ROUTERS:
+        if not _can_be_trained(name):
             raise AdapterError(
                 f"{where}: target_parameters names {name}, which is no stack of experts; expected "
                 f"{', '.join(STACKED)} of experts; routers stay frozen here"
@@ -74,6 +73,12 @@ def stack_of_keys(paths: Iterable[str], parameters: Sequence[str], where: object
         if _is_named(f"{module}.{name}", parameters)
     ]
     found = {key: path for path, key in key_paths(targeted).items()}
+    wrappers = {path for path in given if path.replace(_WRAPPED, "") in modules}
+    if surplus := sorted(wrappers - found.keys()):
+        raise AdapterError(
+            f"{where}: there are tensors of {surplus[0]}, and target_parameters does not say of "
+            f"which weight; expected experts' {', '.join(STACKED)}; save the adapter again"
+        )
     if missing := sorted(found.keys() - given):
         raise AdapterError(
             f"{where}: target_parameters names {found[missing[0]]}, and its tensors "
@@ -87,6 +92,13 @@ def stack_of_keys(paths: Iterable[str], parameters: Sequence[str], where: object
                 "lora_A and lora_B; save the adapter again"
             )
     return found
+
+
+def _can_be_trained(parameter: str) -> bool:
+    owner, _, leaf = parameter.rpartition(".")
+    if leaf == "weight":
+        return not ROUTER.fullmatch(owner.rpartition(".")[2])
+    return leaf in STACKED
 
 
 def _is_named(path: str, parameters: Iterable[str]) -> bool:

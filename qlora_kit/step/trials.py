@@ -100,8 +100,7 @@ def _products(weight: FourBitWeight, numbers: Numbers) -> list[Tensor]:
 
 
 def _lora(tried: Tried) -> Iterator[Trial]:
-    kinds = LoRALinear | LoRAStack
-    layers = (each for each in tried.model.modules() if isinstance(each, kinds))
+    layers = (m for m in tried.model.modules() if isinstance(m, LoRALinear | LoRAStack))
     if tried.hardware.dtype.itemsize == 2 and (layer := next(layers, None)) is not None:
         frozen = layer.expert(0) if isinstance(layer, LoRAStack) else layer.frozen
         yield partial(_low_rank, frozen, layer.rank, layer.scaling)

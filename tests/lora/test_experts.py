@@ -32,6 +32,8 @@ IDS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 KINDS: dict[str, dict[str, Any]] = {**MIXTURES, **{k: OTHERS[k] for k in ("mixtral", "gpt-oss")}}
 # The first has a stack a layer for gate and up; the last has transposed stacks with biases.
 QUICK = ("qwen3-moe", "gpt-oss")
+# The gate of gpt-oss has values of some hundreds here, which fp16 weights change the more.
+FP16 = {"qwen3-moe": 1e-3, "gpt-oss": 5e-3}
 BOTH = ("attention", "experts")
 
 
@@ -177,6 +179,7 @@ def test_an_expert_that_no_token_chose_has_a_gradient_of_zeros(
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The following rank_pattern:RuntimeWarning:peft.*")
 def test_the_kit_writes_what_peft_opens_and_reads_it_back(
     folder_of: Callable[[str], Path],
     tmp_path: Path,
@@ -296,7 +299,7 @@ def test_a_merge_is_verified_expert_by_expert(
     half = tmp_path / "half"
     half.mkdir()
     reported(half, adapter, spec_of(folder, bits), dtype=torch.float16)
-    assert difference(adapter, plain(half / "merged")) <= 2e-3
+    assert difference(adapter, plain(half / "merged")) <= FP16[kind]
     # Merged in memory, it computes the same.
     expected = logits(adapter.base.model)
     assert relative_error(logits(qk.merge(adapter).model), expected) <= 1e-5
@@ -407,8 +410,16 @@ KEY = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
             r"target_parameters names mlp\.gate\.weight, which is no stack of experts; expected ga",
         ),
         (
-            {"target_parameters": ["experts.up_proj"]}, lambda t: None,
+            {"target_parameters": ["experts.down_proj"]}, lambda t: None,
+            r"tensors of model\.layers\.0\.mlp\.experts\.base_layer, and target_parameters does",
+        ),
+        (
+            {"target_parameters": ["experts.up_proj", "experts.down_proj"]}, lambda t: None,
             r"layers\.0\.mlp\.experts\.up_proj has 4 experts, and 0 in",
+        ),
+        (
+            {"target_parameters": None}, lambda t: None,
+            r"tensors of model\.layers\.0\.mlp\.experts, and target_parameters does not say",
         ),
         (
             {"target_parameters": ["expert.down_proj"]}, lambda t: None,
