@@ -25,6 +25,9 @@ from qlora_kit.private_transformers import gated
 STACKED = ("gate_up_proj", "up_proj", "down_proj")
 """names of the stacked weights, in the order in which transformers registers them"""
 
+# Fewer tokens at a time would unpack the weight of a busy expert too often.
+_LEAST_TILE = 256
+
 
 class Stack(nn.ModuleList):
     """The layers whose weights a checkpoint holds as one tensor (E, K, D), biases as (E, K).
@@ -141,14 +144,18 @@ class _Call(NamedTuple):
     def parts(self, order: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield each expert that has tokens, the number it stands for, and its part of `order`.
 
-        In a simulation one stands for all with equally many tokens.
+        A part has no more tokens than there would be if all experts had equally many, or than
+        `_LEAST_TILE`: so the memory does not depend on the router's choice. In a simulation one
+        expert stands for all that have equally many.
         """
         is_simulated = isinstance(order, FakeTensor)
+        tile = max(_LEAST_TILE, -(-len(order) // len(self.counts)))
         seen: set[int] = set()
-        for number, part in enumerate(order.split(self.counts)):
+        for number, tokens in enumerate(order.split(self.counts)):
             count = self.counts[number]
             if count and count not in seen:
-                yield number, self.counts.count(count) if is_simulated else 1, part
+                times = self.counts.count(count) if is_simulated else 1
+                yield from ((number, times, part) for part in tokens.split(tile))
             if is_simulated:
                 seen.add(count)
 
@@ -175,10 +182,7 @@ class _Mixture(torch.autograd.Function):
         total = _zeros_for_sums(hidden)
         for number, times, part in call.parts(order):
             with standing_for(times):
-                tokens = part // shares.shape[1]
-                output = call.output(number, hidden[tokens], [each[number] for each in parameters])
-                share = shares.flatten()[part].unsqueeze(1)
-                total.index_add_(0, tokens, (output * share).to(total.dtype))
+                _add_output(total, call, number, part, hidden, shares, parameters)
         return total.to(hidden.dtype)
 
     @staticmethod
@@ -190,22 +194,55 @@ class _Mixture(torch.autograd.Function):
         for number, times, part in call.parts(order):
             with standing_for(times):
                 tokens = part // shares.shape[1]
-                grad = grads[0][tokens]
-                x, *matrices = (
-                    each.detach().requires_grad_()
-                    for each in (hidden[tokens], *(matrix[number] for matrix in parameters))
-                )
-                with torch.enable_grad():
-                    output = call.output(number, x, matrices)
-                grad_shares.view(-1)[part] = (grad * output.detach()).sum(1).to(shares.dtype)
                 share = shares.flatten()[part].unsqueeze(1)
-                grad_x, *own = torch.autograd.grad(
-                    output, (x, *matrices), (grad * share).to(output.dtype)
+                matrices = [each[number] for each in parameters]
+                grad_x, grad_share, *own = _gradients(
+                    call, number, hidden[tokens], share, grads[0][tokens], matrices
                 )
                 grad_hidden.index_add_(0, tokens, grad_x.to(grad_hidden.dtype))
-                for whole, each in zip(found, own, strict=True):
-                    whole[number] = each
+                grad_shares.view(-1)[part] = grad_share
+                for place, whole in enumerate(found):
+                    whole[number] += own[place]
+                # Nothing of an expert may lie beside the next.
+                del tokens, share, matrices, grad_x, grad_share, own
         return (grad_hidden.to(hidden.dtype), grad_shares, *(None,) * 4, *found)
+
+
+def _add_output(
+    total: Tensor,
+    call: _Call,
+    number: int,
+    part: Tensor,
+    hidden: Tensor,
+    shares: Tensor,
+    parameters: Sequence[Tensor],
+) -> None:
+    """Add what an expert computes for its tokens to the mixture (N, D)."""
+    tokens = part // shares.shape[1]
+    output = call.output(number, hidden[tokens], [each[number] for each in parameters])
+    share = shares.flatten()[part].unsqueeze(1)
+    total.index_add_(0, tokens, (output * share).to(total.dtype))
+
+
+def _gradients(
+    call: _Call, number: int, x: Tensor, share: Tensor, grad: Tensor, matrices: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Run an expert again; return the gradients of its rows x (n, D), its shares and matrices.
+
+    Args:
+        call: the call of the experts.
+        number: the number of the expert.
+        x: its rows.
+        share: its share in the mixture of each row, (n, 1).
+        grad: gradient of the mixture, (n, D).
+        matrices: its trained matrices.
+    """
+    inputs = [each.detach().requires_grad_() for each in (x, *matrices)]
+    with torch.enable_grad():
+        output = call.output(number, inputs[0], inputs[1:])
+    grad_share = (grad * output.detach()).sum(1).to(share.dtype)
+    grad_x, *own = torch.autograd.grad(output, inputs, (grad * share).to(output.dtype))
+    return grad_x, grad_share, *own
 
 
 def _zeros_for_sums(like: Tensor) -> Tensor:

@@ -73,6 +73,13 @@ def stack_of_keys(paths: Iterable[str], parameters: Sequence[str], where: object
         if _is_named(f"{module}.{name}", parameters)
     ]
     found = {key: path for path, key in key_paths(targeted).items()}
+    layers = [f"{path}{_WEIGHT}" for path in given]
+    for name in parameters:
+        if not any(_is_named(path, [name]) for path in (*found.values(), *layers)):
+            raise AdapterError(
+                f"{where}: target_parameters names {name}, and there is no tensor of it; expected "
+                "lora_A and lora_B; save the adapter again"
+            )
     wrappers = {path for path in given if path.replace(_WRAPPED, "") in modules}
     if surplus := sorted(wrappers - found.keys()):
         raise AdapterError(
@@ -84,13 +91,6 @@ def stack_of_keys(paths: Iterable[str], parameters: Sequence[str], where: object
             f"{where}: target_parameters names {found[missing[0]]}, and its tensors "
             f"({missing[0]}) are missing; expected lora_A and lora_B; save the adapter again"
         )
-    layers = [f"{path}{_WEIGHT}" for path in given]
-    for name in parameters:
-        if not any(_is_named(path, [name]) for path in (*found.values(), *layers)):
-            raise AdapterError(
-                f"{where}: target_parameters names {name}, and there is no tensor of it; expected "
-                "lora_A and lora_B; save the adapter again"
-            )
     return found
 
 

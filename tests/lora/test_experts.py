@@ -32,8 +32,8 @@ IDS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 KINDS: dict[str, dict[str, Any]] = {**MIXTURES, **{k: OTHERS[k] for k in ("mixtral", "gpt-oss")}}
 # The first has a stack a layer for gate and up; the last has transposed stacks with biases.
 QUICK = ("qwen3-moe", "gpt-oss")
-# The gate of gpt-oss has values of some hundreds here, which fp16 weights change the more.
-FP16 = {"qwen3-moe": 1e-3, "gpt-oss": 5e-3}
+# What rounding to fp16 makes of layers as widely spread as these; the gate of gpt-oss has a cube.
+FP16 = {"qwen3-moe": 2e-3, "gpt-oss": 5e-3}
 BOTH = ("attention", "experts")
 
 
@@ -284,7 +284,7 @@ def test_a_merge_is_verified_expert_by_expert(
     folder_of: Callable[[str], Path], tmp_path: Path, kind: str, bits: int
 ) -> None:
     folder = folder_of(kind)
-    adapter = attached(folder, bits)
+    adapter = attached(folder, bits, alpha=8)
     idle = "model.layers.1.mlp.experts.down_proj"
     with torch.no_grad():
         adapter.stacks[idle].lora_B[2].zero_()
