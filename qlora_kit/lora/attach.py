@@ -170,7 +170,8 @@ class Adapter:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a stable order."""
         named = {}
-        for path, layer in (*self.layers.items(), *self.stacks.items()):
+        trained: Mapping[str, LoRALinear | LoRAStack] = {**self.layers, **self.stacks}
+        for path, layer in trained.items():
             named[f"{path}.lora_A"] = layer.lora_A
             named[f"{path}.lora_B"] = layer.lora_B
         return {**named, **self.whole_parameters()}

@@ -167,6 +167,7 @@ def unfolded(
             f"{where}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}; expected rank {rank} "
             "for each of its experts in both"
         )
-    of_a, of_b = a.unflatten(0, (experts, rank)), b.unflatten(1, (rank, experts)).movedim(2, 0)
+    of_a = a.view(experts, rank, a.shape[1])
+    of_b = b.view(len(b), rank, experts).movedim(2, 0)
     of_each = zip(of_a, of_b, strict=True)
     return {f"{path}.{number}": pair for number, pair in enumerate(of_each)}

@@ -45,13 +45,14 @@ def test_from_data_to_a_merged_model(
 ) -> None:
     own = tmp_path / "run"
     given = ("--model", str(model), "--data", str(data), "--output", str(own), *STEPS)
-    code, _, err = run("train", *given, "--save-steps", "2", capsys=capsys)
+    code, shown, err = run("train", *given, "--save-steps", "2", capsys=capsys)
     assert code == 0, err
-    assert "4 stacks of 4, none of them frozen; routers are frozen" in err
-    assert "in 8 layers and 4 stacks of experts" in err
-    assert "load-balancing loss (output_router_logits), which is left out" in err
+    assert "4 stacks of 4, none of them frozen; routers are frozen" in shown
+    assert "in 8 layers and 4 stacks of experts" in shown
+    assert "load-balancing loss (output_router_logits), which is left out" in shown + err
     memory = json.loads((own / "memory.json").read_text())["rehearsal"]
-    assert abs(memory["difference"]) < 0.02
+    # Of so few tokens, the busiest expert may have twice the share that a plan gives it.
+    assert abs(memory["difference"]) < 0.08
     whole = load_file(own / "adapter_model.safetensors")
     assert any("experts.base_layer.lora_A" in name for name in whole)
 
@@ -67,7 +68,8 @@ def test_from_data_to_a_merged_model(
     assert code == 0, err
     loss = json.loads(out)["loss"]
     merged = tmp_path / "merged"
-    code, out, err = run("export", str(own), "--to", str(merged), "--json", capsys=capsys)
+    exported = ("export", str(own), "--to", str(merged), "--dtype", "float32", "--json")
+    code, out, err = run(*exported, capsys=capsys)
     assert code == 0, err
     report = json.loads(out)["report"]
     assert sum(".experts." in layer["path"] for layer in report["layers"]) == 2 * 2 * 4
@@ -76,7 +78,7 @@ def test_from_data_to_a_merged_model(
         capsys=capsys,
     )  # fmt: skip
     assert code == 0, err
-    assert json.loads(out)["loss"] == pytest.approx(loss, abs=2e-3)
+    assert json.loads(out)["loss"] == pytest.approx(loss, abs=1e-5)
     assert json.loads((merged / "config.json").read_text())["output_router_logits"] is True
     answers = []
     for where in (("--adapter", str(own)), ("--model", str(merged), "--bits", "16")):
