@@ -19,14 +19,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qlora_kit as qk
+from qlora_kit.config import TrainConfig
 from qlora_kit.errors import AdapterError, ConfigError, QloraKitError
 from qlora_kit.export.merge import Merge
 from qlora_kit.export.merge_report import MergeReport
 from qlora_kit.export.verify import verify_merge
+from qlora_kit.layers import experts
 from qlora_kit.layers.projections import projections, router_paths, stacks
 from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.lora.several import load_adapters
 from qlora_kit.lora.stacked import folded
+from qlora_kit.step.reducers import apply, resolve
 
 IDS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 KINDS: dict[str, dict[str, Any]] = {**MIXTURES, **{k: OTHERS[k] for k in ("mixtral", "gpt-oss")}}
@@ -162,6 +165,39 @@ def test_an_expert_that_no_token_chose_has_a_gradient_of_zeros(
         assert sum(norm == 0 for norm in norms) == 2
 
 
+@pytest.mark.parametrize(("kind", "runs"), [("qwen3-moe", 2), ("olmoe", 2), ("qwen2-moe", 3)])
+def test_recomputation_stops_before_experts_and_changes_no_gradient(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str, runs: int
+) -> None:
+    """Of a shared expert that is added after them, they run once more."""
+    adapter = attached(folder_of(kind), 4)
+    model, own, seen = adapter.base.model, experts._Call.output, []
+
+    def output(call: Any, number: int, *inputs: Any) -> Tensor:
+        seen.append(number)
+        return own(call, number, *inputs)
+
+    monkeypatch.setattr(experts._Call, "output", output)
+    logits(model)
+    once = len(seen)
+    found = []
+    for options in ({"recompute": True}, {"recompute": False}, {"keep_layers": 1}):
+        seen.clear()
+        config = TrainConfig(device="cpu", mlp_tile_tokens=0, **options)
+        apply(model, resolve(config, adapter.base.hardware), adapter.base.hardware)
+        model.train()
+        model(input_ids=IDS).logits.square().sum().backward()
+        found.append([p.grad.clone() for p in adapter.parameters().values() if p.grad is not None])
+        for parameter in adapter.parameters().values():
+            parameter.grad = None
+        if config.recompute and not config.keep_layers:
+            assert len(seen) == runs * once
+        elif not config.recompute:
+            assert len(seen) == 2 * once
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 # ---------------------------------------------------------------- the same files
 
 
@@ -290,9 +326,9 @@ def test_a_merge_is_verified_expert_by_expert(
         adapter.stacks[idle].lora_B[2].zero_()
     report = reported(tmp_path, adapter, spec_of(folder, bits))
     assert difference(adapter, plain(tmp_path / "merged")) <= 1e-5
-    experts = [layer for layer in report.layers if ".experts." in layer.path]
-    assert len(experts) == 2 * 2 * 4
-    assert len(report.layers) == len(experts) + 2 * 4
+    of_experts = [layer for layer in report.layers if ".experts." in layer.path]
+    assert len(of_experts) == 2 * 2 * 4
+    assert len(report.layers) == len(of_experts) + 2 * 4
     assert report.layers[-1].path == f"{idle}.2"
     assert report.layers[0].delta > 0, "the worst of the trained comes first"
     assert f"1 of 16 layers of experts have no delta, such as {idle}.2" in report.verdict.text[-1]
