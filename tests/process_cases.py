@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny_models import save_model, tiny_numbers
+from tiny_models import MIXTURES, save_model, tiny_numbers
 from training import make_adapter, make_rows, options, weights_of
 from transformers import AutoConfig, AutoModel
 
@@ -31,7 +31,7 @@ from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.classify import classify
 from qlora_kit.tasks.task import Task
 
-LLAMA, BERT = "llama", "bert"
+LLAMA, BERT, MIXTURE = "llama", "bert", "mixture"
 STEPS = 20
 _BERT = {
     "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,6 +45,7 @@ _BAD_TOKEN = 95
 def save_models(folder: Path) -> Path:
     """Save the models of the cases into a folder, and return it."""
     save_model(folder / LLAMA, tiny_numbers("tinyllama"))
+    save_model(folder / MIXTURE, MIXTURES["qwen3-moe"])
     torch.manual_seed(0)
     bert = AutoModel.from_config(AutoConfig.for_model(**_BERT), dtype=torch.float32)
     bert.save_pretrained(folder / BERT)
@@ -105,6 +106,14 @@ def uneven(folder: Path) -> Found:
 def dropout(folder: Path) -> Found:
     """Windows of four rows, the last of one: the other processes then have none."""
     return _plain(folder, 9, dropout=0.3, batch_size=4, packing=False)
+
+
+def experts(folder: Path) -> Found:
+    """Windows of two short rows: in a process, experts that no token chooses."""
+    adapter = make_adapter(folder / MIXTURE, targets="experts")
+    rows = [{**row, "input_ids": row["input_ids"][:3], "labels": row["input_ids"][:3]}
+            for row in make_rows(7)]  # fmt: skip
+    return _run(adapter, rows, options_of_run={"batch_size": 2, "packing": False})[0]
 
 
 def packed(folder: Path) -> Found:
@@ -259,7 +268,7 @@ CASES: dict[str, Callable[[Path], Found]] = {
     case.__name__: case
     for case in (
         uneven, dropout, packed, weighted, classes, early_stop, stopped_by_rule, not_finite, halved,
-        together,
+        together, experts,
     )
 }  # fmt: skip
 

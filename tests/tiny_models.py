@@ -24,6 +24,9 @@ TINY: dict[str, Any] = {
     "query_pre_attn_scalar": 16,
     "sliding_window": 16,
     "original_max_position_embeddings": 32,
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
 }
 
 
@@ -85,6 +88,35 @@ OTHERS: dict[str, dict[str, Any]] = {
     "phi": {"model_type": "phi", **SIZES, "partial_rotary_factor": 0.5},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
 }
+# Mixtures of experts beside those above: stacked, with a shared expert or dense layers beside them.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3-moe": tiny_numbers("qwen3-30b-a3b"),
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        **SIZES,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 40,
+    },
+    "olmoe": {"model_type": "olmoe", **SIZES, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        **SIZES,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
+}
 # Names whose tiny models are equal have one architecture, and stand here once. Encoders write no
 # text: they have tests of their own.
 ARCHITECTURES = {
@@ -125,11 +157,11 @@ def load_folder(
 
 
 def fill_lora(adapter: Any, seed: int = 7, std: float = 0.1) -> None:
-    """Give B of every LoRA layer random values, as if it had been trained."""
+    """Give B of every LoRA layer and expert random values, as if it had been trained."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    for layer in adapter.layers.values():
+    for layer in (*adapter.layers.values(), *adapter.stacks.values()):
         # Drawn on the CPU: the same values on every device.
         layer.lora_B.data.copy_(
             torch.empty(layer.lora_B.shape).normal_(0, std, generator=generator)

@@ -262,7 +262,8 @@ class LoraOptions(Options):
     )
     targets: TargetNames = option(
         ("attention",),
-        "comma-separated: attention, mlp, all-linear, names, or regular expressions of paths",
+        "comma-separated: attention, mlp, experts, all-linear (all but experts), names, or regular "
+        "expressions of paths",
         also=["lora_target_modules", "target_modules", "lora_target"],
         decides=["shape", "memory"],
         leads=True,

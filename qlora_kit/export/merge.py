@@ -72,7 +72,7 @@ class Merged:
     Attributes:
         folder: its folder.
         tensors: number of tensors.
-        layers: number of layers that the adapter changed.
+        layers: number of layers that the adapter changed; the experts of a stack count as one.
         bytes: bytes of the weights.
         shards: number of weight files.
     """
@@ -168,7 +168,7 @@ def merge_to(
         )
         if check is not None:
             check(merge, staging)
-    return Merged(folder, writer.tensors, len(stored.tensors), writer.total_bytes, shards)
+    return Merged(folder, writer.tensors, len(stored.spec.targets), writer.total_bytes, shards)
 
 
 # ---------------------------------------------------------------- before anything is read

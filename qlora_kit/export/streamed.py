@@ -186,7 +186,7 @@ def _low_rank_term(path: str, stored: StoredAdapter, device: torch.device) -> Lo
     if path not in stored.tensors:
         return None
     a, b = stored.tensors[path]
-    return LowRank((a.to(device),), (b.to(device),), scaling=stored.spec.scaling_of(path))
+    return LowRank((a.to(device),), (b.to(device),), scaling=stored.scaling_of(path))
 
 
 # ---------------------------------------------------------------- rows of the variants

@@ -37,7 +37,7 @@ def judge(
     by_name = {measure.variant: measure for measure in measures}
     merge_into, why = _base(merge, rows, by_name)
     requantizing, how = _requantizing(merge, by_name, layers)
-    texts = (why, how, _rounding(merge, layers))
+    texts = (why, how, _rounding(merge, layers), _untrained(merge, layers))
     return Verdict(merge_into, requantizing, tuple(text for text in texts if text))
 
 
@@ -116,4 +116,15 @@ def _rounding(merge: Merge, layers: Sequence[LayerChange]) -> str:
     return (
         f"Rounding takes most of the delta of {len(lost)} of {len(layers)} layers away, such as "
         f"{lost[0].path} ({lost[0].kept:.0%} kept): --dtype float32 keeps it."
+    )
+
+
+def _untrained(merge: Merge, layers: Sequence[LayerChange]) -> str:
+    experts = [layer for layer in layers if merge.stored.is_of_expert(layer.path)]
+    idle = [layer for layer in experts if not layer.delta]
+    if not idle:
+        return ""
+    return (
+        f"{len(idle):,} of {len(experts):,} layers of experts have no delta, such as "
+        f"{idle[0].path}: no token of the training chose them."
     )

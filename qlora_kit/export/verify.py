@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def verify_merge(
                 weigher.raise_faults()
                 heads = _heads(skeleton, head_path, parameters, merge, variants)
                 measures = _measure_variants(hidden, heads, rows)
-    layers = tuple(sorted(weigher.layers, key=lambda layer: -layer.ratio))
+    layers = tuple(sorted(weigher.layers, key=partial(_place, merge)))
     return MergeReport(
         base=merge.spec.source.identity,
         adapter=merge.stored.folder.resolve().name,
@@ -121,6 +122,12 @@ def verify_merge(
         verdict=judge(merge, rows, measures, layers),
         versions=library_versions(),
     )
+
+
+def _place(merge: Merge, layer: LayerChange) -> tuple[bool, float]:
+    """Order layers by their ratio; experts that were never trained come last, if there are some."""
+    is_untrained = not layer.delta and merge.stored.is_of_expert(layer.path)
+    return is_untrained, -layer.ratio
 
 
 def _variants(merge: Merge, parameters: Parameters) -> list[Variant]:

@@ -142,8 +142,13 @@ def term_of(layers: Sequence[LoRALinear], x: Tensor, kept: Tensor | None = None)
     """
     first = layers[0]
     a, b = tuple(each.lora_A for each in layers), tuple(each.lora_B for each in layers)
-    term = LowRank(a, b, kept, first.scaling, 1.0 if kept is None else 1 - first.dropout)
-    is_split = x.dtype == torch.bfloat16 and first.lora_A.dtype == torch.float32
+    keep = 1.0 if kept is None else 1 - first.dropout
+    return as_served(LowRank(a, b, kept, first.scaling, keep), x)
+
+
+def as_served(term: LowRank, x: Tensor) -> LowRank:
+    """Return a term as it is multiplied on the device of x and in its dtype."""
+    is_split = x.dtype == torch.bfloat16 and term.a[0].dtype == torch.float32
     return SplitLowRank.of(term) if is_split and kernels.serves("lora", x) else term
 
 
@@ -152,14 +157,29 @@ def _products(x: Tensor, layers: Sequence[LoRALinear]) -> list[Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     with torch.no_grad():
         term = term_of(layers, x, layers[0].draw_kept(x))
-        h = term.inner(rows)
-    # What a graph holds of several layers must not hold x itself, see `Handover`.
-    held = rows if len(layers) == 1 else rows.detach()
     parameters = [*(each.lora_A for each in layers), *(each.lora_B for each in layers)]
-    saved = save_first(parameters[0], held, term.kept, h, *term.a, *term.b)
-    frozen = [each.frozen for each in layers]
-    found = _LoRAProducts.apply(rows, frozen, term, h, *saved, *parameters)
+    found = products_with_term(rows, [each.frozen for each in layers], term, parameters)
     return [y.view(*x.shape[:-1], -1) for y in found]
+
+
+def products_with_term(
+    x: Tensor, frozen: Sequence[FrozenLinear], term: LowRank, parameters: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Return the y (N, K) of each frozen layer for one x (N, D), with its share of the term.
+
+    Args:
+        x: the input of all layers.
+        frozen: the layers.
+        term: their trained term.
+        parameters: what the term is made of: A of each layer, then B of each.
+    """
+    with torch.no_grad():
+        h = term.inner(x)
+    # What a graph holds of several layers must not hold x itself, see `Handover`.
+    held = x if len(frozen) == 1 else x.detach()
+    saved = save_first(parameters[0], held, term.kept, h, *term.a, *term.b)
+    found: Sequence[Tensor] = _LoRAProducts.apply(x, frozen, term, h, *saved, *parameters)
+    return found
 
 
 class _LoRAProducts(torch.autograd.Function):

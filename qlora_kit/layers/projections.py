@@ -8,7 +8,7 @@ and reports ask here, and so agree.
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from torch import nn
 from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.frozen import FrozenLinear, TransposedLinear
 
-Group = Literal["attention", "mlp"]
+Group = Literal["attention", "mlp", "experts"]
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # The last is T5's name for it, whatever its activation.
@@ -29,6 +29,8 @@ _OTHERS = re.compile(r"(k(ey)?|v(alue)?)(_(proj|lin))?|up_proj|wi_1")
 # Attention to what another half of the model computed: its keys and values have an input of their
 # own.
 _CROSS = re.compile(r"enc_?dec|encoder_attn|cross", re.IGNORECASE)
+ROUTER = re.compile(r"gate|router|shared_expert_gate")
+"""names of what chooses experts, or weighs a shared one, beside the experts"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Projection:
         path: path of the layer in the model.
         layer: a skeleton's `nn.Linear` or a loaded base's `FrozenLinear`, never a layer around it.
         group: the part of the model that the layer belongs to; None if its path does not tell.
-        is_expert: whether it is a layer of a `Stack`, which carries no LoRA yet.
+        is_expert: whether it is a layer of a `Stack`, which carries LoRA as a whole.
     """
 
     path: str
@@ -56,6 +58,11 @@ class Projection:
     def out_features(self) -> int:
         """K."""
         return self.layer.out_features
+
+    @property
+    def lora_path(self) -> str:
+        """The path by which LoRA on it is known: of an expert that of its stack."""
+        return self.path.rpartition(".")[0] if self.is_expert else self.path
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,19 +93,28 @@ def projections(model: nn.Module) -> dict[str, Projection]:
     """Return the projections of a model by path, in the order of the model.
 
     The layers of a head are left out: the head of a language model is not quantised with the
-    projections, and the head of a classifier is trained whole.
+    projections, and the head of a classifier is trained whole. So are the routers of a mixture,
+    which stay as they are stored.
     """
     head = _part(model, "get_output_embeddings")
     base = base_prefix(model)
     stacked = {each for stack in stacks(model).values() for each in stack}
+    routers = tuple(f"{path}." for path in router_paths(model))
     found = {
-        path: Projection(path, layer, group_of(path), is_expert=module in stacked)
+        path: _projection(path, layer, is_expert=module in stacked)
         for path, module in model.named_modules()
-        if module is not head and path.startswith(base) and (layer := _layer_of(module)) is not None
+        if module is not head
+        and path.startswith(base)
+        and not f"{path}.".startswith(routers)
+        and (layer := _layer_of(module)) is not None
     }
     # The frozen layer inside a LoRA layer was found already, under the path of the LoRA layer.
     inner = {f"{path}.frozen" for path in found}
     return {path: each for path, each in found.items() if path not in inner}
+
+
+def _projection(path: str, layer: nn.Linear | FrozenLinear, *, is_expert: bool) -> Projection:
+    return Projection(path, layer, "experts" if is_expert else group_of(path), is_expert)
 
 
 def with_one_input(model: nn.Module) -> list[list[str]]:
@@ -125,6 +141,29 @@ def with_one_input(model: nn.Module) -> list[list[str]]:
 def stacks(model: nn.Module) -> dict[str, Stack]:
     """Return the stacks of a model, each by the path of the tensor that a checkpoint holds."""
     return {path: each for path, each in model.named_modules() if isinstance(each, Stack)}
+
+
+def by_lora_path(found: Mapping[str, Projection]) -> dict[str, list[Projection]]:
+    """Return projections by the path that LoRA on them has: the experts of a stack share one."""
+    grouped: dict[str, list[Projection]] = {}
+    for each in found.values():
+        grouped.setdefault(each.lora_path, []).append(each)
+    return grouped
+
+
+def router_paths(model: nn.Module) -> list[str]:
+    """Return the paths of what chooses the experts of a mixture, beside the experts."""
+    blocks = dict.fromkeys(_above(path, 2) for path in stacks(model))
+    return [
+        f"{block}.{name}" if block else name
+        for block in blocks
+        for name, _ in model.get_submodule(block).named_children()
+        if ROUTER.fullmatch(name)
+    ]
+
+
+def _above(path: str, levels: int) -> str:
+    return ".".join(path.split(".")[:-levels])
 
 
 def projected_weights(model: nn.Module) -> Set[str]:

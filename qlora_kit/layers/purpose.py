@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_kit.layers.in_force import InForce
 
+EXPERTS = "experts"
 UNPACKED = "dequantised weight"
 GATHERED = "gathered weights"
 HEAD = "head"

@@ -8,16 +8,22 @@ base in exactly the same way. Never downloads, and never runs code that a file c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
-from qlora_kit.layers.projections import Projection, base_prefix, projections
+from qlora_kit.layers.projections import (
+    Projection,
+    base_prefix,
+    by_lora_path,
+    projections,
+    stacks,
+)
 from qlora_kit.lora.attach import Adapter, LoraSpec, attach
 from qlora_kit.lora.files import (
     CONFIG,
@@ -32,6 +38,15 @@ from qlora_kit.lora.files import (
     read_peft_config,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
+from qlora_kit.lora.stacked import (
+    folded,
+    key_paths,
+    layers_named,
+    stack_of_keys,
+    taken_for_experts,
+    target_parameters,
+    unfolded,
+)
 from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.load import Base
 from qlora_kit.redact import redacted_values
@@ -67,6 +82,10 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     for path, layer in adapter.layers.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    for path, key in key_paths(adapter.stacks).items():
+        stack = adapter.stacks[path]
+        for side, matrix in zip("AB", folded(stack.lora_A, stack.lora_B), strict=True):
+            tensors[f"{_PREFIX}{key}.lora_{side}.weight"] = matrix.detach().cpu().contiguous()
     for name, tensor in {
         **_rest_of_heads(adapter),
         **adapter.saved,
@@ -83,6 +102,10 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     """Return the content of `adapter_config.json`."""
     spec = adapter.spec
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
+    model = adapter.base.model
+    of_mixture = stacks(model)
+    aside = taken_for_experts(adapter.layers) if of_mixture else []
+    parameters = target_parameters(adapter.stacks, of_mixture, aside, projections(model))
     return {
         "peft_type": "LORA",
         "task_type": spec.task_type,
@@ -90,11 +113,13 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "revision": record.revision,
         "r": spec.rank,
         "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
+        # PEFT opens no parameters with dropout, which only training has.
+        "lora_dropout": 0.0 if parameters else spec.dropout,
         "use_rslora": spec.rslora,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
-        "target_modules": _target_modules(adapter),
+        "target_modules": _target_modules(model, adapter.layers.keys() - set(aside)),
+        **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
         "modules_to_save": _modules_to_save(adapter) or None,
@@ -127,11 +152,10 @@ def _rest_of_heads(adapter: Adapter) -> dict[str, Tensor]:
     return {name: each for name, each in named if prefix and not name.startswith(prefix)}
 
 
-def _target_modules(adapter: Adapter) -> list[str]:
+def _target_modules(model: nn.Module, targeted: Set[str]) -> list[str]:
     """Return the last parts of the paths, or the whole paths if the parts name other layers too."""
-    targeted = set(adapter.layers)
     endings = sorted({path.rsplit(".", 1)[-1] for path in targeted})
-    every = projections(adapter.base.model)
+    every = projections(model)
     named = {path for path in every if path.rsplit(".", 1)[-1] in endings}
     return endings if named == targeted else sorted(targeted)
 
@@ -146,11 +170,13 @@ class StoredAdapter:
     Attributes:
         folder: the folder of its files.
         spec: rank, alpha and patterns; its targets are the paths of the tensors.
-        tensors: A (R, D) and B (K, R) by path, fp32.
+        tensors: A (R, D) and B (K, R) by path, fp32; those of experts by the path of each.
         base: the base that `adapter_config.json` names.
         record: the content of `qlora_kit.json`; None for an adapter of another tool.
         saved: parameters that replace parameters of the base, by name (`modules_to_save`).
         targeted: names of layers that must have tensors: whole paths, or their last parts.
+        stacked: number of experts of each stack that carries LoRA, by path.
+        targeted_stacks: names of stacks that must have tensors, likewise.
     """
 
     folder: Path
@@ -160,6 +186,8 @@ class StoredAdapter:
     record: BaseRecord | None
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     targeted: tuple[str, ...] = ()
+    stacked: Mapping[str, int] = field(default_factory=dict)
+    targeted_stacks: tuple[str, ...] = ()
 
     @property
     def changes_nothing(self) -> bool:
@@ -170,7 +198,15 @@ class StoredAdapter:
     def delta(self, path: str) -> Tensor:
         """Return scaling · B A of the layer at `path`, (K, D), fp32."""
         a, b = self.tensors[path]
-        return (b @ a).mul_(self.spec.scaling_of(path))
+        return (b @ a).mul_(self.scaling_of(path))
+
+    def scaling_of(self, path: str) -> float:
+        """Return the scaling of the layer, or of the expert, at `path`."""
+        return self.spec.scaling_of(path.rpartition(".")[0] if self.is_of_expert(path) else path)
+
+    def is_of_expert(self, path: str) -> bool:
+        """Whether a path of `tensors` is that of an expert in a stack."""
+        return path.rpartition(".")[0] in self.stacked
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
@@ -188,21 +224,38 @@ def read_adapter(folder: Path) -> StoredAdapter:
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
     saved = _saved(others, tuple(config.modules_to_save or ()), folder)
     _check_all_saved(saved, config, folder)
-    tensors = _pair(lora, folder)
+    pairs = _pair(lora, folder)
+    parameters = tuple(config.target_parameters or ())
+    stack_of = stack_of_keys(pairs, parameters, folder / CONFIG)
+    if parameters and config.lora_dropout:
+        raise AdapterError(
+            f"{folder / CONFIG}: lora_dropout is {config.lora_dropout:g} with target_parameters, "
+            "which PEFT refuses too; expected 0; restore it"
+        )
+    pairs = {stack_of.get(path, path): pair for path, pair in pairs.items()}
     spec = LoraSpec(
         rank=config.r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout or 0.0,
-        targets=tuple(tensors),
+        targets=tuple(pairs),
         rslora=bool(config.use_rslora),
         rank_pattern=config.rank_pattern or {},
         alpha_pattern=config.alpha_pattern or {},
     )
     ranks = _ranks(folder, spec)
-    for path, (a, b) in tensors.items():
-        _check_pair(folder, path, a, b, ranks[path])
-    base, targeted = config.base_model_name_or_path, config.targeted_names
-    return StoredAdapter(folder, spec, tensors, base, record, saved, targeted)
+    stack_paths = set(stack_of.values())
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    stacked: dict[str, int] = {}
+    for path, (a, b) in pairs.items():
+        of_experts = path in stack_paths
+        parts = unfolded(path, a, b, ranks[path], folder) if of_experts else {path: (a, b)}
+        for each, (part_of_a, part_of_b) in parts.items():
+            _check_pair(folder, each, part_of_a, part_of_b, ranks[path])
+        tensors |= parts
+        stacked |= {path: len(parts)} if of_experts else {}
+    base = config.base_model_name_or_path
+    targeted = (*config.targeted_names, *layers_named(parameters))
+    return StoredAdapter(folder, spec, tensors, base, record, saved, targeted, stacked, parameters)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -366,7 +419,15 @@ def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: s
         AdapterError: layers do not fit; the error has a line for each of the first five.
     """
     shapes = {path: each.shape for path, each in found.items()}
-    faults = []
+    sites = by_lora_path(found)
+    faults = [
+        f"{stored.folder}: its {path} has {count} experts, and {len(sites.get(path, ()))} in "
+        f"{base}; expected the base {stored.base}; name it with --model"
+        for path, count in stored.stacked.items()
+        if count != len(sites.get(path, ()))
+    ]
+    if faults:
+        raise AdapterError(*faults[:_MOST_FAULTS])
     for path, (a, b) in stored.tensors.items():
         if shapes.get(path) != (b.shape[0], a.shape[1]):
             state = f"of shape {shapes[path]}" if path in shapes else "missing"
@@ -376,11 +437,16 @@ def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: s
             )
     if faults:
         raise AdapterError(*faults[:_MOST_FAULTS])
+    there = stored.tensors.keys() | stored.stacked.keys()
     missing = sorted(
         path
-        for path in shapes.keys() - stored.tensors.keys()
-        if f"{path}.weight" not in stored.saved
-        and any(_is_named(path, name) for name in stored.targeted)
+        for path, (first, *_) in sites.items()
+        if path not in there
+        and f"{path}.weight" not in stored.saved
+        and any(
+            _is_named(path, name)
+            for name in (stored.targeted_stacks if first.is_expert else stored.targeted)
+        )
     )
     if missing:
         raise AdapterError(

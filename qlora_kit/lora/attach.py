@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.config import LoraOptions
 from qlora_kit.errors import ConfigError
+from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
-from qlora_kit.layers.projections import Group, Projection, projections, vocabulary_paths
+from qlora_kit.layers.lora_experts import LoRAStack
+from qlora_kit.layers.projections import (
+    Group,
+    Projection,
+    by_lora_path,
+    projections,
+    router_paths,
+    stacks,
+    vocabulary_paths,
+)
 from qlora_kit.layers.trained import TrainedLinear
 from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.model.load import Base
@@ -116,6 +127,7 @@ class Adapter:
         base: the base that it is attached to.
         spec: the spec that it was attached by.
         layers: the LoRA layers by path.
+        stacks: the stacks of experts that carry LoRA, by path.
         whole: the layers that are trained whole, by path.
         saved: parameters that replace parameters of the base, by name.
         originals: the replaced parameters of the base, by name, see `lora.saved`.
@@ -127,6 +139,7 @@ class Adapter:
     whole: Mapping[str, TrainedLinear] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
+    stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(
@@ -135,19 +148,30 @@ class Adapter:
         """Set the values of the trained parameters.
 
         Args:
-            tensors: A (R, D) and B (K, R) of each LoRA layer, by path.
+            tensors: A (R, D) and B (K, R) of each LoRA layer and of each expert, by path.
             whole: the parameters of the layers that are trained whole, by name.
         """
-        for path, (a, b) in tensors.items():
-            self.layers[path].lora_A.copy_(a)
-            self.layers[path].lora_B.copy_(b)
+        matrices = self._matrices()
+        for path, pair in tensors.items():
+            for own, given in zip(matrices[path], pair, strict=True):
+                own.copy_(given)
         for name, parameter in self.whole_parameters().items():
             parameter.copy_(whole[name])
+
+    def _matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A (R, D) and B (K, R) of each LoRA layer and of each expert, by path."""
+        experts = {
+            f"{path}.{number}": (stack.lora_A[number], stack.lora_B[number])
+            for path, stack in self.stacks.items()
+            for number in range(len(stack))
+        }
+        return {path: (each.lora_A, each.lora_B) for path, each in self.layers.items()} | experts
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a stable order."""
         named = {}
-        for path, layer in self.layers.items():
+        trained: Mapping[str, LoRALinear | LoRAStack] = {**self.layers, **self.stacks}
+        for path, layer in trained.items():
             named[f"{path}.lora_A"] = layer.lora_A
             named[f"{path}.lora_B"] = layer.lora_B
         return {**named, **self.whole_parameters()}
@@ -165,51 +189,84 @@ class Adapter:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters().values())
 
+    @property
+    def expert_counts(self) -> dict[str, int]:
+        """The number of experts of each stack of the base, by path; of other models none."""
+        return {path: len(each) for path, each in stacks(self.base.model).items()}
+
+    @property
+    def untrained_experts(self) -> int:
+        """Number of parameters that LoRA on the experts without it would train."""
+        return sum(
+            self.spec.rank_of(each.lora_path) * (each.in_features + each.out_features)
+            for each in projections(self.base.model).values()
+            if each.is_expert and each.lora_path not in self.stacks
+        )
+
 
 def resolve_targets(
-    found: Mapping[str, Projection], targets: Iterable[str], vocabulary: Iterable[str] = ()
+    found: Mapping[str, Projection],
+    targets: Iterable[str],
+    vocabulary: Iterable[str] = (),
+    routers: Iterable[str] = (),
 ) -> list[str]:
-    """Return the paths of the projections that `targets` name, in the order of the model.
+    """Return the paths that LoRA is put on, in the order of the model.
+
+    The experts of a mixture have the path of their stack. "all-linear" names every layer but
+    those: they are to be asked for.
 
     Args:
         found: all projections of the model.
-        targets: each is "attention", "mlp", "all-linear", the last part of a path (`q_proj`), a
-            whole path, or a regular expression that matches whole paths.
+        targets: each is "attention", "mlp", "experts", "all-linear", the last part of a path
+            (`q_proj`), a whole path, or a regular expression that matches whole paths.
         vocabulary: the paths of the input embedding and the head, which carry no LoRA here.
+        routers: the paths of what chooses experts, which stays frozen.
 
     Raises:
-        ConfigError: a target matches no layer that can carry LoRA; the error lists those that can.
+        ConfigError: a target matches nothing that can carry LoRA; the error lists what can.
     """
+    groups = {path: each[0].group for path, each in by_lora_path(found).items()}
+    experts = Counter(each.lora_path for each in found.values() if each.is_expert)
+    unfit = {
+        "names an embedding or the output head, which carry no LoRA here yet": [*vocabulary],
+        "names a router, which stays frozen": [*routers],
+    }
+    words = [group for group in _GROUPS if group in groups.values()]
+    expected = ", ".join((*words, ALL_LINEAR))
     chosen: set[str] = set()
     faults = []
-    vocabulary = list(vocabulary)
-    open_to_lora = [path for path, each in found.items() if not each.is_expert]
     for target in targets:
-        named = [path for path, each in found.items() if _matches(target, path, each.group)]
-        matched = [path for path in named if not found[path].is_expert]
+        matched = [path for path, group in groups.items() if _matches(target, path, group)]
         if not matched:
             reason, remedy = "matches no linear layer", ""
-            if named:
-                reason = "names experts of a mixture, which carry no LoRA here yet"
-                remedy = "; leave it out"
-            if any(_matches(target, path) for path in vocabulary):
-                reason = "names an embedding or the output head, which carry no LoRA here yet"
-                remedy = "; leave it out"
+            if one := _of_one_expert(target, experts):
+                reason = f"names an expert of {one}, whose {experts[one]} are trained together"
+                remedy = "; name the stack"
+            for why, paths in unfit.items():
+                if any(_matches(target, path) for path in paths):
+                    reason, remedy = why, "; leave it out"
             faults.append(
-                f"--targets: '{target}' {reason}; expected attention, mlp, all-linear, or one of "
-                f"{', '.join(_endings(open_to_lora))}{remedy}"
+                f"--targets: '{target}' {reason}; expected {expected}, or one of "
+                f"{', '.join(_endings(groups))}{remedy}"
             )
         chosen.update(matched)
     if not chosen and not faults:
-        faults.append("--targets: empty; expected attention, mlp, all-linear or names")
+        faults.append(f"--targets: empty; expected {expected} or names")
     if faults:
         raise ConfigError(*faults)
-    return [path for path in found if path in chosen]
+    return [path for path in groups if path in chosen]
+
+
+def _of_one_expert(target: str, experts: Iterable[str]) -> str | None:
+    """Return the stack of which a target names an expert by number, there or not."""
+    stack, _, number = target.rpartition(".")
+    named = (path for path in experts if number.isdigit() and _matches(stack, path))
+    return next(named, None)
 
 
 def _matches(target: str, path: str, group: str | None = None) -> bool:
     if target == ALL_LINEAR:
-        return True
+        return group != "experts"
     if target in _GROUPS:
         return group == target
     if _IS_PATTERN.search(target):
@@ -244,14 +301,22 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
 
 
 def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
-    """Return the paths of the layers of a model that get LoRA: those trained whole get none.
+    """Return the paths of a model that get LoRA: layers, and stacks of experts.
+
+    Layers that are trained whole get none.
 
     Raises:
-        ConfigError: a target or a pattern names no layer.
+        ConfigError: a target or a pattern names no layer; or experts would have dropout.
     """
     found = {path: each for path, each in projections(model).items() if path not in spec.whole}
-    paths = resolve_targets(found, spec.targets, vocabulary_paths(model))
+    paths = resolve_targets(found, spec.targets, vocabulary_paths(model), router_paths(model))
     check_patterns(paths, spec)
+    experts = stacks(model).keys() & set(paths)
+    if spec.dropout and experts:
+        raise ConfigError(
+            f"--lora-dropout: {spec.dropout:g}, and --targets names experts ({min(experts)}), "
+            "which PEFT opens without dropout only; expected 0; leave it out"
+        )
     return paths
 
 
@@ -261,10 +326,11 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
     Raises:
         ConfigError: a target or pattern names no layer.
     """
-    layers = projections(skeleton)
+    layers = by_lora_path(projections(skeleton))
     low_rank = sum(
-        spec.rank_of(path) * (layers[path].in_features + layers[path].out_features)
+        spec.rank_of(path) * (each.in_features + each.out_features)
         for path in targeted_paths(skeleton, spec)
+        for each in layers[path]
     )
     whole = (skeleton.get_submodule(path).parameters() for path in spec.whole)
     return low_rank + sum(each.numel() for parameters in whole for each in parameters)
@@ -285,18 +351,25 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     found = projections(base.model)
     paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
-    layers = {}
+    of_experts = stacks(base.model)
+    layers: dict[str, LoRALinear] = {}
+    stacked: dict[str, LoRAStack] = {}
     for number, path in enumerate(paths):
+        sizes: dict[str, Any] = {"rank": spec.rank_of(path), "scaling": spec.scaling_of(path)}
+        if path in of_experts:
+            stacked[path] = LoRAStack(of_experts[path], **sizes, generator=generator)
+            base.model.set_submodule(path, stacked[path].train(of_experts[path].training))
+            continue
         layers[path] = LoRALinear(
             found[path].frozen,
-            rank=spec.rank_of(path),
-            scaling=spec.scaling_of(path),
+            **sizes,
             dropout=spec.dropout,
             generator=generator,
             number=number,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
-    return Adapter(base, spec, layers, _train_whole(base, spec, layers, generator))
+    whole = _train_whole(base, spec, layers, generator)
+    return Adapter(base, spec, layers, whole, stacks=stacked)
 
 
 def _train_whole(
@@ -328,14 +401,20 @@ def check_free(base: Base) -> None:
     Raises:
         ConfigError: it does.
     """
-    if any(isinstance(getattr(m, "frozen", None), FrozenLinear) for m in base.model.modules()):
+    if any(_carries_lora(module) for module in base.model.modules()):
         raise ConfigError("the base carries an adapter already; detach it first")
+
+
+def _carries_lora(module: nn.Module) -> bool:
+    return isinstance(module, LoRAStack) or isinstance(getattr(module, "frozen", 0), FrozenLinear)
 
 
 def detach(adapter: Adapter) -> Base:
     """Take the adapter off; the base is the same as before, bit for bit."""
     for path, layer in adapter.layers.items():
         adapter.base.model.set_submodule(path, layer.frozen)
+    for path, stack in adapter.stacks.items():
+        adapter.base.model.set_submodule(path, stack.without_terms())
     for path, trained in adapter.whole.items():
         adapter.base.model.set_submodule(path, trained.replaced)
     put_back(adapter.base.model, adapter.originals)
@@ -360,9 +439,19 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
         )
     model = adapter.base.model
     for path, layer in adapter.layers.items():
-        merged = layer.frozen.weight.dequantize(torch.float32) + layer.delta()
-        model.set_submodule(path, FrozenLinear.holding(merged.to(dtype), layer.frozen.bias))
+        model.set_submodule(path, _merged(layer.frozen, layer.delta(), dtype))
+    for path, stack in adapter.stacks.items():
+        merged: list[nn.Module] = [
+            _merged(stack.expert(number), stack.delta(number), dtype)
+            for number in range(len(stack))
+        ]
+        model.set_submodule(path, Stack(merged, is_transposed=stack.is_transposed))
     for path, trained in adapter.whole.items():
         bias = None if trained.bias is None else trained.bias.detach().to(dtype)
         model.set_submodule(path, FrozenLinear.holding(trained.weight.detach().to(dtype), bias))
     return adapter.base
+
+
+def _merged(frozen: FrozenLinear, delta: Tensor, dtype: torch.dtype) -> FrozenLinear:
+    merged = frozen.weight.dequantize(torch.float32) + delta
+    return FrozenLinear.holding(merged.to(dtype), frozen.bias)

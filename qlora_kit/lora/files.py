@@ -45,7 +45,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "use_qalora": (None, False),
     "alora_invocation_tokens": (None, []),
     "use_bdlora": (None, False),
@@ -150,6 +149,7 @@ class PeftConfig(_File):
     rank_pattern: Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None = None
     alpha_pattern: Annotated[dict[str, _Alpha], AfterValidator(_check_patterns)] | None = None
     target_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
+    target_parameters: list[_Text] | None = None
     exclude_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[_Text] | None = None

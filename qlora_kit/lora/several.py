@@ -161,6 +161,11 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
     _check_one_base(stored)
     for adapter in stored.values():
         check_fits(adapter, base)
+        if adapter.stacked:
+            raise AdapterError(
+                f"{adapter.folder}: trains experts ({next(iter(adapter.stacked))}), which see the "
+                "tokens of all rows together; expected LoRA on other layers; use it by itself"
+            )
         if adapter.saved:
             raise AdapterError(
                 f"{adapter.folder}: replaces {next(iter(adapter.saved))} of the base "
@@ -201,4 +206,4 @@ def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
 
 def _term(adapter: StoredAdapter, path: str, device: torch.device) -> LowRank:
     a, b = adapter.tensors[path]
-    return LowRank((a.to(device),), (b.to(device),), scaling=adapter.spec.scaling_of(path))
+    return LowRank((a.to(device),), (b.to(device),), scaling=adapter.scaling_of(path))

@@ -60,6 +60,10 @@ from qlora_kit.signals import safe_point
 RANDOM_SEED = 0
 # T5's table of what positions add to the scores of attention, in the dtype of the scores.
 _POSITION_BIAS = "relative_attention_bias"
+_NO_BALANCE = (
+    "config.json asks for a load-balancing loss (output_router_logits), which is left out: routers "
+    "stay frozen"
+)
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -454,6 +458,8 @@ def load_base(
     if asked.embedding_on_cpu and not placement.embedding_on_cpu:
         why = "it is the head as well" if is_head else "all of it runs on the CPU"
         announce(Notice(f"--embedding-on-cpu has no effect on this model: {why}"))
+    if asks_for_balance(model.config):
+        announce(Notice(_NO_BALANCE))
     on_host = names_on_host(model, placement, shards)
     tensors = frozen_tensors(spec, model, hardware.device, digest, announce, on_host)
     with memory_returned(), torch.no_grad():
@@ -463,6 +469,11 @@ def load_base(
     return Base(
         model, spec, hardware, digest.hexdigest(), parameters, share, placement, spec.fresh, shards
     )
+
+
+def asks_for_balance(architecture: PreTrainedConfig) -> bool:
+    """Whether a mixture's config.json adds a loss that spreads tokens evenly over its experts."""
+    return bool(getattr(architecture.get_text_config(), "output_router_logits", False))
 
 
 def head_quantization(spec: BaseSpec, placement: Placement) -> Quantization | None:
@@ -530,6 +541,8 @@ def fill(
         torch.cuda.empty_cache()  # small cards need the memory that quantising has used
     model.requires_grad_(False)
     model.config.use_cache = False
+    if asks_for_balance(model.config):
+        model.config.get_text_config().output_router_logits = False
     model.config.dtype = hardware.dtype
     _connect_embedding(model.get_input_embeddings(), hardware)
     model.eval()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from qlora_kit.layers.alike import times_now
 from qlora_kit.layers.purpose import UNPACKED
 from qlora_kit.model.hardware import dtype_name
 from qlora_kit.private_torch import FakeTensor, TorchDispatchMode, storage_key, tree_leaves
@@ -201,11 +202,11 @@ class Ledger(TorchDispatchMode):
             # The formula of a batch of products takes no dtype of the result.
             sized = (each for each in args if not isinstance(each, torch.dtype))
             flop = int(count(*sized, **kwargs, out_val=result))
-            work.flop += flop
+            work.flop += flop * times_now()
         elif func in _COPIES:
             source = args[1] if func is _COPIES[0] else args[0]
             if self._side(source) != self._side(result):
-                work.crossing_bytes += result.nbytes
+                work.crossing_bytes += result.nbytes * times_now()
                 return
         self._count_operation(work, func, (args, kwargs), result, flop)
 
@@ -226,7 +227,7 @@ class Ledger(TorchDispatchMode):
         moved = sum(_moved_bytes(each) for each in (*read, *made))
         work.operations[
             Operation("product" if flop else _kind(func), dtype_name(dtype), flop, moved)
-        ] += 1
+        ] += times_now()
 
     def _side(self, tensor: Tensor) -> str:
         return "device" if tensor.device.type == self.device else "host"
@@ -255,7 +256,7 @@ class Ledger(TorchDispatchMode):
     def claim(self, tensor: Tensor, purpose: str) -> None:
         """Say what a tensor is for; this replaces the purpose it was booked under."""
         if purpose == UNPACKED and self.work is not None:
-            self.work.unpacked_bytes += tensor.nbytes
+            self.work.unpacked_bytes += tensor.nbytes * times_now()
         key = storage_key(tensor.untyped_storage())
         if key not in self._known:
             self.book(tensor, purpose)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_kit.config import TrainConfig, that_decide
+from qlora_kit.layers.purpose import EXPERTS
 from qlora_kit.model.architecture import unquantized_share
 from qlora_kit.model.ceilings import Ceilings
 from qlora_kit.model.hardware import Hardware
@@ -91,6 +92,22 @@ class Plan:
         return self.pace.rows()
 
     @property
+    def experts_bytes(self) -> int:
+        """Bytes of the packed experts of a mixture on the device; 0 of other models."""
+        return self.prediction.peak.by_purpose.get(EXPERTS, 0)
+
+    def expert_rows(self) -> tuple[tuple[str, str], ...]:
+        """Return what the experts of a mixture take, and the peak without them, as a table."""
+        if not self.experts_bytes:
+            return ()
+        beside = self.prediction.peak.bytes - self.experts_bytes
+        return (
+            ("packed experts", f"{size_text(self.experts_bytes):>8}"),
+            ("all beside them", f"{size_text(beside):>8}"),
+            ("trained", f"{self.prediction.trainable:,} parameters"),
+        )
+
+    @property
     def card_bytes(self) -> int:
         """Bytes the run takes of a whole card, with context and a margin for fragmentation."""
         return self.budget.taken_of_card(self.prediction.peak.bytes)
@@ -131,6 +148,7 @@ class Plan:
             "host_phase_peaks_bytes": {phase: peak.bytes for phase, peak in host.items()},
             "breakdown_bytes": {phase: peak.by_purpose for phase, peak in device.items()},
             "settings": self.settings,
+            **({"experts_bytes": self.experts_bytes} if self.experts_bytes else {}),
             "card_bytes": self.card_bytes,
             "fits": self.fits,
             "budget_bytes": self.budget.card_bytes,

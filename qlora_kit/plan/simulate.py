@@ -21,7 +21,8 @@ from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.layers.kernels import in_use, use
-from qlora_kit.layers.projections import projected_weights, projections
+from qlora_kit.layers.projections import by_lora_path, projected_weights, projections
+from qlora_kit.layers.purpose import EXPERTS
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
@@ -91,12 +92,14 @@ class Prediction:
         host: the peak of each phase on the host, without the process itself, by phase.
         evaluation_rows: rows of a batch in evaluation.
         step: the work of an optimiser step on rows of the mean length.
+        trainable: number of trained parameters.
     """
 
     device: dict[str, Peak]
     host: dict[str, Peak]
     evaluation_rows: int
     step: StepWork
+    trainable: int = 0
 
     @property
     def peak(self) -> Peak:
@@ -175,6 +178,7 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
             _step_work(rows, config, work, run.update_work),
             reduced_bytes=reduced_bytes(run.trainable, subject.devices),
         ),
+        run.trainable,
     )
 
 
@@ -298,9 +302,12 @@ class SimulatedRun:
 
     def _claimed(self, stream: Stream) -> Stream:
         """Tell the ledger the purpose of each tensor as soon as it is there."""
+        found = projections(self.model).values()
+        experts = {each.weight_name for each in found if each.is_expert}
         for name, value in stream:
             for part, tensor in _stored_parts(value):
-                self.ledger.claim(tensor, purpose_of_part(part))
+                purpose = EXPERTS if name in experts else purpose_of_part(part)
+                self.ledger.claim(tensor, purpose)
             yield name, value
 
     def attach(self) -> None:
@@ -450,19 +457,21 @@ def _simulate_merge(
         adapters: size of the whole adapter, relative to the adapter of these layers.
     """
     lora = subject.lora
-    layers = projections(skeleton)
+    layers = by_lora_path(projections(skeleton))
     targets = targeted_paths(skeleton, lora)
     with ledger.purpose("LoRA"):
         tensors = {
-            path: (
-                torch.empty(lora.rank_of(path), layers[path].in_features, device="cpu"),
-                torch.empty(layers[path].out_features, lora.rank_of(path), device="cpu"),
+            each.path: (
+                torch.empty(lora.rank_of(path), each.in_features, device="cpu"),
+                torch.empty(each.out_features, lora.rank_of(path), device="cpu"),
             )
             for path in targets
+            for each in layers[path]
         }
         size = sum(tensor.nbytes for pair in tensors.values() for tensor in pair)
         others = torch.empty(round(size * (adapters - 1)), dtype=torch.uint8, device="cpu")
-    stored = StoredAdapter(Path(), lora, tensors, None, None)
+    stacked = {path: len(layers[path]) for path in targets if layers[path][0].is_expert}
+    stored = StoredAdapter(Path(), lora, tensors, None, None, stacked=stacked)
     quantization = _planned(subject.spec.quantization)
     stream = _empty_tensors(skeleton, subject.stored_dtype, quantization, subject.hardware)
     with run.phase("merge", ledger):

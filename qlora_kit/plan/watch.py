@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.layers.projections import base_prefix, projections
 from qlora_kit.layers.purpose import (
+    EXPERTS,
     GATHERED,
     HEAD,
     LAYER_CHECKPOINTS,
@@ -30,7 +31,7 @@ from qlora_kit.plan.ledger import Ledger
 _CONSTANTS = "quantisation constants"
 # The names of the purposes, in the order in which a picture stacks them.
 PURPOSES = (
-    "base weights", _CONSTANTS, "norms and biases", "embeddings", HEAD, "LoRA",
+    "base weights", EXPERTS, _CONSTANTS, "norms and biases", "embeddings", HEAD, "LoRA",
     "gradients", "optimizer", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
     UNPACKED, "workspace", "copies to save", GATHERED,
 )  # fmt: skip
@@ -47,7 +48,7 @@ def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
         ledger.claim(held(tensor), "norms and biases")
     for projection in projections(model).values():
         for name, tensor in projection.frozen.weight.stored():
-            ledger.claim(tensor, purpose_of_part(name))
+            ledger.claim(tensor, EXPERTS if projection.is_expert else purpose_of_part(name))
     prefix = base_prefix(model)
     for name, module in model.named_modules():
         if name and prefix and not f"{name}.".startswith(prefix):

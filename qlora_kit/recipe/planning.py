@@ -72,6 +72,8 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     announce(Facts(f"predicted peak of each phase: {title}", peaks))
     parts = breakdown_rows(made.prediction.peak.by_purpose, PURPOSES)
     announce(Facts(f"at the largest of them, {made.prediction.peak_phase}", parts))
+    if made.experts_bytes:
+        announce(Facts("the experts of the mixture, in the same moment", made.expert_rows()))
     announce(Facts("predicted peak", _card_rows(made)))
     announce(Facts("predicted time, of rows as long as --max-length", made.time_rows()))
     if made.traffic is not None:

@@ -143,6 +143,24 @@ def _parts(adapter: Adapter) -> str:
     return "" if shards is None else f"; {shards.count} hold the base together"
 
 
+def _layers(adapter: Adapter) -> str:
+    stacks = f"{len(adapter.stacks)} stacks of experts" if adapter.stacks else ""
+    layers = f"{len(adapter.layers)} layers" if adapter.layers or not stacks else ""
+    return " and ".join(part for part in (layers, stacks) if part)
+
+
+def _experts(adapter: Adapter) -> Rows:
+    """Say of a mixture whether its experts are trained, and what it would take."""
+    counts = adapter.expert_counts
+    if not counts:
+        return ()
+    frozen = len(counts) - len(adapter.stacks)
+    said = f"{len(counts)} stacks of {max(counts.values())}, {frozen or 'none'} of them frozen"
+    if frozen:
+        said += f" (--targets experts would train {adapter.untrained_experts:,} parameters more)"
+    return (("experts", f"{said}; routers are frozen"),)
+
+
 def header(
     adapter: Adapter,
     learnt: Data,
@@ -173,8 +191,8 @@ def header(
         ("model", f"{base.spec.source.identity}, {base.parameters:,} parameters"),
         ("bits", f"{base.quantization.describe()}; {base.unquantized_share:.2%} of the weights "
                  "outside embeddings and head stay unquantised"),
-        ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in "
-                      f"{len(adapter.layers)} layers"),
+        ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in {_layers(adapter)}"),
+        *_experts(adapter),
         ("device", base.hardware.device_name),
         *((("processes", f"{processes}, which divide the rows of each step{_parts(adapter)}"),)
           if processes > 1 else ()),

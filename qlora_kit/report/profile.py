@@ -61,7 +61,8 @@ class Profile:
     _found: dict[int, StepTime] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        ranks = (layer.rank for layer in self.adapter.layers.values())
+        ranks = [layer.rank for layer in self.adapter.layers.values()]
+        ranks += [stack.rank for stack in self.adapter.stacks.values()]
         self._model = self.adapter.base.model
         self._device = self.adapter.base.hardware.device
         self._sizes = Sizes.of(self._model, max(ranks, default=0))

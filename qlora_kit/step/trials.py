@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.kernels.norm import FusedNorm
 from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.layers.loss import cross_entropy_sum
 from qlora_kit.layers.mlp import Parts, TiledMLP
 from qlora_kit.layers.weight import FourBitWeight, gathered
@@ -99,21 +100,21 @@ def _products(weight: FourBitWeight, numbers: Numbers) -> list[Tensor]:
 
 
 def _lora(tried: Tried) -> Iterator[Trial]:
-    layers = (each for each in tried.model.modules() if isinstance(each, LoRALinear))
+    layers = (m for m in tried.model.modules() if isinstance(m, LoRALinear | LoRAStack))
     if tried.hardware.dtype.itemsize == 2 and (layer := next(layers, None)) is not None:
-        yield partial(_low_rank, layer)
+        frozen = layer.expert(0) if isinstance(layer, LoRAStack) else layer.frozen
+        yield partial(_low_rank, frozen, layer.rank, layer.scaling)
 
 
-def _low_rank(layer: LoRALinear, numbers: Numbers) -> list[Tensor]:
+def _low_rank(frozen: FrozenLinear, rank: int, scaling: float, numbers: Numbers) -> list[Tensor]:
     # B of a fresh layer is zero, and would hide the term and the gradient of A.
     other = LoRALinear(
-        layer.frozen, rank=layer.rank, scaling=layer.scaling,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        frozen, rank=rank, scaling=scaling, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         other.lora_B.copy_(numbers.draw(*other.lora_B.shape))
-    x = numbers.input(_TOKENS, layer.frozen.in_features)
-    with gathered(layer.frozen):
+    x = numbers.input(_TOKENS, frozen.in_features)
+    with gathered(frozen):
         return numbers.with_gradients(other(x), x, other.lora_A, other.lora_B)
 
 

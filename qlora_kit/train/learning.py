@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_kit.errors import LearningError
+from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.private_torch import largest_magnitudes
 
@@ -30,7 +32,7 @@ def check_gradients(adapter: Adapter) -> None:
     Raises:
         LearningError: a gradient is missing or zero; the error names the layers.
     """
-    gradients = {path: layer.lora_B.grad for path, layer in adapter.layers.items()}
+    gradients = {path: layer.lora_B.grad for path, layer in _trained(adapter).items()}
     gradients |= {path: layer.weight.grad for path, layer in adapter.whole.items()}
     if dead := _all_zero(gradients):
         raise LearningError(
@@ -50,12 +52,17 @@ def check_movement(adapter: Adapter, steps: int) -> None:
     Raises:
         LearningError: a B is still zero; the error names the layers.
     """
-    values = {path: layer.lora_B.detach() for path, layer in adapter.layers.items()}
+    values = {path: layer.lora_B.detach() for path, layer in _trained(adapter).items()}
     if still := _all_zero(values):
         raise LearningError(
             f"after {steps} steps {_named(still)} did not move; expected every B to have left "
             "zero; raise --learning-rate"
         )
+
+
+def _trained(adapter: Adapter) -> Mapping[str, LoRALinear | LoRAStack]:
+    """Return what has a B; of a stack, a token chooses some expert at least."""
+    return {**adapter.layers, **adapter.stacks}
 
 
 def _all_zero(tensors: Mapping[str, Tensor | None]) -> list[str]:

@@ -140,7 +140,6 @@ def test_tensors_that_are_no_whole_adapter_are_refused(
         ("bias", "all"),
         ("lora_bias", True),
         ("trainable_token_indices", [3]),
-        ("target_parameters", ["experts"]),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "olora"),
         ("use_bdlora", {"nblocks": 2}),

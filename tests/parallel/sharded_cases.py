@@ -378,12 +378,15 @@ def same_files(folder: Path, output: Path) -> dict[str, bool]:
 
 
 def kinds(folder: Path) -> dict[str, float]:
-    """Compare the logits of a mixture of experts and a transposed model, gradients of two T5."""
+    """Compare logits of a mixture and a transposed model, gradients of LoRA on experts and T5."""
     found = {}
     for name in ("mixtral", "gpt2"):
         spec = BaseSpec(qk.find_model(str(folder / name)), folder / name, qk.Quantization(4))
         bases = [load(spec, shared=shared) for shared in (True, False)]
         found[name] = relative_error(*(b.model(torch.arange(3, 20)[None]).logits for b in bases))
+        if name == "mixtral":
+            pairs = zip(*map(expert_gradients, bases), strict=True)
+            found["experts"] = max(relative_error(*pair) for pair in pairs)
     for name in ("t5", "t5-v1.1"):
         spec = t5_spec(folder / name, bits=4)
         shared, own = (t5_gradients(load(spec, shared=shared)) for shared in (True, False))
@@ -391,14 +394,23 @@ def kinds(folder: Path) -> dict[str, float]:
     return found
 
 
+def expert_gradients(base: qk.Base) -> list[Tensor]:
+    """Return the gradients of LoRA on the experts of a mixture, recomputed."""
+    adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=("experts",)), seed=1)
+    return _gradients(adapter, CAUSAL.objective(base, 0, 64, None), make_rows(3))
+
+
 def t5_gradients(base: qk.Base) -> list[Tensor]:
     """Return the gradients of LoRA on both halves of an encoder-decoder, recomputed."""
     adapter = qk.attach(base, qk.LoraSpec(rank=4, targets=("all-linear",)), seed=1)
+    return _gradients(adapter, objective_of(adapter), ROWS)
+
+
+def _gradients(adapter: qk.Adapter, objective: Any, rows: Any) -> list[Tensor]:
     fill_lora(adapter)
-    settle(base.model, TrainConfig(), CPU)
-    base.model.train()
-    objective = objective_of(adapter)
-    objective.loss_sum(objective.batch(ROWS)).backward()
+    settle(adapter.base.model, TrainConfig(), CPU)
+    adapter.base.model.train()
+    objective.loss_sum(objective.batch(rows)).backward()
     return [p.grad for p in adapter.parameters().values() if p.grad is not None]
 
 

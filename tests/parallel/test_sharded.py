@@ -128,8 +128,8 @@ def test_adapter_digest_and_generated_text_are_those_of_one_process(two: Results
 
 
 def test_models_of_other_kinds_are_gathered_too(two: Results) -> None:
-    """Experts, transposed layers, and both halves of an encoder-decoder."""
-    assert set(two[0]["kinds"]) == {"mixtral", "gpt2", "t5", "t5-v1.1"}
+    """Experts with and without LoRA, transposed layers, and both halves of an encoder-decoder."""
+    assert set(two[0]["kinds"]) == {"mixtral", "experts", "gpt2", "t5", "t5-v1.1"}
     assert max(two[0]["kinds"].values()) <= 1e-6
 
 
