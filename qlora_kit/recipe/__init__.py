@@ -10,6 +10,7 @@ from qlora_kit.recipe.exporting import export, quantize
 from qlora_kit.recipe.generating import generate
 from qlora_kit.recipe.measuring import evaluate
 from qlora_kit.recipe.planning import plan
+from qlora_kit.recipe.sweeping import sweep
 from qlora_kit.recipe.training import train
 
-__all__ = ["check", "evaluate", "export", "generate", "plan", "quantize", "train"]
+__all__ = ["check", "evaluate", "export", "generate", "plan", "quantize", "sweep", "train"]
