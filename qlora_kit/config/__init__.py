@@ -51,5 +51,6 @@ __all__ = [
     "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
     "PlanConfig", "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "SweepConfig",
     "TaskOptions", "TemplateOption", "TokenOptions", "TrainConfig", "by_heading", "compared",
-    "declared", "did_you_mean", "field_names", "parse_size", "read_config_file", "resolve", "that_decide",
+    "declared", "did_you_mean", "field_names", "parse_size", "read_config_file", "resolve",
+    "that_decide",
 ]  # fmt: skip

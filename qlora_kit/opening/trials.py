@@ -306,6 +306,23 @@ def _settings(
     return configure(TrainConfig, [Layer("", given), Layer("--over", values)], **(own or {}))
 
 
+def resolved_sweep(config: SweepConfig) -> dict[str, Any]:
+    """Return what a sweep was given, and the command line of each of its runs by name.
+
+    Raises:
+        ConfigError: see `trials_of`.
+    """
+    folder = config.output or Path("sweeps")
+    given = config.model_dump(mode="json", exclude_unset=True)
+    return {
+        **given,
+        "runs": {
+            trial.name: command_of(settings_of(config, trial), folder / trial.name)
+            for trial in trials_of(config)
+        },
+    }
+
+
 def command_of(config: TrainConfig, output: Path) -> str:
     """Return the command line that trains alone what a trial has trained.
 

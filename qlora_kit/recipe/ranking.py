@@ -95,6 +95,10 @@ class Ranking:
         """The key of what the trials are ranked by, in their logs."""
         return "loss" if self.by == TRAINING else _key_of(self.metric)
 
+    def described(self, record: TrialRecord) -> str:
+        """Return what a ranked trial is ranked by: "validation loss 1.2345"."""
+        return f"{self.name} {value_of(record, self.by):.4f}"
+
     def notes(self) -> list[str]:
         """Return what the user should know of the order."""
         said = []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import SweepConfig, TrainConfig, resolve, that_decide
@@ -23,25 +24,16 @@ from qlora_kit.errors import (
 )
 from qlora_kit.events import Announce, Closing, Event, Facts, Notice, silent
 from qlora_kit.launched import place
+from qlora_kit.lora.files import WEIGHTS
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
-from qlora_kit.opening.trials import (
-    Trial,
-    command_of,
-    described_values,
-    only_in_files,
-    settings_of,
-    trials_of,
-)
+from qlora_kit.opening.trials import Trial, described_values, settings_of, trials_of
 from qlora_kit.recipe.rows import read_data, token_rows
 from qlora_kit.recipe.streaming import settled
 from qlora_kit.recipe.training import train
-from qlora_kit.report import log
-from qlora_kit.report.sweep_page import ShownTrial, write_sweep_page
 from qlora_kit.report.trackers import check_tracker
 from qlora_kit.signals import Stopped
-from qlora_kit.train.folder import CONFIG
 from qlora_kit.train.sweep_folder import (
     PAGE,
     TrialRecord,
@@ -55,7 +47,7 @@ from qlora_kit.train.sweep_folder import (
 
 if TYPE_CHECKING:
     from qlora_kit.recipe.bases import KeptBase
-    from qlora_kit.recipe.ranking import Ranking
+    from qlora_kit.recipe.sweep_outcome import SweepOutcome
 
 # Trials that are alike in these read the same data with the same model.
 _READ = that_decide(TrainConfig, "task", "data", "tokenizer", "base", "precision")
@@ -190,7 +182,7 @@ class Sweep:
 
     def _is_done(self, record: TrialRecord) -> bool:
         if record.state == "finished":
-            return (self.folder / record.name / CONFIG).is_file()
+            return (self.folder / record.name / WEIGHTS).is_file()
         # Numbers that are not finite would be so again; memory and disk may have room now.
         return record.state == "failed" and record.exit_code == NumericsError.exit_code
 
@@ -224,30 +216,38 @@ class Sweep:
     # ------------------------------------------------------------ one trial after another
 
     def train(self, left: list[Trial]) -> None:
-        """Train the trials that are left, and write after each what became of it."""
+        """Train the trials that are left, and write after each what became of it.
+
+        Raises:
+            Stopped: a signal came; the trial under way has saved what it has trained.
+        """
         from qlora_kit.recipe.bases import KeptBase
 
         bases, said = KeptBase(), _Once(self.announce)
-        for count, trial in enumerate(left):
-            number = f"trial {trial.number} of {len(self.trials)}"
-            self.announce(Notice(f"{number}: {trial.described()}"))
-            self._record(trial, state="running", fault=None, exit_code=None)
-            try:
-                failed = self._failure(trial, said, bases)
-            except Stopped:
-                again = f"qlora-kit sweep --output {shlex.quote(str(self.folder))} --resume"
-                self.announce(Notice(f"go on with the sweep by: {again}"))
-                raise
-            bases.collect()
-            if failed is not None:
-                self.announce(Notice(f"{number} failed: {failed.faults[0]}"))
-                self._record(
-                    trial, state="failed", fault=failed.faults[0], exit_code=failed.exit_code
-                )
-            else:
-                self._finish(trial)
-            self._tell(number, len(left) - count - 1)
+        try:
+            for count, trial in enumerate(left, 1):
+                self._try(trial, said, bases)
+                self._tell(trial, len(left) - count)
+        except Stopped:
+            again = f"qlora-kit sweep --output {shlex.quote(str(self.folder))} --resume"
+            self.announce(Notice(f"go on with the sweep by: {again}"))
+            raise
         self.bases_loaded = bases.loads
+
+    def _try(self, trial: Trial, announce: Announce, bases: KeptBase) -> None:
+        self.announce(Notice(f"{self._name(trial)}: {trial.described()}"))
+        self._record(trial, state="running", fault=None, exit_code=None)
+        failed = self._failure(trial, announce, bases)
+        bases.collect()
+        if failed is None:
+            self._finish(trial)
+            return
+        fault = failed.faults[0]
+        self.announce(Notice(f"{self._name(trial)} failed: {fault}"))
+        self._record(trial, state="failed", fault=fault, exit_code=failed.exit_code)
+
+    def _name(self, trial: Trial) -> str:
+        return f"trial {trial.number} of {len(self.trials)}"
 
     def _failure(self, trial: Trial, announce: Announce, bases: KeptBase) -> QloraKitError | None:
         """Train a trial; return the error that it failed by, without what it holds."""
@@ -276,87 +276,25 @@ class Sweep:
         told = {"search": self.config.search, "best_metric": self.config.best_metric}
         write_records(self.folder, told, [*self.records.values()])
 
-    def _tell(self, number: str, left: int) -> None:
-        """Rewrite the page, and say which trial is best so far."""
-        found = self._ranking()
-        self._write_page(found)
-        if found.ranked and left:
-            from qlora_kit.recipe.ranking import value_of
-
-            best = found.ranked[0]
-            value = f"{found.name} {value_of(best, found.by):.4f}"
-            self.announce(
-                Notice(f"{number} is done, {left} left; best so far: {best.name}, {value}")
-            )
+    def _tell(self, trial: Trial, left: int) -> None:
+        """Rewrite the page, and say which trial is best so far and how long the others may take."""
+        found = self._outcome()
+        found.write_page()
+        if not (found.ranking.ranked and left):
+            return
+        ranked = found.ranking.ranked
+        seconds = fmean(each.figures["seconds"] for each in ranked if each.figures)
+        best = f"{ranked[0].name}, {found.ranking.described(ranked[0])}"
+        how_long = f"about {seconds * left / 60:.1f} minutes of steps at the mean of those done"
+        text = f"{self._name(trial)} is done, {left} left, {how_long}; best so far: {best}"
+        self.announce(Notice(text))
 
     # ------------------------------------------------------------ the end
 
-    def _ranking(self) -> Ranking:
-        from qlora_kit.recipe.ranking import ranking
+    def _outcome(self) -> SweepOutcome:
+        from qlora_kit.recipe.sweep_outcome import SweepOutcome
 
-        return ranking([*self.records.values()], self.config.best_metric)
-
-    def _shown(self, found: Ranking) -> list[ShownTrial]:
-        """Return the trials as the page shows them, the best first."""
-        from qlora_kit.recipe.ranking import TRAINING, value_of
-
-        others = [each for each in self.records.values() if each not in found.ranked]
-        numbers = {each.name: each for each in self.trials}
-        shown = []
-        for record in (*found.ranked, *others):
-            trial = numbers[record.name]
-            figures = record.figures or {}
-            more = {"step": figures.get("step"), "training loss": figures.get(TRAINING),
-                    "seconds": figures.get("seconds")}  # fmt: skip
-            if found.by == TRAINING:
-                more = {"steps": figures.get("steps"), "seconds": figures.get("seconds")}
-            log_path = self.folder / record.name / log.NAME
-            shown.append(
-                ShownTrial(
-                    label=f"{trial.number}",
-                    name=record.name,
-                    values=trial.shown_values(),
-                    state=record.state,
-                    figure=value_of(record, found.by) if record.state == "finished" else None,
-                    more={name: _figure_text(value) for name, value in more.items()},
-                    fault=record.fault,
-                    log_rows=log.read_log(log_path) if log_path.is_file() else (),
-                )
-            )
-        return shown
-
-    def _write_page(self, found: Ranking) -> None:
-        write_sweep_page(
-            self.folder / PAGE,
-            self._shown(found),
-            figure_name=found.name,
-            curve=found.key,
-            notes=found.notes(),
-            command=self._winner(found),
-        )
-
-    def _winner(self, found: Ranking) -> str | None:
-        """Return the command line that trains the best trial alone; None without one."""
-        if not found.ranked:
-            return None
-        best = next(each for each in self.trials if each.name == found.ranked[0].name)
-        config = settings_of(self.config, best)
-        output = self.folder.with_name(f"{self.folder.name}-best")
-        if only_in_files(config):
-            file = self.folder / best.name / CONFIG
-            command = ["qlora-kit", "train", "--config", str(file), "--output", str(output)]
-            return shlex.join(command)
-        return command_of(config, output)
-
-    def _table(self, found: Ranking) -> tuple[tuple[str, str], ...]:
-        """Return the trials in their order: rank and values, and what was measured."""
-        return tuple(
-            (
-                f"{f'{rank}.' if each.figure is not None else '-'} {each.name}",
-                f"{each.figure:.4f}" if each.figure is not None else each.fault or each.state,
-            )
-            for rank, each in enumerate(self._shown(found), 1)
-        )
+        return SweepOutcome(self.config, self.folder, self.trials, [*self.records.values()])
 
     def closed(self) -> dict[str, Any]:
         """Write the page, show the ranking and the winner, and return the outcome.
@@ -364,27 +302,19 @@ class Sweep:
         Raises:
             QloraKitError: no trial has finished; it is the error of the first.
         """
-        found = self._ranking()
-        self._write_page(found)
-        winner = self._winner(found)
-        self.announce(Facts(f"trials by {found.name}", self._table(found)))
-        for note in found.notes():
+        found = self._outcome()
+        found.write_page()
+        self.announce(Facts(f"trials by {found.ranking.name}", found.table()))
+        for note in found.ranking.notes():
             self.announce(Notice(note))
         failed = [each for each in self.records.values() if each.state == "failed"]
-        if winner is None and failed:
-            raise _of_code(failed[0].exit_code or 1)(
+        if not any(each.state == "finished" for each in self.records.values()):
+            raise _of_code(failed[0].exit_code)(
                 f"no trial has finished; the first ended with: {failed[0].fault}"
             )
-        self.announce(Closing((str(self.folder / PAGE),), (winner,) if winner else ()))
-        return {
-            "output": str(self.folder),
-            "finished": True,
-            "ranked_by": found.name,
-            "best": found.ranked[0].name if found.ranked else None,
-            "command": winner,
-            "bases_loaded": self.bases_loaded,
-            "trials": [each.__dict__ for each in self.records.values()],
-        }
+        commands = (found.command,) if found.command else ()
+        self.announce(Closing((str(self.folder / PAGE),), commands))
+        return {**found.as_json(), "finished": True, "bases_loaded": self.bases_loaded}
 
 
 # ---------------------------------------------------------------- parts of it
@@ -426,13 +356,7 @@ def _was_finished(output: Path, config: TrainConfig) -> bool:
     return found is not None and is_finished(output, found, config)
 
 
-def _figure_text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
-
-
-def _of_code(code: int) -> type[QloraKitError]:
+def _of_code(code: int | None) -> type[QloraKitError]:
     return next((kind for kind in _KINDS if kind.exit_code == code), QloraKitError)
 
 
