@@ -6,7 +6,7 @@ options → trials → checks → for each trial: attach, train, detach → rank
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +27,9 @@ from qlora_kit.launched import place
 from qlora_kit.lora.files import WEIGHTS
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
-from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.trials import Trial, described_values, settings_of, trials_of
-from qlora_kit.recipe.rows import read_data, token_rows
-from qlora_kit.recipe.streaming import settled
 from qlora_kit.recipe.training import train
-from qlora_kit.report.trackers import check_tracker
+from qlora_kit.report.tables import Rows
 from qlora_kit.signals import Stopped
 from qlora_kit.train.sweep_folder import (
     PAGE,
@@ -49,8 +46,6 @@ if TYPE_CHECKING:
     from qlora_kit.recipe.bases import KeptBase
     from qlora_kit.recipe.sweep_outcome import SweepOutcome
 
-# Trials that are alike in these read the same data with the same model.
-_READ = that_decide(TrainConfig, "task", "data", "tokenizer", "base", "precision")
 _KINDS: tuple[type[QloraKitError], ...] = (
     InputError, EnvironmentFault, NumericsError, VerificationError,
 )  # fmt: skip
@@ -80,11 +75,11 @@ def sweep(config: SweepConfig, announce: Announce = silent) -> dict[str, Any]:
         records = {} if config.overwrite else read_records(folder)
         whole = Sweep(config, folder, trials, announce, records)
         left = whole.left()
-        whole.check(left)
+        predicted = whole.check(left)
         if config.overwrite:
             clear_sweep(folder)
         write_options(folder, config)
-        whole.say_what_comes(left)
+        whole.say_what_comes(left, predicted)
         whole.train(left)
         return whole.closed()
 
@@ -177,7 +172,8 @@ class Sweep:
         by_base: dict[str, list[Trial]] = {}
         for trial in left:
             config = settings_of(self.config, trial)
-            by_base.setdefault(_values(config, that_decide(TrainConfig, "base")), []).append(trial)
+            base = repr([getattr(config, name) for name in that_decide(TrainConfig, "base")])
+            by_base.setdefault(base, []).append(trial)
         return [trial for trials in by_base.values() for trial in trials]
 
     def _is_done(self, record: TrialRecord) -> bool:
@@ -186,29 +182,27 @@ class Sweep:
         # Numbers that are not finite would be so again; memory and disk may have room now.
         return record.state == "failed" and record.exit_code == NumericsError.exit_code
 
-    def check(self, trials: Iterable[Trial]) -> None:
-        """Check what can be checked of all trials before the first begins: data, model, targets.
+    def check(self, trials: Iterable[Trial]) -> Rows:
+        """Check what can be checked of trials before the first begins.
+
+        Returns:
+            What is predicted of them, as a table.
 
         Raises:
             QloraKitError: a trial cannot be trained.
         """
-        read: dict[str, Callable[[TrainConfig], None]] = {}
-        for trial in trials:
-            config = settings_of(self.config, trial)
-            key = _values(config, (*_READ, "best_metric", "early_stopping_patience", "vram"))
-            if key not in read:
-                check_tracker(config.report_to)
-                read[key] = _read(config)
-            read[key](config)
+        from qlora_kit.recipe.foreseeing import Foreseen
 
-    def say_what_comes(self, left: list[Trial]) -> None:
+        return Foreseen.of([settings_of(self.config, trial) for trial in trials]).rows()
+
+    def say_what_comes(self, left: list[Trial], predicted: Rows) -> None:
         """Say how many trials there are, and what is known of them."""
         config = self.config
         how = "every combination" if config.search == "grid" else f"drawn by seed {config.seed}"
         rows = [("trials", f"{len(self.trials)}, {how}")]
         if done := len(self.trials) - len(left):
             rows.append(("of these done", f"{done}"))
-        rows += described_values(config).items()
+        rows += [*described_values(config).items(), *predicted]
         self.announce(Facts(f"qlora-kit sweep: {config.model} → {self.folder}", tuple(rows)))
         if not left:
             self.announce(Notice(f"{self.folder}: this sweep is finished; nothing to do"))
@@ -278,6 +272,8 @@ class Sweep:
 
     def _tell(self, trial: Trial, left: int) -> None:
         """Rewrite the page, and say which trial is best so far and how long the others may take."""
+        from qlora_kit.plan.duration import about
+
         found = self._outcome()
         found.write_page()
         if not (found.ranking.ranked and left):
@@ -285,7 +281,7 @@ class Sweep:
         ranked = found.ranking.ranked
         seconds = fmean(each.figures["seconds"] for each in ranked if each.figures)
         best = f"{ranked[0].name}, {found.ranking.described(ranked[0])}"
-        how_long = f"about {seconds * left / 60:.1f} minutes of steps at the mean of those done"
+        how_long = f"{about(seconds * left)} of steps at the mean of those done"
         text = f"{self._name(trial)} is done, {left} left, {how_long}; best so far: {best}"
         self.announce(Notice(text))
 
@@ -318,31 +314,6 @@ class Sweep:
 
 
 # ---------------------------------------------------------------- parts of it
-
-
-def _values(config: TrainConfig, names: Iterable[str]) -> str:
-    return repr([getattr(config, name) for name in names])
-
-
-def _read(config: TrainConfig) -> Callable[[TrainConfig], None]:
-    """Read the data of a trial as its run will; return what checks the layers to be trained."""
-    from qlora_kit.lora.attach import LoraSpec, count_trainable
-    from qlora_kit.model.hardware import choose_hardware
-    from qlora_kit.train.packing import choose_packing
-
-    samples, validation = read_data(config, silent, chooses=True)
-    config = settled(config, samples, validation, silent)
-    opened, rows, _ = token_rows(samples, validation, config, silent)
-    choose_hardware(config.device, config.dtype)
-    spec = base_spec(find_model(config.model), opened.fetched.folder, config, opened.task)
-    longest = None if samples.stream is None else config.max_length
-    skeleton, whole = spec.skeleton(), spec.trained_whole()
-
-    def check(of_trial: TrainConfig) -> None:
-        count_trainable(skeleton, LoraSpec.of(of_trial, opened.task.peft_type, whole))
-        choose_packing(of_trial, opened.task, skeleton, rows.rows, longest=longest)
-
-    return check
 
 
 def _was_finished(output: Path, config: TrainConfig) -> bool:

@@ -25,6 +25,7 @@ from qlora_kit.config import (
     Options,
     PlanConfig,
     QuantizeConfig,
+    SweepConfig,
     TrainConfig,
     field_names,
     read_config_file,
@@ -321,7 +322,7 @@ SCALARS = (
 )  # fmt: skip
 CLASSES = (
     TrainConfig, PlanConfig, CheckConfig, EvaluateConfig, GenerateConfig, ExportConfig,
-    QuantizeConfig,
+    QuantizeConfig, SweepConfig,
 )  # fmt: skip
 
 
