@@ -309,34 +309,35 @@ def _settings(
 def resolved_sweep(config: SweepConfig) -> dict[str, Any]:
     """Return what a sweep was given, and the command line of each of its runs by name.
 
+    A run that a command line cannot say has its values instead.
+
     Raises:
         ConfigError: see `trials_of`.
     """
     folder = config.output or Path("sweeps")
     given = config.model_dump(mode="json", exclude_unset=True)
-    return {
-        **given,
-        "runs": {
-            trial.name: command_of(settings_of(config, trial), folder / trial.name)
-            for trial in trials_of(config)
-        },
+    runs = {
+        trial.name: dict(trial.values)
+        if only_in_files(settings_of(config, trial))
+        else command_of(config, trial, folder / trial.name)
+        for trial in trials_of(config)
     }
+    return {**given, "runs": runs}
 
 
-def command_of(config: TrainConfig, output: Path) -> str:
-    """Return the command line that trains alone what a trial has trained.
+def command_of(config: SweepConfig, trial: Trial, output: Path) -> str:
+    """Return the command line that trains alone what a trial trains.
 
     Args:
-        config: the options of the trial's run, as `settings_of` returns them.
+        config: the options of the sweep.
+        trial: the trial.
         output: the folder of the new run.
     """
-    names = [
-        name
-        for name in TrainConfig.model_fields
-        if name in config.model_fields_set and name not in _OF_A_RUN
-    ]
-    # What the model's file changes, the command line takes from there as well.
-    flags = [flag for name in names for flag in _flags(name, getattr(config, name))]
+    # What else the model's file in configs/ changes, the command takes from there as well.
+    given = (config.model_fields_set | trial.values.keys()) - set(_OF_A_RUN)
+    settings = settings_of(config, trial)
+    names = [name for name in TrainConfig.model_fields if name in given]
+    flags = [flag for name in names for flag in _flags(name, getattr(settings, name))]
     return shlex.join(["qlora-kit", "train", *flags, "--output", str(output)])
 
 

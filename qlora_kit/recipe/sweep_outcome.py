@@ -56,10 +56,9 @@ class SweepOutcome:
             return None
         name = self.ranking.ranked[0].name
         best = next(trial for trial in self.trials if trial.name == name)
-        config = settings_of(self.config, best)
         output = self.folder.with_name(f"{self.folder.name}-best")
-        if not only_in_files(config):
-            return command_of(config, output)
+        if not only_in_files(settings_of(self.config, best)):
+            return command_of(self.config, best, output)
         file = self.folder / name / CONFIG
         return shlex.join(["qlora-kit", "train", "--config", str(file), "--output", str(output)])
 

@@ -20,6 +20,7 @@ from qlora_kit.storage import write_text
 _MOST_COLOURS = 8
 _MOST_PANELS = 6
 _FEW_POINTS = 30
+_BEST_COLOUR = "black"
 # Numbers further apart than this are shown by factors.
 _BY_FACTORS_FROM = 10
 
@@ -92,12 +93,12 @@ def write_sweep_page(
 def table_head(trials: Sequence[ShownTrial], figure_name: str) -> tuple[str, ...]:
     """Return the head of the ranked table."""
     first = trials[0] if trials else None
-    return ("rank", "trial", *(first.values if first else ()), figure_name,
+    return ("place", "trial", *(first.values if first else ()), figure_name,
             *(first.more if first else ()), "state")  # fmt: skip
 
 
 def table_rows(trials: Sequence[ShownTrial]) -> list[tuple[Any, ...]]:
-    """Return a row for each trial; those without a figure have no rank."""
+    """Return a row for each trial; those without a figure have no place."""
     return [
         (
             rank if each.figure is not None else "",
@@ -124,7 +125,7 @@ def _values_picture(ranked: Sequence[ShownTrial], names: Sequence[str], figure_n
     for axes, name in zip(panels, shown, strict=True):
         places, is_number = _places([each.values[name] for each in ranked])
         groups: dict[str, list[ShownTrial]] = {}
-        for trial in ranked:
+        for trial in sorted(ranked, key=lambda each: int(each.label)):
             rest = ", ".join(f"{k}={v}" for k, v in trial.values.items() if k != name)
             groups.setdefault(rest, []).append(trial)
         is_named = len(names) > 1 and 1 < len(groups) <= _MOST_COLOURS
@@ -138,7 +139,7 @@ def _values_picture(ranked: Sequence[ShownTrial], names: Sequence[str], figure_n
         best = ranked[0]
         axes.plot(
             [places[best.values[name]]], [best.figure], marker="*", markersize=14,
-            color="tab:orange", linestyle="", zorder=3, label="best",
+            color=_BEST_COLOUR, linestyle="", zorder=3, label="best",
         )  # fmt: skip
         _set_values(axes, name, places, is_number=is_number)
         axes.legend(fontsize="small")
@@ -192,7 +193,7 @@ def _curves_picture(ranked: Sequence[ShownTrial], curve: str, figure_name: str) 
         axes.plot(
             [step for step, _ in points], [value for _, value in points],
             marker="." if len(points) < _FEW_POINTS else None,
-            color="tab:orange" if rank == 0 else f"C{rank % 10}" if len(ranked) <= _MOST_COLOURS
+            color=_BEST_COLOUR if rank == 0 else f"C{rank % 10}" if len(ranked) <= _MOST_COLOURS
             else "tab:gray",
             linewidth=2 if rank == 0 else 1, alpha=1 if rank == 0 else 0.7,
             label=f"trial {trial.label}{', best' * (rank == 0)}"
