@@ -19,8 +19,11 @@ from qlora_kit.redact import redacted, redacted_values
 
 def print_config(config: Options, *, as_json: bool) -> None:
     """Print a resolved configuration as YAML or JSON; of a sweep, its runs."""
-    is_sweep = isinstance(config, SweepConfig)
-    values = redacted_values(resolved_sweep(config) if is_sweep else config.model_dump(mode="json"))
+    if isinstance(config, SweepConfig):
+        values = resolved_sweep(config)
+    else:
+        values = config.model_dump(mode="json")
+    values = redacted_values(values)
     click.echo(json.dumps(values, indent=2) if as_json else yaml.safe_dump(values, sort_keys=False))
 
 
