@@ -112,7 +112,7 @@ def _check_alone(config: SweepConfig) -> None:
 def _check_as_begun(config: SweepConfig) -> None:
     """Refuse to resume a sweep with other options: its trials would not be alike."""
     stored = stored_sweep(config.output, config.resume)
-    if stored is None:
+    if stored is None or config.overwrite:
         return
     begun, own = resolve(SweepConfig, [stored]), {"output", "overwrite", "resume"}
     before, now = (each.model_dump(mode="json", exclude=own) for each in (begun, config))

@@ -15,20 +15,21 @@ from typing import Any
 
 import pytest
 import yaml
-from support import PROJECT, run
+from support import PROJECT, as_if_killed_at, run, slow
 
 from qlora_kit import recipe
 from qlora_kit.cli.commands import COMMANDS
 from qlora_kit.cli.options import configure
 from qlora_kit.config import SweepConfig
-from qlora_kit.events import Event, LoadProgress, Notice, RunFinished
+from qlora_kit.events import Event, LoadProgress, Notice, RunFinished, silent
 from qlora_kit.opening.trials import trials_of
+from qlora_kit.recipe.sweeping import Sweep
 from qlora_kit.report.log import NAME, read_log
 
 pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
 SHORT = (
-    "--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--device", "cpu",
+    "--max-steps", "4", "--save-steps", "2", "--eval-steps", "4", "--device", "cpu",
     "--no-rehearse", "--samples", "0",
 )  # fmt: skip
 SIX = ("--over", "learning_rate=1e-3,4e-3", "--over", "rank=4,8,16")
@@ -121,7 +122,7 @@ def test_memory_does_not_grow_from_trial_to_trial(six: Six) -> None:
     assert [abs(b - a) < 100_000 for a, b in zip(first, second, strict=True)] == [True] * 3
 
 
-@pytest.mark.parametrize("number", [2, 6])
+@pytest.mark.parametrize("number", [6, *slow(2)])
 def test_a_trial_has_the_bits_of_the_same_run_alone(
     six: Six, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,14 +166,15 @@ def test_the_winning_command_trains_the_winner_in_a_process_of_its_own(
     assert losses_of(tmp_path / "best") == losses_of(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "over",
     [
         ("recompute=true,false", "lora_dropout=0.2,0"),
-        pytest.param(("packing=true,false", "mlp_tile_tokens=0,16"), marks=pytest.mark.slow),
-        pytest.param(("unpacked_layers=2,0", "keep_layers=1,0"), marks=pytest.mark.slow),
-        pytest.param(("targets=mlp;q_proj,v_proj;all-linear",), marks=pytest.mark.slow),
-        pytest.param(("optimizer=adamw8bit,adamw", "seed=1,2"), marks=pytest.mark.slow),
+        ("packing=true,false", "mlp_tile_tokens=0,16"),
+        ("unpacked_layers=2,0", "keep_layers=1,0"),
+        ("targets=mlp;q_proj,v_proj;all-linear",),
+        ("optimizer=adamw8bit,adamw", "seed=1,2"),
     ],
     ids=lambda over: over[0].partition("=")[0],
 )
@@ -195,7 +197,14 @@ def test_what_a_trial_leaves_in_the_model_does_not_reach_the_next(
         assert losses_of(alone) == losses_of(folder), folder.name
 
 
-def test_trials_on_another_base_come_behind_each_other(tmp_path: Path) -> None:
+def test_trials_with_one_base_come_behind_each_other(tmp_path: Path) -> None:
+    config = config_of(over=("rank=2,4", "bits=4,8,16"))
+    whole = Sweep(config, tmp_path, trials_of(config), silent, {})
+    assert [trial.number for trial in whole.left()] == [1, 4, 2, 5, 3, 6]
+
+
+@pytest.mark.slow
+def test_another_base_is_loaded_once_for_its_trials(tmp_path: Path) -> None:
     outcome, heard = swept(
         tmp_path / "sweep", "--over", "rank=2,4", "--over", "bits=4,8", "--max-steps", "1"
     )
@@ -242,6 +251,7 @@ def test_trials_are_ranked_by_what_their_logs_say(six: Six) -> None:
     assert "<script" not in page
 
 
+@pytest.mark.slow
 def test_other_metrics_rank_the_higher_first(tmp_path: Path) -> None:
     data = tmp_path / "mood.tsv"
     lines = [f"{mood} day {n}\t{mood}" for n in range(40) for mood in ("good", "bad")]
@@ -256,6 +266,7 @@ def test_other_metrics_rank_the_higher_first(tmp_path: Path) -> None:
     assert outcome["best"].startswith("trial-02" if second > first else "trial-01")
 
 
+@pytest.mark.slow
 def test_without_validation_rows_the_training_loss_ranks_and_says_so(tmp_path: Path) -> None:
     outcome, heard = swept(
         tmp_path / "sweep", "--validation-fraction", "0", "--over", "lr=1e-3,4e-3",
@@ -265,6 +276,7 @@ def test_without_validation_rows_the_training_loss_ranks_and_says_so(tmp_path: P
     assert any("there are no validation rows" in text for text in heard.notices)
 
 
+@pytest.mark.slow
 def test_trials_that_are_measured_on_other_rows_are_told(tmp_path: Path) -> None:
     _, heard = swept(tmp_path / "sweep", "--over", "seed=1,2", "--max-steps", "1")
     assert any("not measured on the same rows" in text for text in heard.notices)
@@ -289,6 +301,7 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(
     assert (code, "this sweep is finished" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_where_no_trial_finishes_the_exit_code_is_that_of_the_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,8 +328,6 @@ def test_a_sweep_goes_on_where_it_was(
     six: Six, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a kill leaves it in trial 5: half of it is trained, and trial 6 has not begun."""
-    from support import as_if_killed_at
-
     folder = Path(shutil.copytree(six[0], tmp_path / "six"))
     *_, fifth, sixth = trials_in(folder)
     shutil.rmtree(sixth)
