@@ -67,7 +67,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             ),
             "streaming": partial(streaming, killed=1, stopped=1, seed=_SEED),
             "processes": partial(processes, killed=1, hanging=0, disks=0, seed=_SEED),
-            "sweeps": partial(sweeps, killed=2, stopped=1, seed=_SEED),
+            "sweeps": partial(sweeps, killed=2, stopped=1, seed=_SEED, alone=1),
         }
     if size == "some":
         return {

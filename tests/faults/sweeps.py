@@ -21,6 +21,7 @@ _PROMISE = "a sweep under SIGKILL and SIGTERM: no finished trial repeated, each 
 _ALPHAS = (8, 16, 32)
 _STEPS = 8
 _MOST_SURVIVED = 10
+_ENDS_A_CHAIN = 4
 _COMPARED = ("adapter_model.safetensors", "last", "best")
 _OF_CHECKPOINT = ("adapter_model.safetensors", "optimizer.safetensors", "random.safetensors")
 
@@ -40,15 +41,15 @@ class Case:
     ends: int = 1
 
 
-def sweeps(sample: Sample, killed: int, stopped: int, seed: int, a_chain: int = 4) -> Row:
-    """End sweeps of three trials at random moments, and train each trial alone.
+def sweeps(sample: Sample, killed: int, stopped: int, seed: int, alone: int = 3) -> Row:
+    """End sweeps of three trials at random moments, and train trials alone.
 
     Args:
         sample: the run whose `--alpha` is varied.
         killed: number of SIGKILLs.
         stopped: number of SIGTERMs.
         seed: the seed of the moments.
-        a_chain: ends of one sweep, which is resumed after each.
+        alone: number of trials that are trained alone.
     """
     folder = sample.folder / "sweeps"
     unbroken = folder / "unbroken"
@@ -57,12 +58,12 @@ def sweeps(sample: Sample, killed: int, stopped: int, seed: int, a_chain: int = 
     seconds = time.perf_counter() - started
     if ended.code:
         raise RuntimeError(f"the sweep without a fault failed:\n{ended.errors}")
-    cases = [Case("alone", number) for number in range(len(_ALPHAS))]
+    cases = [Case("alone", number) for number in range(alone)]
     for kind, count in (("SIGKILL", killed), ("SIGTERM", stopped)):
-        sizes = [min(a_chain, count - done) for done in range(0, count, a_chain)]
+        sizes = [min(_ENDS_A_CHAIN, count - done) for done in range(0, count, _ENDS_A_CHAIN)]
         cases += [Case(kind, seed + number, size) for number, size in enumerate(sizes)]
     results = spread(partial(_of_case, sample, unbroken, seconds), cases, folder)
-    detail = f"{killed} kills, {stopped} stops, {len(_ALPHAS)} trials alone"
+    detail = f"{killed} kills, {stopped} stops, {alone} alone"
     return row_of(_PROMISE, [faults for result in results for faults in result], detail)
 
 
