@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         arguments = sys.argv[1:]
         # Training fills the heap most, and takes long enough that starting twice does not matter.
-        if arguments[:1] == ["train"]:
+        if arguments[:1] in (["train"], ["sweep"]):
             restart_with_tight_heap()
         command = [sys.executable, *sys.orig_argv[1:]]
     else:

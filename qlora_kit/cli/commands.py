@@ -20,6 +20,7 @@ from qlora_kit.config import (
     PlanConfig,
     QuantizeConfig,
     RunsConfig,
+    SweepConfig,
     TrainConfig,
     by_heading,
     declared,
@@ -115,6 +116,14 @@ COMMANDS: tuple[click.Command, ...] = (
         TrainConfig,
         "Train a LoRA adapter on a frozen base.",
         "qlora-kit train --model deepseek-7b --bits 4 --data my.jsonl --output runs/mine",
+    ),
+    _Command(
+        "sweep",
+        SweepConfig,
+        "Train a run for each combination of values, on one loaded base, and rank them. Takes the "
+        "options of `train`. The folder is a set of ordinary runs, with sweep.html beside them.",
+        "qlora-kit sweep --model deepseek-7b --data my.jsonl --output sweeps/one \\\n"
+        "  --over learning_rate=1e-4,3e-4 --over rank=8,16",
     ),
     _Command(
         "evaluate",

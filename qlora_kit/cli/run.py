@@ -11,14 +11,19 @@ from typing import Any
 import click
 import yaml
 
-from qlora_kit.config import Options
+from qlora_kit.config import Options, SweepConfig
 from qlora_kit.events import Announce, Event, Notice
+from qlora_kit.opening.trials import resolved_sweep
 from qlora_kit.redact import redacted, redacted_values
 
 
 def print_config(config: Options, *, as_json: bool) -> None:
-    """Print a resolved configuration as YAML or JSON."""
-    values = redacted_values(config.model_dump(mode="json"))
+    """Print a resolved configuration as YAML or JSON; of a sweep, its runs."""
+    if isinstance(config, SweepConfig):
+        values = resolved_sweep(config)
+    else:
+        values = config.model_dump(mode="json")
+    values = redacted_values(values)
     click.echo(json.dumps(values, indent=2) if as_json else yaml.safe_dump(values, sort_keys=False))
 
 

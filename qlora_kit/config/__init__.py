@@ -1,8 +1,8 @@
 """Every option of the kit, and how values from many places become one configuration.
 
 `options.py` declares the options, `decisions.py` says what each option decides, `values.py` reads
-the values that people write, `resolve.py` lays files and flags over each other. Never imports
-torch, nor anything that imports it.
+the values that people write, `over.py` what a sweep varies, `resolve.py` lays files and flags over
+each other. Never imports torch, nor anything that imports it.
 """
 
 from qlora_kit.config.decisions import GROUPS, by_heading, compared, declared, that_decide
@@ -29,6 +29,7 @@ from qlora_kit.config.options import (
     RunOptions,
     RunsConfig,
     StepOptions,
+    SweepConfig,
     TaskOptions,
     TemplateOption,
     TokenOptions,
@@ -38,6 +39,7 @@ from qlora_kit.config.resolve import (
     SWITCHES,
     AnyConfig,
     Layer,
+    did_you_mean,
     field_names,
     read_config_file,
     resolve,
@@ -49,6 +51,7 @@ __all__ = [
     "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig", "ExportConfig", "GenerateConfig",
     "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
     "PlanConfig", "QuantizeConfig", "RecordOptions", "RunOptions", "RunsConfig", "StepOptions",
-    "TaskOptions", "TemplateOption", "TokenOptions", "TrainConfig", "by_heading", "compared",
-    "declared", "field_names", "parse_size", "read_config_file", "resolve", "that_decide",
+    "SweepConfig", "TaskOptions", "TemplateOption", "TokenOptions", "TrainConfig", "by_heading",
+    "compared", "declared", "did_you_mean", "field_names", "parse_size", "read_config_file",
+    "resolve", "that_decide",
 ]  # fmt: skip

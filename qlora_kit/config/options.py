@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from qlora_kit.config.decisions import ChangeGroup, Decision, declared
+from qlora_kit.config.over import Over, parse_over
 from qlora_kit.config.values import (
     as_meant,
     kinds_of,
@@ -111,6 +112,7 @@ ExportDtypeName = Annotated[Literal["float16", "bfloat16", "float32"], _renamed(
 Resume = Annotated[str | None, BeforeValidator(parse_resume)]
 Steps = Annotated[int | None, BeforeValidator(parse_steps)]
 Tracker = Annotated[Literal["none", "tensorboard", "wandb"], BeforeValidator(parse_tracker)]
+Overs = Annotated[tuple[Over, ...], BeforeValidator(parse_over)]
 
 
 def option(
@@ -662,6 +664,24 @@ class CheckConfig(TrainConfig):
 
     rows: int = option(3, "token rows to show, drawn by the seed", ge=0, le=1000)
     html: Path | None = option(None, "page of what is found, with the rows, such as data.html")
+
+
+class SweepConfig(TrainConfig):
+    """What is searched, and how. `qlora-kit sweep` takes the options of the runs that it makes."""
+
+    over: Overs = option(
+        (), "option to vary and its values, such as learning_rate=1e-4,3e-4; more than once varies "
+        "several; semicolons stand between values that are lists", repeats=True, leads=True,
+    )  # fmt: skip
+    search: Literal["grid", "random"] = option(
+        "grid", "grid: every combination of the values; random: --trials of them, drawn by the "
+        "seed, from values or from ranges such as learning_rate=1e-5..1e-3", leads=True,
+    )  # fmt: skip
+    trials: int | None = option(None, "trials of a random search", ge=1, le=1000, leads=True)
+    output: Path | None = option(
+        None, "folder of the sweep, in which each trial is a run; default sweeps/<model>-<n>",
+        also=["output_dir"], leads=True,
+    )  # fmt: skip
 
 
 class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOptions):

@@ -149,7 +149,7 @@ def _canonical(
         elif key in SWITCHES and is_on is False:
             continue
         else:
-            faults.append(f"{origin}: unknown key{_did_you_mean(key, names)}")
+            faults.append(f"{origin}: unknown key{did_you_mean(key, names)}")
             continue
         if name in found and found[name][0] != value:
             faults.append(f"{origin}: {name} is given twice; keep one of the two")
@@ -198,7 +198,8 @@ def field_names(config_class: type[Options]) -> dict[str, str]:
     return names
 
 
-def _did_you_mean(key: str, names: Mapping[str, str]) -> str:
+def did_you_mean(key: str, names: Mapping[str, str]) -> str:
+    """Return the end of the line on an unknown key: the nearest known key, or where they stand."""
     near = difflib.get_close_matches(key, [*names, *SWITCHES], n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else "; see `qlora-kit train --help` for the keys"
 

@@ -111,11 +111,12 @@ def split_list(text: str) -> tuple[str, ...]:
     A comma inside brackets or braces, or after a backslash, does not divide: it belongs to a
     regular expression, such as `layers\.\d{1,2}\.q_proj`.
     """
-    parts = (part.strip() for part in _between_commas(text))
+    parts = (part.strip() for part in parts_between(text))
     return tuple(part for part in parts if part)
 
 
-def _between_commas(text: str) -> Iterator[str]:
+def parts_between(text: str, separator: str = ",") -> Iterator[str]:
+    """Yield the parts of a text between its separators, empty ones too; see `split_list`."""
     depth, start, is_escaped = 0, 0, False
     for index, letter in enumerate(text):
         if is_escaped:
@@ -123,7 +124,7 @@ def _between_commas(text: str) -> Iterator[str]:
             continue
         is_escaped = letter == "\\"
         depth = max(0, depth + (letter in _OPENING) - (letter in _CLOSING))
-        if letter == "," and not depth:
+        if letter == separator and not depth:
             yield text[start:index]
             start = index + 1
     yield text[start:]

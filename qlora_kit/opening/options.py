@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_kit.config import AnyConfig, Layer, TrainConfig, resolve
+from qlora_kit.config import AnyConfig, Layer, SweepConfig, TrainConfig, resolve
 from qlora_kit.model.names import find_model, known_models
 from qlora_kit.train.folder import stored_layer
+from qlora_kit.train.sweep_folder import stored_sweep
 
 
 def configure(
@@ -19,6 +20,9 @@ def configure(
     """Resolve a configuration from all its sources; each source overrides those to its left.
 
         defaults  <  configs/NAME.yaml  <  the run that is resumed  <  `layers`  <  `given`
+
+    The options of a sweep are those that were given: what the model's file changes is asked anew
+    for each trial, which may have another model.
 
     The class alone, as in `TrainConfig(model="smollm2-135m")`, knows the defaults only.
 
@@ -36,7 +40,7 @@ def configure(
     if isinstance(asked, TrainConfig) and (stored := _stored_options(asked)):
         layers.insert(0, stored)
         asked = resolve(config_class, layers)
-    if not isinstance(asked, TrainConfig):
+    if not isinstance(asked, TrainConfig) or isinstance(asked, SweepConfig):
         return asked
     source = find_model(asked.model)
     origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
@@ -45,6 +49,8 @@ def configure(
 
 def _stored_options(asked: TrainConfig) -> Layer | None:
     """Return the options of the run to resume, which the user's options override; or None."""
+    if isinstance(asked, SweepConfig):
+        return stored_sweep(asked.output, asked.resume)
     stored = stored_layer(asked.output, asked.resume)
     given = asked.model_fields_set
     if stored is not None and "epochs" in given and "max_steps" not in given:

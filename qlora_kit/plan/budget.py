@@ -110,19 +110,23 @@ class Budget:
         return f"{size_text(self.beside_bytes)} of context, assumed"
 
 
-def budget_of(options: BudgetOptions, *, on_gpu: bool, processes: int = 1) -> Budget:
+def budget_of(
+    options: BudgetOptions, *, on_gpu: bool, processes: int = 1, held_bytes: int = 0
+) -> Budget:
     """Return the budget that was asked for; `auto` is all memory that nobody else has taken.
 
     Args:
         options: the sizes that were asked for.
         on_gpu: whether the model will run on a card.
         processes: processes that share the memory of the host. Each has a card of its own.
+        held_bytes: bytes of the model that this process holds already, see `Subject`.
 
     Raises:
         ConfigError: `auto`, and there is no GPU to ask; or less memory than a process takes by
             itself.
     """
     card, host = options.vram, options.ram
+    available = psutil.virtual_memory().available + (0 if on_gpu else held_bytes)
     beside, is_measured = CONTEXT_BYTES, False
     if on_gpu and torch.cuda.is_available():
         _grow_context()
@@ -135,8 +139,8 @@ def budget_of(options: BudgetOptions, *, on_gpu: bool, processes: int = 1) -> Bu
             "--vram auto: there is no GPU here to ask; name the size of its memory, as --vram 10GB"
         )
     elif card == "auto":
-        card = psutil.virtual_memory().available
-    host = psutil.virtual_memory().available if host == "auto" else host
+        card = available
+    host = available if host == "auto" else host
     host = host // processes if host is not None else None
     card = card // processes if card is not None and not on_gpu else card
     budget = Budget(card, host, on_gpu, beside, is_measured)

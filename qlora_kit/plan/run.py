@@ -60,11 +60,14 @@ def plan_run(
         ConfigError: nothing fits the budget, or the settings do not fit the free memory.
     """
     hardware = subject.hardware
-    budget = budget_of(config, on_gpu=hardware.device.type != "cpu", processes=on_machine)
+    held = subject.held_bytes
+    budget = budget_of(
+        config, on_gpu=hardware.device.type != "cpu", processes=on_machine, held_bytes=held
+    )
     planned = replace(
         subject, hardware=standing_in_for(hardware), ceilings=rates_of(hardware.device)
     )
-    free = None if budget.is_bounded else free_bytes(hardware.device, on_machine)
+    free = None if budget.is_bounded else free_bytes(hardware.device, on_machine) + held
     try:
         ways = plan_ways(
             config, planned, budget, on_machine=on_machine, choose=choose, free_bytes=free
@@ -80,14 +83,15 @@ def plan_run(
         return None
     if hardware.device.type == "cpu":
         return_free_memory()
-        plan = replace(plan, before_bytes=anonymous_bytes())
+        plan = replace(plan, before_bytes=anonymous_bytes() - held)
     if ways.rows():
         announce(Facts(f"the base on {subject.devices} devices", ways.rows()))
     _announce_plan(plan, announce)
     if budget.is_bounded:
         limit_memory(hardware.device, budget.allocatable_bytes)
     else:
-        _check_free_memory(plan, hardware, announce, on_machine)
+        free = free_bytes(hardware.device, on_machine) + held
+        _check_free_memory(plan, free, announce)
     return plan
 
 
@@ -116,13 +120,13 @@ def _announce_plan(plan: Plan, announce: Announce) -> None:
         announce(Facts("received by a device in a step", plan.traffic.rows()))
 
 
-def _check_free_memory(plan: Plan, hardware: Hardware, announce: Announce, on_machine: int) -> None:
+def _check_free_memory(plan: Plan, free: int, announce: Announce) -> None:
     """Check settings that no search has chosen against the memory that is free now.
 
     Raises:
         ConfigError: not even the tensors fit.
     """
-    free, peak = free_bytes(hardware.device, on_machine), plan.prediction.peak.bytes
+    peak = plan.prediction.peak.bytes
     if peak > free:
         raise ConfigError(
             f"the run needs {size_text(peak)} and {size_text(free)} of memory are free; "

@@ -179,6 +179,8 @@ class Subject:
         ceilings: the rates of the device, or the reason why they are not known.
         devices: the number of processes of the run, each with a device; this is one of them.
         sharing: the number of them that hold the base together; 1: each holds all of it.
+        held_bytes: bytes of the device that the base takes already, because an earlier run of this
+            process has loaded it; they are not free, and not needed once more.
     """
 
     spec: BaseSpec
@@ -189,6 +191,7 @@ class Subject:
     ceilings: Ceilings | str = "the rates of the device are not known"
     devices: int = 1
     sharing: int = 1
+    held_bytes: int = 0
 
     def divided(self, count: int) -> Subject:
         """Return the share of each of several processes: as large rows, and fewer of them."""

@@ -11,6 +11,9 @@ from qlora_kit.recipe.generating import generate
 from qlora_kit.recipe.listing import runs
 from qlora_kit.recipe.measuring import evaluate
 from qlora_kit.recipe.planning import plan
+from qlora_kit.recipe.sweeping import sweep
 from qlora_kit.recipe.training import train
 
-__all__ = ["check", "evaluate", "export", "generate", "plan", "quantize", "runs", "train"]
+__all__ = [
+    "check", "evaluate", "export", "generate", "plan", "quantize", "runs", "sweep", "train",
+]  # fmt: skip

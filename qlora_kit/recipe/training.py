@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.events import Announce, silent
@@ -22,12 +22,22 @@ from qlora_kit.recipe.streaming import learning_from, settled
 from qlora_kit.report.trackers import check_tracker
 from qlora_kit.train.folder import claimed_run, goes_on, stored_layer
 
+if TYPE_CHECKING:
+    from qlora_kit.recipe.bases import KeptBase
 
-def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
+
+def train(
+    config: TrainConfig, announce: Announce = silent, bases: KeptBase | None = None
+) -> dict[str, Any]:
     """Train a LoRA adapter, from a data file to an adapter folder.
 
     Of several processes each reads the data and loads the base, and all of them train. One of them
     decides what may differ between them, writes the files and announces the events.
+
+    Args:
+        config: the options of the run.
+        announce: receives the events.
+        bases: keeps the base for the next run of this process; by default it is loaded for this.
 
     Returns:
         The outcome of the run, for programs.
@@ -88,10 +98,15 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
             )
             sizes = replace(sizes, usual=replace(usual, rows=learnt.in_epoch or usual.rows))
         subject = Subject(spec, lora, hardware, sizes, opened.task)
+        if bases is not None:
+            subject = replace(subject, held_bytes=bases.held_bytes(spec, hardware))
         config, plan = planned(config, subject, learnt.in_epoch, output, announce, processes)
         load = load_shared_base if config.shard_base else load_base
+        load = bases.load if bases is not None else load
         base = load(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
+        if bases is not None:
+            at_the_end.callback(bases.take_back, adapter)
         tried = packing.tried(base.model)
         packing = processes.from_writer(lambda: tried)
         config = packing.settled(config)

@@ -15,6 +15,9 @@ from qlora_kit.step.groups import set_groups
 from qlora_kit.step.kernels import Kernels, choose_kernels
 from qlora_kit.step.reducers import Applied, Reducers, apply, resolve
 
+# As a model is loaded: nothing runs again, and no MLP works in tiles.
+_AS_LOADED = Reducers(recompute=False, offload_checkpoints=False, mlp_tile_tokens=0)
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -46,3 +49,14 @@ def settle(model: PreTrainedModel, options: StepOptions, hardware: Hardware) -> 
     applied = apply(model, reducers, hardware)
     set_groups(model)
     return Settled(reducers, applied, choose_kernels(model, options, hardware))
+
+
+def unsettle(model: PreTrainedModel, hardware: Hardware) -> None:
+    """Let a model compute as it was loaded, so that another run may settle it anew.
+
+    Args:
+        model: a model that `settle` has changed, or not; changed in place.
+        hardware: the device that it runs on.
+    """
+    apply(model, _AS_LOADED, hardware)
+    choose_kernels(model, StepOptions(kernels="plain"), hardware)

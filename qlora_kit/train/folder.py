@@ -29,6 +29,8 @@ LAST, BEST = "last", "best"
 CONFIG = "training_config.yaml"
 STATE = "state.json"
 """of a checkpoint"""
+SWEEP = "sweep.yaml"
+"""the options of a sweep, in the folder that has its runs"""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RUNS = Path("runs")
 # Options that hold for one start of a run, and not for the next.
@@ -125,8 +127,8 @@ def claimed_run(
 
     Raises:
         OutputError: the folder is not empty, and the user asked neither to resume nor to
-            overwrite; or asked for both; or the folder is inside another run; or overwriting
-            would delete more than a run.
+            overwrite; or asked for both; or the folder is inside another run, or is that of a
+            sweep; or overwriting would delete more than a run.
         EnvironmentFault: another process writes to the folder.
         StorageError: the folder cannot be made or written.
     """
@@ -138,24 +140,29 @@ def claimed_run(
     check_outside_runs(output or _RUNS, "--output")
     check_writable(output or _RUNS)
     with contextlib.ExitStack() as undo:
-        folder = output or _next_run(model, undo)
-        _make(folder, undo)
+        folder = output or next_folder(_RUNS, model, undo)
+        make_folder(folder, undo)
         # Otherwise a stranger's run could have links by which it writes to files outside of it.
         check_confined(folder, OutputError)
         with only_writer(folder):
             clean_up(folder)
+            if (folder / SWEEP).is_file():
+                raise OutputError(
+                    f"{folder}: holds a sweep; expected a run; go on with that by qlora-kit sweep "
+                    "--resume, or name another --output"
+                )
             if not resume:
                 _check_free(folder, overwrite)
             yield folder
 
 
-def _next_run(model: str, undo: contextlib.ExitStack) -> Path:
+def next_folder(parent: Path, model: str, undo: contextlib.ExitStack) -> Path:
     """Make the next numbered folder; two runs that start together get two numbers."""
-    _make(_RUNS, undo)
+    make_folder(parent, undo)
     number = 1
-    with storage_errors(_RUNS):
+    with storage_errors(parent):
         while True:
-            folder = _RUNS / f"{model}-{number}"
+            folder = parent / f"{model}-{number}"
             try:
                 folder.mkdir()
             except FileExistsError:
@@ -165,11 +172,11 @@ def _next_run(model: str, undo: contextlib.ExitStack) -> Path:
                 return folder
 
 
-def _make(folder: Path, undo: contextlib.ExitStack) -> None:
+def make_folder(folder: Path, undo: contextlib.ExitStack) -> None:
     """Make a folder and its parents; `undo` removes the new folders that stay empty."""
     if folder.exists():
         return
-    _make(folder.parent, undo)
+    make_folder(folder.parent, undo)
     with storage_errors(folder):
         folder.mkdir(exist_ok=True)
     undo.callback(_remove_empty, folder)
@@ -190,7 +197,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         )
     if not (folder / CONFIG).is_file():
         raise OutputError(f"{folder}: --overwrite deletes a run, but this holds no {CONFIG}")
-    for other in _folders_inside(folder):
+    for other in folders_inside(folder):
         if is_sealed(other) or is_run(other):
             raise OutputError(
                 f"{folder}: --overwrite deletes a run, but this holds {other}, which is none of "
@@ -198,12 +205,12 @@ def _check_free(folder: Path, overwrite: bool) -> None:
             )
 
 
-def _folders_inside(folder: Path) -> Iterator[Path]:
+def folders_inside(folder: Path) -> Iterator[Path]:
     """Yield the folders in a run at any depth, except its checkpoints."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and not _CHECKPOINT.fullmatch(path.name):
             yield path
-            yield from _folders_inside(path)
+            yield from folders_inside(path)
 
 
 def _content(folder: Path) -> list[Path]:

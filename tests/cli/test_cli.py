@@ -13,7 +13,9 @@ from support import run
 
 from qlora_kit.config import TrainConfig
 
-COMMANDS = ("check", "train", "evaluate", "generate", "export", "runs", "models", "doctor")
+COMMANDS = (
+    "check", "train", "sweep", "evaluate", "generate", "export", "runs", "models", "doctor",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -50,6 +52,8 @@ EARLY_ERRORS = {
     ("train", "--output", f"{__file__}/run"): (2, "is a file; expected a folder"),
     ("runs",): (2, "runs: no such folder; expected a folder of runs"),
     ("runs", __file__): (2, "is a file; expected a folder of runs"),
+    ("sweep",): (2, "--over: missing"),
+    ("sweep", "--over", "rnak=4,8"): (2, "did you mean rank?"),
     ("nonsense",): (2, "No such command"),
 }
 
@@ -79,7 +83,14 @@ def test_a_user_error_is_one_line_and_exit_2_and_imports_no_torch(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("train", "--help"), ("models",), ("train", "--dry-run")]
+    "arguments",
+    [
+        ("--help",),
+        ("train", "--help"),
+        ("models",),
+        ("train", "--dry-run"),
+        ("sweep", "--over", "rank=4,8", "--dry-run"),
+    ],
 )
 def test_what_needs_no_torch_imports_none(arguments: tuple[str, ...]) -> None:
     script = (

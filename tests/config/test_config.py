@@ -26,6 +26,7 @@ from qlora_kit.config import (
     PlanConfig,
     QuantizeConfig,
     RunsConfig,
+    SweepConfig,
     TrainConfig,
     field_names,
     read_config_file,
@@ -322,7 +323,7 @@ SCALARS = (
 )  # fmt: skip
 CLASSES = (
     TrainConfig, PlanConfig, CheckConfig, EvaluateConfig, GenerateConfig, ExportConfig,
-    QuantizeConfig, RunsConfig,
+    QuantizeConfig, RunsConfig, SweepConfig,
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
     from .resumes import resumes
     from .stops import stops
     from .streaming import streaming
+    from .sweeps import sweeps
 
     if size == "few":
         return {
@@ -66,6 +67,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             ),
             "streaming": partial(streaming, killed=1, stopped=1, seed=_SEED),
             "processes": partial(processes, killed=1, hanging=0, disks=0, seed=_SEED),
+            "sweeps": partial(sweeps, killed=2, stopped=1, seed=_SEED, alone=1),
         }
     if size == "some":
         return {
@@ -94,6 +96,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             ),
             "streaming": partial(streaming, killed=12, stopped=8, seed=_SEED),
             "processes": partial(processes, killed=6, hanging=1, disks=2, seed=_SEED),
+            "sweeps": partial(sweeps, killed=8, stopped=4, seed=_SEED),
         }
     return {
         "kills": partial(kills, count=200, seed=_SEED),
@@ -109,6 +112,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
         "classifier": partial(classifier, seed=_SEED),
         "streaming": partial(streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
         "processes": partial(processes, killed=40, hanging=4, disks=10, seed=_SEED),
+        "sweeps": partial(sweeps, killed=40, stopped=20, seed=_SEED),
     }
 
 
