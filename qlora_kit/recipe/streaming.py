@@ -129,7 +129,8 @@ def _asked_for(config: TrainConfig) -> _Stream:
         raise ConfigError(
             f"--validation-fraction {config.validation_fraction:g}: {_of_hub(stream)} is a data "
             "set of the hub, and a share of a stream of it is not known before all of it is "
-            "fetched; expected --validation FILE with --stream-data; pass one, or --validation-fraction 0"
+            "fetched; expected --validation FILE with --stream-data; pass one, or "
+            "--validation-fraction 0"
         )
     return stream
 

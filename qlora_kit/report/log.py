@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from qlora_kit.events import (
     StepSkipped,
 )
 from qlora_kit.redact import redacted_values
+from qlora_kit.report.source_losses import KEY, SourceLosses
 from qlora_kit.storage import parse_json, read_lines, storage_errors, sync_file, write_text
 
 NAME = "trainer_log.jsonl"
@@ -41,6 +43,7 @@ class Log:
     def __init__(self, folder: Path, every: int = 1) -> None:
         self._path = folder / NAME
         self._every = every
+        self._sources = SourceLosses()
 
     def __call__(self, event: Event) -> None:
         """Hear an event."""
@@ -53,8 +56,9 @@ class Log:
         elif isinstance(event, StepSkipped | MicroBatchHalved):
             self._append(asdict(event))
         elif isinstance(event, StepFinished):
+            self._sources.add(event)
             if is_logged(event.optimizer_step, self._every):
-                self._append(_step_row(event))
+                self._append(_step_row(event, self._sources.told()))
         elif isinstance(event, Evaluated):
             self._append(_evaluation_row(event))
 
@@ -76,12 +80,19 @@ class Log:
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _step_row(event: StepFinished) -> dict[str, Any]:
-    """Return the row of a step; its weight is named after what is weighed."""
+def _step_row(event: StepFinished, sources: Mapping[str, float]) -> dict[str, Any]:
+    """Return the row of a step; its weight is named after what is weighed.
+
+    Args:
+        event: the step.
+        sources: the mean loss of each source since the row before, where there are several.
+    """
     row = asdict(event)
-    del row["weighs"]
+    del row["weighs"], row["sources"]
     if row["loss_weight"] is None:
         del row["loss_weight"]
+    if sources:
+        row[KEY] = dict(sources)
     return {event.weighs if name == "weight" else name: value for name, value in row.items()}
 
 
