@@ -414,8 +414,9 @@ class StreamOptions(Options):
         "it",
         also=["streaming"], decides="data",
     )  # fmt: skip
-    shuffle_buffer: int = option(
-        10_000, "samples of a stream that the next one is drawn from; 1: the order of the files",
+    shuffle_buffer: int | None = option(
+        None, "samples of a stream that the next one is drawn from; 1: the order of the files; "
+        "default: 10,000, or all where the text is 32 MB or less",
         also=["buffer_size"], ge=1, decides="data",
     )  # fmt: skip
     data_workers: int = option(

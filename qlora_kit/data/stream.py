@@ -65,7 +65,7 @@ def drawn(
     samples: Iterable[Sample],
     seed: int | str,
     epoch: int,
-    buffer: int,
+    buffer: int | None,
     without: Collection[int] = frozenset(),
     held_bytes: int | None = None,
 ) -> Iterator[Drawn]:
@@ -75,7 +75,8 @@ def drawn(
         samples: in the order of the files.
         seed: the run's seed; of several sources, with the number of the source.
         epoch: number of the pass, counted from 0.
-        buffer: most samples that are held; fewer where these take more than `held_bytes`.
+        buffer: most samples that are held, None: any number; fewer where these take more than
+            `held_bytes`.
         without: numbers of samples that are left out.
         held_bytes: most bytes that are held, pickled; None: 64 MiB.
     """
@@ -93,7 +94,7 @@ def drawn(
         if number in without:
             continue
         new = Drawn(number, pickle.dumps(sample))
-        while held and (len(held) >= buffer or size + len(new.content) > most_bytes):
+        while held and (len(held) == buffer or size + len(new.content) > most_bytes):
             one = draw()
             size -= len(one.content)
             yield one
@@ -113,7 +114,7 @@ class StreamedRows(TokenRows):
         samples: the stream.
         tokenizes: makes the token rows, here or in other processes.
         seed: the run's seed; of several sources, with the number of the source.
-        buffer: most samples that the next one is drawn from.
+        buffer: most samples that the next one is drawn from, see `drawn`.
         longest: the rows to hold before the first step.
         in_pass: token rows of a pass; None unless they were counted.
         without: numbers of the samples, in the order of the files, that are not learnt.
@@ -132,7 +133,7 @@ class StreamedRows(TokenRows):
         tokenizes: Tokenizes,
         *,
         seed: int | str,
-        buffer: int,
+        buffer: int | None,
         longest: Sequence[Row],
         in_pass: int | None = None,
         without: Collection[int] = frozenset(),

@@ -140,7 +140,7 @@ def mixed_rows(
     tokenized: Tokenized,
     config: TrainConfig,
     *,
-    buffer: int,
+    buffer: int | None,
     longest: Sequence[Row],
     check: Callable[[Row], None],
 ) -> MixedStream:
@@ -151,7 +151,7 @@ def mixed_rows(
         opened: the model.
         tokenized: their token rows, see `tokenized_streams`.
         config: the options of the run.
-        buffer: most samples of a source that the next one is drawn from.
+        buffer: most samples of a source that the next one is drawn from; None: all.
         longest: see `StreamedRows`.
         check: called with every row that is to be learnt.
     """
@@ -176,8 +176,9 @@ def mixed_rows(
                 buffer=buffer,
                 longest=[],
                 without=counted.numbers if counted else frozenset(),
-                # Together they take no more memory than one stream.
-                held_bytes=MOST_HELD_BYTES // len(jobs),
+                # Together they take no more memory than one stream. Where all samples are drawn
+                # from, they are few enough.
+                held_bytes=buffer and MOST_HELD_BYTES // len(jobs),
             )
         )
     return MixedStream(

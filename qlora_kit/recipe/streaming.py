@@ -39,7 +39,10 @@ _Stream = SampleStream | StreamedSources
 
 LARGE_BYTES = 32_000_000
 """text that is streamed by default: to tokenise it takes about a minute on two cores"""
-_ONLY_OF_STREAMS = ("shuffle_buffer", "data_workers")
+WHOLE_BYTES = 32_000_000
+"""text that is shuffled whole by default: its samples wait in memory, in at most 64 MiB"""
+_BUFFER = 10_000
+_ONLY_OF_STREAMS = {"shuffle_buffer": (None, _BUFFER), "data_workers": (1,)}
 _DEFAULT_FRACTION = TrainConfig.model_fields["validation_fraction"].default
 
 
@@ -96,8 +99,8 @@ def open_stream(
     stream = _by_default(config) if chooses and config.stream_data is None else None
     if stream is None:
         # A resumed run names all of its options, those at their default too.
-        for name in _ONLY_OF_STREAMS:
-            if getattr(config, name) != TrainConfig.model_fields[name].default:
+        for name, defaults in _ONLY_OF_STREAMS.items():
+            if getattr(config, name) not in defaults:
                 flag = name.replace("_", "-")
                 announce(Notice(f"--{flag} has no effect without --stream-data"))
     return stream
@@ -288,12 +291,16 @@ def _of_stream(
     if isinstance(stream, StreamedSources):
         # The chat template of a source decides its rows as well.
         both = [content, tokenized.origin["data"]]
-        content, count = hashlib.sha256(json.dumps(both).encode()).hexdigest(), f"{count} an epoch"
+        content = hashlib.sha256(json.dumps(both).encode()).hexdigest()
+        count += "" if rows.in_pass is None else " an epoch"
     workers = f"{config.data_workers} process{'' if config.data_workers == 1 else 'es'}"
     how = f"by {workers} beside the training" if config.data_workers else "between the steps"
+    buffer = _buffer_of(config, stream)
     order = (
-        f"drawn from {config.shuffle_buffer:,} samples" if config.shuffle_buffer > 1 else "in order"
+        "in order" if buffer == 1 else f"drawn from {f'{buffer:,}' if buffer else 'all'} samples"
     )
+    if buffer and buffer > 1 and isinstance(stream, StreamedSources):
+        order += " of each source"
     return Learnt(
         rows,
         rows.in_pass,
@@ -301,6 +308,16 @@ def _of_stream(
         f"{stream.data}, streamed, {count}",
         f"{order}, tokenised {how}{f'; {stream.why}' if stream.why else ''}",
     )
+
+
+def _buffer_of(config: TrainConfig, stream: _Stream) -> int | None:
+    """Return the most samples that the next one is drawn from; None for all.
+
+    Sizes of files decide it, so a resumed run draws as it did.
+    """
+    if config.shuffle_buffer is not None:
+        return config.shuffle_buffer
+    return None if not stream.is_of_hub and stream.text_bytes <= WHOLE_BYTES else _BUFFER
 
 
 def check_longest(opened: Opened, config: TrainConfig) -> None:
@@ -325,7 +342,8 @@ def _streamed_rows(
 
     row = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
     longest = [row] * (config.batch_size * config.gradient_accumulation_steps)
-    check, buffer = _token_check(opened, config), config.shuffle_buffer
+    assert samples.stream is not None
+    check, buffer = _token_check(opened, config), _buffer_of(config, samples.stream)
     counted = tokenized.stream_pass
     if isinstance(counted, PassOfSources):
         return mixed_rows(

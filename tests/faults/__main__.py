@@ -34,7 +34,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
     from .processes import processes
     from .resumes import resumes
     from .stops import stops
-    from .streaming import streaming
+    from .streaming import mixed_streaming, streaming
 
     if size == "few":
         return {
@@ -65,6 +65,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
                 damages=6,
             ),
             "streaming": partial(streaming, killed=1, stopped=1, seed=_SEED),
+            "mixed-streaming": partial(mixed_streaming, killed=2, stopped=1, seed=_SEED),
             "processes": partial(processes, killed=1, hanging=0, disks=0, seed=_SEED),
         }
     if size == "some":
@@ -93,6 +94,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
                 seed=_SEED,
             ),
             "streaming": partial(streaming, killed=12, stopped=8, seed=_SEED),
+            "mixed-streaming": partial(mixed_streaming, killed=12, stopped=8, seed=_SEED),
             "processes": partial(processes, killed=6, hanging=1, disks=2, seed=_SEED),
         }
     return {
@@ -108,6 +110,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
         "mutations": mutations,
         "classifier": partial(classifier, seed=_SEED),
         "streaming": partial(streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
+        "mixed-streaming": partial(mixed_streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
         "processes": partial(processes, killed=40, hanging=4, disks=10, seed=_SEED),
     }
 
