@@ -173,7 +173,7 @@ def test_without_weights_every_row_comes_once_an_epoch(
     more = ("--max-steps", "1", "--validation-fraction", "0")
     code, out, err = started(model, tmp_path / "run", *STREAM, *TWO, *more, capsys=capsys)
     assert code == 0, err
-    assert "a.jsonl: reading all samples to count them" in out
+    assert "note: data: a.jsonl: 160 qa rows" in out
     assert "data a.jsonl, b.jsonl, streamed, 220 rows an epoch" in out
     assert "a.jsonl 160 qa rows; 160 (72.7%) of an epoch's 220 rows; no validation" in out
 
@@ -192,9 +192,9 @@ def test_with_weights_and_steps_nothing_is_counted(
     assert (first["token_rows"], first["rows_an_epoch"], first["share"]) == (None, None, 0.25)
     assert second["is_streamed"]
     place = json.loads((own / "checkpoint-6" / "state.json").read_text())["progress"]["place"]
-    # Two rows are an epoch with six of the other source, and 36 rows nine in all of the first.
-    assert [each["taken"] for each in place["sources"]] == [12, 36]
-    assert log_of(own)[-1]["epoch"] == 6.0
+    # An epoch has two rows of one source, and six of the other; the first has four, as it begins.
+    assert [each["taken"] for each in place["sources"]] == [12, 34]
+    assert [row["epoch"] for row in log_of(own)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_classifiers_learn_from_several_streams(
@@ -238,7 +238,10 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
     assert losses[0] == losses[1]
     for changed, fault in (
         (("--data-weights", "1,1"), "data_weights was [2.0, 3.0] and is now [1.0, 1.0]"),
-        (("--data", "b.jsonl", "--data", "a.jsonl"), "the training data changed"),
+        (
+            ("--data", "b.jsonl", "--data", "a.jsonl", "--data-weights", "2,3"),
+            "the training data changed",
+        ),
     ):
         code, _, err = run("train", *again, "--epochs", "2", *changed, capsys=capsys)
         assert (code, err.count("\n")) == (2, 1), err

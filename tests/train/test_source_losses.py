@@ -53,7 +53,7 @@ def test_the_losses_of_sources_are_those_of_their_rows(
         assert loss / weight == pytest.approx(found.loss, rel=1e-5)
     total, weight = (sum(each) for each in zip(*step.sources.values(), strict=True))
     assert weight == (step.loss_weight or step.weight)
-    assert total / weight == pytest.approx(step.loss, rel=1e-9)
+    assert total / weight == pytest.approx(step.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("packing", [False, True])
