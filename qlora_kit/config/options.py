@@ -410,7 +410,7 @@ class StreamOptions(Options):
 
     stream_data: bool | None = option(
         None, "read the data while training, instead of all of it before; memory stays the same, "
-        "however large the files; default: for local files of 32 MB or more, where nothing forbids "
+        "however large the files; default: for local files of 4 MB or more, where nothing forbids "
         "it",
         also=["streaming"], decides="data",
     )  # fmt: skip

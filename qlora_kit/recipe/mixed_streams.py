@@ -125,11 +125,10 @@ def _mixed(
         weights = weights or tuple(map(float, sizes))
         mixture = mixture_of(sizes, weights, [each.source for each in tokenized.sources])
     of_first = Mixture(tuple(len(each.rows) for each in tokenized.sources), weights)
-    if not all(of_first.rows_of_sources):
-        of_first = None  # Of so few rows no epoch can be made; they are looked at all the same.
     counted = tuple(passes) if passes is not None else (None,) * len(weights)
     return replace(
-        with_mixture(tokenized, of_first),
+        # Where no epoch can be made of so few rows, they are looked at all the same.
+        with_mixture(tokenized, of_first if all(of_first.rows_of_sources) else None),
         stream_pass=PassOfSources(counted, weights, mixture, held_out),
     )
 
