@@ -65,7 +65,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
                 damages=6,
             ),
             "streaming": partial(streaming, killed=1, stopped=1, seed=_SEED),
-            "mixed-streaming": partial(mixed_streaming, killed=2, stopped=1, seed=_SEED),
+            "mixed-streaming": partial(mixed_streaming, killed=1, stopped=1, seed=_SEED),
             "processes": partial(processes, killed=1, hanging=0, disks=0, seed=_SEED),
         }
     if size == "some":
