@@ -61,7 +61,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     files: dict[str, list[Any]] = {
         "a.jsonl": [{"question": f"one {i}", "answer": f"{i} dollars"} for i in range(160)],
-        "b.jsonl": [{"question": f"two {i}", "answer": "to play " * (i % 5)} for i in range(60)],
+        "b.jsonl": [
+            {"question": f"two {i}", "answer": "to play " * (1 + i % 5)} for i in range(60)
+        ],
         "c.jsonl": [{"q": f"two {i}", "a": f"{i}"} for i in range(40)],
         "texts.jsonl": [{"text": f"story {i}"} for i in range(40)],
         "tiny.jsonl": [{"question": "one", "answer": "two"}] * 2,
@@ -72,12 +74,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, records in files.items():
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "b.jsonl").write_text(
-        "".join(
-            json.dumps({"question": f"two {i}", "answer": "to play " * (1 + i % 5)}) + "\n"
-            for i in range(60)
-        )
-    )
     (folder / "empty.jsonl").write_text("")
     (folder / "mix.yaml").write_text(MIX)
     (folder / "list.json").write_text('[{"question": "one", "answer": "two"}]')
