@@ -105,6 +105,8 @@ class StepFinished(Event):
     """the name of the weight in logs"""
     loss_weight: float | None = None
     """the sum of weights that the loss is divided by; None where all count alike"""
+    sources: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """of each of several sources in the step: its summed loss, and the weight to divide it by"""
 
 
 @dataclass(frozen=True)

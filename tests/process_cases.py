@@ -19,6 +19,7 @@ from training import make_adapter, make_rows, options, weights_of
 from transformers import AutoConfig, AutoModel
 
 import qlora_kit as qk
+from qlora_kit.data.batch import NamedSources, TokenRows
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.events import Evaluated, Event, MicroBatchHalved, StepFinished, StepSkipped
 from qlora_kit.infer.evaluate import Evaluation, evaluate_parts
@@ -73,7 +74,7 @@ class Found:
 
 def _run(
     adapter: qk.Adapter,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]] | TokenRows,
     task: Task = CAUSAL,
     options_of_run: dict[str, Any] | None = None,
     **more: Any,
@@ -87,7 +88,8 @@ def _run(
         return bool(heard(event))
 
     config = options(max_steps=STEPS, lora_dropout=0.0, **(options_of_run or {}))
-    result = qk.train_adapter(adapter, list(rows), config, task=task, stop_when=listen, **more)
+    rows = rows if isinstance(rows, TokenRows) else list(rows)
+    result = qk.train_adapter(adapter, rows, config, task=task, stop_when=listen, **more)
     losses = [event.loss for event in events if isinstance(event, StepFinished)]
     found = Found(losses, weights_of(adapter), result.process_tokens, result.reason)
     return found, events
@@ -127,6 +129,15 @@ def weighted(folder: Path) -> Found:
     ]
     adapter = make_adapter(folder / LLAMA)
     return _run(adapter, rows, options_of_run={"batch_size": 4, "packing": False})[0]
+
+
+def sources(folder: Path) -> Found:
+    """Rows of two sources, whose losses are told apart."""
+    rows = TokenRows(make_rows(23), sources=NamedSources(("a", "b"), (9, 23)))
+    changes = {"batch_size": 2, "gradient_accumulation_steps": 2, "packing": True}
+    found, events = _run(make_adapter(folder / LLAMA), rows, options_of_run=changes)
+    told = [event.sources for event in events if isinstance(event, StepFinished)]
+    return replace(found, others=told)
 
 
 def classes(folder: Path) -> Found:
@@ -267,8 +278,8 @@ def together(folder: Path) -> Found:
 CASES: dict[str, Callable[[Path], Found]] = {
     case.__name__: case
     for case in (
-        uneven, dropout, packed, weighted, classes, early_stop, stopped_by_rule, not_finite, halved,
-        together, experts,
+        uneven, dropout, packed, weighted, sources, classes, early_stop, stopped_by_rule,
+        not_finite, halved, together, experts,
     )
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from support import PROJECT
 
 PROMISES = (
     "kills", "resumes", "stops", "corruption", "disk-errors", "full-disks", "numerics", "memory",
-    "artefacts", "mutations", "classifier", "streaming", "processes", "sweeps",
+    "artefacts", "mutations", "classifier", "streaming", "mixed-streaming", "processes", "sweeps",
 )  # fmt: skip
 
 

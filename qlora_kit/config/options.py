@@ -413,12 +413,13 @@ class StreamOptions(Options):
 
     stream_data: bool | None = option(
         None, "read the data while training, instead of all of it before; memory stays the same, "
-        "however large the files; default: for local files of 32 MB or more, where nothing forbids "
+        "however large the files; default: for local files of 4 MB or more, where nothing forbids "
         "it",
         also=["streaming"], decides="data",
     )  # fmt: skip
-    shuffle_buffer: int = option(
-        10_000, "samples of a stream that the next one is drawn from; 1: the order of the files",
+    shuffle_buffer: int | None = option(
+        None, "samples of a stream that the next one is drawn from; 1: the order of the files; "
+        "default: 10,000, or all where the text is 32 MB or less",
         also=["buffer_size"], ge=1, decides="data",
     )  # fmt: skip
     data_workers: int = option(

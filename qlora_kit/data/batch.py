@@ -7,6 +7,7 @@ Never drops or repeats a row.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +33,19 @@ Indices = tuple[int, ...]
 Row = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class NamedSources:
+    """The sources of rows, which lie one source after another.
+
+    Attributes:
+        names: a short name of each.
+        ends: the index behind the last row of each.
+    """
+
+    names: tuple[str, ...]
+    ends: tuple[int, ...]
+
+
 class TokenRows:
     """Token rows by their index, kept in any sequence.
 
@@ -40,11 +54,19 @@ class TokenRows:
             is classified, see `Labels.target`) and `row`, the index of its source sample. It may
             have `loss_weights`, the factor of each token's loss, or None where all have 1.
         mixture: how the rows of several sources make up an epoch; None: every row comes once.
+        sources: the sources of the rows, where there are several.
     """
 
-    def __init__(self, rows: Sequence[Row], mixture: Mixture | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        mixture: Mixture | None = None,
+        sources: NamedSources | None = None,
+    ) -> None:
         self._rows = rows
         self.mixture = mixture
+        self.source_names = sources.names if sources else ()
+        self._ends = sources.ends if sources else ()
 
     @staticmethod
     def of(rows: TokenRows | Sequence[Row]) -> TokenRows:
@@ -71,6 +93,10 @@ class TokenRows:
     def rows_an_epoch(self) -> int:
         """Number of rows that an epoch has."""
         return len(self) if self.mixture is None else self.mixture.rows
+
+    def source_of(self, index: int) -> int:
+        """Return the number of the source that a row is of; 0 where there is one."""
+        return bisect_right(self._ends, index)
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
@@ -101,11 +127,16 @@ class TokenTable(TokenRows):
     Args:
         table: has one more column, `uncut_tokens`: the tokens of the row before `max_length` cut
             it.
-        mixture: see `TokenRows`.
+        mixture, sources: see `TokenRows`.
     """
 
-    def __init__(self, table: datasets.Dataset, mixture: Mixture | None = None) -> None:
-        super().__init__(table, mixture)
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        mixture: Mixture | None = None,
+        sources: NamedSources | None = None,
+    ) -> None:
+        super().__init__(table, mixture, sources)
         self.table = table
 
     def __getitem__(self, index: int | str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 
 from qlora_kit.config import TokenOptions
-from qlora_kit.data.batch import TokenTable
+from qlora_kit.data.batch import NamedSources, TokenTable
 from qlora_kit.data.mixing import Mixture
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.sources import source_names
@@ -129,29 +129,59 @@ def _dropped(samples: Samples, parts: Sequence[Tokenized]) -> Iterator[tuple[int
 
 
 def mixed(tokenized: Tokenized, weights: Sequence[float]) -> Tokenized:
-    """Return rows whose epochs have the sources' shares.
+    """Return rows that know their sources, and whose epochs have the sources' shares.
 
     Args:
-        tokenized: the training rows of several sources.
+        tokenized: the training rows, of one source or of several.
         weights: the weight of each source; none: every row comes once an epoch.
 
     Raises:
         ConfigError: an epoch is so short that it has no row of a source.
     """
-    if not weights:
+    if not tokenized.sources:
         return tokenized
-    sizes = tuple(len(each.rows) for each in tokenized.sources)
-    mixture = Mixture(sizes, tuple(weights))
+    sizes = [len(each.rows) for each in tokenized.sources]
+    mixture = None
+    if weights:
+        mixture = mixture_of(sizes, weights, [each.source for each in tokenized.sources])
+    return with_mixture(tokenized, mixture)
+
+
+def with_mixture(tokenized: Tokenized, mixture: Mixture | None) -> Tokenized:
+    """Return rows of several sources that know their sources.
+
+    Args:
+        tokenized: the rows.
+        mixture: how they make up an epoch; None: every row comes once.
+    """
+    known = NamedSources(
+        tuple(each.name for each in tokenized.sources),
+        tuple(each.rows.stop for each in tokenized.sources),
+    )
+    return replace(tokenized, rows=TokenTable(tokenized.rows.table, mixture, known))
+
+
+def mixture_of(sizes: Sequence[int], weights: Sequence[float], of: Sequence[str]) -> Mixture:
+    """Return how the rows of sources make up an epoch, by weights.
+
+    Args:
+        sizes: rows of each source.
+        weights: the weight of each.
+        of: their files, folders or hub ids.
+
+    Raises:
+        ConfigError: an epoch is so short that it has no row of a source.
+    """
+    mixture = Mixture((*sizes,), (*weights,))
     counts = mixture.rows_of_sources
     if not all(counts):
-        of = [each.source for each in tokenized.sources]
         short, none = of[[*map(eq, counts, sizes)].index(True)], of[counts.index(0)]
         raise ConfigError(
             f"--data-weights: an epoch, which ends when {short} has been seen once, has "
             f"{mixture.rows:,} rows and none of {none}; expected one at least of each source; "
             f"raise the weight of {none}, or add rows to {short}"
         )
-    return replace(tokenized, rows=TokenTable(tokenized.rows.table, mixture))
+    return mixture
 
 
 def renderer_of(

@@ -49,6 +49,7 @@ from qlora_kit.storage.faults import reason
 
 if TYPE_CHECKING:
     from qlora_kit.data.streamed_samples import SampleStream
+    from qlora_kit.data.streamed_sources import StreamedSources
 
 Split = Literal["train", "validation", "test"]
 
@@ -94,7 +95,7 @@ class Samples:
     """the samples of each source, where several are joined, see `data.sources`"""
     chat_template: str | None = None
     """the chat template of this source, where it has another than the run"""
-    stream: SampleStream | None = None
+    stream: SampleStream | StreamedSources | None = None
     """the stream that these are the first samples of; None where they are all there are"""
 
     @cached_property

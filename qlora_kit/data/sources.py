@@ -37,8 +37,8 @@ def load_training(config: TrainConfig) -> Samples:
     check_weights(config)
     if len(config.sources) < 2:
         return load_samples(_name(config), "train", record_options(config), task=config.task)
-    _check_apart(config.sources)
-    return _joined(_loaded(config, "train"))
+    check_apart(config.sources)
+    return joined(_loaded(config, "train"))
 
 
 def load_validation(config: TrainConfig) -> Samples | None:
@@ -61,16 +61,16 @@ def load_validation(config: TrainConfig) -> Samples | None:
     parts = _loaded(config, "validation")
     if not parts:
         return None
-    joined = _joined(parts)
+    found = joined(parts)
     with_some = {part.source for part in parts}
     missing = [source.path for source in config.sources if source.path not in with_some]
     if not missing:
-        return joined
+        return found
     text = (
-        f"validation rows are those of {joined.source}; nothing is measured on "
+        f"validation rows are those of {found.source}; nothing is measured on "
         f"{', '.join(missing)}, without a validation part"
     )
-    return replace(joined, notices=(*joined.notices, text))
+    return replace(found, notices=(*found.notices, text))
 
 
 def source_names(parts: Sequence[Samples]) -> tuple[str, ...]:
@@ -80,6 +80,11 @@ def source_names(parts: Sequence[Samples]) -> tuple[str, ...]:
     return tuple(
         name if count[name] == 1 else f"{name}-{number}" for number, name in enumerate(names, 1)
     )
+
+
+def joined_names(names: Sequence[str]) -> str:
+    """Return the sources in words: their names, or of many their number."""
+    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} sources"
 
 
 # ---------------------------------------------------------------- one source
@@ -108,7 +113,9 @@ def _loaded(config: TrainConfig, split: Split) -> list[Samples]:
             samples = (
                 load_samples(source.path, split, options, task=config.task)
                 if split == "train"
-                else load_held_out(source.path, options, config.task)
+                else load_held_out(
+                    source.path, options, config.task, streams=bool(config.stream_data)
+                )
             )
         except DataError as error:
             faults.add(*error.faults)
@@ -141,7 +148,7 @@ def check_weights(config: TrainConfig) -> None:
     )
 
 
-def _check_apart(sources: Sequence[DataSource]) -> None:
+def check_apart(sources: Sequence[DataSource]) -> None:
     """Check that no source stands twice. The same file may be read in two ways, by other columns.
 
     Raises:
@@ -163,16 +170,15 @@ def _check_apart(sources: Sequence[DataSource]) -> None:
 # ---------------------------------------------------------------- several sources
 
 
-def _joined(parts: Sequence[Samples]) -> Samples:
+def joined(parts: Sequence[Samples]) -> Samples:
     """Join the samples of sources, in the order of the sources."""
     shapes = {part.shape for part in parts}
     if shapes & {*LABELLED}:
         _check_one_kind(parts)
-    names = [part.source for part in parts]
     return Samples(
         items=[*chain.from_iterable(part.items for part in parts)],
         shape=parts[0].shape if len(shapes) == 1 else "mixed",
-        source=", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} sources",
+        source=joined_names([part.source for part in parts]),
         notices=tuple(chain.from_iterable(part.notices for part in parts)),
         skipped=sum(part.skipped for part in parts),
         class_names=next((part.class_names for part in parts if part.class_names), ()),

@@ -26,7 +26,7 @@ from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import DataError
 
 # Long samples must not fill the memory: of these the buffer holds fewer.
-_MOST_HELD_BYTES = 64 * 2**20
+MOST_HELD_BYTES = 64 * 2**20
 _CHUNK_SAMPLES = 32
 _CHUNK_BYTES = 2**20
 _MOST_CHUNKS_AHEAD = 64
@@ -63,21 +63,25 @@ class Drawn(NamedTuple):
 
 def drawn(
     samples: Iterable[Sample],
-    seed: int,
+    seed: int | str,
     epoch: int,
-    buffer: int,
+    buffer: int | None,
     without: Collection[int] = frozenset(),
+    held_bytes: int | None = None,
 ) -> Iterator[Drawn]:
     """Yield samples in the order of a pass: each is drawn from those that the buffer holds.
 
     Args:
         samples: in the order of the files.
-        seed: the run's seed.
+        seed: the run's seed; of several sources, with the number of the source.
         epoch: number of the pass, counted from 0.
-        buffer: most samples that are held; fewer where these take more than 64 MiB.
+        buffer: most samples that are held, None: any number; fewer where these take more than
+            `held_bytes`.
         without: numbers of samples that are left out.
+        held_bytes: most bytes that are held, pickled; None: 64 MiB.
     """
     source = random.Random(f"stream {seed} {epoch}")
+    most_bytes = held_bytes or MOST_HELD_BYTES
     held: list[Drawn] = []
     size = 0
 
@@ -90,7 +94,7 @@ def drawn(
         if number in without:
             continue
         new = Drawn(number, pickle.dumps(sample))
-        while held and (len(held) >= buffer or size + len(new.content) > _MOST_HELD_BYTES):
+        while held and (len(held) == buffer or size + len(new.content) > most_bytes):
             one = draw()
             size -= len(one.content)
             yield one
@@ -109,11 +113,12 @@ class StreamedRows(TokenRows):
     Args:
         samples: the stream.
         tokenizes: makes the token rows, here or in other processes.
-        seed: the run's seed.
-        buffer: most samples that the next one is drawn from.
+        seed: the run's seed; of several sources, with the number of the source.
+        buffer: most samples that the next one is drawn from, see `drawn`.
         longest: the rows to hold before the first step.
         in_pass: token rows of a pass; None unless they were counted.
         without: numbers of the samples, in the order of the files, that are not learnt.
+        held_bytes: most bytes of samples that the next one is drawn from; None: 64 MiB.
         check: called with every row that is to be learnt.
 
     Attributes:
@@ -127,11 +132,12 @@ class StreamedRows(TokenRows):
         samples: SampleStream,
         tokenizes: Tokenizes,
         *,
-        seed: int,
-        buffer: int,
+        seed: int | str,
+        buffer: int | None,
         longest: Sequence[Row],
         in_pass: int | None = None,
         without: Collection[int] = frozenset(),
+        held_bytes: int | None = None,
         check: Callable[[Row], None] = lambda row: None,
     ) -> None:
         super().__init__(longest)
@@ -139,7 +145,12 @@ class StreamedRows(TokenRows):
         self._tokenizes = tokenizes
         self.in_pass = in_pass
         self._seed, self._buffer, self._without = seed, buffer, without
+        self._held_bytes = held_bytes
         self._check = check
+
+    def start(self, place: Any) -> StreamPlace:
+        """Return the place to go on from; that of another kind of data is the beginning."""
+        return place if isinstance(place, StreamPlace) else StreamPlace()
 
     def windows(self, epoch: int, start: StreamPlace, size: int) -> Iterator[StreamPlace]:
         """Hold the rows of one optimiser step after another; yield the place after each.
@@ -156,7 +167,7 @@ class StreamedRows(TokenRows):
         counts = Counter(start.counts)
         held: list[Row] = []
         place = start
-        for row, after in self._rows_from(epoch, start, counts, size):
+        for row, after in self.rows_from(epoch, start, counts, size):
             if len(held) == size:
                 self._rows = held
                 yield place
@@ -168,11 +179,15 @@ class StreamedRows(TokenRows):
             self._rows = held
             yield replace(place, is_last=True, counts=dict(counts))
         elif not start.sample and not start.rows:
-            raise DataError(
-                f"{self.samples.name}: no token row is left of {counts['rows_read']:,} samples; "
-                "expected some to learn from; raise --max-length, or choose another --long-samples "
-                "or --train-on"
-            )
+            raise self.is_empty(counts)
+
+    def is_empty(self, counts: Mapping[str, int]) -> DataError:
+        """Return the error of a pass of which no row is left; `counts` tells of its samples."""
+        return DataError(
+            f"{self.samples.name}: no token row is left of {counts['rows_read']:,} samples; "
+            "expected some to learn from; raise --max-length, or choose another --long-samples "
+            "or --train-on"
+        )
 
     def count(self) -> Counter[str]:
         """Return what becomes of all samples, and under "rows" the number of their rows."""
@@ -189,7 +204,7 @@ class StreamedRows(TokenRows):
 
     # ------------------------------------------------------------ rows
 
-    def _rows_from(
+    def rows_from(
         self, epoch: int, start: StreamPlace, counts: Counter[str], size: int
     ) -> Iterator[tuple[Row, StreamPlace]]:
         """Yield the rows of a pass from a place on, each with the place after it.
@@ -203,7 +218,9 @@ class StreamedRows(TokenRows):
             counts: what became of the samples before; those after are added.
             size: rows of an optimiser step.
         """
-        order = drawn(self.samples.samples(), self._seed, epoch, self._buffer, self._without)
+        order = drawn(
+            self.samples.samples(), self._seed, epoch, self._buffer, self._without, self._held_bytes
+        )
         at = start.sample
         used = start.rows
         for made, chunk in self._made(itertools.islice(order, start.sample, None), size):

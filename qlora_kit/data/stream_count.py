@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.samples import Samples
@@ -18,6 +19,9 @@ from qlora_kit.data.stream_worker import Job
 from qlora_kit.data.streamed_samples import SampleStream
 from qlora_kit.data.tokens import treatment_of_long
 from qlora_kit.time_limit import many_limits
+
+if TYPE_CHECKING:
+    from qlora_kit.data.mixing import Mixture
 
 _SAMPLES_AT_A_TIME = 256
 
@@ -35,6 +39,28 @@ class Pass:
     rows: int
     held_out: Samples | None = None
     numbers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class PassOfSources:
+    """What the passes of several streams have, and how they are mixed.
+
+    Attributes:
+        parts: the pass of each source; None where it was not counted.
+        weights: the weight of each source.
+        mixture: how their rows make up an epoch; None unless all were counted.
+        held_out: the samples that are measured on, if there are any.
+    """
+
+    parts: tuple[Pass | None, ...]
+    weights: tuple[float, ...]
+    mixture: Mixture | None = None
+    held_out: Samples | None = None
+
+    @property
+    def rows(self) -> int | None:
+        """Number of token rows of an epoch; None where they are not counted."""
+        return None if self.mixture is None else self.mixture.rows
 
 
 def reading_counts(options: TokenOptions, shape: ShapeOfAll) -> bool:

@@ -116,8 +116,13 @@ class Tokenizes(Protocol):
 
     processes: int
 
-    def ask(self, chunk: Chunk) -> Callable[[], Made]:
-        """Return what returns the rows of a chunk, and waits for them if need be."""
+    def ask(self, chunk: Chunk, source: int = 0) -> Callable[[], Made]:
+        """Return what returns the rows of a chunk, and waits for them if need be.
+
+        Args:
+            chunk: the samples.
+            source: the number of the job by which they become rows.
+        """
         ...
 
     def close(self) -> None:
@@ -126,16 +131,20 @@ class Tokenizes(Protocol):
 
 
 class Here:
-    """Tokenises in this process, see `Tokenizes`."""
+    """Tokenises in this process, see `Tokenizes`.
+
+    Args:
+        jobs: how samples become token rows, a job for each source.
+    """
 
     processes = 0
 
-    def __init__(self, job: Job) -> None:
-        self._tokenizer = Tokenizer(job)
+    def __init__(self, *jobs: Job) -> None:
+        self._tokenizers = [Tokenizer(job) for job in jobs]
 
-    def ask(self, chunk: Chunk) -> Callable[[], Made]:
+    def ask(self, chunk: Chunk, source: int = 0) -> Callable[[], Made]:
         """See `Tokenizes`."""
-        return lambda: self._tokenizer.made(chunk)
+        return lambda: self._tokenizers[source].made(chunk)
 
     def close(self) -> None:
         """See `Tokenizes`."""
@@ -150,11 +159,12 @@ class Beside:
     Args:
         job: how samples become token rows.
         processes: number of the processes.
+        more: the same of other sources; each process has every job.
     """
 
-    def __init__(self, job: Job, processes: int) -> None:
+    def __init__(self, job: Job, processes: int, more: Sequence[Job] = ()) -> None:
         self.processes = processes
-        told = pickle.dumps(job)
+        told = pickle.dumps((job, *more))
         self._all = [_Process(told) for _ in range(processes)]
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="data-worker")
@@ -166,9 +176,9 @@ class Beside:
         """The numbers of the processes."""
         return [process.pid for process in self._all]
 
-    def ask(self, chunk: Chunk) -> Callable[[], Made]:
+    def ask(self, chunk: Chunk, source: int = 0) -> Callable[[], Made]:
         """See `Tokenizes`."""
-        return self._threads.submit(self._made, chunk).result
+        return self._threads.submit(self._made, chunk, source).result
 
     def _introduce(self, process: _Process) -> None:
         try:
@@ -178,10 +188,10 @@ class Beside:
         finally:
             self._idle.put(process)
 
-    def _made(self, chunk: Chunk) -> Made:
+    def _made(self, chunk: Chunk, source: int) -> Made:
         process = self._idle.get()
         try:
-            return process.made(chunk)
+            return process.made(chunk, source)
         finally:
             self._idle.put(process)
 
@@ -192,6 +202,27 @@ class Beside:
         self._threads.shutdown(cancel_futures=True)
         for process in self._all:
             process.forget()
+
+
+class OfSource:
+    """One job of what has several, as if it were the only one, see `Tokenizes`.
+
+    Args:
+        tokenizes: what makes the token rows of several sources.
+        source: the number of the job.
+    """
+
+    def __init__(self, tokenizes: Tokenizes, source: int) -> None:
+        self.processes = tokenizes.processes
+        self._tokenizes, self._source = tokenizes, source
+
+    def ask(self, chunk: Chunk, source: int = 0) -> Callable[[], Made]:
+        """See `Tokenizes`."""
+        return self._tokenizes.ask(chunk, self._source)
+
+    def close(self) -> None:
+        """See `Tokenizes`; the others end with it."""
+        self._tokenizes.close()
 
 
 class _Process:
@@ -220,15 +251,15 @@ class _Process:
         _send(self._to, self._told)
         self._told = b""
 
-    def made(self, chunk: Chunk) -> Made:
-        """Return the rows of a chunk.
+    def made(self, chunk: Chunk, source: int) -> Made:
+        """Return the rows of a chunk, by the job of its source.
 
         Raises:
             QloraKitError: what the process found wrong.
             WorkerLost: the process is gone.
         """
         try:
-            _send(self._to, pickle.dumps(chunk))
+            _send(self._to, pickle.dumps((source, chunk)))
             reply = _receive(self._from)
         except OSError:
             reply = None
@@ -302,20 +333,20 @@ def main() -> None:
             return
         answer = _answering(told)
         with contextlib.suppress(BrokenPipeError):
-            while (chunk := _receive(asked)) is not None:
-                _send(answers, pickle.dumps(answer(pickle.loads(chunk))))
+            while (asked_for := _receive(asked)) is not None:
+                _send(answers, pickle.dumps(answer(*pickle.loads(asked_for))))
 
 
-def _answering(told: bytes) -> Callable[[Chunk], Made | _Wrong]:
+def _answering(told: bytes) -> Callable[[int, Chunk], Made | _Wrong]:
     try:
-        tokenizer = Tokenizer(pickle.loads(told))
+        tokenizers = [Tokenizer(job) for job in pickle.loads(told)]
     except Exception as error:
         wrong = _Wrong.of(error)
-        return lambda chunk: wrong
+        return lambda source, chunk: wrong
 
-    def answer(chunk: Chunk) -> Made | _Wrong:
+    def answer(source: int, chunk: Chunk) -> Made | _Wrong:
         try:
-            return tokenizer.made(chunk)
+            return tokenizers[source].made(chunk)
         except Exception as error:
             return _Wrong.of(error)
 

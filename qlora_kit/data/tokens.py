@@ -38,7 +38,7 @@ from qlora_kit.errors import DataError, StorageError
 # used.
 if TYPE_CHECKING:
     from qlora_kit.data.batch import TokenTable
-    from qlora_kit.data.stream_count import Pass
+    from qlora_kit.data.stream_count import Pass, PassOfSources
 
 MIN_ROWS_FOR_VALIDATION = 200
 MIN_ROWS_OF_A_SOURCE = 20
@@ -169,7 +169,7 @@ class Tokenized:
     """what a row's labels stand for, where rows are classified"""
     sources: tuple[SourceRows, ...] = ()
     """the rows of each source, where there are several"""
-    stream_pass: Pass | None = None
+    stream_pass: Pass | PassOfSources | None = None
     """of the first rows of a stream: what a pass of it has, where it was counted"""
 
     @property

@@ -34,6 +34,7 @@ def cross_entropy_sum(
     head: Head,
     chunk_tokens: int = CHUNK_TOKENS,
     weights: Tensor | None = None,
+    losses: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of −log p(target) over all tokens, each times its weight, a scalar in fp32.
 
@@ -43,11 +44,12 @@ def cross_entropy_sum(
         head: formula of the logits.
         chunk_tokens: tokens whose logits exist at one time.
         weights: (N,), fp32, factor of each token; None where all have 1.
+        losses: (N,), is filled with what each token adds to the sum; None where nobody asks.
 
     Source: the online form of Cut Your Losses (arXiv:2411.09009), section 4, by rows.
     """
     with purpose(LOSS_CHUNK):
-        total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens, weights)
+        total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens, weights, losses)
     return total
 
 
@@ -268,6 +270,7 @@ class _CrossEntropySum(torch.autograd.Function):
         head: Head,
         chunk_tokens: int,
         weights: Tensor | None,
+        losses: Tensor | None,
     ) -> Tensor:
         weight = head.weight(hidden.dtype)
         wanted = ctx.needs_input_grad[0]
@@ -283,6 +286,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 logprobs = logprobs.double() * weights[rows]
                 factors = (weights[rows] / ctx.largest).unsqueeze(1)
             total -= logprobs.sum(dtype=torch.float64)
+            if losses is not None:
+                losses[rows] = -logprobs
             if grad is not None:
                 chunk.hidden_grad(factors, out=grad[rows])
         ctx.save_for_backward(grad)
@@ -292,7 +297,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         factor = grads[0] if ctx.largest is None else grads[0] * ctx.largest
-        return _scaled(grad, factor), None, None, None, None
+        return _scaled(grad, factor), None, None, None, None, None
 
 
 class _CustomLossSum(torch.autograd.Function):

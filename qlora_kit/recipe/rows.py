@@ -20,7 +20,8 @@ from qlora_kit.events import (
 )
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import check_searchable, check_task, classifies
-from qlora_kit.recipe.counting import counted_pass, learnt_pass
+from qlora_kit.recipe.counting import HOLDS_OUT_ALL, counted_pass, learnt_pass
+from qlora_kit.recipe.mixed_streams import tokenized_streams
 from qlora_kit.recipe.streaming import check_longest, open_stream
 from qlora_kit.redact import redacted_values
 from qlora_kit.train.best import LOSS, check_measured, loss_of_source
@@ -153,17 +154,20 @@ def tokenize_data(
     from qlora_kit.data.joined_rows import mixed
     from qlora_kit.data.tokens import split_validation
 
-    rows = _tokenized("data", samples, opened, config, announce)
+    is_mixed_stream = samples.stream is not None and bool(samples.parts)
+    rows = None if is_mixed_stream else _tokenized("data", samples, opened, config, announce)
     held_out = None
     if validation is not None:
         held_out = _tokenized("validation", validation, opened, config, announce)
+    if rows is None:
+        return tokenized_streams(samples, held_out, opened, config, announce)
     if samples.stream is not None:
         return _of_pass(samples, rows, held_out, opened, config, announce)
     if held_out is not None:
         return mixed(rows, config.source_weights), held_out
     kept, split = split_validation(rows, config.validation_fraction, config.seed)
     if not all(len(part.rows) for part in (kept.sources or [kept])):
-        raise ConfigError("--validation-fraction: holds out every row; expected some to train on")
+        raise ConfigError(HOLDS_OUT_ALL)
     if split is not None:
         announce(Notice(f"validation: {len(split.rows)} rows held out of the data"))
         for text in _held_out_labels(rows, kept):
@@ -187,7 +191,7 @@ def _of_pass(
     if found is not None and found.held_out is not None:
         held_out = tokenize(found.held_out, opened.tokenizer, config, makes=opened.task.makes)
         opened.check_positions(config, held_out)
-        found, rows = learnt_pass(found, held_out), without_samples(rows, found.numbers)
+        found, rows = learnt_pass(found, len(held_out.rows)), without_samples(rows, found.numbers)
         announce(Notice(f"validation: {len(held_out.rows)} rows held out of the data"))
     return replace(rows, stream_pass=found), held_out
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from qlora_kit.config import TrainConfig, compared
+from qlora_kit.data.mixed_stream import MixedPlace
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.source_figures import source_figures
 from qlora_kit.data.tokens import Counts, Tokenized
@@ -432,6 +433,10 @@ class Run:
             return
         counts = Counts(self.samples.shape, self.rows.counts.weighs, **place.counts)
         yield "streamed", counts.describe()
+        if isinstance(place, MixedPlace):
+            for part, each in zip(self.rows.sources, place.sources, strict=True):
+                own = Counts(part.counts.shape, part.counts.weighs, **each.place.counts)
+                yield f"streamed {part.name}", own.describe()
         if stream.skipped:
             yield "skipped", f"{stream.skipped:,} for a fault; the first: {stream.first_skipped}"
 

@@ -7,6 +7,8 @@ stream cannot do.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,23 +19,30 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.data.samples import Samples, is_hub_id
 from qlora_kit.data.sources import check_weights, record_options
 from qlora_kit.data.streamed_samples import SampleStream
+from qlora_kit.data.streamed_sources import StreamedSources
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.events import Announce, Notice
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.tasks import asked_task, classifies
 from qlora_kit.recipe.counting import is_counted, job_of, tokenizes
+from qlora_kit.recipe.mixed_streams import mixed_rows
 
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Row, TokenRows
+    from qlora_kit.data.mixed_stream import MixedStream
     from qlora_kit.data.stream import StreamedRows
     from qlora_kit.data.tokens import Tokenized
     from qlora_kit.opening.model import Opened
 
 _Options = TypeVar("_Options", bound=TrainConfig)
+_Stream = SampleStream | StreamedSources
 
-LARGE_BYTES = 32_000_000
-"""text that is streamed by default: to tokenise it takes about a minute on two cores"""
-_ONLY_OF_STREAMS = ("shuffle_buffer", "data_workers")
+LARGE_BYTES = 4_000_000
+"""text that is streamed by default: to tokenise it takes five to six seconds of a core"""
+WHOLE_BYTES = 32_000_000
+"""text that is shuffled whole by default: its samples wait in memory, in at most 64 MiB"""
+_BUFFER = 10_000
+_ONLY_OF_STREAMS = {"shuffle_buffer": (None, _BUFFER), "data_workers": (1,)}
 _DEFAULT_FRACTION = TrainConfig.model_fields["validation_fraction"].default
 
 
@@ -72,7 +81,7 @@ class Learnt:
 
 def open_stream(
     config: TrainConfig, announce: Announce, *, chooses: bool = False
-) -> SampleStream | None:
+) -> _Stream | None:
     """Open the training data as a stream, if the user asks for one or it pays.
 
     Args:
@@ -90,30 +99,49 @@ def open_stream(
     stream = _by_default(config) if chooses and config.stream_data is None else None
     if stream is None:
         # A resumed run names all of its options, those at their default too.
-        for name in _ONLY_OF_STREAMS:
-            if getattr(config, name) != TrainConfig.model_fields[name].default:
+        for name, defaults in _ONLY_OF_STREAMS.items():
+            if getattr(config, name) not in defaults:
                 flag = name.replace("_", "-")
                 announce(Notice(f"--{flag} has no effect without --stream-data"))
     return stream
 
 
-def _asked_for(config: TrainConfig) -> SampleStream:
+def _opened(config: TrainConfig) -> _Stream:
+    if len(config.sources) > 1:
+        return StreamedSources.of(config)
+    return SampleStream(config.sources[0].path, record_options(config), config.task)
+
+
+def _asked_for(config: TrainConfig) -> _Stream:
     _check_options(config)
-    stream = SampleStream(config.sources[0].path, record_options(config), config.task)
+    stream = _opened(config)
     if not stream.is_of_hub:
         return stream
+    if len(config.sources) > 1 and not config.source_weights:
+        raise ConfigError(
+            f"--stream-data: {len(config.sources)} sources without weights, and one is a data set "
+            "of the hub, whose size is not known before all of it is fetched; expected the share "
+            "of each; pass --data-weights"
+        )
     if config.max_steps is None:
         raise ConfigError(
-            f"--stream-data: {stream.data} is a data set of the hub, and to count its rows would "
-            "be to fetch all of it; expected a number of steps; pass --max-steps"
+            f"--stream-data: {_of_hub(stream)} is a data set of the hub, and to count its rows "
+            "would be to fetch all of it; expected a number of steps; pass --max-steps"
         )
     if config.validation is None and config.validation_fraction not in (0, _DEFAULT_FRACTION):
         raise ConfigError(
-            f"--validation-fraction {config.validation_fraction:g}: {stream.data} is a data set of "
-            "the hub, and a share of a stream of it is not known before all of it is fetched; "
-            "expected --validation FILE with --stream-data; pass one, or --validation-fraction 0"
+            f"--validation-fraction {config.validation_fraction:g}: {_of_hub(stream)} is a data "
+            "set of the hub, and a share of a stream of it is not known before all of it is "
+            "fetched; expected --validation FILE with --stream-data; pass one, or "
+            "--validation-fraction 0"
         )
     return stream
+
+
+def _of_hub(stream: _Stream) -> str:
+    """Return the first data set of the hub among the sources of a stream."""
+    parts = stream.parts if isinstance(stream, StreamedSources) else (stream,)
+    return next(part.data for part in parts if part.is_of_hub)
 
 
 def _check_options(config: TrainConfig) -> None:
@@ -121,11 +149,6 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError(
             "--stream-data: no --data; expected data that is larger than the memory, and the "
             "built-in data is small; pass --data, or leave --stream-data out"
-        )
-    if len(config.sources) > 1:
-        raise ConfigError(
-            f"--stream-data: {len(config.sources)} sources; expected one, as "
-            "streams are not mixed; pass one --data, or leave --stream-data out"
         )
     check_weights(config)
     if classifies(config.task) and not config.labels and config.label_kind != "regression":
@@ -140,7 +163,7 @@ def _check_options(config: TrainConfig) -> None:
         )
 
 
-def _by_default(config: TrainConfig) -> SampleStream | None:
+def _by_default(config: TrainConfig) -> _Stream | None:
     """Return the data as a stream, if they are large and a stream of them does all they would do.
 
     Only sizes, options and the first records decide, so that a run is streamed or not wherever it
@@ -151,11 +174,11 @@ def _by_default(config: TrainConfig) -> SampleStream | None:
         HubError, ModelError: the model is not there.
     """
     names = [source.path for source in config.sources]
-    if len(names) != 1 or (is_hub_id(names[0]) and not os.path.exists(names[0])):
+    if not names or any(is_hub_id(name) and not os.path.exists(name) for name in names):
         return None
     try:
         _check_options(config)
-        stream = SampleStream(names[0], record_options(config), config.task)
+        stream = _opened(config)
     except ConfigError:
         return None
     if stream.text_bytes < LARGE_BYTES or not _starts_soon(config, stream):
@@ -169,15 +192,16 @@ def _by_default(config: TrainConfig) -> SampleStream | None:
     return stream
 
 
-def _starts_soon(config: TrainConfig, stream: SampleStream) -> bool:
+def _starts_soon(config: TrainConfig, stream: _Stream) -> bool:
     """Return whether training can begin without all data being tokenised."""
     from qlora_kit.data.stream_count import reading_counts
 
     try:
-        shape = stream.head().shape
+        head = stream.head()
     except DataError:
         return False  # All faults are told together where all of the data is read.
-    return reading_counts(config, shape) or not is_counted(
+    shapes = [part.shape for part in (head.parts or (head,))]
+    return all(reading_counts(config, shape) for shape in shapes) or not is_counted(
         config, holds_out=config.validation is None
     )
 
@@ -217,7 +241,7 @@ def settled(
     stream = samples.stream
     asks = "validation_fraction" in config.model_fields_set
     config = config.model_copy(update={"stream_data": stream is not None})
-    if not is_new or stream is None or stream.why or config.max_steps is None:
+    if not is_new or stream is None or stream.why or is_counted(config, holds_out=False):
         return config
     if validation is not None or not config.validation_fraction or (asks and not stream.is_of_hub):
         return config
@@ -260,21 +284,40 @@ def learning_from(
 
 
 def _of_stream(
-    rows: StreamedRows, stream: SampleStream, tokenized: Tokenized, config: TrainConfig
+    rows: StreamedRows | MixedStream, stream: _Stream, tokenized: Tokenized, config: TrainConfig
 ) -> Learnt:
     count = "rows not counted" if rows.in_pass is None else f"{rows.in_pass:,} rows"
+    content = stream.content_hash
+    if isinstance(stream, StreamedSources):
+        # The chat template of a source decides its rows as well.
+        both = [content, tokenized.origin["data"]]
+        content = hashlib.sha256(json.dumps(both).encode()).hexdigest()
+        count += "" if rows.in_pass is None else " an epoch"
     workers = f"{config.data_workers} process{'' if config.data_workers == 1 else 'es'}"
     how = f"by {workers} beside the training" if config.data_workers else "between the steps"
+    buffer = _buffer_of(config, stream)
     order = (
-        f"drawn from {config.shuffle_buffer:,} samples" if config.shuffle_buffer > 1 else "in order"
+        "in order" if buffer == 1 else f"drawn from {f'{buffer:,}' if buffer else 'all'} samples"
     )
+    if buffer and buffer > 1 and isinstance(stream, StreamedSources):
+        order += " of each source"
     return Learnt(
         rows,
         rows.in_pass,
-        {**tokenized.origin, "data": stream.content_hash, "rows": stream.content_hash},
+        {**tokenized.origin, "data": content, "rows": content},
         f"{stream.data}, streamed, {count}",
         f"{order}, tokenised {how}{f'; {stream.why}' if stream.why else ''}",
     )
+
+
+def _buffer_of(config: TrainConfig, stream: _Stream) -> int | None:
+    """Return the most samples that the next one is drawn from; None for all.
+
+    Sizes of files decide it, so a resumed run draws as it did.
+    """
+    if config.shuffle_buffer is not None:
+        return config.shuffle_buffer
+    return None if not stream.is_of_hub and stream.text_bytes <= WHOLE_BYTES else _BUFFER
 
 
 def check_longest(opened: Opened, config: TrainConfig) -> None:
@@ -293,21 +336,29 @@ def check_longest(opened: Opened, config: TrainConfig) -> None:
 
 def _streamed_rows(
     samples: Samples, opened: Opened, tokenized: Tokenized, config: TrainConfig
-) -> StreamedRows:
+) -> StreamedRows | MixedStream:
     from qlora_kit.data.stream import StreamedRows, longest_row
+    from qlora_kit.data.stream_count import PassOfSources
 
+    row = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
+    longest = [row] * (config.batch_size * config.gradient_accumulation_steps)
     assert samples.stream is not None
+    check, buffer = _token_check(opened, config), _buffer_of(config, samples.stream)
     counted = tokenized.stream_pass
-    longest = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
+    if isinstance(counted, PassOfSources):
+        return mixed_rows(
+            samples, opened, tokenized, config, buffer=buffer, longest=longest, check=check
+        )
+    assert isinstance(samples.stream, SampleStream)
     return StreamedRows(
         samples.stream,
-        tokenizes(job_of(samples, opened, config), config.data_workers),
+        tokenizes([job_of(samples, opened, config)], config.data_workers),
         seed=config.seed,
-        buffer=config.shuffle_buffer,
-        longest=[longest] * (config.batch_size * config.gradient_accumulation_steps),
+        buffer=buffer,
+        longest=longest,
         in_pass=counted.rows if counted else None,
         without=counted.numbers if counted else frozenset(),
-        check=_token_check(opened, config),
+        check=check,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from qlora_kit.events import (
     StepSkipped,
 )
 from qlora_kit.redact import redacted_values
+from qlora_kit.report.source_losses import KEY, SourceLosses
 from qlora_kit.storage import parse_json, read_lines, storage_errors, sync_file, write_text
 
 NAME = "trainer_log.jsonl"
@@ -41,6 +43,7 @@ class Log:
     def __init__(self, folder: Path, every: int = 1) -> None:
         self._path = folder / NAME
         self._every = every
+        self._sources = SourceLosses()
 
     def __call__(self, event: Event) -> None:
         """Hear an event."""
@@ -50,8 +53,10 @@ class Log:
             # The rows before a checkpoint must be on the disk if the checkpoint is.
             with storage_errors(self._path):
                 sync_file(self._path)
-        elif isinstance(event, StepFinished) and not is_logged(event.optimizer_step, self._every):
-            return
+        elif isinstance(event, StepFinished):
+            self._sources.add(event)
+            if is_logged(event.optimizer_step, self._every):
+                self._append(_step_row(event, self._sources.told()))
         elif (row := row_of(event)) is not None:
             self._append(row)
 
@@ -76,7 +81,7 @@ class Log:
 def row_of(event: Event) -> dict[str, Any] | None:
     """Return the row that the log has of an event; None for an event without a row."""
     if isinstance(event, StepFinished):
-        return _step_row(event)
+        return _step_row(event, {})
     if isinstance(event, Evaluated):
         return _evaluation_row(event)
     if isinstance(event, StepSkipped | MicroBatchHalved):
@@ -84,12 +89,19 @@ def row_of(event: Event) -> dict[str, Any] | None:
     return None
 
 
-def _step_row(event: StepFinished) -> dict[str, Any]:
-    """Return the row of a step; its weight is named after what is weighed."""
+def _step_row(event: StepFinished, sources: Mapping[str, float]) -> dict[str, Any]:
+    """Return the row of a step; its weight is named after what is weighed.
+
+    Args:
+        event: the step.
+        sources: the mean loss of each source since the row before, where there are several.
+    """
     row = asdict(event)
-    del row["weighs"]
+    del row["weighs"], row["sources"]
     if row["loss_weight"] is None:
         del row["loss_weight"]
+    if sources:
+        row[KEY] = dict(sources)
     return {event.weighs if name == "weight" else name: value for name, value in row.items()}
 
 

@@ -16,6 +16,7 @@ from qlora_kit.report.labels import confusion_picture, counted_of, label_rows
 from qlora_kit.report.page import RUN_PAGE, render
 from qlora_kit.report.plot import memory_curve
 from qlora_kit.report.profile import Summary, part_rows, title_of, top_rows
+from qlora_kit.report.source_losses import rows_of_sources
 from qlora_kit.report.tables import Rows
 from qlora_kit.storage import write_text
 
@@ -72,6 +73,7 @@ def write_run_page(
         evaluations=evaluation_rows(log_rows),
         incidents=incidents_of(log_rows),
         most_rows=_MOST_ROWS,
+        source_losses=rows_of_sources(log_rows),
         loss_picture=loss_picture.read_bytes(),
         memory_picture=memory_curve(log_rows, levels),
         memory_of=memory_of(on_gpu),

@@ -38,6 +38,7 @@ from qlora_kit.events import (
 )
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.mask import mask_text
+from qlora_kit.report.source_losses import SourceLosses, described
 from qlora_kit.report.tables import aligned, print_table
 
 _PLAIN_LINES = 20
@@ -54,6 +55,7 @@ class Terminal:
         self._total_steps = 0
         self._started = 0.0
         self._tokens = 0
+        self._sources = SourceLosses()
 
     def __enter__(self) -> Terminal:
         return self
@@ -187,14 +189,17 @@ class Terminal:
 
     def _show_step(self, event: StepFinished) -> None:
         self._tokens += event.tokens
+        self._sources.add(event)
         rate = self._tokens / max(1e-9, time.monotonic() - self._started)
         text = (
             f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {rate:,.0f} tokens/s  "
             f"{event.memory_bytes / 1e9:.2f} GB"
         )
         if self._bar is not None and self._task is not None:
+            text += described(self._sources.told())
             self._bar.update(self._task, advance=1, description=text)
         elif self._is_line_due(event.optimizer_step):
+            text += described(self._sources.told())
             self.console.print(f"step {event.optimizer_step}/{self._total_steps}  {text}")
 
     def _is_line_due(self, step: int) -> bool:

@@ -21,6 +21,7 @@ from qlora_kit.errors import DataError, EnvironmentFault, first_line, raised_as
 from qlora_kit.events import Announce, Evaluated, Event, Notice, StepFinished, StepSkipped
 from qlora_kit.redact import redacted_values
 from qlora_kit.report.log import is_logged
+from qlora_kit.report.source_losses import SourceLosses
 from qlora_kit.storage import read_json, write_json
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Tracking:
         self._first_step = first_step
         self._announce = announce
         self._tracker: GeneralTracker | None = None
+        self._sources = SourceLosses()
 
     def __enter__(self) -> Tracking:
         """Start the tracker.
@@ -124,7 +126,9 @@ class Tracking:
         """Hear an event."""
         if self._tracker is None:
             return
-        found = metrics_of(event, self._config)
+        if isinstance(event, StepFinished):
+            self._sources.add(event)
+        found = metrics_of(event, self._config, self._sources)
         if found is None:
             return
         step, metrics = found
@@ -185,14 +189,24 @@ class Tracking:
         )
 
 
-def metrics_of(event: Event, config: TrainConfig) -> tuple[int, Mapping[str, float]] | None:
-    """Return an event's step and metrics; None for an event without metrics."""
+def metrics_of(
+    event: Event, config: TrainConfig, sources: SourceLosses | None = None
+) -> tuple[int, Mapping[str, float]] | None:
+    """Return an event's step and metrics; None for an event without metrics.
+
+    Args:
+        event: of a run.
+        config: the options of the run.
+        sources: the losses of each of several sources since the last step with metrics.
+    """
     if isinstance(event, StepFinished):
         if not is_logged(event.optimizer_step, config.logging_steps):
             return None
+        means = sources.told() if sources else {}
         weighted = {} if event.loss_weight is None else {"train/loss_weight": event.loss_weight}
         return event.optimizer_step, {
             "train/loss": event.loss,
+            **{f"train/loss_{name}": mean for name, mean in means.items()},
             "train/learning_rate": event.learning_rate,
             "train/grad_norm": event.grad_norm,
             "train/epoch": event.epoch,

@@ -104,12 +104,9 @@ class CausalObjective(TokenObjective):
         ids = torch.zeros(rows, self.base.batch_width(tokens), dtype=torch.int64, device="cpu")
         return Batch(ids, ids, lengths, sources, positions, weights=weights)
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """See `Objective`."""
-        where = batch.to(self.base.hardware.device)
-        return loss_sum(
-            self.base.model, where, self.head, loss=self.loss, chunk_tokens=self.chunk_tokens
-        )
+    def states(self, batch: Batch) -> Supervised:
+        """See `TokenObjective`."""
+        return supervised_states(self.base.model, batch.to(self.base.hardware.device))
 
     def measured(self, batch: Batch) -> TokenScores:
         """See `Objective`."""
@@ -135,4 +132,5 @@ CAUSAL = Task(
     generates=True,
     objective=CausalObjective,
     packs=True,
+    tells_units=True,
 )

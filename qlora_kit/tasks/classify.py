@@ -162,6 +162,20 @@ class ClassifyObjective:
             return self.loss(logits, where.targets)
         return self._row_losses(logits, where.targets).sum()
 
+    def rows_of(self, batch: LabelledBatch) -> Tensor:
+        """See `TellsUnits`: a row, whatever its number of words, has one loss."""
+        return torch.arange(len(batch.rows), device="cpu")
+
+    def weights_of(self, batch: LabelledBatch) -> Tensor:
+        """See `TellsUnits`."""
+        return torch.tensor(batch.counts, dtype=torch.float64, device="cpu")
+
+    def loss_by_unit(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        """See `TellsUnits`."""
+        where = batch.to(self.base.hardware.device)
+        losses = self._row_losses(self._logits(where), where.targets)
+        return losses.sum(), losses.detach()
+
     def _row_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each row, (B,): cross-entropy, the labels' mean of it, or a square."""
         weights = torch.tensor(self.class_weights, device=logits.device)
@@ -271,6 +285,7 @@ def classify(classes: ClassHead, makes: MakesRows, class_weights: tuple[float, .
         generates=False,
         objective=partial(ClassifyObjective, class_weights=class_weights),
         classes=classes,
+        tells_units=True,
     )
 
 

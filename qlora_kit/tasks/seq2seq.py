@@ -21,7 +21,7 @@ from qlora_kit.data.text_rows import SUPERVISED_TOKENS
 from qlora_kit.layers.loss import TokenScores, score_tokens
 from qlora_kit.model.encoder_decoder import SEQ2SEQ_LM, target_states
 from qlora_kit.tasks.task import Task
-from qlora_kit.tasks.tokens import Supervised, TokenObjective, loss_of, perplexity
+from qlora_kit.tasks.tokens import Supervised, TokenObjective, perplexity
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,14 @@ class Seq2SeqObjective(TokenObjective):
         sources = tuple(range(rows))
         return SourceBatch(source, mask, written, chosen, chosen, lengths, sources, weights)
 
-    def loss_sum(self, batch: SourceBatch) -> Tensor:
-        """See `Objective`."""
-        tokens = supervised_states(self.base.model, batch.to(self.base.hardware.device))
-        return loss_of(tokens, self.head, self.loss, self.chunk_tokens)
+    def states(self, batch: SourceBatch) -> Supervised:
+        """See `TokenObjective`."""
+        return supervised_states(self.base.model, batch.to(self.base.hardware.device))
 
     @torch.no_grad()
     def measured(self, batch: SourceBatch) -> TokenScores:
         """See `Objective`."""
-        tokens = supervised_states(self.base.model, batch.to(self.base.hardware.device))
+        tokens = self.states(batch)
         return score_tokens(tokens.hidden, tokens.targets, self.head, self.chunk_tokens)
 
     def rows_of(self, batch: SourceBatch) -> Tensor:
@@ -198,4 +197,5 @@ SEQ2SEQ = Task(
     objective=Seq2SeqObjective,
     asks=SourceAsker,
     has_sources=True,
+    tells_units=True,
 )

@@ -99,4 +99,5 @@ def tag(classes: ClassHead, makes: MakesRows, class_weights: tuple[float, ...] =
         generates=False,
         objective=partial(TagObjective, class_weights=class_weights),
         classes=classes,
+        tells_units=True,
     )

@@ -126,6 +126,25 @@ class Objective(Protocol):
         ...
 
 
+class TellsUnits(Objective, Protocol):
+    """An objective that can tell the loss of each unit, at no more than the cost of their sum.
+
+    It cannot with a custom loss, which is a sum by itself.
+    """
+
+    def rows_of(self, batch: Any) -> Tensor:
+        """Return the number of the row, in its batch, of each unit, (N,) int64, in host memory."""
+        ...
+
+    def weights_of(self, batch: Any) -> Tensor:
+        """Return the weight of each unit, (N,) fp64, in host memory."""
+        ...
+
+    def loss_by_unit(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the very sum of `loss_sum`, and what each unit adds to it, (N,), detached."""
+        ...
+
+
 Figures = Mapping[str, Any]
 """Figures by name: numbers, and tables of them."""
 
@@ -151,6 +170,7 @@ class Task:
         asks: how a prompt becomes the ids that generation begins with. Takes the tokenizer, and the
             most tokens of a source or None.
         has_sources: whether a row is a source and a target, each with a width of its own.
+        tells_units: whether its objective is a `TellsUnits`.
         packs: whether its samples can lie end to end in one row, where the model allows it. Then
             its objective has a field `packs`.
     """
@@ -169,3 +189,4 @@ class Task:
     asks: Callable[[Any, int | None], Asks] = TextAsker
     has_sources: bool = False
     packs: bool = False
+    tells_units: bool = False

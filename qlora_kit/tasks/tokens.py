@@ -46,7 +46,11 @@ class Supervised(NamedTuple):
 
 
 def loss_of(
-    tokens: Supervised, head: Head, loss: ChunkLoss | None, chunk_tokens: int = CHUNK_TOKENS
+    tokens: Supervised,
+    head: Head,
+    loss: ChunkLoss | None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    losses: Tensor | None = None,
 ) -> Tensor:
     """Return the loss summed over tokens by their weights, a scalar.
 
@@ -56,10 +60,11 @@ def loss_of(
         loss: a custom loss of a chunk of logits and targets; cross-entropy if None. It sums over a
             chunk by itself, so it cannot be weighted.
         chunk_tokens: tokens whose logits exist at one time.
+        losses: (N,) fp64, is filled with what each token adds to the sum, without a custom loss.
     """
     hidden, targets, weights = tokens
     if loss is None:
-        return cross_entropy_sum(hidden, targets, head, chunk_tokens, weights)
+        return cross_entropy_sum(hidden, targets, head, chunk_tokens, weights, losses)
     assert weights is None, "refused before the first step"
     return chunked_loss_sum(hidden, targets, head, loss, chunk_tokens)
 
@@ -89,9 +94,30 @@ class TokenObjective:
         """The formula of the model's logits."""
         return head_of(self.base.model)
 
+    def states(self, batch: Any) -> Supervised:
+        """Run the model on a batch; return what predicts its supervised tokens, on its device."""
+        raise NotImplementedError
+
     def rows_of(self, batch: Any) -> Tensor:
         """Return the number of the row of each supervised token, (N,), in host memory."""
         raise NotImplementedError
+
+    def weights_of(self, batch: Any) -> Tensor:
+        """Return the weight of each supervised token, (N,), fp64, in host memory."""
+        if batch.weights is None:
+            return torch.ones(batch.units, dtype=torch.float64, device="cpu")
+        weights: Tensor = batch.weights.cpu().double()
+        return weights
+
+    def loss_sum(self, batch: Any) -> Tensor:
+        """See `Objective`."""
+        return loss_of(self.states(batch), self.head, self.loss, self.chunk_tokens)
+
+    def loss_by_unit(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """See `TellsUnits`; a unit is a supervised token."""
+        tokens = self.states(batch)
+        losses = torch.empty(len(tokens.targets), dtype=torch.float64, device=tokens.hidden.device)
+        return loss_of(tokens, self.head, None, self.chunk_tokens, losses), losses
 
     def stand_in_weights(self, tokens: int) -> Tensor | None:
         """Return weights of the tokens of a stand-in; None where they have none."""
@@ -99,9 +125,7 @@ class TokenObjective:
 
     def row_sums(self, batch: Any, measured: TokenScores) -> RowSums:
         """See `Objective`."""
-        row_of = self.rows_of(batch)
-        weights = torch.ones(len(row_of)) if batch.weights is None else batch.weights.cpu()
-        weights = weights.double()
+        row_of, weights = self.rows_of(batch), self.weights_of(batch)
 
         def summed(values: Tensor) -> Tensor:
             return torch.bincount(row_of, values.double().cpu(), minlength=len(batch.rows))

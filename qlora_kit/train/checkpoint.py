@@ -18,6 +18,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.data.mixed_stream import MixedPlace
 from qlora_kit.data.stream import StreamPlace
 from qlora_kit.errors import DataError, InputError, StorageError, raised_as
 from qlora_kit.lora.adapter import read_adapter, save_adapter
@@ -79,7 +80,7 @@ class Progress:
     overflows_in_a_row: int = 0
     learns: bool = False
     micro_batch_rows: int | None = None
-    place: StreamPlace | None = None
+    place: MixedPlace | StreamPlace | None = None
     finished: bool = False
 
 

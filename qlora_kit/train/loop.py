@@ -243,6 +243,7 @@ class _Training:
             seed=config.seed,
             packs=bool(config.packing),
             processes=self.processes,
+            tells_units=self.task.tells_units and self.loss is None,
             on_halved=self._record_halving,
         )
         self.windows = windows_of(self.rows, config)
@@ -403,6 +404,11 @@ class _Training:
                 tokens=taken.tokens,
                 step_seconds=seconds,
                 memory_bytes=memory_in_use_bytes(self.device),
+                sources={
+                    name: (each.loss, each.weight)
+                    for name, each in zip(self.rows.source_names, taken.by_source, strict=False)
+                    if each.weight
+                },
             )
         )
 

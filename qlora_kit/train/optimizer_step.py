@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeVar
+from itertools import starmap
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from qlora_kit.model.memory import is_out_of_memory
 from qlora_kit.parallel.division import divided
 from qlora_kit.parallel.one import OneProcess, Processes
 from qlora_kit.signals import Stopped, received
-from qlora_kit.tasks.task import Batch, Objective
+from qlora_kit.tasks.task import Batch, Objective, TellsUnits
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
 from qlora_kit.train.random_states import (
     random_states,
@@ -50,6 +51,13 @@ Window = Sequence[Indices]
 _TIMED_PASSES = 3
 
 
+class SourceLoss(NamedTuple):
+    """The summed loss of the units of a source in a step, and the sum of their weights."""
+
+    loss: float
+    weight: float
+
+
 @dataclass(frozen=True)
 class Taken:
     """The outcome of an optimiser step.
@@ -63,6 +71,7 @@ class Taken:
         suspect_rows: empty, unless the step was skipped. Then the rows of the micro-batches whose
             loss is not finite; or all rows, if only the gradient is not finite.
         overflowed: whether the loss scaler skipped the step to find its scale.
+        by_source: the loss of each source, summed, where there are several and it is known.
     """
 
     loss: float
@@ -72,6 +81,7 @@ class Taken:
     tokens: int
     suspect_rows: Indices = ()
     overflowed: bool = False
+    by_source: tuple[SourceLoss, ...] = ()
 
 
 class _Gradients(NamedTuple):
@@ -84,6 +94,7 @@ class _Gradients(NamedTuple):
         size: size of the step in all processes.
         norm: norm of the gradient before clipping.
         longest: tokens of the longest row.
+        by_source: see `Taken`.
     """
 
     losses: list[float]
@@ -92,6 +103,7 @@ class _Gradients(NamedTuple):
     size: _Size
     norm: float
     longest: int
+    by_source: tuple[SourceLoss, ...]
 
 
 class _Size(NamedTuple):
@@ -126,6 +138,8 @@ class OptimizerStep:
         packs: whether the samples of a step are laid end to end in few full micro-batches. Then
             `micro_batch_rows` rows of the longest sample are the most that one of them holds.
         processes: the processes that take the step together, each with rows of its own.
+        tells_units: whether the objective is a `TellsUnits`: then the losses of several sources are
+            told apart.
         on_halved: receives the new `micro_batch_rows` after memory ran out.
     """
 
@@ -139,6 +153,7 @@ class OptimizerStep:
     seed: int = 0
     packs: bool = False
     processes: Processes = field(default_factory=OneProcess)
+    tells_units: bool = False
     on_halved: Callable[[int], None] = lambda rows: None
 
     def __post_init__(self) -> None:
@@ -149,6 +164,7 @@ class OptimizerStep:
         self.longest = max(self.rows.lengths())
         self.most_tokens = self.adapter.base.batch_width(self.longest)
         self.tokens_computed = 0
+        self._sources = len(self.rows.source_names) if self.tells_units else 0
 
     def take(
         self,
@@ -197,6 +213,7 @@ class OptimizerStep:
             tokens=int(found.size.tokens),
             suspect_rows=suspect,
             overflowed=overflowed,
+            by_source=found.by_source,
         )
 
     def _gradients(self, window: Window, step: int, *, is_divided: bool) -> _Gradients:
@@ -249,15 +266,47 @@ class OptimizerStep:
             return None
         self.processes.sum_gradients(self.parameters)
         # One transfer from the device for all micro-batches.
-        losses = self._fitting(lambda: torch.stack(sums).tolist() if sums else [])
-        norm = None if losses is None else self._fitting(self._clip)
-        short, loss = self.processes.totals(norm is None, math.fsum(losses or ()))
-        if losses is None or norm is None:
+        told = self._fitting(lambda: torch.stack(sums).tolist() if sums else [])
+        losses = [loss for loss, *_ in told or ()]
+        norm = None if told is None else self._fitting(self._clip)
+        short, loss, *of_sources = self.processes.totals(
+            norm is None, math.fsum(losses), *self._sums_of_sources(told or (), own, batches)
+        )
+        if norm is None:
             return None
         if short:
             self._allow_to_unscale_again()
             return None
-        return _Gradients(losses, batches, loss, size, norm, int(most))
+        pairs = zip(of_sources[::2], of_sources[1::2], strict=True)
+        by_source = tuple(starmap(SourceLoss, pairs))
+        return _Gradients(losses, batches, loss, size, norm, int(most), by_source)
+
+    def _sums_of_sources(
+        self, told: Sequence[Sequence[float]], own: Window, batches: Sequence[Batch]
+    ) -> Iterator[float]:
+        """Yield loss and weight of each source in this process, one after the other.
+
+        Args:
+            told: of each micro-batch, its loss and that of each source; none if memory ran out.
+            own: the micro-batches.
+            batches: the same, collated.
+        """
+        weights = torch.zeros(self._sources, dtype=torch.float64, device="cpu")
+        for indices, batch in zip(own, batches, strict=True) if self._sources else ():
+            of = self._source_of_units(indices, batch)
+            weights += _summed(self._telling.weights_of(batch), of, self._sources)
+        for source in range(self._sources):
+            yield math.fsum(each[source + 1] for each in told)
+            yield float(weights[source])
+
+    @property
+    def _telling(self) -> TellsUnits:
+        return cast(TellsUnits, self.objective)
+
+    def _source_of_units(self, indices: Indices, batch: Batch) -> Tensor:
+        """Return the number of the source of each unit of a micro-batch, (N,), in host memory."""
+        of_rows = torch.tensor([self.rows.source_of(index) for index in indices], device="cpu")
+        return of_rows[self._telling.rows_of(batch)]
 
     def _begun(self, own: Window) -> list[Batch]:
         make_state(self.optimizer)
@@ -309,12 +358,12 @@ class OptimizerStep:
             step: number of the step.
 
         Returns:
-            The summed loss, fp64 on the device; nothing where this process has no micro-batch.
+            The summed loss, and that of each source where they are told apart: (1 + sources,), fp64
+            on the device; nothing where this process has no micro-batch.
         """
         own = shares[self.processes.rank]
         if number < len(own):
-            summed = self._differentiated(own[number], batches[number], weight, step)
-            return [summed.detach().double()]
+            return [self._differentiated(own[number], batches[number], weight, step)]
         if self.processes.computes_together:
             # The others need this process, so it computes a row of theirs, for nothing.
             other = next(each[number] for each in shares if number < len(each))
@@ -323,10 +372,18 @@ class OptimizerStep:
 
     def _differentiated(self, indices: Indices, batch: Batch, weight: float, step: int) -> Tensor:
         lengths = batch.lengths if self.packs else None
+        of_sources = None
         with drawn_from(Draws(self.seed, step, indices, self.most_tokens, lengths)):
-            summed = self.objective.loss_sum(batch)
+            if self._sources:
+                # Before the forward: behind it a copy to the device would wait for its end.
+                of = self._source_of_units(indices, batch).to(self.device, non_blocking=True)
+                summed, losses = self._telling.loss_by_unit(batch)
+                of_sources = _summed(losses.double(), of, self._sources)
+            else:
+                summed = self.objective.loss_sum(batch)
             differentiate(self.scaler.scale(summed / weight))
-        return summed
+        told = summed.detach().double().reshape(1)
+        return told if of_sources is None else torch.cat((told, of_sources))
 
     def _clip(self) -> float:
         """Divide the gradients by the loss scale and clip them; return their norm before that."""
@@ -471,6 +528,18 @@ def cut(window: Window, most_rows: int) -> Iterator[Indices]:
     for indices in window:
         for start in range(0, len(indices), most_rows):
             yield indices[start : start + most_rows]
+
+
+def _summed(values: Tensor, of: Tensor, sources: int) -> Tensor:
+    """Return the sum of the values of each source, (sources,), in the same order each time.
+
+    Args:
+        values: (N,).
+        of: (N,), the number of the source of each.
+        sources: number of the sources.
+    """
+    is_of = of == torch.arange(sources, device=of.device).unsqueeze(1)
+    return torch.where(is_of, values, 0.0).sum(1)
 
 
 def _not_finite(found: _Gradients) -> list[Batch]:

@@ -57,7 +57,7 @@ _REORDERING = ("data", "tokenizer", "batch", "seed")
 _BEFORE: Mapping[str, Any] = {
     "head_bits": 16, "chat_template": None, "task": "causal", "labels": [], "label_kind": "auto",
     "class_weights": {}, "kernels": "plain", "packing": False, "group_by_length": True,
-    "data_weights": [], "stream_data": False, "shuffle_buffer": 10_000, "processes": 1,
+    "data_weights": [], "stream_data": False, "shuffle_buffer": None, "processes": 1,
 }  # fmt: skip
 
 

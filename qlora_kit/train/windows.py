@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, TokenRows
+from qlora_kit.data.mixed_stream import MixedPlace, MixedStream
 from qlora_kit.data.mixing import epoch_windows
 from qlora_kit.data.stream import StreamedRows, StreamPlace
 from qlora_kit.train.checkpoint import Progress, StepPlan
@@ -28,7 +29,7 @@ class Windows(Protocol):
     """
 
     in_epoch: int | None
-    place: StreamPlace | None
+    place: StreamPlace | MixedPlace | None
 
     def of_epoch(self, progress: Progress) -> Iterator[Window]:
         """Yield the windows of the current epoch that are still to be done."""
@@ -45,7 +46,7 @@ class Windows(Protocol):
 
 def windows_of(rows: TokenRows, config: TrainConfig) -> Windows:
     """Return the windows of a run on these rows."""
-    if isinstance(rows, StreamedRows):
+    if isinstance(rows, StreamedRows | MixedStream):
         return _OfStream(rows, config)
     return _OfRows(rows, config)
 
@@ -78,7 +79,7 @@ def plan_steps(rows: int | None, config: TrainConfig) -> StepPlan:
 class _OfRows:
     """The windows of rows that are all at hand, see `Windows`."""
 
-    place: StreamPlace | None = None
+    place: StreamPlace | MixedPlace | None = None
 
     def __init__(self, rows: TokenRows, config: TrainConfig) -> None:
         self._rows, self._config = rows, config
@@ -106,14 +107,15 @@ class _OfStream:
     A pass may have fewer windows than were counted; the run then goes on into the next pass.
     """
 
-    def __init__(self, rows: StreamedRows, config: TrainConfig) -> None:
-        self._rows, self._config = rows, config
+    def __init__(self, rows: StreamedRows | MixedStream, config: TrainConfig) -> None:
+        self._rows: Any = rows  # each takes the places that it gives
+        self._config = config
         self.in_epoch: int | None = rows.in_pass
-        self.place: StreamPlace | None = None
+        self.place: StreamPlace | MixedPlace | None = None
 
     def of_epoch(self, progress: Progress) -> Iterator[Window]:
         """See `Windows`."""
-        start = progress.place or StreamPlace()
+        start = self._rows.start(progress.place)
         if start.is_last:
             return
         size = self._config.batch_size
@@ -128,7 +130,7 @@ class _OfStream:
     def begin_epoch(self, progress: Progress) -> None:
         """See `Windows`."""
         progress.epoch, progress.window = progress.epoch + 1, 0
-        progress.place = (progress.place or StreamPlace()).next_pass()
+        progress.place = self._rows.start(progress.place).next_pass()
 
     def ends_epoch(self, progress: Progress) -> bool:
         """See `Windows`."""

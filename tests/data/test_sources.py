@@ -203,7 +203,11 @@ def test_an_epoch_without_a_row_of_a_source_is_refused(tmp_path: Path) -> None:
     ):
         mixed(found, (100, 1))
     assert mixed(found, (1, 1)).rows.rows_an_epoch == 6
-    assert mixed(found, ()) is found
+    alike = mixed(found, ()).rows
+    assert (alike.mixture, alike.rows_an_epoch) == (None, len(found.rows))
+    ends = [each.rows.stop for each in found.sources]
+    assert [alike.source_of(end - 1) for end in ends] == [*range(len(ends))]
+    assert alike.source_names == tuple(each.name for each in found.sources)
 
 
 # ---------------------------------------------------------------- a template of its own

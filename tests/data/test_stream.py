@@ -251,7 +251,7 @@ def test_what_is_held_out_is_learnt_in_no_pass(tmp_path: Path) -> None:
 
 
 def test_long_samples_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_MOST_HELD_BYTES", 10_000)
+    monkeypatch.setattr(stream, "MOST_HELD_BYTES", 10_000)
     taken = 0
 
     def texts() -> Iterator[Any]:

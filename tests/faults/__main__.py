@@ -34,7 +34,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
     from .processes import processes
     from .resumes import resumes
     from .stops import stops
-    from .streaming import streaming
+    from .streaming import mixed_streaming, streaming
     from .sweeps import sweeps
 
     if size == "few":
@@ -66,6 +66,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
                 damages=6,
             ),
             "streaming": partial(streaming, killed=1, stopped=1, seed=_SEED),
+            "mixed-streaming": partial(mixed_streaming, killed=1, stopped=1, seed=_SEED),
             "processes": partial(processes, killed=1, hanging=0, disks=0, seed=_SEED),
             "sweeps": partial(sweeps, killed=2, stopped=1, seed=_SEED, alone=1),
         }
@@ -95,6 +96,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
                 seed=_SEED,
             ),
             "streaming": partial(streaming, killed=12, stopped=8, seed=_SEED),
+            "mixed-streaming": partial(mixed_streaming, killed=12, stopped=8, seed=_SEED),
             "processes": partial(processes, killed=6, hanging=1, disks=2, seed=_SEED),
             "sweeps": partial(sweeps, killed=8, stopped=4, seed=_SEED),
         }
@@ -111,6 +113,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
         "mutations": mutations,
         "classifier": partial(classifier, seed=_SEED),
         "streaming": partial(streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
+        "mixed-streaming": partial(mixed_streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
         "processes": partial(processes, killed=40, hanging=4, disks=10, seed=_SEED),
         "sweeps": partial(sweeps, killed=40, stopped=20, seed=_SEED),
     }

@@ -109,6 +109,17 @@ def test_rows_are_divided_by_tokens(two: Results) -> None:
     assert abs(ours - theirs) < 0.1 * (ours + theirs)
 
 
+def test_the_losses_of_sources_are_summed_over_the_processes(
+    two: Results, alone: Callable[[str], Found]
+) -> None:
+    told, expected = two[0]["sources"].others, alone("sources").others
+    assert [[*step] for step in told] == [[*step] for step in expected]
+    for step, own in zip(told, expected, strict=True):
+        for name, (loss, weight) in step.items():
+            assert loss == pytest.approx(own[name][0], rel=1e-5)
+            assert weight == own[name][1]
+
+
 def test_an_evaluation_is_divided_and_has_the_numbers_of_one_process(
     two: Results, alone: Callable[[str], Found]
 ) -> None:

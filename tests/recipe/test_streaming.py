@@ -337,10 +337,7 @@ def test_a_run_from_before_goes_on_without_a_stream(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, _, _ = by_default(
-        model, data, tmp_path / "run", "--max-steps", "1", "--shuffle-buffer", "10000",
-        capsys=capsys,
-    )  # fmt: skip
+    code, _, _ = started(model, data, tmp_path / "run", "--max-steps", "1", capsys=capsys)
     assert code == 0
     stored = tmp_path / "run" / "training_config.yaml"
     older = re.sub("(stream_data|shuffle_buffer): .*\n", "", stored.read_text())
@@ -404,7 +401,7 @@ _TEXTS = [{"text": f"the girl {n} " * (1 + n % 5)} for n in range(30)]
             (_TEXTS, ("--max-steps", "1", "--validation-fraction", "0"), True),
             (None, ("--long-samples", "drop"), False),
             (None, ("--long-samples", "error"), True),
-            (None, ("--data", str(BUILT_IN["test"])), False),
+            (None, ("--data", str(BUILT_IN["test"])), True),
         ),
     ],
 )
@@ -523,7 +520,7 @@ def test_what_cannot_go_with_a_stream_is_one_line(
         (data, ("--shuffle-buffer", "0"), "--shuffle-buffer: found 0; expected"),
         (data, ("--data-workers", "-1"), "--data-workers: found -1; expected"),
         (data, ("--data-weights", "1"), "--data-weights: found 1, and 1 source of data; expected"),
-        (data, ("--data", str(labelled)), "--stream-data: 2 sources; expected one, as streams"),
+        (data, ("--data", str(data)), f"--data: {data} stands twice; expected each source once"),
         (labelled, ("--task", "classify"), "--stream-data: --task classify without --labels;"),
         (labelled, ("--task", "tag"), "--stream-data: --task tag without --labels; expected the"),
         (
