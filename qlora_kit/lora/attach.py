@@ -26,6 +26,7 @@ from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.model.load import Base
 
 ALL_LINEAR = "all-linear"
+ALL_CONV = "all-conv"
 # PEFT's word for causal language modelling.
 TASK_TYPE = "CAUSAL_LM"
 # Of a fresh layer whose architecture does not say it.
@@ -173,8 +174,8 @@ def resolve_targets(
 
     Args:
         found: all projections of the model.
-        targets: each is "attention", "mlp", "all-linear", the last part of a path (`q_proj`), a
-            whole path, or a regular expression that matches whole paths.
+        targets: each is "attention", "mlp", "all-linear", "all-conv", the last part of a path
+            (`q_proj`), a whole path, or a regular expression that matches whole paths.
         vocabulary: the paths of the input embedding and the head, which carry no LoRA here.
 
     Raises:
@@ -183,20 +184,29 @@ def resolve_targets(
     chosen: set[str] = set()
     faults = []
     vocabulary = list(vocabulary)
-    open_to_lora = [path for path, each in found.items() if not each.is_expert]
+    open_to_lora = [path for path, each in found.items() if _carries_lora(each)]
+    has_windows = any(each.window for each in found.values())
+    kinds = f"attention, mlp, all-linear{', all-conv' if has_windows else ''}"
     for target in targets:
-        named = [path for path, each in found.items() if _matches(target, path, each.group)]
-        matched = [path for path in named if not found[path].is_expert]
+        named = [
+            path
+            for path, each in found.items()
+            if _matches(target, path, each.group) and _of_kind(target, each)
+        ]
+        matched = [path for path in named if _carries_lora(found[path])]
         if not matched:
             reason, remedy = "matches no linear layer", ""
             if named:
+                window = found[named[0]].window
                 reason = "names experts of a mixture, which carry no LoRA here yet"
+                if window is not None:
+                    reason = f"names {named[0]}, {window.why_no_lora}"
                 remedy = "; leave it out"
             if any(_matches(target, path) for path in vocabulary):
                 reason = "names an embedding or the output head, which carry no LoRA here yet"
                 remedy = "; leave it out"
             faults.append(
-                f"--targets: '{target}' {reason}; expected attention, mlp, all-linear, or one of "
+                f"--targets: '{target}' {reason}; expected {kinds}, or one of "
                 f"{', '.join(_endings(open_to_lora))}{remedy}"
             )
         chosen.update(matched)
@@ -207,8 +217,20 @@ def resolve_targets(
     return [path for path in found if path in chosen]
 
 
+def _carries_lora(projection: Projection) -> bool:
+    window = projection.window
+    return not projection.is_expert and (window is None or window.why_no_lora is None)
+
+
+def _of_kind(target: str, projection: Projection) -> bool:
+    """Whether a target that names a kind of layers means this kind."""
+    if target == ALL_CONV:
+        return projection.window is not None
+    return projection.window is None or target not in (ALL_LINEAR, *_GROUPS)
+
+
 def _matches(target: str, path: str, group: str | None = None) -> bool:
-    if target == ALL_LINEAR:
+    if target in (ALL_LINEAR, ALL_CONV):
         return True
     if target in _GROUPS:
         return group == target
@@ -361,7 +383,9 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
     model = adapter.base.model
     for path, layer in adapter.layers.items():
         merged = layer.frozen.weight.dequantize(torch.float32) + layer.delta()
-        model.set_submodule(path, FrozenLinear.holding(merged.to(dtype), layer.frozen.bias))
+        frozen = layer.frozen
+        held = FrozenLinear.holding(merged.to(dtype), frozen.bias, frozen.window)
+        model.set_submodule(path, held)
     for path, trained in adapter.whole.items():
         bias = None if trained.bias is None else trained.bias.detach().to(dtype)
         model.set_submodule(path, FrozenLinear.holding(trained.weight.detach().to(dtype), bias))

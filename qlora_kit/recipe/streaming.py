@@ -11,10 +11,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.data.images import is_image_folder
 from qlora_kit.data.samples import Samples, is_hub_id
+from qlora_kit.data.shapes import Shape
 from qlora_kit.data.sources import check_weights, record_options
 from qlora_kit.data.streamed_samples import SampleStream
 from qlora_kit.errors import ConfigError, DataError
@@ -85,6 +88,13 @@ def open_stream(
         DataError: there is nothing of that name.
         HubError: the hub is out of reach.
     """
+    if any(is_image_folder(Path(source.path)) for source in config.sources):
+        if config.stream_data:
+            raise ConfigError(
+                "--stream-data: images are read from their files as they are needed anyway; "
+                "expected text with it; leave it out"
+            )
+        return None
     if config.stream_data:
         return _asked_for(config)
     stream = _by_default(config) if chooses and config.stream_data is None else None
@@ -101,6 +111,11 @@ def _asked_for(config: TrainConfig) -> SampleStream:
     _check_options(config)
     stream = SampleStream(config.sources[0].path, record_options(config), config.task)
     if not stream.is_of_hub:
+        if stream.head().shape is Shape.IMAGE:
+            raise ConfigError(
+                f"--stream-data: {stream.data} names images, which are read from their files as "
+                "they are needed anyway; expected text with it; leave it out"
+            )
         return stream
     if config.max_steps is None:
         raise ConfigError(
@@ -175,6 +190,8 @@ def _starts_soon(config: TrainConfig, stream: SampleStream) -> bool:
 
     try:
         shape = stream.head().shape
+        if shape is Shape.IMAGE:
+            return False
     except DataError:
         return False  # All faults are told together where all of the data is read.
     return reading_counts(config, shape) or not is_counted(

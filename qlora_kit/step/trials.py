@@ -99,7 +99,8 @@ def _products(weight: FourBitWeight, numbers: Numbers) -> list[Tensor]:
 
 
 def _lora(tried: Tried) -> Iterator[Trial]:
-    layers = (each for each in tried.model.modules() if isinstance(each, LoRALinear))
+    every = (each for each in tried.model.modules() if isinstance(each, LoRALinear))
+    layers = (each for each in every if each.frozen.window is None)
     if tried.hardware.dtype.itemsize == 2 and (layer := next(layers, None)) is not None:
         yield partial(_low_rank, layer)
 
