@@ -31,7 +31,6 @@ _CONVNEXT = {
 }  # fmt: skip
 NUMBERS: dict[str, dict[str, Any]] = {
     "vit": _VIT,
-    "deit": _VIT,
     "convnext": _CONVNEXT,
     "convnextv2": {key: value for key, value in _CONVNEXT.items() if "layer_scale" not in key},
     "resnet": {
@@ -52,7 +51,9 @@ def save_model(folder: Path, kind: str, *, classes: int | None = None, **numbers
         model = AutoModelForImageClassification.from_config(config)
     for name, buffer in model.named_buffers():
         # Statistics that differ from those that a norm begins with.
-        if name.endswith(("running_mean", "running_var")):
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.rand_like(buffer) * 0.2 - 0.1)
+        if name.endswith("running_var"):
             buffer.copy_(torch.rand_like(buffer) + 0.5)
     model.save_pretrained(folder)
     save_processor(folder, kind, grey=numbers.get("num_channels") == 1)
@@ -64,7 +65,7 @@ def save_processor(
 ) -> None:
     """Save the image processor of a kind of model."""
     numbers = {"image_mean": [0.5], "image_std": [0.5]} if grey else {}
-    if kind in ("vit", "deit"):
+    if kind == "vit":
         ViTImageProcessorPil(size={"height": side, "width": side}, **numbers).save_pretrained(
             folder
         )
@@ -113,7 +114,7 @@ def twin_of(folder: Path, base: qk.Base) -> Any:
     )
     for path, layer in base.model.named_modules():
         if isinstance(layer, FrozenLinear):
-            theirs = twin.get_submodule(path)
+            theirs = twin.get_submodule(path.removesuffix(".frozen"))
             weight = layer.weight.dequantize(torch.float32)
             theirs.weight.data.copy_(weight.view(theirs.weight.shape))
             if layer.bias is not None:

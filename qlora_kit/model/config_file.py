@@ -187,7 +187,7 @@ def names_encoder_decoder(content: Mapping[str, Any]) -> bool:
 
 
 IMAGE_CLASSIFICATION = "AutoModelForImageClassification"
-IMAGE_KINDS = ("vit", "deit", "convnext", "convnextv2", "resnet")
+IMAGE_KINDS = ("vit", "convnext", "convnextv2", "resnet")
 """the kinds of models of images that are trained here, by transformers' `model_type`"""
 
 
@@ -200,7 +200,6 @@ _CLASSIFIERS = {
     "ForSequenceClassification": "classify",
     "ForTokenClassification": "tag",
     "ForImageClassification": "classify",
-    "ForImageClassificationWithTeacher": "classify",
 }
 
 

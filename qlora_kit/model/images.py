@@ -93,8 +93,7 @@ def positions_of_image(architecture: PreTrainedConfig, height: int, width: int) 
         step = _STEM * 2 ** (len(architecture.depths) - 1)
         return max(_LEAST, -(-height // step) * -(-width // step))
     rows, columns = _pair(architecture.patch_size)
-    extra = 2 if architecture.model_type == "deit" else 1
-    return max(_LEAST, (height // rows) * (width // columns) + extra)
+    return max(_LEAST, (height // rows) * (width // columns) + 1)
 
 
 def _sides(architecture: PreTrainedConfig, name: str) -> Sequence[Any]:

@@ -153,6 +153,7 @@ def test_an_adapter_is_that_of_peft(
         module = twin.get_submodule(f"base_model.model.{path}")
         for side in ("A", "B"):
             grad = getattr(module, f"lora_{side}")["default"].weight.grad.flatten(1)
+            assert grad.norm() > 0, path
             assert relative_error(getattr(layer, f"lora_{side}").grad, grad) < 1e-5, path
 
     qk.merge(adapter)
