@@ -132,8 +132,9 @@ def _normed(norm: FusedNorm, numbers: Numbers) -> list[Tensor]:
 
 def _rotary(tried: Tried) -> Iterator[Trial]:
     config = tried.model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for rotation in tried.rotations if has_kernel() else ():
+        own = getattr(config, "head_dim", None)
+        width = own or config.hidden_size // config.num_attention_heads
         yield partial(_turned, rotation, width)
 
 
