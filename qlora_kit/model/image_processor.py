@@ -75,7 +75,7 @@ class ImageProcessor:
         Returns:
             (C, H, W) fp32.
         """
-        made = self._processor(images=image, return_tensors="pt")["pixel_values"]
+        made: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"]
         return made[0].to(torch.float32)
 
     def content_hash(self) -> str:

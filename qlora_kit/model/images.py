@@ -90,7 +90,7 @@ def positions_of_image(architecture: PreTrainedConfig, height: int, width: int) 
     class token; of a convolutional network the cells of its last map.
     """
     if has_stages(architecture):
-        step = _STEM * 2 ** (len(architecture.depths) - 1)
+        step = _STEM << (len(architecture.depths) - 1)
         return max(_LEAST, -(-height // step) * -(-width // step))
     rows, columns = _pair(architecture.patch_size)
     return max(_LEAST, (height // rows) * (width // columns) + 1)

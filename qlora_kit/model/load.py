@@ -647,7 +647,7 @@ def _share_tied(model: PreTrainedModel, head_path: str) -> None:
 
 def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Move the buffers to their devices; parameters and parts are in their places already."""
-    embedding = input_embedding(model)
+    embedding: Any = input_embedding(model)
     for module in model.modules():
         if isinstance(module, GatheredWeight):
             continue
