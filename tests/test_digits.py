@@ -63,7 +63,7 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = (stacked.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for _ in range(12):
         for rows in torch.randperm(len(labels), generator=generator).split(32):
             loss = functional.cross_entropy(model(pixels[rows]).logits, labels[rows])
             loss.backward()
@@ -82,7 +82,7 @@ def test_adapters_learn_the_other_half_of_the_digits(
     code, _, err = run(
         "train", "--task", "classify", "--model", str(model), "--data", str(data), "--bits", bits,
         "--targets", "all-linear,all-conv", "--rank", "8", "--batch-size", "32",
-        "--gradient-accumulation-steps", "1", "--learning-rate", "5e-3", "--num-epochs", "16",
+        "--gradient-accumulation-steps", "1", "--learning-rate", "5e-3", "--num-epochs", "10",
         "--no-rehearse", "--output", str(own), capsys=capsys,
     )  # fmt: skip
     assert code == 0, err
