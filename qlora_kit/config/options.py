@@ -264,8 +264,8 @@ class LoraOptions(Options):
     )
     targets: TargetNames = option(
         ("attention",),
-        "comma-separated: attention, mlp, experts, all-linear (all but experts), names, or regular "
-        "expressions of paths",
+        "comma-separated: attention, mlp, experts, all-linear (all but experts), all-conv, names, "
+        "or regular expressions of paths",
         also=["lora_target_modules", "target_modules", "lora_target"],
         decides=["shape", "memory"],
         leads=True,
@@ -285,8 +285,8 @@ class TaskOptions(Options):
     """What a sample means."""
 
     task: TaskName = option(
-        "causal", "causal: text to be learnt; classify: texts and their labels; tag: words and "
-        "their tags; seq2seq: sources and targets, by an encoder-decoder",
+        "causal", "causal: text to be learnt; classify: texts or images and their labels; tag: "
+        "words and their tags; seq2seq: sources and targets, by an encoder-decoder",
         decides="task", leads=True,
     )  # fmt: skip
     labels: LabelNames = option(

@@ -29,6 +29,7 @@ from qlora_kit.data.shapes import (
     ROLES,
     WEIGHT,
     Conversation,
+    LabelledImage,
     LabelledText,
     Message,
     Pair,
@@ -90,7 +91,7 @@ def to_sample(shape: Shape, record: RecordFields, where: str) -> Sample:
     sample = _CONVERT[shape](record, where)
     if weight == 1:
         return sample
-    if isinstance(sample, LabelledText | TaggedWords):
+    if isinstance(sample, LabelledText | TaggedWords | LabelledImage):
         raise DataError(
             f'{where}: a "{WEIGHT}"; expected none beside a label: a row of --task classify or tag '
             "counts once; weigh the labels with --class-weights, or remove the field"
@@ -207,6 +208,10 @@ def _from_tagged(record: RecordFields, where: str) -> Sample:
     return TaggedWords(tuple(words), tuple(named), where)
 
 
+def _from_image(record: RecordFields, where: str) -> Sample:
+    return LabelledImage(filled(record, "image", where), where, _label(record, where))
+
+
 def _listed(record: RecordFields, key: str, where: str) -> list[Any]:
     """Return the words or tags of a record: a list, or a text with spaces between them."""
     value = record[key]
@@ -248,6 +253,7 @@ _CONVERT: dict[Shape, Callable[[RecordFields, str], Sample]] = {
     Shape.CLASSIFY_PAIR: _from_labelled_pair,
     Shape.CLASSIFY: _from_labelled,
     Shape.TAG: _from_tagged,
+    Shape.IMAGE: _from_image,
 }
 
 

@@ -50,6 +50,8 @@ class Labelled(NamedTuple):
     """tokens at the start that an encoder reads, where the rest is written apart"""
     weights: list[float] | None = None
     """factor of the loss of each token; None where all that are supervised have 1"""
+    image: str | None = None
+    """the file of an image, where the row is one"""
 
     @property
     def length(self) -> int:

@@ -22,6 +22,7 @@ _PAIRS = (
     ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
     ("question", "passage"), ("question", "context"), ("query", "passage"), ("query", "document"),
 )  # fmt: skip
+_IMAGES = ("image", "image_path", "img", "img_path", "file_name")
 _LABELS = (
     "label", "labels", "class", "category", "target", "score", "sentiment", "rating", "stars",
     "intent", "emotion", "topic", "gold_label", "similarity_score", "is_duplicate", "label_text",
@@ -42,6 +43,7 @@ _TEXT_WAYS: Sequence[Columns] = (
     {"text": "text"},
     *(dict(zip(_PAIR_FIELDS, pair, strict=True)) for pair in _PAIRS),
     *({"text": name} for name in _TEXTS),
+    *({"image": name} for name in _IMAGES),
 )
 _LABEL_WAYS: Sequence[Columns] = tuple({"label": name} for name in _LABELS)
 _KNOWN = frozenset(name for way in (*_TEXT_WAYS, *_LABEL_WAYS) for name in way.values())

@@ -20,7 +20,7 @@ from qlora_kit.data.encode import Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import LabelledText
+from qlora_kit.data.shapes import LabelledText, Shape
 from qlora_kit.errors import ConfigError
 
 LABELS = "labels"
@@ -127,6 +127,11 @@ class LabelledRows:
             ConfigError: the options are not for labelled texts.
             DataError: the label of a sample is not known.
         """
+        if samples.shape is Shape.IMAGE:
+            raise ConfigError(
+                f"--data: {samples.source} has images, and the model reads text; expected labelled "
+                "texts; name them, or a model of images such as a ViT"
+            )
         if options.long_samples == "split":
             raise ConfigError(
                 "--long-samples split: a label is of a whole text; expected truncate, drop or "

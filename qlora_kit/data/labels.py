@@ -18,11 +18,12 @@ from functools import cached_property
 from qlora_kit.config import LabelKind, TaskOptions
 from qlora_kit.data.fields import is_plain
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import LabelledText, Shape, TaggedWords
+from qlora_kit.data.shapes import LabelledImage, LabelledText, Shape, TaggedWords
 from qlora_kit.data.tag_schemes import has_scheme, scheme_of, without_prefix
 from qlora_kit.errors import ConfigError, DataError
 
 Label = str | float | tuple[str, ...]
+LabelledSample = LabelledText | TaggedWords | LabelledImage
 
 MOST_LABELS = 10_000
 _MOST_NAMED = 6
@@ -66,7 +67,7 @@ class Labels:
             return by_name
         return {**{str(place): place for place in by_name.values()}, **by_name}
 
-    def target(self, sample: LabelledText | TaggedWords) -> list[float]:
+    def target(self, sample: LabelledSample) -> list[float]:
         """Return what a head shall say of a sample: the index of its class, of each, or a value.
 
         Of tagged words it is the index of each tag, in the order of the words.
@@ -144,10 +145,10 @@ class Labels:
         )
 
 
-def labelled(samples: Samples) -> Iterator[LabelledText | TaggedWords]:
-    """Yield the samples, which are labelled texts or tagged words all."""
+def labelled(samples: Samples) -> Iterator[LabelledSample]:
+    """Yield the samples, which are labelled texts, tagged words or labelled images all."""
     for sample in samples.items:
-        assert isinstance(sample, LabelledText | TaggedWords)
+        assert isinstance(sample, LabelledSample)
         yield sample
 
 
@@ -291,6 +292,10 @@ class _Search:
         return self.samples.shape is Shape.TAG
 
     @property
+    def _has_folders(self) -> bool:
+        return self.samples.shape is Shape.IMAGE and bool(self.samples.class_names)
+
+    @property
     def _column(self) -> str:
         """The option that names the right column."""
         return f"--columns {'tags' if self._tags_words else 'label'}=COLUMN"
@@ -306,6 +311,13 @@ class _Search:
                     "--task tag; leave it out"
                 )
             return "tags"
+        if self._has_folders:
+            if asked not in ("auto", "single"):
+                raise ConfigError(
+                    f"--label-kind {asked}: each image lies in the folder of its class; expected "
+                    "no other kind of folders; leave it out, or name images and labels in a JSONL"
+                )
+            return "single"  # a folder may be named 1.5, and it is a name all the same
         if asked == "single":
             self._check_no_fractions()
         if asked != "auto":
@@ -428,7 +440,7 @@ class _Search:
             yield sum(counts) / (occurring * count) if count else 1.0
 
 
-def _labels_in(sample: LabelledText | TaggedWords) -> Iterator[Label]:
+def _labels_in(sample: LabelledSample) -> Iterator[Label]:
     """Yield the label of a text, where it has one, or those of each of its words."""
     if isinstance(sample, TaggedWords):
         yield from sample.tags

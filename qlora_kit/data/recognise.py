@@ -21,6 +21,7 @@ from qlora_kit.data.shapes import (
     FIELDS,
     SHAPES,
     Conversation,
+    LabelledImage,
     LabelledText,
     Pair,
     Sample,
@@ -385,6 +386,8 @@ def _texts(sample: Sample) -> Iterator[str]:
         return iter((sample.text, sample.second or ""))
     if isinstance(sample, TaggedWords):
         return iter(sample.words)
+    if isinstance(sample, LabelledImage):
+        return iter(())
     return iter((sample.text,))
 
 

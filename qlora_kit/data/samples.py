@@ -29,6 +29,7 @@ from qlora_kit.data.class_names import (
 )
 from qlora_kit.data.convert import read_turns
 from qlora_kit.data.fields import Faults, RowAdapters, filled, kind_of, list_names
+from qlora_kit.data.images import folder_of_part, images_in, is_image_folder, with_files
 from qlora_kit.data.labelled_fields import TablesWithoutHeader, find_columns, knows_columns
 from qlora_kit.data.read import (
     ALIGNED_FIELDS,
@@ -43,7 +44,7 @@ from qlora_kit.data.read import (
     without_nulls,
 )
 from qlora_kit.data.recognise import check_columns, check_format, to_samples
-from qlora_kit.data.shapes import WEIGHT, Message, Sample, ShapeOfAll, loss_weights
+from qlora_kit.data.shapes import WEIGHT, Message, Sample, Shape, ShapeOfAll, loss_weights
 from qlora_kit.errors import ConfigError, DataError, HubError
 from qlora_kit.storage.faults import reason
 
@@ -69,9 +70,10 @@ _INSTEAD: dict[Split, tuple[Split, ...]] = {
     "validation": ("validation",),
     "test": ("test", "validation"),
 }
-# Of a sample: neither its place nor the adapter it names, nor answers that are only accepted.
+# Of a sample: neither its place nor the adapter it names, nor answers that are only accepted. An
+# image is known by the hash of its file.
 # Weights are hashed apart, and only where there are some.
-_NOT_LEARNT = ("place", "adapter", "also_right", WEIGHT)
+_NOT_LEARNT = ("place", "file", "adapter", "also_right", WEIGHT)
 _FIELDS_OF_ALIGNED = {"classify": ("text", "label"), "tag": ("tokens", "tags")}
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
@@ -163,12 +165,16 @@ def load_samples(
         return _built_in(split, adapters, task)
     check_format(options, task)
     check_columns(options.columns, task)
+    if task == "classify" and is_image_folder(Path(data)):
+        return _images(Path(data), split)
     tables = TablesWithoutHeader(options.columns)
     names_of = tables.columns if task == "classify" else None
     source = open_source(str(data), split, names_of, task, streams=streams)
     found = to_samples(source.records, options, adapters, task)
     notices = (*tables.notices(), *found.notices(source.name))
     names = source.names_of_classes(found.columns, task)
+    if found.shape is Shape.IMAGE:
+        found = replace(found, samples=_with_files(found.samples, source))
     return Samples(found.samples, found.shape, str(data), notices, found.skipped, names)
 
 
@@ -245,7 +251,9 @@ def load_held_out(
     if data is None:
         return None
     path = Path(data)
-    if os.path.isdir(path):
+    if task == "classify" and is_image_folder(path):
+        has_some = folder_of_part(path, _SPLIT_NAMES["validation"]) is not None
+    elif os.path.isdir(path):
         has_some = bool(_split_files(path, "validation"))
     elif os.path.exists(path) or not is_hub_id(str(data)):
         has_some = False
@@ -318,6 +326,29 @@ def _files_of(folder: Path) -> list[Path]:
         raise DataError(
             f"{folder}: {reason(error)}; expected a readable folder; check its rights"
         ) from error
+
+
+def _images(folder: Path, split: Split) -> Samples:
+    """Return the images of a part of a folder; all of them, if it has no parts."""
+    parts = {part: folder_of_part(folder, names) for part, names in _SPLIT_NAMES.items()}
+    found = next((parts[part] for part in _INSTEAD[split] if parts[part]), None)
+    if found is None and any(parts.values()):
+        has = " and ".join(part for part, each in parts.items() if each)
+        raise DataError(
+            f"{folder}: images for {has}, and none for {split}; expected a folder {split}/ with "
+            "folders of classes in it; name another, or make it"
+        )
+    images, names, notices = images_in(found or folder)
+    return Samples(images, Shape.IMAGE, str(found or folder), notices, class_names=names)
+
+
+def _with_files(samples: Sequence[Sample], source: Source) -> Sequence[Sample]:
+    if len(source.files) != 1:
+        raise DataError(
+            f"{source.name}: images named in {len(source.files)} files; expected one file, beside "
+            "its images; name it"
+        )
+    return with_files(samples, source.files[0])
 
 
 def _shard_of(path: Path) -> tuple[str, int | None]:

@@ -1,8 +1,8 @@
 """The shapes of records, and the samples that records become.
 
-`Conversation`, `Pair`, `Text`, `LabelledText` and `TaggedWords` are frozen, know their place in the
-data, and can be sent to another process. Never reads or converts anything, and imports neither
-torch nor transformers.
+`Conversation`, `Pair`, `Text`, `LabelledText`, `TaggedWords` and `LabelledImage` are frozen, know
+their place in the data, and can be sent to another process. Never reads or converts anything, and
+imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -110,7 +110,22 @@ class TaggedWords:
         return self.tags
 
 
-Sample = Conversation | Pair | Text | LabelledText | TaggedWords
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """An image, and what is to be said of it.
+
+    `label` is as in `LabelledText`. `digest` is the hash of the bytes of the file, by which the
+    image is known wherever the file lies; "" before the file is read.
+    """
+
+    file: str
+    place: str
+    label: str | float | tuple[str, ...] | None = None
+    digest: str = ""
+    adapter: str | None = None
+
+
+Sample = Conversation | Pair | Text | LabelledText | TaggedWords | LabelledImage
 
 
 def loss_weights(sample: Sample) -> tuple[float, ...]:
@@ -137,6 +152,7 @@ class Shape(StrEnum):
     CLASSIFY_PAIR = "classify-pair"
     CLASSIFY = "classify"
     TAG = "tag"
+    IMAGE = "image"
 
 
 ShapeOfAll = Shape | Literal["mixed"]
@@ -174,13 +190,14 @@ FIELDS: Mapping[Shape, Fields] = {
     Shape.CLASSIFY_PAIR: Fields(("text_a", "text_b", "label")),
     Shape.CLASSIFY: Fields(("text", "label")),
     Shape.TAG: Fields(("tokens", "tags")),
+    Shape.IMAGE: Fields(("image", "label")),
 }
 """`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is read as a turn."""
 
-LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.TAG)
+LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.TAG, Shape.IMAGE)
 SHAPES: Mapping[str, tuple[Shape, ...]] = {
     "causal": tuple(shape for shape in Shape if shape not in LABELLED),
-    "classify": (Shape.CLASSIFY_PAIR, Shape.CLASSIFY),
+    "classify": (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.IMAGE),
     "tag": (Shape.TAG,),
     "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *LABELLED)),
 }

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,12 +19,13 @@ import numpy
 from qlora_kit.config import TokenOptions
 from qlora_kit.data.divide import Divider
 from qlora_kit.data.encode import IGNORED, Encoder, Piece, pieces_of, prompt_ids
+from qlora_kit.data.image_files import facts_of, read_bytes, thumbnail
 from qlora_kit.data.joined_rows import renderer_of
 from qlora_kit.data.label_survey import LabelFigures, RepeatedTexts, label_figures, repeated_texts
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.packing import PackedStep
 from qlora_kit.data.row_arrays import Part, RowArrays, hash_of_ids
-from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
+from qlora_kit.data.shapes import Conversation, LabelledImage, Pair, Sample, Shape
 from qlora_kit.data.source_figures import SourceFigures, source_figures
 from qlora_kit.data.template import Renderer, end_tokens
 from qlora_kit.data.tokens import Counts
@@ -32,6 +34,7 @@ from qlora_kit.time_limit import many_limits
 
 _MOST_LISTED = 5
 _SAMPLES_TRIED = 100
+_THUMBNAIL_SIDE = 96
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class ShownRow:
     pieces: tuple[Piece, ...]
     label: str | None = None
     """the label in words, where rows are classified"""
+    thumbnail: bytes | None = None
+    """a small PNG of the row, where it is an image"""
 
 
 @dataclass(frozen=True)
@@ -409,6 +414,10 @@ def _rows_to_show(
         span = rows.span(row)
         ids = rows.ids[span].tolist()
         learnt = [IGNORED] * len(ids) if labels else rows.labels[span].tolist()
+        sample = rows.samples[int(rows.sample_of_row[row])]
+        if isinstance(sample, LabelledImage):
+            yield _shown_image(rows, row, sample, labels)
+            continue
         yield ShownRow(
             rows.place(row),
             tokens=len(ids),
@@ -417,3 +426,23 @@ def _rows_to_show(
             pieces=pieces_of(tokenizer, ids, learnt, rows.weights_of(row)),
             label=labels.name_of(rows.labels_of(row)) if labels else None,
         )
+
+
+def _shown_image(
+    rows: RowArrays, row: int, image: LabelledImage, labels: Labels | None
+) -> ShownRow:
+    """Return what the file of an image says of it, and the image as a thumbnail."""
+    path = Path(image.file)
+    content = read_bytes(path)
+    facts = Piece(facts_of(content, path).describe(), (), weight=0.0, is_special=False)
+    span = rows.span(row)
+    tokens = span.stop - span.start
+    return ShownRow(
+        rows.place(row),
+        tokens=tokens,
+        supervised_tokens=0,
+        uncut_tokens=tokens,
+        pieces=(facts,),
+        label=labels.name_of(rows.labels_of(row)) if labels else None,
+        thumbnail=thumbnail(content, path, _THUMBNAIL_SIDE),
+    )

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -281,6 +282,7 @@ class _TableRow(NamedTuple):
     uncut_tokens: int
     token_types: list[int] | None
     loss_weights: list[float] | None
+    image: str | None
 
 
 def _schema(maker: RowMaker) -> pyarrow.Schema:
@@ -294,7 +296,14 @@ def _schema(maker: RowMaker) -> pyarrow.Schema:
         columns.append(("token_types", pyarrow.list_(pyarrow.int8())))
     if maker.has_weights:
         columns.append((LOSS_WEIGHTS, pyarrow.list_(pyarrow.float32())))
+    if has_images(maker):
+        columns.append(("image", pyarrow.string()))
     return pyarrow.schema(columns)
+
+
+def has_images(maker: RowMaker) -> bool:
+    """Whether the rows of a maker are images, which are in files and are never cut."""
+    return bool(getattr(maker, "has_images", False))
 
 
 class RowMaker(Protocol):
@@ -389,7 +398,7 @@ class Tokenizing:
         self.samples = samples
         self.maker = maker
         self.schema = _schema(maker)
-        self.max_length = options.max_length
+        self.max_length = sys.maxsize if has_images(maker) else options.max_length
         self.long_samples = treatment_of_long(options, samples.shape)
         self.tally: Counter[str] = Counter()
         self.dropped: dict[int, int] = {}
@@ -461,7 +470,9 @@ class Tokenizing:
             rows = divided
         uncut = [row.length if divided is None else longest for row in rows]
         left = [
-            _TableRow(part.ids, part.labels, index, tokens, part.token_types, part.weights)
+            _TableRow(
+                part.ids, part.labels, index, tokens, part.token_types, part.weights, part.image
+            )
             for row, tokens in zip(rows, uncut, strict=True)
             for part in self._shorten(index, row)
             if self.maker.weight(part.labels)

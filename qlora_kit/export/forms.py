@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.export.merge import BaseName, Merge, has_original
-from qlora_kit.layers.projections import projected_weights
+from qlora_kit.layers.projections import convolutions, projected_weights
 from qlora_kit.layers.quantize import read_quantized
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
@@ -175,6 +175,7 @@ class Parameters:
     def __init__(self, merge: Merge, skeleton: PreTrainedModel, folder: Path) -> None:
         self._merge = merge
         self._linear, self._config = projected_weights(skeleton), skeleton.config
+        self._windows = convolutions(skeleton)
         self._base = _Reader(open_tensors(merge.spec, skeleton, merge.device), skeleton)
         self._written = _Reader(open_checkpoint(folder), skeleton)
         self.has_original = has_original(merge.spec, skeleton)
@@ -206,7 +207,8 @@ class Parameters:
         """Yield the parameters of a module and of all modules inside it."""
         written = dict(self._written.under(path, self._merge.device))
         for name, stored in self._base.under(path, self._merge.device):
-            frozen, unpacked = self._frozen(name, stored), stays_unpacked(self._config, name)
+            frozen = self._frozen(name, stored)
+            unpacked = name in self._windows or stays_unpacked(self._config, name)
             yield Forms(name, self._merge, stored, frozen, written.get(name), unpacked)
         for name, value in self._fresh.items():
             if name.startswith(f"{path}."):
@@ -215,6 +217,8 @@ class Parameters:
     def _frozen(self, name: str, stored: Stored) -> FrozenWeight | None:
         if isinstance(stored, FrozenWeight):
             return stored
+        if name in self._windows:
+            return PlainWeight(stored)
         if name not in self._linear:
             return None
         if not self.has_original:

@@ -26,7 +26,7 @@ from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.lora.saved import check_saved
-from qlora_kit.model.convert import as_stored
+from qlora_kit.model.convert import as_stored, with_kernels
 from qlora_kit.model.encoder_decoder import stays_unpacked
 from qlora_kit.model.hardware import dtype_name, dtype_named
 from qlora_kit.model.load import BaseSpec, Digest, freeze, frozen_tensors, stored_quantization
@@ -284,7 +284,8 @@ def _written_tensors(
         yield from as_stored(merged, skeleton)
         return
     merged = merged_tensors(stream, merge.stored, torch.float32, unpacked)
-    yield from packed_tensors(merged, skeleton, merge.spec.quantization, merge.dtype, merge.device)
+    packed = packed_tensors(merged, skeleton, merge.spec.quantization, merge.dtype, merge.device)
+    yield from with_kernels(packed, skeleton)
 
 
 def untied_copies(stored: StoredAdapter, skeleton: PreTrainedModel) -> dict[str, str]:
@@ -332,12 +333,15 @@ def merged_tensors(
         if name in stored.saved:
             tensor = stored.saved[name]
         elif path in stored.tensors:
-            # Added into the delta, because only the delta's memory is sure to be unshared.
-            tensor = stored.delta(path).to(tensor.device).add_(tensor)
+            # Added into the delta, because only the delta's memory is sure to be unshared. A
+            # convolution is not packed, and training cast it to the same dtype.
+            tensor = stored.delta(path).to(tensor.device).add_(tensor.to(unpacked))
         yield name, _cast(name, tensor, dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.cpu().contiguous()  # the batches that a norm has seen are counted
     cast = tensor.to(dtype).cpu().contiguous()
     # The extremes of a tensor with a NaN are NaN. Checking them is twenty times as fast as checking
     # every value.

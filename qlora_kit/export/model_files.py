@@ -19,6 +19,7 @@ from qlora_kit.model.architecture import read_generation_config
 from qlora_kit.model.class_head import head_modules
 from qlora_kit.model.encoder_decoder import is_encoder_decoder, is_head_tied
 from qlora_kit.model.hardware import dtype_name
+from qlora_kit.model.images import reads_images
 from qlora_kit.storage import write_json
 
 
@@ -37,7 +38,8 @@ def write_model_files(
     Args:
         folder: the folder of the model.
         skeleton: the architecture; its `config` is not changed.
-        tokenizer: the tokenizer to save; it also says which tokens end an answer.
+        tokenizer: the tokenizer to save, or the image processor; a tokenizer also says which
+            tokens end an answer.
         dtype: dtype of the weights that are not quantised.
         base_folder: the folder of the base, for its generation settings; None without one.
         quantization: how the weights of the linear layers are packed; None if they are not.
@@ -60,10 +62,12 @@ def write_model_files(
         kept = () if skeleton.get_output_embeddings() is not None else head_modules(skeleton)
         numbers["quantization_config"] = quantization.as_bitsandbytes(dtype, kept)
     write_json(folder / "config.json", numbers)
+    tokenizer.save_pretrained(folder)
+    if reads_images(architecture):
+        return
     generation = read_generation_config(base_folder) if base_folder else None
     if generation is None:
         generation = GenerationConfig.from_model_config(architecture)
     ends = end_token_ids(tokenizer, generation.eos_token_id)
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     generation.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

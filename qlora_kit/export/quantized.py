@@ -30,6 +30,7 @@ from qlora_kit.export.shards import ShardWriter
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.model.architecture import unquantized_share
+from qlora_kit.model.convert import with_kernels
 from qlora_kit.model.load import BaseSpec, Digest, frozen_tensors
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
 from qlora_kit.storage import check_space, staged_folder
@@ -116,7 +117,8 @@ def quantize_to(
         check_space(folder, stored_bytes(skeleton, dtype, quantization), "the quantised model")
         writer = ShardWriter(staging, shard_bytes)
         tensors = itertools.chain([first], stream)
-        for name, tensor in packed_tensors(tensors, skeleton, quantization, dtype, device):
+        packed = packed_tensors(tensors, skeleton, quantization, dtype, device)
+        for name, tensor in with_kernels(packed, skeleton):
             writer.add(name, tensor)
         shards = writer.finish()
         write_model_files(

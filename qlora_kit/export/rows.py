@@ -9,14 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from qlora_kit.data.batch import collate
 from qlora_kit.data.encode import IGNORED, prompt_ids
-from qlora_kit.model.class_head import is_encoder
+from qlora_kit.model.class_head import ClassHead, is_encoder
+from qlora_kit.model.image_processor import ImageProcessor
 from qlora_kit.model.load import BaseSpec
-from qlora_kit.tasks.classify import collate_labelled
+from qlora_kit.tasks.classify import collate_labelled, targets_of
+from qlora_kit.tasks.images import ImageBatch, batch_of
 from qlora_kit.tasks.seq2seq import collate_sources
 
 _MOST_ROW_TOKENS = 256
+_NOISES = 8
 _PROMPTS = (
     "Once upon a time there was a small town by the sea, where everybody knew the baker.",
     "The capital of France is Paris, and the river that runs through it is the Seine.",
@@ -52,6 +57,7 @@ def some_rows(
     pad_token_id: int,
     source: str,
     base: BaseSpec | None = None,
+    processor: ImageProcessor | None = None,
 ) -> VerificationRows:
     """Return the first rows of the task that together have `tokens` tokens.
 
@@ -60,7 +66,8 @@ def some_rows(
         tokens: the number of tokens after which no further row is taken.
         pad_token_id: pads shorter rows.
         source: the source of the rows, in words.
-        base: the base, where the rows are labelled texts, or sources and targets; None: texts.
+        base: the base, where the rows are labelled, or sources and targets; None: texts.
+        processor: turns an image into what the model reads, where the rows are images.
     """
     taken: list[Mapping[str, Any]] = []
     count = 0
@@ -69,6 +76,10 @@ def some_rows(
         count += len(taken[-1]["input_ids"])
         if count >= tokens:
             break
+    if processor is not None:
+        assert base is not None, "a classifier"
+        assert base.classes is not None, "a classifier"
+        return VerificationRows(batch_of(taken, base.classes, processor), source, of_task=True)
     return VerificationRows(_batch(taken, pad_token_id, base), source, of_task=True)
 
 
@@ -88,6 +99,22 @@ def built_in_rows(tokenizer: Any, base: BaseSpec | None = None) -> VerificationR
     ]
     batch = _batch(rows, tokenizer.pad_token_id, base)
     return VerificationRows(batch, "built-in prompts", False)
+
+
+def built_in_images(processor: ImageProcessor, classes: ClassHead) -> VerificationRows:
+    """Return noise in the place of images. It belongs to no task, see `built_in_rows`."""
+    from PIL import Image
+
+    shape = (processor.height, processor.width, 3)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (_NOISES, *shape), generator=generator, dtype=torch.uint8).numpy()
+    mode = "RGB" if processor.channels == 3 else "L"
+    images = [Image.fromarray(each).convert(mode) for each in noise]
+    pixels = torch.stack([processor.pixels(image) for image in images])
+    none = [[] if classes.kind == "multi" else [0.0]] * _NOISES
+    lengths = (processor.tokens,) * _NOISES
+    batch = ImageBatch(pixels, lengths, tuple(range(_NOISES)), targets_of(none, classes))
+    return VerificationRows(batch, "images of noise", of_task=False)
 
 
 def _batch(rows: Sequence[Mapping[str, Any]], pad_token_id: int, base: BaseSpec | None) -> Any:

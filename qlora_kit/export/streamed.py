@@ -20,7 +20,8 @@ from qlora_kit.data.batch import Batch
 from qlora_kit.export.forms import Forms, Variant
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.low_rank import LowRank
-from qlora_kit.layers.projections import projections
+from qlora_kit.layers.projections import input_embedding, projections
+from qlora_kit.layers.windows import Window, window_of
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.model.encoder_decoder import target_states
 from qlora_kit.private_torch import own_buffers
@@ -64,7 +65,7 @@ class StreamedModel:
             # T5 casts the input of a layer to the dtype of its weight, whose place is kept empty.
             projection.layer.float()
             self._multiply_by_borrowed(path, projection.layer, _low_rank_term(path, stored, device))
-        embedding = skeleton.get_input_embeddings()
+        embedding = input_embedding(skeleton)
         for path, unit in units.items():
             self._run_all_variants(path, unit, is_embedding=unit is embedding)
         for module in skeleton.modules():
@@ -96,21 +97,21 @@ class StreamedModel:
         """Return the logits (B, K) of every variant of a classifier, fp32.
 
         Args:
-            inputs: arguments of the model, (B, T) each.
+            inputs: arguments of the model, (B, …) each.
         """
         return self._by_variant(self._run(self._model, inputs).logits)
 
     def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Run a model on the rows of all variants, one variant after the other."""
-        self._rows = len(inputs["input_ids"])
+        self._rows = len(next(_tensors(dict(inputs))))
         repeated = {
             name: self._repeated(value) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
         return model(**repeated)
 
-    def _repeated(self, ids: Tensor) -> Tensor:
-        return ids.repeat(len(self._variants), 1).to(self._device)
+    def _repeated(self, rows: Tensor) -> Tensor:
+        return rows.repeat(len(self._variants), *(1,) * (rows.dim() - 1)).to(self._device)
 
     def _by_variant(self, outputs: Tensor) -> dict[Variant, Tensor]:
         return dict(zip(self._variants, outputs.chunk(len(self._variants)), strict=True))
@@ -173,6 +174,9 @@ class StreamedModel:
 
         def forward(x: Tensor) -> Tensor:
             weight = self._forms[f"{path}.weight"].of(self._running)
+            window = window_of(linear)
+            if window is not None:
+                return self._of_windows(x, weight, linear.bias, window, term)
             y = functional.linear(x, weight, linear.bias)
             if term is not None and self._running is Variant.ADAPTER:
                 rows = x.reshape(-1, x.shape[-1])
@@ -180,6 +184,14 @@ class StreamedModel:
             return y
 
         linear.forward = forward  # type: ignore[method-assign,assignment]
+
+    def _of_windows(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, term: LowRank | None
+    ) -> Tensor:
+        y = window.product(x, weight, bias)
+        if term is None or self._running is not Variant.ADAPTER:
+            return y
+        return y + term.scaling * window.low_rank(x, term.a[0], term.b[0])
 
 
 def _low_rank_term(path: str, stored: StoredAdapter, device: torch.device) -> LowRank | None:

@@ -185,6 +185,8 @@ class _Weigher:
         expected, written = form.plain(Variant.ADAPTER), form.plain(Variant.WRITTEN)
         if expected.shape != written.shape:
             return math.inf
+        if not expected.dim():
+            expected, written = expected[None], written[None]
         largest = 0.0
         for start in range(0, len(expected), _SLICE_ROWS):
             part = slice(start, start + _SLICE_ROWS)
@@ -193,7 +195,8 @@ class _Weigher:
         return largest
 
     def _weigh_layer(self, form: Forms) -> float:
-        if form.is_adapted and self.merge.spec.quantization.bits != 16:
+        is_packed = self.merge.spec.quantization.bits != 16 and not form.stays_unpacked
+        if form.is_adapted and is_packed:
             # Quantising takes the most memory, so it comes before any weight is unpacked.
             _ = form.packed_again
         base, delta, written = form.base(self.merge.over), form.delta, form.as_written()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
+from qlora_kit.layers.windows import Window, window_of
 
 
 class TransposedLinear(nn.Linear):
@@ -27,17 +28,25 @@ class FrozenLinear(nn.Module):
         out_features: K.
         bias: whether a bias (K,) will be set too.
         is_transposed: whether the checkpoint holds Wᵀ (D, K). The layer itself holds W (K, D).
+        window: the window that it moves over its input; None of a layer that is no convolution.
     """
 
     weight: FrozenWeight
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, is_transposed: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        is_transposed: bool = False,
+        window: Window | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.is_transposed = is_transposed
+        self.window = window
         placeholder = torch.empty(out_features, device="meta") if bias else None
         self.register_buffer("bias", placeholder)
         self.bias: Tensor | None
@@ -50,18 +59,24 @@ class FrozenLinear(nn.Module):
             linear.out_features,
             bias=linear.bias is not None,
             is_transposed=isinstance(linear, TransposedLinear),
+            window=window_of(linear),
         )
 
     @classmethod
-    def holding(cls, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
-        """Return a frozen layer with an unquantised weight (K, D) and a bias (K,)."""
-        layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
+    def holding(
+        cls, weight: Tensor, bias: Tensor | None, window: Window | None = None
+    ) -> FrozenLinear:
+        """Return a frozen layer with an unquantised weight (K, D), a bias (K,) and a window."""
+        layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None, window=window)
         layer.weight, layer.bias = PlainWeight(weight), bias
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., D) to (..., K) in the dtype of x."""
-        return frozen_product(x, self.weight, self.bias)
+        """Map x (..., D) to (..., K) in the dtype of x; of a convolution (B, C, …) to (B, K, …)."""
+        if self.window is None:
+            return frozen_product(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.window.product(x, self.weight.unpacked(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Show shape and bits when the model is printed."""

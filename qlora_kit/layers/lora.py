@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.layers import kernels
-from qlora_kit.layers.draws import draws_now
+from qlora_kit.layers.draws import Draws, draws_now
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.handover import Handover
 from qlora_kit.layers.kernels import split
 from qlora_kit.layers.low_rank import LowRank, SplitLowRank
 from qlora_kit.layers.save_first import save_first
 from qlora_kit.layers.weight import FrozenWeight
+from qlora_kit.layers.windows import Window
 
 
 class LoRALinear(nn.Module):
@@ -78,7 +79,9 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., D) to (..., K) in the dtype of x."""
+        """Map x (..., D) to (..., K) in the dtype of x; of a convolution (B, C, …) to (B, K, …)."""
+        if self.frozen.window is not None:
+            return self._of_windows(x, self.frozen.window)
         handed = self._handover.take(x, self.lora_A, self.lora_B)
         if handed is not None:
             return handed
@@ -89,6 +92,14 @@ class LoRALinear(nn.Module):
         for layer, other in zip(layers[1:], others, strict=True):
             layer._handover.put(other, x, layer.lora_A, layer.lora_B)
         return y
+
+    def _of_windows(self, x: Tensor, window: Window) -> Tensor:
+        # Torch's own graph: it keeps x and h, as the one for linear layers does.
+        y: Tensor = self.frozen(x)
+        kept = self.draw_kept(x)
+        given = x if kept is None else x * kept / (1 - self.dropout)
+        term = window.low_rank(given, self.lora_A, self.lora_B)
+        return (y + self.scaling * term).to(y.dtype)
 
     @property
     def weight(self) -> FrozenWeight:
@@ -103,17 +114,27 @@ class LoRALinear(nn.Module):
     def draw_kept(self, x: Tensor) -> Tensor | None:
         """Draw the mask of the inputs of A that are kept: bool (N, D), or None without dropout.
 
+        Of a convolution it has the shape of x (B, C, …): a number is dropped in every patch.
+
         Args:
             x: the input (..., D), or any tensor on its device that differs in the last size only.
         """
         if not self.drops_out:
             return None
         keep, draws = 1 - self.dropout, draws_now()
+        if self.frozen.window is not None:
+            return self._kept_of_windows(x, keep, draws)
         shape = torch.Size((*x.shape[:-1], self.frozen.in_features))
         if draws is not None and draws.covers(shape):
             return draws.kept(shape, self.number, keep, x.device)
         kept = torch.empty(shape, dtype=torch.bool, device=x.device)
         return kept.bernoulli_(keep).view(-1, shape[-1])
+
+    def _kept_of_windows(self, x: Tensor, keep: float, draws: Draws | None) -> Tensor:
+        shape = x.flatten(2).shape  # the channels stand in the place of tokens
+        if draws is not None and draws.covers(shape):
+            return draws.kept(shape, self.number, keep, x.device).view(x.shape)
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -129,7 +150,8 @@ def can_share(layers: Sequence[LoRALinear]) -> bool:
     """Whether layers that see one x can compute their terms together."""
     kinds = {(each.lora_A.shape, each.lora_A.dtype, each.scaling) for each in layers}
     is_trained = all(each.lora_A.requires_grad for each in layers)
-    return len(kinds) == 1 and is_trained and len(layers) <= split.MOST_LAYERS
+    are_linear = all(each.frozen.window is None for each in layers)
+    return len(kinds) == 1 and is_trained and are_linear and len(layers) <= split.MOST_LAYERS
 
 
 def term_of(layers: Sequence[LoRALinear], x: Tensor, kept: Tensor | None = None) -> LowRank:

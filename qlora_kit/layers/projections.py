@@ -16,6 +16,7 @@ from torch import nn
 
 from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.frozen import FrozenLinear, TransposedLinear
+from qlora_kit.layers.windows import Window, window_of
 
 Group = Literal["attention", "mlp", "experts"]
 
@@ -35,7 +36,7 @@ ROUTER = re.compile(r"gate|router|shared_expert_gate")
 
 @dataclass(frozen=True)
 class Projection:
-    """A layer y = x Wᵀ + b of a model; the output head is none.
+    """A layer y = x Wᵀ + b of a model, or a convolution; the output head is none.
 
     Attributes:
         path: path of the layer in the model.
@@ -48,6 +49,16 @@ class Projection:
     layer: nn.Linear | FrozenLinear
     group: Group | None
     is_expert: bool = False
+
+    @property
+    def window(self) -> Window | None:
+        """The window of a convolution, whose weight lies flat, see `layers.windows`."""
+        return window_of(self.layer)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The shape of a row of the weight in a file: (D,), or (C, k, k) of a convolution."""
+        return (self.in_features,) if self.window is None else self.window.kernel
 
     @property
     def in_features(self) -> int:
@@ -167,8 +178,13 @@ def _above(path: str, levels: int) -> str:
 
 
 def projected_weights(model: nn.Module) -> Set[str]:
-    """Return the names of the weights of all projections, which are the weights to quantise."""
-    return {each.weight_name for each in projections(model).values()}
+    """Return the names of the weights to quantise: of all projections but convolutions."""
+    return {each.weight_name for each in projections(model).values() if each.window is None}
+
+
+def convolutions(model: nn.Module) -> dict[str, Window]:
+    """Return the windows of all convolutions, by the names of their weights."""
+    return {each.weight_name: each.window for each in projections(model).values() if each.window}
 
 
 def transposed_weights(model: nn.Module) -> Set[str]:
@@ -178,9 +194,19 @@ def transposed_weights(model: nn.Module) -> Set[str]:
 
 def vocabulary_paths(model: nn.Module) -> set[str]:
     """Return the paths of the input embedding and the output head, which carry no LoRA here."""
-    parts = (_part(model, "get_input_embeddings"), _part(model, "get_output_embeddings"))
+    parts = (input_embedding(model), _part(model, "get_output_embeddings"))
     wanted = {part for part in parts if part is not None}
     return {path for path, module in model.named_modules() if module in wanted}
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the table that ids are looked up in; None of a model that reads images."""
+    return None if takes_pixels(model) else _part(model, "get_input_embeddings")
+
+
+def takes_pixels(model: nn.Module) -> bool:
+    """Whether a model of transformers reads images."""
+    return getattr(model, "main_input_name", "") == "pixel_values"
 
 
 def group_of(path: str) -> Group | None:

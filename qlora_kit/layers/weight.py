@@ -209,6 +209,11 @@ class PlainWeight(FrozenWeight):
         self.register_buffer("values", weight)
         self.values: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values, to which a ViT casts its images."""
+        return self.values.dtype
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the values, cast if `dtype` is another dtype."""
         return self.values.to(dtype)

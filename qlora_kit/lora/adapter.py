@@ -80,8 +80,11 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     """
     tensors = {}
     for path, layer in adapter.layers.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+        a, b = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
+        if (window := layer.frozen.window) is not None:
+            a, b = a.view(len(a), *window.kernel), b.view(*b.shape, *(1 for _ in window.size))
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.contiguous()
     for path, key in key_paths(adapter.stacks).items():
         stack = adapter.stacks[path]
         for side, matrix in zip("AB", folded(stack.lora_A, stack.lora_B), strict=True):
@@ -108,7 +111,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     parameters = target_parameters(adapter.stacks, of_mixture, aside, projections(model))
     return {
         "peft_type": "LORA",
-        "task_type": spec.task_type,
+        "task_type": spec.task_type or None,
         "base_model_name_or_path": record.base,
         "revision": record.revision,
         "r": spec.rank,
@@ -157,7 +160,9 @@ def _target_modules(model: nn.Module, targeted: Set[str]) -> list[str]:
     endings = sorted({path.rsplit(".", 1)[-1] for path in targeted})
     every = projections(model)
     named = {path for path in every if path.rsplit(".", 1)[-1] in endings}
-    return endings if named == targeted else sorted(targeted)
+    # PEFT takes a number for every module of that number, whatever it is.
+    is_plain = named == targeted and not any(each.isdecimal() for each in endings)
+    return endings if is_plain else sorted(targeted)
 
 
 # ---------------------------------------------------------------- reading
@@ -177,6 +182,7 @@ class StoredAdapter:
         targeted: names of layers that must have tensors: whole paths, or their last parts.
         stacked: number of experts of each stack that carries LoRA, by path.
         targeted_stacks: names of stacks that must have tensors, likewise.
+        kernels: the shape of a row of A in the file, (C, k, k), of each convolution, by path.
     """
 
     folder: Path
@@ -188,6 +194,7 @@ class StoredAdapter:
     targeted: tuple[str, ...] = ()
     stacked: Mapping[str, int] = field(default_factory=dict)
     targeted_stacks: tuple[str, ...] = ()
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def changes_nothing(self) -> bool:
@@ -224,7 +231,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
     saved = _saved(others, tuple(config.modules_to_save or ()), folder)
     _check_all_saved(saved, config, folder)
-    pairs = _pair(lora, folder)
+    pairs, kernels = _pair(lora, folder)
     parameters = tuple(config.target_parameters or ())
     stack_of = stack_of_keys(pairs, parameters, folder / CONFIG)
     if parameters and config.lora_dropout:
@@ -253,9 +260,11 @@ def read_adapter(folder: Path) -> StoredAdapter:
             _check_pair(folder, each, part_of_a, part_of_b, ranks[path])
         tensors |= parts
         stacked |= {path: len(parts)} if of_experts else {}
-    base = config.base_model_name_or_path
-    targeted = (*config.targeted_names, *layers_named(parameters))
-    return StoredAdapter(folder, spec, tensors, base, record, saved, targeted, stacked, parameters)
+    return StoredAdapter(
+        folder, spec, tensors, config.base_model_name_or_path, record, saved,
+        targeted=(*config.targeted_names, *layers_named(parameters)),
+        stacked=stacked, targeted_stacks=parameters, kernels=kernels,
+    )  # fmt: skip
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -320,22 +329,29 @@ def _ranks(folder: Path, spec: LoraSpec) -> dict[str, int]:
         return {path: spec.rank_of(path) for path in spec.targets if spec.scaling_of(path)}
 
 
-def _pair(raw: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _pair(
+    raw: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[int, ...]]]:
+    """Return A and B of each layer as matrices, and the kernels of those that are convolutions."""
     sides: dict[str, dict[str, Tensor]] = {}
+    kernels: dict[str, tuple[int, ...]] = {}
     for key, tensor in raw.items():
         match = _KEY.fullmatch(key)
         assert match is not None
         pair = sides.setdefault(match["path"], {})
-        if match["side"] in pair or tensor.dim() != 2:
+        is_point = match["side"] == "A" or all(size == 1 for size in tensor.shape[2:])
+        if match["side"] in pair or not 2 <= tensor.dim() <= 4 or not is_point:
             raise AdapterError(
                 f"{folder / WEIGHTS}: {key} stands twice or is no matrix; expected one lora_A and "
                 "one lora_B a layer; save the adapter again"
             )
-        pair[match["side"]] = tensor.float()
+        if match["side"] == "A" and tensor.dim() > 2:
+            kernels[match["path"]] = tuple(tensor.shape[1:])
+        pair[match["side"]] = tensor.float().flatten(1)
     for path, pair in sides.items():
         if len(pair) != 2:
             raise AdapterError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B")
-    return {path: (pair["A"], pair["B"]) for path, pair in sides.items()}
+    return {path: (pair["A"], pair["B"]) for path, pair in sides.items()}, kernels
 
 
 def _check_pair(folder: Path, path: str, a: Tensor, b: Tensor, rank: int) -> None:
@@ -347,10 +363,14 @@ def _check_pair(folder: Path, path: str, a: Tensor, b: Tensor, rank: int) -> Non
         raise AdapterError(f"{folder}: {path} holds NaN or infinity; train it again")
 
 
-def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
+def stored_labels(folder: Path, *, of_images: bool = False) -> tuple[Any, tuple[str, ...]] | None:
     """Return the kind and the names of the labels of a stored classifier; None of other adapters.
 
     Without a record the names are those that transformers gives: LABEL_0, LABEL_1 …
+
+    Args:
+        folder: of the adapter.
+        of_images: whether its base reads images: PEFT has no name for what it does then.
 
     Raises:
         AdapterError: a classifier of another tool without its head; or its two files disagree.
@@ -359,10 +379,12 @@ def stored_labels(folder: Path) -> tuple[Any, tuple[str, ...]] | None:
     if record is not None:
         check_one_task(folder, record, config)
         return None if record.labels is None else (record.label_kind, record.labels)
-    task = config.classifies
+    task = config.classifies or ("classify" if of_images else None)
     if task is None:
         return None
     saved = read_adapter(folder).saved
+    if of_images and not saved:
+        return None  # the base has a head of its own
     outputs = [len(tensor) for name, tensor in saved.items() if name.endswith(".weight")]
     if not outputs:
         raise AdapterError(
@@ -418,7 +440,7 @@ def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: s
     Raises:
         AdapterError: layers do not fit; the error has a line for each of the first five.
     """
-    shapes = {path: each.shape for path, each in found.items()}
+    shapes = {path: (each.out_features, *each.kernel) for path, each in found.items()}
     sites = by_lora_path(found)
     faults = [
         f"{stored.folder}: its {path} has {count} experts, and {len(sites.get(path, ()))} in "
@@ -429,10 +451,11 @@ def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: s
     if faults:
         raise AdapterError(*faults[:_MOST_FAULTS])
     for path, (a, b) in stored.tensors.items():
-        if shapes.get(path) != (b.shape[0], a.shape[1]):
+        own = (len(b), *stored.kernels.get(path, (a.shape[1],)))
+        if shapes.get(path) != own:
             state = f"of shape {shapes[path]}" if path in shapes else "missing"
             faults.append(
-                f"{stored.folder}: its layer {path} ({b.shape[0]}, {a.shape[1]}) is {state} in "
+                f"{stored.folder}: its layer {path} {own} is {state} in "
                 f"{base}; expected the base {stored.base}; name it with --model"
             )
     if faults:

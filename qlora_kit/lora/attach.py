@@ -33,10 +33,12 @@ from qlora_kit.layers.projections import (
     vocabulary_paths,
 )
 from qlora_kit.layers.trained import TrainedLinear
+from qlora_kit.layers.windows import Window
 from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.model.load import Base
 
 ALL_LINEAR = "all-linear"
+ALL_CONV = "all-conv"
 # PEFT's word for causal language modelling.
 TASK_TYPE = "CAUSAL_LM"
 # Of a fresh layer whose architecture does not say it.
@@ -217,28 +219,39 @@ def resolve_targets(
 
     Args:
         found: all projections of the model.
-        targets: each is "attention", "mlp", "experts", "all-linear", the last part of a path
-            (`q_proj`), a whole path, or a regular expression that matches whole paths.
+        targets: each is "attention", "mlp", "experts", "all-linear", "all-conv", the last part of a
+            path (`q_proj`), a whole path, or a regular expression that matches whole paths.
         vocabulary: the paths of the input embedding and the head, which carry no LoRA here.
         routers: the paths of what chooses experts, which stays frozen.
 
     Raises:
         ConfigError: a target matches nothing that can carry LoRA; the error lists what can.
     """
-    groups = {path: each[0].group for path, each in by_lora_path(found).items()}
+    sites = by_lora_path(found)
+    groups = {path: each[0].group for path, each in sites.items()}
+    windows = {path: each[0].window for path, each in sites.items() if each[0].window is not None}
     experts = Counter(each.lora_path for each in found.values() if each.is_expert)
     unfit = {
         "names an embedding or the output head, which carry no LoRA here yet": [*vocabulary],
         "names a router, which stays frozen": [*routers],
     }
     words = [group for group in _GROUPS if group in groups.values()]
-    expected = ", ".join((*words, ALL_LINEAR))
+    expected = ", ".join((*words, ALL_LINEAR, *((ALL_CONV,) if windows else ())))
+    open_to_lora = [path for path in groups if _may_carry(windows.get(path))]
     chosen: set[str] = set()
     faults = []
     for target in targets:
-        matched = [path for path, group in groups.items() if _matches(target, path, group)]
+        named = [
+            path
+            for path, group in groups.items()
+            if _matches(target, path, group) and _of_kind(target, windows.get(path))
+        ]
+        matched = [path for path in named if _may_carry(windows.get(path))]
         if not matched:
             reason, remedy = "matches no linear layer", ""
+            if named:
+                reason = f"names {named[0]}, {windows[named[0]].why_no_lora}"
+                remedy = "; leave it out"
             if one := _of_one_expert(target, experts):
                 reason = f"names an expert of {one}, whose {experts[one]} are trained together"
                 remedy = "; name the stack"
@@ -247,7 +260,7 @@ def resolve_targets(
                     reason, remedy = why, "; leave it out"
             faults.append(
                 f"--targets: '{target}' {reason}; expected {expected}, or one of "
-                f"{', '.join(_endings(groups))}{remedy}"
+                f"{', '.join(_endings(open_to_lora))}{remedy}"
             )
         chosen.update(matched)
     if not chosen and not faults:
@@ -264,9 +277,22 @@ def _of_one_expert(target: str, experts: Iterable[str]) -> str | None:
     return next(named, None)
 
 
+def _may_carry(window: Window | None) -> bool:
+    return window is None or window.why_no_lora is None
+
+
+def _of_kind(target: str, window: Window | None) -> bool:
+    """Whether a target that names a kind of layers means this kind: a convolution has a window."""
+    if target == ALL_CONV:
+        return window is not None
+    return window is None or target not in (ALL_LINEAR, *_GROUPS)
+
+
 def _matches(target: str, path: str, group: str | None = None) -> bool:
     if target == ALL_LINEAR:
         return group != "experts"
+    if target == ALL_CONV:
+        return True
     if target in _GROUPS:
         return group == target
     if _IS_PATTERN.search(target):
@@ -454,4 +480,4 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
 
 def _merged(frozen: FrozenLinear, delta: Tensor, dtype: torch.dtype) -> FrozenLinear:
     merged = frozen.weight.dequantize(torch.float32) + delta
-    return FrozenLinear.holding(merged.to(dtype), frozen.bias)
+    return FrozenLinear.holding(merged.to(dtype), frozen.bias, frozen.window)

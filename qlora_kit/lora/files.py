@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qlora_kit.config import LabelKind
 from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.model.config_file import IMAGE_CLASSIFICATION
 from qlora_kit.storage import check_confined, read_json
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ class BaseRecord(_File):
             template; `UNKNOWN_TEMPLATE` if it is not known.
         labels: names of a classifier's labels in the order of its outputs; None for other models.
         label_kind: "single", "multi", "regression" or "tags"; None for other models.
+        reads: what the model reads. PEFT has no name for the task of a classifier of images.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -204,6 +206,7 @@ class BaseRecord(_File):
     template_hash: _Text | None = None
     labels: _Labels | None = None
     label_kind: LabelKind | None = None
+    reads: Literal["text", "images"] = "text"
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -243,6 +246,7 @@ class BaseRecord(_File):
             template_hash=template_hash,
             labels=classes.names if classes else None,
             label_kind=classes.kind if classes else None,
+            reads="images" if base.spec.loads == IMAGE_CLASSIFICATION else "text",
             versions=library_versions(),
         )
 
@@ -251,6 +255,8 @@ class BaseRecord(_File):
         content = self.model_dump(mode="json")
         if self.labels is None:
             del content["labels"], content["label_kind"]
+        if self.reads == "text":
+            del content["reads"]
         return content
 
 
@@ -330,6 +336,8 @@ def check_one_task(folder: Path, record: BaseRecord, config: PeftConfig) -> None
     Raises:
         AdapterError: they do not.
     """
+    if record.reads == "images" and config.task_type is None:
+        return
     if record.classifies != config.classifies:
         found = {None: "no labels", "classify": "labels of texts", "tag": "tags of words"}
         raise AdapterError(

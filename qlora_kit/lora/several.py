@@ -17,6 +17,7 @@ from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.projections import projections
+from qlora_kit.layers.windows import Window
 from qlora_kit.lora.adapter import StoredAdapter, check_fits, read_adapter
 from qlora_kit.lora.attach import check_free
 from qlora_kit.model.load import Base
@@ -71,7 +72,9 @@ class SwitchedLinear(nn.Module):
             term = self.terms.get(name)
             if term is None:
                 continue
-            if rows is None:
+            if self.frozen.window is not None:
+                y = _added_in_windows(self.frozen.window, term, x, y, rows)
+            elif rows is None:
                 _add(term, x, y)
             else:
                 chosen = torch.tensor(rows, device=x.device)
@@ -83,6 +86,16 @@ class SwitchedLinear(nn.Module):
 
 def _add(term: LowRank, x: Tensor, y: Tensor) -> None:
     term.add_to(y.view(-1, y.shape[-1]), term.inner(x.reshape(-1, x.shape[-1])))
+
+
+def _added_in_windows(
+    window: Window, term: LowRank, x: Tensor, y: Tensor, rows: list[int] | None
+) -> Tensor:
+    chosen = (
+        torch.arange(len(x), device=x.device) if rows is None else torch.tensor(rows).to(x.device)
+    )
+    added = term.scaling * window.low_rank(x.index_select(0, chosen), term.a[0], term.b[0])
+    return y.index_add(0, chosen, added.to(y.dtype))
 
 
 @dataclass(frozen=True)

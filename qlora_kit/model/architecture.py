@@ -24,9 +24,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.batch_norm import FrozenBatchNorm2d
 from qlora_kit.layers.experts import Stack, run_experts
 from qlora_kit.layers.frozen import TransposedLinear
 from qlora_kit.layers.projections import projections, vocabulary_paths
+from qlora_kit.layers.windows import WindowedLinear
 from qlora_kit.model.class_head import (
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
@@ -34,6 +36,7 @@ from qlora_kit.model.class_head import (
     outside_of_base,
 )
 from qlora_kit.model.config_file import (
+    IMAGE_CLASSIFICATION,
     SPECIAL_IDS,
     as_list,
     check_end_tokens,
@@ -49,6 +52,7 @@ from qlora_kit.model.encoder_decoder import (
     share_embedding,
 )
 from qlora_kit.model.faults import model_errors
+from qlora_kit.model.images import has_stages, reads_images
 from qlora_kit.private_torch import own_buffers
 from qlora_kit.private_transformers import drop_kernels, initialize, run_experts_by
 from qlora_kit.time_limit import TimeUp, time_limit
@@ -61,6 +65,7 @@ _EXPECTED = {
     CAUSAL_LM: "a causal language model of transformers",
     SEQUENCE_CLASSIFICATION: "a model that transformers has a classifier of",
     TOKEN_CLASSIFICATION: "a model that transformers has a tagger of words of",
+    IMAGE_CLASSIFICATION: "a model of images that transformers has a classifier of",
 }
 # How transformers calls `run_experts`.
 _ONE_BY_ONE = "qlora_kit"
@@ -169,6 +174,8 @@ def build_skeleton(architecture: PreTrainedConfig, loads: str = CAUSAL_LM) -> Pr
                 share_embedding(skeleton)
             _fill_computed_buffers(skeleton)
             _turn_transposed(skeleton)
+            if loads == IMAGE_CLASSIFICATION:
+                _lay_convolutions_flat(skeleton)
             _take_stacks_apart(skeleton)
             _let_padding_be(skeleton)
     except TimeUp as error:
@@ -186,6 +193,13 @@ def check_kind(architecture: PreTrainedConfig, loads: str) -> None:
         ModelError: it is of another kind; the error names the task that it is for.
     """
     name, reads_apart = architecture.model_type, is_encoder_decoder(architecture)
+    if reads_images(architecture) != (loads == IMAGE_CLASSIFICATION):
+        does, other = ("images", "text") if reads_images(architecture) else ("text", "images")
+        raise ModelError(
+            f"{name}: a model that reads {does}, asked to read {other}; expected --task classify "
+            "with images for a ViT, ConvNeXt or ResNet, and text for another; pass the right "
+            "--data, or choose another model"
+        )
     if loads == CAUSAL_LM and is_encoder(architecture) and not reads_apart:
         raise ModelError(
             f"{name}: reads whole texts and writes none; expected a causal language model; train a "
@@ -216,6 +230,19 @@ def _turn_transposed(skeleton: PreTrainedModel) -> None:
         if isinstance(module, Conv1D):
             linear = TransposedLinear(module.nx, module.nf, device="meta")
             skeleton.set_submodule(path, linear.to(module.weight.dtype))
+
+
+def _lay_convolutions_flat(skeleton: PreTrainedModel) -> None:
+    """Put flat layers in the place of convolutions, and frozen norms in that of batch norms.
+
+    The kernels of a checkpoint are laid flat as they are read (`model.convert`). Only models of
+    images get here: others reach for the kernels of their convolutions themselves.
+    """
+    for path, module in list(skeleton.named_modules()):
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros":
+            skeleton.set_submodule(path, WindowedLinear.like(module))
+        elif isinstance(module, nn.BatchNorm2d):
+            skeleton.set_submodule(path, FrozenBatchNorm2d.like(module))
 
 
 def _take_stacks_apart(skeleton: PreTrainedModel) -> None:
@@ -252,6 +279,8 @@ def _look_at_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 def shortened(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """Return the same architecture with `layers` decoder layers."""
     short = copy.deepcopy(architecture)
+    if has_stages(architecture):
+        return short  # its stages are of several sizes: none stands for the others
     text = short.get_text_config()
     text.num_hidden_layers = layers
     set_layers(short, layers)
@@ -290,13 +319,16 @@ def _initialize_buffers(skeleton: PreTrainedModel, module: nn.Module) -> None:
 def unquantized_share(skeleton: PreTrainedModel) -> float:
     """Return the share of weights, outside embeddings and head, that are not in linear layers.
 
+    The convolutions of a model of images are never quantised, whatever their share.
+
     Raises:
         ModelError: the share is above 5 %; the error names the largest such weight. Some mixtures
             of experts keep their experts in 3-D tensors that would not be quantised.
     """
     tables = {path for path, each in skeleton.named_modules() if isinstance(each, nn.Embedding)}
     skipped = tuple(f"{path}." for path in tables | vocabulary_paths(skeleton))
-    linear = tuple(f"{path}." for path in projections(skeleton))
+    found = projections(skeleton).items()
+    linear = tuple(f"{path}." for path, each in found if each.window is None)
     sizes = {
         name: parameter.numel()
         for name, parameter in skeleton.named_parameters()
@@ -304,7 +336,7 @@ def unquantized_share(skeleton: PreTrainedModel) -> float:
     }
     left = {name: size for name, size in sizes.items() if not name.startswith(linear)}
     share: float = sum(left.values()) / max(1, sum(sizes.values()))
-    if share > _UNQUANTIZED_LIMIT:
+    if share > _UNQUANTIZED_LIMIT and not reads_images(skeleton.config):
         largest = max(left, key=lambda name: left[name])
         raise ModelError(
             f"{skeleton.config.model_type}: {share:.0%} of the weights are not linear layers and "

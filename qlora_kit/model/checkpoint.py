@@ -6,7 +6,7 @@ the file. So the whole checkpoint is never in memory. Never runs code that a fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,6 +136,28 @@ def _is_plain_tensor(name: Any, value: Any) -> bool:
     """Whether an entry is an ordinary tensor in the file, and no other kind of torch's tensors."""
     is_tensor = isinstance(name, str) and isinstance(value, Tensor)
     return is_tensor and value.device.type == "cpu" and value.layout is torch.strided
+
+
+class SomeTensors:
+    """The tensors of a checkpoint that are wanted.
+
+    Args:
+        source: the checkpoint.
+        wants: whether a tensor is wanted, by its name.
+    """
+
+    def __init__(self, source: TensorSource, wants: Callable[[str], bool]) -> None:
+        self._source, self._wants = source, wants
+        self.gives_own = source.gives_own
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the wanted tensors."""
+        return [name for name in self._source.names if self._wants(name)]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._source.read(name)
 
 
 def open_checkpoint(folder: Path) -> TensorSource:

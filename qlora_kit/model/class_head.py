@@ -58,7 +58,8 @@ class ClassHead:
             theirs: ours for ours, theirs in _PROBLEM_TYPES.items()
         }
         kind = kinds.get(architecture.problem_type, "single" if len(names) > 1 else "regression")
-        return cls("tags" if task == "tag" else kind, names, architecture.pad_token_id)
+        pad = getattr(architecture, "pad_token_id", None)
+        return cls("tags" if task == "tag" else kind, names, pad)
 
     def configure(self, architecture: PreTrainedConfig) -> None:
         """Let transformers build this head."""

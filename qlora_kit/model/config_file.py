@@ -32,6 +32,8 @@ _BOUNDS = (
     (r"(.*_)?(hidden|intermediate|ffn|inner|embedding|model)_(size|dim)|(.*_)?(head_dim|lora_rank)"
      "|n_embd|n_inner|d_model|d_ff|ffn_dim", 1, 1 << 20),
     (r"(.*_)?vocab_size", 0, 1 << 24),
+    (r"hidden_sizes", 1, 1 << 16),
+    (r"depths", 1, 1024),
     (r"(original_)?max_position_embeddings|n_positions|n_ctx", 1, 1 << 28),
 )  # fmt: skip
 
@@ -184,7 +186,21 @@ def names_encoder_decoder(content: Mapping[str, Any]) -> bool:
     return content.get("is_encoder_decoder", is_of_family) is True
 
 
-_CLASSIFIERS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag"}
+IMAGE_CLASSIFICATION = "AutoModelForImageClassification"
+IMAGE_KINDS = ("vit", "convnext", "convnextv2", "resnet")
+"""the kinds of models of images that are trained here, by transformers' `model_type`"""
+
+
+def names_images(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a config.json is of a model of images that is trained here."""
+    return content.get("model_type") in IMAGE_KINDS
+
+
+_CLASSIFIERS = {
+    "ForSequenceClassification": "classify",
+    "ForTokenClassification": "tag",
+    "ForImageClassification": "classify",
+}
 
 
 def classifying_task(architectures: Any) -> str | None:

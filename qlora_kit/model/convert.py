@@ -3,7 +3,8 @@
 Takes the names in a checkpoint; returns `Assembly` records: a parameter, the tensors it is made
 of, and the operation that makes it. The renamings and merges are transformers' own. The parts of a
 weight that bitsandbytes already quantised are kept together. A weight that is stored transposed is
-turned, one that is stored stacked is taken apart; `as_stored` undoes both. Opens no file itself.
+turned, one that is stored stacked is taken apart, and that of a convolution is laid flat;
+`as_stored` undoes all of it. Opens no file itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_kit.layers.experts import Stack
-from qlora_kit.layers.projections import stacks, transposed_weights
+from qlora_kit.layers.projections import convolutions, stacks, transposed_weights
+from qlora_kit.layers.windows import Window
 from qlora_kit.model.class_head import may_be_fresh
 from qlora_kit.private_transformers import left_out_of_checkpoints
 
@@ -42,6 +44,7 @@ class Assembly:
         pattern_of: the pattern of the converter that each name in the checkpoint matched.
         is_transposed: whether the target is stored as (D, K), unless it is packed.
         stack: the path and the layers that the target is taken apart into, where it is stacked.
+        window: the window of the target, where it is the weight of a convolution.
     """
 
     target: str
@@ -50,6 +53,7 @@ class Assembly:
     pattern_of: dict[str, str] = field(default_factory=dict)
     is_transposed: bool = False
     stack: tuple[str, Stack] | None = None
+    window: Window | None = None
 
     @property
     def parameters(self) -> list[str]:
@@ -84,6 +88,9 @@ class Assembly:
         if self.converter is None:
             (stored,) = self.sources.values()
             tensor = read(stored)
+            # A kernel of another shape stays as it is, and is refused by its shape.
+            if self.window is not None and tensor.shape[1:] == self.window.kernel:
+                tensor = tensor.flatten(1)
             return {self.target: tensor.T if self.is_transposed else tensor}
         converter = copy.copy(self.converter)
         converter.collected_tensors = {}
@@ -105,7 +112,7 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
         for name in (path, f"{path}_bias")
     }
     state = dict.fromkeys(stacked, True) | skeleton.state_dict()
-    transposed = transposed_weights(skeleton)
+    transposed, windows = transposed_weights(skeleton), convolutions(skeleton)
     assemblies: dict[str, Assembly] = {}
     for stored in names:
         name, pattern = rename_source_key(
@@ -116,7 +123,10 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
             continue
         if name not in state and _is_ignored(name, skeleton):
             continue
-        fresh = Assembly(target, is_transposed=target in transposed, stack=stacked.get(target))
+        fresh = Assembly(
+            target, is_transposed=target in transposed, stack=stacked.get(target),
+            window=windows.get(target),
+        )  # fmt: skip
         assembly = assemblies.setdefault(target, fresh)
         assembly.sources[name if pattern is None else stored] = stored
         if pattern is not None:
@@ -128,7 +138,9 @@ def assemble(names: Sequence[str], skeleton: PreTrainedModel) -> list[Assembly]:
 def as_stored(
     tensors: Iterable[tuple[str, Tensor]], skeleton: PreTrainedModel
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield unpacked parameters as transformers' own model holds them: turned back, and stacked.
+    """Yield unpacked parameters as transformers' own model holds them.
+
+    They are turned back, stacked, and in kernels.
 
     Args:
         tensors: every parameter by the name that it has in the skeleton.
@@ -142,7 +154,7 @@ def as_stored(
         for leaf in ("weight", "bias")
     }
     waiting: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors:
+    for name, tensor in with_kernels(tensors, skeleton):
         if name not in stack_of:
             yield name, tensor.T.contiguous() if name in transposed else tensor
             continue
@@ -153,6 +165,16 @@ def as_stored(
             in_order = [parts[each] for each, (of, _) in stack_of.items() if of == whole]
             yield whole, stack.together(in_order).contiguous()
             del waiting[whole]
+
+
+def with_kernels(
+    tensors: Iterable[tuple[str, Tensor]], skeleton: PreTrainedModel
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters with the weights of convolutions in their kernels again, (K, C, k, k)."""
+    windows = convolutions(skeleton)
+    for name, tensor in tensors:
+        window = windows.get(name)
+        yield name, tensor if window is None else tensor.view(len(tensor), *window.kernel)
 
 
 def _is_of_other_head(name: str, skeleton: PreTrainedModel) -> bool:

@@ -25,7 +25,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.events import Announce, LoadProgress, Notice, silent
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import quantize_head
-from qlora_kit.layers.projections import projected_weights
+from qlora_kit.layers.projections import input_embedding, projected_weights
 from qlora_kit.layers.quantize import Quantization, read_quantized
 from qlora_kit.layers.shards import Shards
 from qlora_kit.layers.weight import FrozenWeight, GatheredWeight, PlainWeight
@@ -37,8 +37,15 @@ from qlora_kit.model.architecture import (
     shortened,
     unquantized_share,
 )
-from qlora_kit.model.checkpoint import TensorSource, open_checkpoint
-from qlora_kit.model.class_head import ClassHead, fresh_value, head_layers, may_be_fresh
+from qlora_kit.model.checkpoint import SomeTensors, TensorSource, open_checkpoint
+from qlora_kit.model.class_head import (
+    ClassHead,
+    fresh_value,
+    head_layers,
+    may_be_fresh,
+    outside_of_base,
+)
+from qlora_kit.model.config_file import IMAGE_CLASSIFICATION
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.encoder_decoder import (
     SEQ2SEQ_LM,
@@ -130,6 +137,14 @@ class BaseSpec:
         skeleton = self.skeleton()
         names = open_tensors(self, skeleton, torch.device("cpu")).names
         return frozenset(_fresh(assemble(names, skeleton), skeleton))
+
+    @cached_property
+    def has_other_head(self) -> bool:
+        """Whether a model of images has learnt other classes, whose head is not taken."""
+        if self.loads != IMAGE_CLASSIFICATION or self.classes is None or self.random:
+            return False
+        stored = ClassHead.of(self._stored_architecture())
+        return stored is not None and len(stored.names) != len(self.classes.names)
 
     def trained_whole(self) -> tuple[str, ...]:
         """Return the paths of the linear layers that a classifier trains whole; none of others."""
@@ -250,7 +265,10 @@ def open_tensors(spec: BaseSpec, skeleton: PreTrainedModel, device: torch.device
     if spec.random:
         return RandomWeights(skeleton, RANDOM_SEED, device)
     assert spec.folder is not None
-    return open_checkpoint(spec.folder)
+    found = open_checkpoint(spec.folder)
+    if spec.has_other_head:
+        return SomeTensors(found, lambda name: not outside_of_base(skeleton, name))
+    return found
 
 
 def stored_quantization(architecture: PreTrainedConfig) -> Quantization | None:
@@ -407,6 +425,8 @@ def _check_tensor(name: str, tensor: Tensor, expected: dict[str, Tensor]) -> Non
         raise ModelError(
             f"{name}: shape {tuple(tensor.shape)} in the checkpoint; expected {wanted}"
         )
+    if tensor.dtype == torch.int64 == expected[name].dtype:
+        return  # the batches that a norm has seen are counted
     if tensor.dtype not in _STORED_DTYPES:
         raise ModelError(
             f"{name}: stored as {dtype_name(tensor.dtype)}; expected float32, bfloat16 or float16; "
@@ -491,8 +511,9 @@ def names_on_host(
     head that several processes hold together, which is on the device while it is used.
     """
     modules = []
-    if placement.embedding_on_cpu:
-        modules.append(model.get_input_embeddings())
+    embedding = input_embedding(model)
+    if placement.embedding_on_cpu and embedding is not None:
+        modules.append(embedding)
     is_needed_in_parts = placement.head_bits != 16 or (shards is not None and not is_tied(model))
     if is_needed_in_parts and model.get_output_embeddings() is not None:
         modules.append(model.get_output_embeddings())
@@ -544,7 +565,9 @@ def fill(
     if asks_for_balance(model.config):
         model.config.get_text_config().output_router_logits = False
     model.config.dtype = hardware.dtype
-    _connect_embedding(model.get_input_embeddings(), hardware)
+    embedding = input_embedding(model)
+    if embedding is not None:
+        _connect_embedding(embedding, hardware)
     model.eval()
 
 
@@ -593,7 +616,12 @@ def _place(
         module.weight = value
         return
     is_table = isinstance(module, nn.Embedding) and not path.endswith(_POSITION_BIAS)
-    is_large = (is_table or isinstance(module, FrozenLinear)) and leaf == "weight"
+    # A ViT casts its images to the dtype of its first convolution.
+    is_linear = isinstance(module, FrozenLinear) and module.window is None
+    is_large = (is_table or is_linear) and leaf == "weight"
+    # The statistics of a norm keep their digits; it computes 16-bit inputs with them.
+    if isinstance(module, nn.BatchNorm2d):
+        hardware = replace(hardware, dtype=torch.float32)
     value = _stored_dtype(value, hardware.dtype, is_large=is_large)
     if isinstance(module, FrozenLinear):
         if leaf == "weight":
@@ -632,11 +660,12 @@ def _share_tied(model: PreTrainedModel, head_path: str) -> None:
 
 def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Move the buffers to their devices; parameters and parts are in their places already."""
-    embedding = model.get_input_embeddings()
+    embedding: Any = input_embedding(model)
     for module in model.modules():
         if isinstance(module, GatheredWeight):
             continue
-        target = embedding.weight.device if module is embedding else device
+        is_embedding = embedding is not None and module is embedding
+        target = embedding.weight.device if is_embedding else device
         for name, buffer in own_buffers(module).items():
             if buffer is not None and buffer.device != target:
                 own_buffers(module)[name] = buffer.to(target)

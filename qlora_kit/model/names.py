@@ -95,6 +95,11 @@ def find_model(name: str) -> ModelSource:
     if os.path.isfile(folder):
         raise ModelError(f"{name}: is a file; expected the folder of a model")
     if name and os.path.isdir(folder):
+        if (folder / "model_index.json").is_file():
+            raise ModelError(
+                f"{name}: the folder of a diffusion pipeline, and diffusion models are not trained "
+                "here; expected the folder of a transformers model"
+            )
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name}: no config.json; expected the folder of a transformers model")
         return ModelSource(name=folder.resolve().name, folder=folder.resolve())

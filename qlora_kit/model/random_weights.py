@@ -72,5 +72,8 @@ class RandomWeights:
         nn.Module.__init__(probe)
         for each, parameter in module.named_parameters(recurse=False):
             probe.register_parameter(each, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+        for each, buffer in module.named_buffers(recurse=False):
+            probe.register_buffer(each, torch.zeros_like(buffer, device="cpu"))
         initialize(self._skeleton, probe)
-        return probe.get_parameter(leaf).detach().to(self._device)
+        found: Tensor = getattr(probe, leaf)
+        return found.detach().to(self._device)

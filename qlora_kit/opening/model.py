@@ -30,12 +30,19 @@ if TYPE_CHECKING:
 
     from qlora_kit.data.labels import Labels
     from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.model.class_head import ClassHead
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
     from qlora_kit.model.threads import Threads
     from qlora_kit.tasks import Task
 
-from qlora_kit.opening.tasks import asked_task, classifier, compare_heads, stored_task
+from qlora_kit.opening.tasks import (
+    asked_task,
+    classifier,
+    compare_heads,
+    is_of_images,
+    stored_task,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Opened:
     Attributes:
         source: the name of the model, and the place of its files.
         fetched: its files.
-        tokenizer: its tokenizer, or the adapter's own.
+        tokenizer: its tokenizer, or the adapter's own; of a model of images its image processor.
         has_template: whether there is a chat template.
         task: what a sample means to the command.
     """
@@ -66,10 +73,36 @@ class Opened:
         Raises:
             ConfigError: the model has a head already, for other words or another number of labels.
         """
-        task = classifier(labels, self.tokenizer.pad_token_id)
-        for text in compare_heads(self.source.name, self.task.classes, task.classes):
+        processor = self.tokenizer if is_of_images(self.task) else None
+        task = classifier(labels, self.tokenizer.pad_token_id, processor)
+        # The head that a model of images has is only known to its files.
+        stored = self._stored_head() if processor else self.task.classes
+        for text in compare_heads(
+            self.source.name, stored, task.classes, of_images=processor is not None
+        ):
             announce(Notice(text))
         return replace(self, task=task)
+
+    def check_head(self) -> None:
+        """Check that a model of images that has no adapter has a head of its own.
+
+        Raises:
+            ModelError: it has none.
+        """
+        if is_of_images(self.task) and self._stored_head() is None:
+            raise ModelError(
+                f"{self.source.name}: reads images and has no head that tells classes apart; "
+                "expected a classifier; train one with `train --task classify`, or name its "
+                "--adapter"
+            )
+
+    def _stored_head(self) -> ClassHead | None:
+        """Return the head that the files of the model have; None without one."""
+        from qlora_kit.model.architecture import read_architecture
+        from qlora_kit.model.class_head import ClassHead
+
+        folder = self.fetched.folder
+        return None if folder is None else ClassHead.of(read_architecture(folder))
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
@@ -205,6 +238,7 @@ def open_tokenizer(
     from qlora_kit.model.doctor import too_old
     from qlora_kit.model.encoder_decoder import is_encoder_decoder
     from qlora_kit.model.fetch import fetch
+    from qlora_kit.model.images import check_known, reads_images
     from qlora_kit.model.tokenizer import load_tokenizer, lossy_characters
 
     for text in too_old():
@@ -212,6 +246,9 @@ def open_tokenizer(
     source = find_model(options.model)
     fetched = fetch(source, random=options.weights == "random", revision=options.revision)
     bare = base_spec(source, fetched.folder, options, asked_task())
+    check_known(bare.architecture())
+    if reads_images(bare.architecture()):
+        return _opened_for_images(source, fetched, bare, adapter)
     reads_apart = is_encoder_decoder(bare.architecture())
     writes = reads_apart or not is_encoder(bare.architecture())
     has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
@@ -232,6 +269,22 @@ def open_tokenizer(
     opened = Opened(source, fetched, tokenizer, has_template, task)
     _tell_ids_beyond(opened, options, announce)
     return opened
+
+
+def _opened_for_images(
+    source: ModelSource, fetched: Fetched, bare: BaseSpec, adapter: Path | None
+) -> Opened:
+    """Return a model of images, whose image processor stands in the place of a tokenizer."""
+    from qlora_kit.model.image_processor import NAME, default_processor, load_image_processor
+
+    architecture = bare.architecture()
+    has_own = adapter is not None and (adapter / NAME).is_file()
+    folder = adapter if adapter and has_own else fetched.folder
+    processor = (
+        load_image_processor(folder, architecture) if folder else default_processor(architecture)
+    )
+    task = stored_task(bare, adapter, None, processor)
+    return Opened(source, fetched, processor, has_template=False, task=task)
 
 
 def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announce) -> None:

@@ -20,6 +20,7 @@ from qlora_kit.lora.files import (
 from qlora_kit.model.config_file import (
     classifying_task,
     names_encoder_decoder,
+    names_images,
     read_model_config,
 )
 from qlora_kit.model.names import find_model
@@ -27,6 +28,7 @@ from qlora_kit.model.names import find_model
 if TYPE_CHECKING:
     from qlora_kit.data.labels import Labels
     from qlora_kit.model.class_head import ClassHead
+    from qlora_kit.model.image_processor import ImageProcessor
     from qlora_kit.model.load import BaseSpec
     from qlora_kit.tasks import Task
 
@@ -54,8 +56,13 @@ def classifies(task: str) -> bool:
     return task in _CLASSIFY
 
 
-def planned_task(config: TrainConfig) -> Task:
-    """Return the task of a run whose data are not read: with two labels, if none are named."""
+def planned_task(config: TrainConfig, processor: ImageProcessor | None = None) -> Task:
+    """Return the task of a run whose data are not read: with two labels, if none are named.
+
+    Args:
+        config: the options of the run.
+        processor: that of a model of images; None of a model of text.
+    """
     if config.task == "seq2seq":
         return sources_task()
     if not classifies(config.task):
@@ -65,18 +72,21 @@ def planned_task(config: TrainConfig) -> Task:
     if config.task == "tag":
         return classifier(Labels("tags", config.labels or _TWO_LABELS), None)
     if config.label_kind == "regression":
-        return classifier(Labels("regression"), None)
+        return classifier(Labels("regression"), None, processor)
     names = config.labels or _TWO_LABELS
     labels = Labels("multi", names) if config.label_kind == "multi" else Labels("single", names)
-    return classifier(labels, None)
+    return classifier(labels, None, processor)
 
 
-def classifier(labels: Labels, pad_token_id: int | None) -> Task:
-    """Return the task of texts, or of words, with these labels.
+def classifier(
+    labels: Labels, pad_token_id: int | None, processor: ImageProcessor | None = None
+) -> Task:
+    """Return the task of texts, of words, or of images, with these labels.
 
     Args:
         labels: their kind, names and weights.
         pad_token_id: token that fills short rows, by which decoders find the end of a text.
+        processor: what makes images into what a model reads; None of a model of text.
     """
     from qlora_kit.data.labelled_rows import LabelledRows
     from qlora_kit.data.tagged_rows import TaggedRows
@@ -84,20 +94,28 @@ def classifier(labels: Labels, pad_token_id: int | None) -> Task:
     from qlora_kit.tasks.classify import classify
     from qlora_kit.tasks.tag import tag
 
-    head = ClassHead(labels.kind, labels.names or (VALUE,), pad_token_id)
     weights = labels.weights if len(set(labels.weights)) > 1 else ()
+    if processor is not None:
+        from qlora_kit.tasks.images import classify_images
+
+        of_images = ClassHead(labels.kind, labels.names or (VALUE,))
+        return classify_images(of_images, labels, processor, weights)
+    head = ClassHead(labels.kind, labels.names or (VALUE,), pad_token_id)
     if labels.kind == "tags":
         return tag(head, TaggedRows(labels), weights)
     return classify(head, LabelledRows(labels), weights)
 
 
-def compare_heads(model: str, stored: ClassHead | None, asked: ClassHead | None) -> Iterator[str]:
+def compare_heads(
+    model: str, stored: ClassHead | None, asked: ClassHead | None, *, of_images: bool = False
+) -> Iterator[str]:
     """Compare the head that a model has with the one that its data asks for.
 
     Args:
         model: name of the model.
         stored: the model's own head; None where it has none yet.
         asked: the head that is wanted.
+        of_images: whether it is a model of images, which may get a new head.
 
     Yields:
         A notice where equal outputs get other names.
@@ -106,6 +124,12 @@ def compare_heads(model: str, stored: ClassHead | None, asked: ClassHead | None)
         ConfigError: the heads have not the same shape, or one of them tags words.
     """
     if stored is None or asked is None:
+        return
+    if of_images and len(stored.names) != len(asked.names):
+        yield (
+            f"{model}: a classifier of {len(stored.names):,} other classes; its head is not taken, "
+            f"and one for {len(asked.names):,} is trained anew"
+        )
         return
     kinds = (stored.kind == "tags", asked.kind == "tags")
     if kinds[0] != kinds[1] or len(stored.names) != len(asked.names):
@@ -123,7 +147,12 @@ def compare_heads(model: str, stored: ClassHead | None, asked: ClassHead | None)
         )
 
 
-def stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None) -> Task:
+def stored_task(
+    spec: BaseSpec,
+    adapter: Path | None,
+    pad_token_id: int | None,
+    processor: ImageProcessor | None = None,
+) -> Task:
     """Return the task that an adapter, or else a model, was trained for."""
     from qlora_kit.data.labels import Labels
     from qlora_kit.lora.adapter import stored_labels
@@ -132,14 +161,18 @@ def stored_task(spec: BaseSpec, adapter: Path | None, pad_token_id: int | None) 
 
     if is_encoder_decoder(spec.architecture()):
         return sources_task()
-    found = None if adapter is None else stored_labels(adapter)
+    of_images = processor is not None
+    found = None if adapter is None else stored_labels(adapter, of_images=of_images)
     head = ClassHead.of(spec.architecture())
     if found is None and head is not None:
         found = head.kind, head.names
+    if found is None and processor is not None:
+        found = "single", _TWO_LABELS  # until its labels are known
     if found is None:
         return asked_task()
     kind, names = found
-    return classifier(Labels(kind, () if kind == "regression" else names), pad_token_id)
+    labels = Labels(kind, () if kind == "regression" else names)
+    return classifier(labels, pad_token_id, processor)
 
 
 def stored_task_name(model: str, adapter: Path | None) -> str:
@@ -157,6 +190,8 @@ def stored_task_name(model: str, adapter: Path | None) -> str:
         content = read_model_config(source.folder / "config.json")
     if names_encoder_decoder(content):
         return "seq2seq"
+    if names_images(content):
+        return "classify"
     if adapter is not None:
         record, config = read_base_record(adapter), read_peft_config(adapter)
         others = "seq2seq" if config.task_type == "SEQ_2_SEQ_LM" else "causal"
@@ -190,6 +225,8 @@ def check_searchable(task: Task, config: TrainConfig) -> None:
     Raises:
         ConfigError: one does.
     """
+    if is_of_images(task):
+        _check_no_budget(config)
     if not task.has_sources:
         return
     for name in ("vram", "ram"):
@@ -204,6 +241,27 @@ def check_searchable(task: Task, config: TrainConfig) -> None:
             f"--keep-layers {config.keep_layers}: an encoder-decoder has layers of two kinds; "
             "expected 0 with --task seq2seq; leave it out, or pass --no-recompute to keep all"
         )
+
+
+def is_of_images(task: Task) -> bool:
+    """Whether the samples of a task are images."""
+    from qlora_kit.model.config_file import IMAGE_CLASSIFICATION
+
+    return task.loads == IMAGE_CLASSIFICATION
+
+
+def _check_no_budget(config: TrainConfig) -> None:
+    """Check that no option asks for settings to be chosen for a model of images.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for name in ("vram", "ram"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"--{name}: settings are not chosen for a model of images; expected no budget; "
+                f"leave --{name} out, and see with `qlora-kit plan` what a --batch-size takes"
+            )
 
 
 def check_one_adapter(task: Task, adapters: Mapping[str, Path]) -> None:

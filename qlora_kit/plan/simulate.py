@@ -28,6 +28,7 @@ from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach, targeted_paths
 from qlora_kit.model.hardware import Hardware
+from qlora_kit.model.images import layer_count
 from qlora_kit.model.load import (
     Base,
     BaseSpec,
@@ -164,7 +165,7 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     with simulated_run(subject, config, short) as shorter:
         evaluation_rows = run.evaluate_within_step(config, evaluated, shorter)
     # The skeleton is built outside of the simulation: its placeholders take no memory.
-    layers = architecture.get_text_config().num_hidden_layers
+    layers = layer_count(architecture)
     merged = min(layers, _layers_of_a_shard(subject.spec) + 1)
     skeleton = subject.spec.skeleton(merged)
     with _simulation(subject.hardware) as ledger:

@@ -35,7 +35,7 @@ from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.adapters import check_base, stored_options
 from qlora_kit.opening.model import open_tokenizer
-from qlora_kit.opening.tasks import stored_task_name
+from qlora_kit.opening.tasks import is_of_images, stored_task_name
 from qlora_kit.recipe.rows import read_data, tokenize_data
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import (
@@ -131,7 +131,7 @@ def _verification_rows(
 ) -> VerificationRows | None:
     """Return rows to verify with: from `--data`, or else the run's own, or else built-in ones."""
     from qlora_kit.data.tokens import tokenize
-    from qlora_kit.export.rows import built_in_rows, some_rows
+    from qlora_kit.export.rows import built_in_images, built_in_rows, some_rows
     from qlora_kit.export.streamed import NOT_RUN_IN_PARTS
 
     if not config.verify_tokens:
@@ -143,17 +143,21 @@ def _verification_rows(
     pad = tokenizer.pad_token_id
     base = spec if spec.classes is not None or opened.task.has_sources else None
     run = _config_of_run(config.adapter, announce)
+    processor = tokenizer if is_of_images(opened.task) else None
     if config.data is not None:
         samples = load_samples(config.data, "test", run, task=opened.task.name)
         options = run or TokenOptions()
         named = tokenize(samples, tokenizer, options, makes=makes)
         source = Path(config.data).name
-        return some_rows(named.rows, config.verify_tokens, pad, source, base)
+        return some_rows(named.rows, config.verify_tokens, pad, source, base, processor)
     held_out = None if run is None else _held_out_rows(run, opened, announce)
+    if held_out is None and processor is not None:
+        assert spec.classes is not None, "a classifier"
+        return built_in_images(processor, spec.classes)
     if held_out is None:
         return built_in_rows(tokenizer, base)
     source = "validation rows of the run"
-    return some_rows(held_out.rows, config.verify_tokens, pad, source, base)
+    return some_rows(held_out.rows, config.verify_tokens, pad, source, base, processor)
 
 
 def _config_of_run(adapter: Path, announce: Announce) -> TrainConfig | None:
@@ -236,6 +240,7 @@ def quantize(config: QuantizeConfig, announce: Announce = silent) -> dict[str, A
     choose_threads()
     options = BaseModelOptions(model=config.model, revision=config.revision)
     opened = open_tokenizer(options, announce)
+    opened.check_head()
     quantization = Quantization(config.bits, config.quant_type, config.double_quant)
     written = quantize_to(
         config.to,

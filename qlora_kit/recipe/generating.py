@@ -36,6 +36,8 @@ def generate(config: GenerateConfig, announce: Announce = silent) -> dict[str, A
 
     first = adapter_of(config)
     opened = open_tokenizer(config, announce, first, config.chat_template)
+    if first is None:
+        opened.check_head()
     if opened.task.classes is not None:
         return labelled(config, opened, asked, announce)
     check_generates(opened.task, "generate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_kit.config import GenerateConfig
@@ -11,6 +12,8 @@ from qlora_kit.data.samples import PromptRecord
 from qlora_kit.errors import DataError
 from qlora_kit.events import Announce, Answered, Notice
 from qlora_kit.opening.adapters import put_by_row_on
+from qlora_kit.opening.tasks import is_of_images
+from qlora_kit.recipe.showing_images import ImageReader
 from qlora_kit.recipe.tagging import WordReader
 
 if TYPE_CHECKING:
@@ -74,6 +77,9 @@ def _reader(config: GenerateConfig, opened: Opened, announce: Announce) -> _Read
         if name in config.model_fields_set:
             flag = name.replace("_", "-")
             announce(Notice(f"--{flag} has no effect: a classifier labels a text and writes none"))
+    if is_of_images(opened.task):
+        folder = Path() if config.prompts is None else config.prompts.parent
+        return ImageReader(classes, opened.tokenizer, folder, _answer, _in_words)
     most = min(opened.positions(config) or _MOST_TOKENS, opened.tokenizer.model_max_length)
     if tags_words:
         return WordReader(classes, opened.tokenizer, most, is_raw=config.raw)

@@ -193,6 +193,8 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
 
     opened = open_tokenizer(config, announce, adapter_of(config), config.chat_template)
     check_one_adapter(opened.task, config.adapters)
+    if adapter_of(config) is None:
+        opened.check_head()
     if config.generates_for is not None:
         check_generates(opened.task, config.generates_for)
     rows = tokenize(samples, opened.tokenizer, config, makes=opened.task.makes)

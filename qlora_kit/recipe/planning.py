@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import PlanConfig
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
-from qlora_kit.model.names import find_model
+from qlora_kit.model.names import ModelSource, find_model
 from qlora_kit.opening.model import base_spec
-from qlora_kit.opening.tasks import check_searchable, planned_task
+from qlora_kit.opening.tasks import asked_task, check_searchable, planned_task
 from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.launch import check_sharing, planned_devices
 
 if TYPE_CHECKING:
+    from qlora_kit.model.image_processor import ImageProcessor
     from qlora_kit.model.load import BaseSpec
     from qlora_kit.plan.planning import Plan
 
@@ -39,7 +40,10 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     if hardware.device.type == "cpu":
         choose_threads(config.threads)
     ceilings = planned_ceilings(hardware, config.card)
-    task = planned_task(config)
+    processor = _image_processor(config, source)
+    if processor is not None:
+        config = config.model_copy(update={"max_length": processor.tokens})
+    task = planned_task(config, processor)
     check_searchable(task, config)
     spec = base_spec(source, source.folder, config, task)
     config = config.model_copy(update=asdict(spec.quantization))
@@ -82,6 +86,22 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
         draw_memory(found["breakdown_bytes"], PURPOSES, title, config.plot)
         announce(Closing((str(config.plot),), ()))
     return found
+
+
+def _image_processor(config: PlanConfig, source: ModelSource) -> ImageProcessor | None:
+    """Return what makes the images of a model, whose rows are as long as it says; None of text."""
+    from qlora_kit.model.image_processor import NAME, default_processor, load_image_processor
+    from qlora_kit.model.images import check_known, reads_images
+
+    if config.task != "classify":
+        return None
+    architecture = base_spec(source, source.folder, config, asked_task()).architecture()
+    check_known(architecture)
+    if not reads_images(architecture):
+        return None
+    if source.folder is not None and (source.folder / NAME).is_file():
+        return load_image_processor(source.folder, architecture)
+    return default_processor(architecture)
 
 
 def _with_rows_that_fit(config: PlanConfig, spec: BaseSpec, announce: Announce) -> PlanConfig:

@@ -19,7 +19,7 @@ from qlora_kit.events import (
     Notice,
 )
 from qlora_kit.opening.model import open_tokenizer
-from qlora_kit.opening.tasks import check_searchable, check_task, classifies
+from qlora_kit.opening.tasks import check_searchable, check_task, classifies, is_of_images
 from qlora_kit.recipe.counting import HOLDS_OUT_ALL, counted_pass, learnt_pass
 from qlora_kit.recipe.mixed_streams import tokenized_streams
 from qlora_kit.recipe.streaming import check_longest, open_stream
@@ -88,6 +88,8 @@ def token_rows(
         labels = _labels(samples, config, announce)
         opened = open_tokenizer(config, announce).classifying(labels, announce)
         notices = _notices_of_text(config, "a labelled text is given to the model as it is")
+        if is_of_images(opened.task):
+            notices = (*notices, *_notices_of_images(opened, config))
     else:
         opened = open_tokenizer(config, announce, chat_template=config.chat_template)
         notices = () if opened.task.has_sources else _template_notices(opened, config)
@@ -133,6 +135,23 @@ def _notices_of_text(config: TrainConfig, why: str) -> Iterable[str]:
             yield f"--{flag} has no effect: {why}"
     if any(source.chat_template is not None for source in config.sources):
         yield f"the chat_template of a source has no effect: {why}"
+
+
+def _notices_of_images(opened: Opened, config: TrainConfig) -> Iterator[str]:
+    """Options of texts must not be silently without effect on images."""
+    from qlora_kit.model.images import has_stages
+
+    processor = opened.tokenizer
+    yield (
+        f"an image is read as {processor.height} × {processor.width} pixels of "
+        f"{processor.channels} channels, and counts as {processor.tokens} tokens"
+    )
+    for name in ("max_length", "long_samples"):
+        if getattr(config, name) != TrainConfig.model_fields[name].default:
+            yield f"--{name.replace('_', '-')} has no effect: an image is not cut"
+    is_asked = config.recompute and "recompute" in config.model_fields_set
+    if is_asked and has_stages(opened.spec(config).architecture()):
+        yield "--recompute has no effect: transformers runs no layer of this model again"
 
 
 def tokenize_data(
@@ -292,7 +311,7 @@ def surveyed(
         Part(samples, rows),
         None if held_out is None else Part(validation or own or samples, held_out),
         opened.tokenizer,
-        config,
+        _for_survey(opened, config),
         seed=config.seed,
         shown_rows=shown_rows,
         has_sources=opened.task.has_sources,
@@ -307,3 +326,10 @@ def surveyed(
     # The survey names files, and is shown on a page; a path may hold a secret.
     redacted: Survey = redacted_values(found)
     return redacted
+
+
+def _for_survey(opened: Opened, config: TrainConfig) -> TrainConfig:
+    """Return the options that rows were made by: images are as long as they are."""
+    if not is_of_images(opened.task):
+        return config
+    return config.model_copy(update={"max_length": opened.tokenizer.tokens})

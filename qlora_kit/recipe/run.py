@@ -26,6 +26,7 @@ from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, count_trainable
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.opening.model import Opened
+from qlora_kit.opening.tasks import is_of_images
 from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.one import Processes
 from qlora_kit.plan.planning import Plan
@@ -397,12 +398,14 @@ class Run:
             *(times.rows() if times else ()),
             *begun.memory.close(result.peak_memory_bytes),
         )
-        commands = _next_commands(output, self.config)
+        of_images = is_of_images(self.opened.task)
+        commands = _next_commands(output, self.config, of_images=of_images)
         record = self.record
         summary = replace(
             RunSummary.of(self.config, record.base, facts, results, record.versions, commands),
             labels=record.labels or (),
             pad_token_id=self.opened.tokenizer.pad_token_id,
+            of_images=of_images,
         )
         card.write_card(output, summary)
         run_page.write_run_page(
@@ -470,12 +473,15 @@ def _evaluated(found: Evaluation | None) -> dict[str, Any]:
     return {"validation_loss": found.loss, "validation_metrics": dict(found.metrics)}
 
 
-def _next_commands(output: Path, config: TrainConfig) -> tuple[str, ...]:
+def _next_commands(
+    output: Path, config: TrainConfig, *, of_images: bool = False
+) -> tuple[str, ...]:
     name = shlex.quote(str(output))
     merged = shlex.quote(str(Path("merged") / output.name))
+    asked, measured = ("image.png", "images/") if of_images else ('"..."', "test.jsonl")
     commands = (
-        f'qlora-kit generate --adapter {name} --prompt "..."',
-        f"qlora-kit evaluate --adapter {name} --data test.jsonl",
+        f"qlora-kit generate --adapter {name} --prompt {asked}",
+        f"qlora-kit evaluate --adapter {name} --data {measured}",
         f"qlora-kit export {name} --to {merged}",
     )
     if config.report_to == "tensorboard":

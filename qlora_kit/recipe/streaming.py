@@ -13,10 +13,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.data.images import is_image_folder
 from qlora_kit.data.samples import Samples, is_hub_id
+from qlora_kit.data.shapes import Shape
 from qlora_kit.data.sources import check_weights, record_options
 from qlora_kit.data.streamed_samples import SampleStream
 from qlora_kit.data.streamed_sources import StreamedSources
@@ -94,6 +97,13 @@ def open_stream(
         DataError: there is nothing of that name.
         HubError: the hub is out of reach.
     """
+    if any(is_image_folder(Path(source.path)) for source in config.sources):
+        if config.stream_data:
+            raise ConfigError(
+                "--stream-data: images are read from their files as they are needed anyway; "
+                "expected text with it; leave it out"
+            )
+        return None
     if config.stream_data:
         return _asked_for(config)
     stream = _by_default(config) if chooses and config.stream_data is None else None
@@ -116,6 +126,12 @@ def _asked_for(config: TrainConfig) -> _Stream:
     _check_options(config)
     stream = _opened(config)
     if not stream.is_of_hub:
+        head = stream.head()
+        if Shape.IMAGE in [part.shape for part in (head.parts or (head,))]:
+            raise ConfigError(
+                f"--stream-data: {stream.data} names images, which are read from their files as "
+                "they are needed anyway; expected text with it; leave it out"
+            )
         return stream
     if len(config.sources) > 1 and not config.source_weights:
         raise ConfigError(
@@ -201,6 +217,8 @@ def _starts_soon(config: TrainConfig, stream: _Stream) -> bool:
     except DataError:
         return False  # All faults are told together where all of the data is read.
     shapes = [part.shape for part in (head.parts or (head,))]
+    if Shape.IMAGE in shapes:
+        return False
     return all(reading_counts(config, shape) for shape in shapes) or not is_counted(
         config, holds_out=config.validation is None
     )

@@ -28,6 +28,8 @@ _PIPELINES = {
 def write_card(folder: Path, summary: RunSummary) -> None:
     """Write the model card into a run folder."""
     kind = _PIPELINES.get(summary.task, "text-generation")
+    if summary.of_images:
+        kind = "image-classification"
     write_rendered_card(
         folder, "card.md.jinja", summary.base, "peft", "lora", kind, summary=summary
     )

@@ -65,9 +65,10 @@ def summary_rows(survey: Survey) -> Rows:
         rows += [("end token", _end_text(ends)), ("prompts", _prompt_text(survey))]
     if survey.labels is not None:
         rows.append(_label_summary(survey.labels))
-    rows.append(("repeated", _repeat_text(survey.repeats)))
+    what = "images" if counts.shape == "image" else "texts"
+    rows.append(("repeated", _repeat_text(survey.repeats, what)))
     if survey.overlap is not None:
-        rows.append(("in both parts", _repeat_text(survey.overlap)))
+        rows.append(("in both parts", _repeat_text(survey.overlap, what)))
     if survey.packing:
         rows.append(("packing", survey.packing))
     return tuple(rows)
@@ -110,10 +111,10 @@ def _prompt_text(survey: Survey) -> str:
     return f"{right:,} of {prompts.tried:,} tried are what generation is given, token by token"
 
 
-def _repeat_text(repeats: Repeats | RepeatedTexts) -> str:
+def _repeat_text(repeats: Repeats | RepeatedTexts, what: str) -> str:
     if isinstance(repeats, RepeatedTexts):
         others = f"{repeats.contradicting:,} of them with another label"
-        return f"{repeats.rows:,} of {repeats.of:,} texts, {others}" if repeats.rows else "nothing"
+        return f"{repeats.rows:,} of {repeats.of:,} {what}, {others}" if repeats.rows else "nothing"
     if not repeats.rows and not repeats.prompts:
         return "nothing"
     whole = f"{repeats.rows:,} of {repeats.of:,} token rows"
@@ -267,7 +268,7 @@ def data_page(survey: Survey) -> str:
         repeated=[*_repeated(survey)],
         packing=survey.packing,
         packed=[*_strips(survey.packed)] if survey.packed else [],
-        shown=[(shown_title(row), [*_spans(row.pieces)]) for row in survey.shown],
+        shown=[(shown_title(row), [*_spans(row.pieces)], row.thumbnail) for row in survey.shown],
         is_weighted=any(weight_mark(each.weight) for row in survey.shown for each in row.pieces),
     )
 

@@ -54,6 +54,7 @@ class RunSummary:
         labels: names of a classifier's labels; none of other models.
         task: the task of the run.
         pad_token_id: the token that fills short rows.
+        of_images: whether the model reads images.
     """
 
     base: str
@@ -67,6 +68,7 @@ class RunSummary:
     labels: tuple[str, ...] = ()
     task: str = "causal"
     pad_token_id: int | None = None
+    of_images: bool = False
 
     @property
     def base_name(self) -> str:

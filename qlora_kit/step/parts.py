@@ -103,7 +103,8 @@ class Sizes:
         """Return the sizes of a model of transformers, loaded or a skeleton."""
         config: Any = model.config
         shapes = frozenset(each.shape for each in projections(model).values())
-        return cls(rank, config.get_text_config().vocab_size, shapes)
+        vocabulary = getattr(config.get_text_config(), "vocab_size", 0)  # images have none
+        return cls(rank, vocabulary, shapes)
 
 
 def part_of(launch: Launch, sizes: Sizes) -> str:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.projections import takes_pixels
 from qlora_kit.layers.purpose import LAYER_CHECKPOINTS, announce
 from qlora_kit.private_transformers import recompute_by
 from qlora_kit.step.offload import Offload
@@ -37,10 +38,11 @@ def set_recompute(
             layers are recomputed.
 
     Raises:
-        ModelError: the architecture has no layers that can be recomputed.
+        ModelError: the architecture has no layers that can be recomputed. A convolutional network
+            of images keeps all activations instead.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if enabled and not layers:
+    if enabled and not layers and not takes_pixels(model):
         raise ModelError("the model has no layers that can be recomputed; pass --no-recompute")
     run = _recomputed if offload is None else partial(_offloaded, offload)
     recomputed = max(0, len(layers) - keep_layers) if enabled else 0

@@ -100,7 +100,8 @@ def _products(weight: FourBitWeight, numbers: Numbers) -> list[Tensor]:
 
 
 def _lora(tried: Tried) -> Iterator[Trial]:
-    layers = (m for m in tried.model.modules() if isinstance(m, LoRALinear | LoRAStack))
+    every = (m for m in tried.model.modules() if isinstance(m, LoRALinear | LoRAStack))
+    layers = (m for m in every if isinstance(m, LoRAStack) or m.frozen.window is None)
     if tried.hardware.dtype.itemsize == 2 and (layer := next(layers, None)) is not None:
         frozen = layer.expert(0) if isinstance(layer, LoRAStack) else layer.frozen
         yield partial(_low_rank, frozen, layer.rank, layer.scaling)
@@ -132,8 +133,9 @@ def _normed(norm: FusedNorm, numbers: Numbers) -> list[Tensor]:
 
 def _rotary(tried: Tried) -> Iterator[Trial]:
     config = tried.model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for rotation in tried.rotations if has_kernel() else ():
+        own = getattr(config, "head_dim", None)
+        width = own or config.hidden_size // config.num_attention_heads
         yield partial(_turned, rotation, width)
 
 

@@ -31,6 +31,8 @@ STATE = "state.json"
 """of a checkpoint"""
 SWEEP = "sweep.yaml"
 """the options of a sweep, in the folder that has its runs"""
+# What a run saves of its model's input: a tokenizer, or an image processor.
+_BESIDE = ("tokenizer_config.json", "preprocessor_config.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RUNS = Path("runs")
 # Options that hold for one start of a run, and not for the next.
@@ -89,7 +91,8 @@ def is_run(folder: Path) -> bool:
 
     A configuration alone does not make it one: a user's own file may have that name.
     """
-    return all((folder / name).is_file() for name in (CONFIG, "tokenizer_config.json"))
+    is_named = any((folder / name).is_file() for name in _BESIDE)
+    return is_named and (folder / CONFIG).is_file()
 
 
 def check_outside_runs(folder: Path, flag: str) -> None:

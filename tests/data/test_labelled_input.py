@@ -296,7 +296,7 @@ BAD: list[tuple[str, bytes, tuple[str, ...], str]] = [
     ("a.jsonl", _lines(*TWO), ("--format", "chat"),
      r"--format chat: no format of --task classify; expected auto, classify; pass one of these"),
     ("a.jsonl", _lines(*TWO), ("--columns", "prompt=text"),
-     r"--columns: no field prompt; expected FIELD=COLUMN with a field of label, text, text_a"),
+     r"--columns: no field prompt; expected FIELD=COLUMN with a field of image, label, text"),
     ("a.jsonl", _lines(*TWO), ("--columns", "text=text,text_b=label"),
      r"--columns: no format has text and text_b together; expected the fields of one format"),
     ("a.jsonl", _lines(*TWO), ("--columns", "label=mood"),
