@@ -96,6 +96,8 @@ class StepFinished(Event):
     """the name of the weight in logs"""
     loss_weight: float | None = None
     """the sum of weights that the loss is divided by; None where all count alike"""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """what else was measured of the window, by name"""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from qlora_kit.config.options import (
     OptimizerOptions,
     Options,
     PlanConfig,
+    PreferenceLoss,
     QuantizeConfig,
     RecordOptions,
     RunOptions,
@@ -44,10 +45,11 @@ from qlora_kit.config.resolve import (
 from qlora_kit.config.values import parse_size
 
 __all__ = [
-    "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
-    "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig", "ExportConfig", "GenerateConfig",
-    "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
-    "PlanConfig", "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TaskOptions",
+    "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits",
+    "BudgetOptions", "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig",
+    "ExportConfig", "GenerateConfig", "LabelKind", "Layer", "LongSamples", "LoraOptions",
+    "MetricName", "OptimizerOptions", "Options", "PlanConfig", "PreferenceLoss",
+    "QuantizeConfig", "RecordOptions", "RunOptions", "StepOptions", "TaskOptions",
     "TemplateOption", "TokenOptions", "TrainConfig", "by_heading", "compared", "declared",
     "field_names", "parse_size", "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

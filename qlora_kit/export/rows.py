@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.data.batch import collate
-from qlora_kit.data.encode import IGNORED, prompt_ids
+from qlora_kit.data.encode import CHOSEN_TOKENS, IGNORED, prompt_ids
+from qlora_kit.data.preference_rows import sides_of
 from qlora_kit.model.class_head import is_encoder
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.tasks.classify import collate_labelled
@@ -63,13 +64,15 @@ def some_rows(
         base: the base, where the rows are labelled texts, or sources and targets; None: texts.
     """
     taken: list[Mapping[str, Any]] = []
-    count = 0
+    count, of_task = 0, True
     for row in rows:
+        # A preference may make both answers less likely, so the loss on one of them judges nothing.
+        of_task = CHOSEN_TOKENS not in row
         taken.append(row if base else _cut_row(row))
         count += len(taken[-1]["input_ids"])
         if count >= tokens:
             break
-    return VerificationRows(_batch(taken, pad_token_id, base), source, of_task=True)
+    return VerificationRows(_batch(taken, pad_token_id, base), source, of_task)
 
 
 def built_in_rows(tokenizer: Any, base: BaseSpec | None = None) -> VerificationRows:
@@ -101,7 +104,12 @@ def _batch(rows: Sequence[Mapping[str, Any]], pad_token_id: int, base: BaseSpec 
 
 
 def _cut_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut a row so that supervised tokens are left; where its start has none, keep its end."""
+    """Cut a row so that supervised tokens are left; where its start has none, keep its end.
+
+    Of a pair of answers the chosen one is taken.
+    """
+    if CHOSEN_TOKENS in row:
+        row, _ = sides_of(row)
     labels, most = list(row["labels"]), _MOST_ROW_TOKENS
     has_some = any(label != IGNORED for label in labels[1:most])
     part = slice(0, most) if has_some else slice(max(0, len(labels) - most), None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from qlora_kit.config import LabelKind
+from qlora_kit.config import LabelKind, PreferenceLoss
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.storage import check_confined, read_json
 
@@ -186,6 +186,8 @@ class BaseRecord(_File):
             template; `UNKNOWN_TEMPLATE` if it is not known.
         labels: names of a classifier's labels in the order of its outputs; None for other models.
         label_kind: "single", "multi", "regression" or "tags"; None for other models.
+        preference_loss, preference_beta: the loss that pairs of answers were compared by; None for
+            other models.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -204,6 +206,8 @@ class BaseRecord(_File):
     template_hash: _Text | None = None
     labels: _Labels | None = None
     label_kind: LabelKind | None = None
+    preference_loss: PreferenceLoss | None = None
+    preference_beta: Annotated[float, Field(gt=0)] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -219,6 +223,7 @@ class BaseRecord(_File):
         base: Base,
         revision: str | None = None,
         template_hash: str | None = UNKNOWN_TEMPLATE,
+        preference: tuple[PreferenceLoss, float] | None = None,
     ) -> BaseRecord:
         """Describe a loaded base.
 
@@ -227,6 +232,7 @@ class BaseRecord(_File):
             revision: commit of the base, if it came from the hub.
             template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses no
                 template. With `UNKNOWN_TEMPLATE`, it uses the tokenizer's, if there is one.
+            preference: the loss that pairs of answers were compared by, and its β.
         """
         dtype: Any = base.hardware.dtype_name
         classes = base.spec.classes
@@ -243,14 +249,18 @@ class BaseRecord(_File):
             template_hash=template_hash,
             labels=classes.names if classes else None,
             label_kind=classes.kind if classes else None,
+            preference_loss=preference[0] if preference else None,
+            preference_beta=preference[1] if preference else None,
             versions=library_versions(),
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of the file; labels are there where the model has some."""
+        """Return the content of the file; what only some tasks have is left out of others."""
         content = self.model_dump(mode="json")
         if self.labels is None:
             del content["labels"], content["label_kind"]
+        if self.preference_loss is None:
+            del content["preference_loss"], content["preference_beta"]
         return content
 
 

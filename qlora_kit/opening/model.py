@@ -71,6 +71,13 @@ class Opened:
             announce(Notice(text))
         return replace(self, task=task)
 
+    def continuing(self, task: Task) -> Opened:
+        """Return the same model, opened for a task of models that continue a text.
+
+        An encoder-decoder keeps its own task, by which it is refused.
+        """
+        return self if self.task.has_sources else replace(self, task=task)
+
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
         return base_spec(self.source, self.fetched.folder, options, self.task)

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_kit.config import AnyConfig, Layer, TrainConfig, resolve
 from qlora_kit.model.names import find_model, known_models
+from qlora_kit.opening.start import options_of_start
 from qlora_kit.train.folder import stored_layer
 
 
@@ -18,7 +19,8 @@ def configure(
 ) -> AnyConfig:
     """Resolve a configuration from all its sources; each source overrides those to its left.
 
-        defaults  <  configs/NAME.yaml  <  the run that is resumed  <  `layers`  <  `given`
+        defaults  <  configs/NAME.yaml  <  the adapter that training starts from
+                  <  the run that is resumed  <  `layers`  <  `given`
 
     The class alone, as in `TrainConfig(model="smollm2-135m")`, knows the defaults only.
 
@@ -30,6 +32,7 @@ def configure(
     Raises:
         ConfigError: the values have faults; the error lists all of them, see `config.resolve`.
         ModelError: there is no such model.
+        AdapterError: there is no such adapter to start from.
     """
     layers = [*layers, Layer("", given)]
     asked = resolve(config_class, layers)
@@ -38,6 +41,10 @@ def configure(
         asked = resolve(config_class, layers)
     if not isinstance(asked, TrainConfig):
         return asked
+    if asked.adapter is not None:
+        model = asked.model if "model" in asked.model_fields_set else None
+        layers.insert(0, Layer(str(asked.adapter), options_of_start(asked.adapter, model)))
+        asked = resolve(config_class, layers)
     source = find_model(asked.model)
     origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
     return resolve(config_class, [Layer(origin, source.settings), *layers])

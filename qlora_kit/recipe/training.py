@@ -15,6 +15,8 @@ from qlora_kit.launched import place
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
+from qlora_kit.opening.start import started_from
+from qlora_kit.opening.tasks import check_loss
 from qlora_kit.parallel.launch import check_sharing
 from qlora_kit.parallel.one import processes_of_this_run
 from qlora_kit.recipe.rows import read_data, token_rows
@@ -36,6 +38,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
     processes = processes_of_this_run()
     announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
+    check_loss(config)
     if config.shard_base:
         check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
@@ -51,6 +54,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         config = settled(config, samples, validation, announce, is_new=is_new)
 
         # torch is imported here, after everything that can be checked without it.
+        from qlora_kit.lora.adapter import check_fits
         from qlora_kit.lora.attach import LoraSpec, attach
         from qlora_kit.model.hardware import make_deterministic
         from qlora_kit.model.load import Placement, load_base
@@ -72,6 +76,7 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         )
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
+        start = started_from(config, spec, lora)
         hardware = chosen_hardware(config, threads, processes)
         packing = processes.from_writer(
             lambda: choose_packing(
@@ -92,6 +97,9 @@ def train(config: TrainConfig, announce: Announce = silent) -> dict[str, Any]:
         load = load_shared_base if config.shard_base else load_base
         base = load(spec, hardware, announce, Placement.of(config))
         adapter = attach(base, lora, config.seed)
+        if start is not None:
+            check_fits(start, base)
+            adapter.fill(start.tensors, {})
         tried = packing.tried(base.model)
         packing = processes.from_writer(lambda: tried)
         config = packing.settled(config)

@@ -80,6 +80,7 @@ def _step_row(event: StepFinished) -> dict[str, Any]:
     """Return the row of a step; its weight is named after what is weighed."""
     row = asdict(event)
     del row["weighs"]
+    row |= row.pop("metrics")
     if row["loss_weight"] is None:
         del row["loss_weight"]
     return {event.weighs if name == "weight" else name: value for name, value in row.items()}

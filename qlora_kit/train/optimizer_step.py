@@ -16,7 +16,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -34,7 +34,7 @@ from qlora_kit.model.memory import is_out_of_memory
 from qlora_kit.parallel.division import divided
 from qlora_kit.parallel.one import OneProcess, Processes
 from qlora_kit.signals import Stopped, received
-from qlora_kit.tasks.task import Batch, Objective
+from qlora_kit.tasks.task import Batch, MeasuresSteps, Objective, drawn_rows
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
 from qlora_kit.train.random_states import (
     random_states,
@@ -63,6 +63,7 @@ class Taken:
         suspect_rows: empty, unless the step was skipped. Then the rows of the micro-batches whose
             loss is not finite; or all rows, if only the gradient is not finite.
         overflowed: whether the loss scaler skipped the step to find its scale.
+        metrics: what the objective measures of a step beside the loss, by name, as the loss is.
     """
 
     loss: float
@@ -72,6 +73,7 @@ class Taken:
     tokens: int
     suspect_rows: Indices = ()
     overflowed: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Gradients(NamedTuple):
@@ -84,6 +86,7 @@ class _Gradients(NamedTuple):
         size: size of the step in all processes.
         norm: norm of the gradient before clipping.
         longest: tokens of the longest row.
+        metrics: what else is measured of a step, summed over all processes.
     """
 
     losses: list[float]
@@ -92,6 +95,7 @@ class _Gradients(NamedTuple):
     size: _Size
     norm: float
     longest: int
+    metrics: list[float]
 
 
 class _Size(NamedTuple):
@@ -197,7 +201,16 @@ class OptimizerStep:
             tokens=int(found.size.tokens),
             suspect_rows=suspect,
             overflowed=overflowed,
+            metrics={
+                name: value / found.size.weight
+                for name, value in zip(self._step_metrics, found.metrics, strict=True)
+            },
         )
+
+    @property
+    def _step_metrics(self) -> tuple[str, ...]:
+        objective = self.objective
+        return objective.step_metrics if isinstance(objective, MeasuresSteps) else ()
 
     def _gradients(self, window: Window, step: int, *, is_divided: bool) -> _Gradients:
         """Sum the window's gradients and clip them; halve the micro-batch if memory runs out."""
@@ -236,6 +249,7 @@ class OptimizerStep:
         if short:
             return None
         size = _Size(*sizes)
+        batches = self._within_step(batches)
         sums: list[Tensor] = []
         for number in range(max(map(len, shares))):
             if self._is_short(len(sums) < min(number, len(own))):
@@ -249,15 +263,28 @@ class OptimizerStep:
             return None
         self.processes.sum_gradients(self.parameters)
         # One transfer from the device for all micro-batches.
-        losses = self._fitting(lambda: torch.stack(sums).tolist() if sums else [])
-        norm = None if losses is None else self._fitting(self._clip)
-        short, loss = self.processes.totals(norm is None, math.fsum(losses or ()))
-        if losses is None or norm is None:
+        told = self._fitting(lambda: torch.stack(sums).tolist() if sums else [])
+        norm = None if told is None else self._fitting(self._clip)
+        columns = (1 + len(self._step_metrics)) * [0.0]
+        if told:
+            columns = [math.fsum(column) for column in zip(*told, strict=True)]
+        short, loss, *metrics = self.processes.totals(norm is None, *columns)
+        if told is None or norm is None:
             return None
+        losses = [own_loss for own_loss, *_ in told]
         if short:
             self._allow_to_unscale_again()
             return None
-        return _Gradients(losses, batches, loss, size, norm, int(most))
+        return _Gradients(losses, batches, loss, size, norm, int(most), metrics)
+
+    def _within_step(self, batches: list[Batch]) -> list[Batch]:
+        """Let the batches of this process know the sums of the whole step that they need."""
+        objective = self.objective
+        if not isinstance(objective, MeasuresSteps):
+            return batches
+        figures = objective.step_figures(batches)
+        sums = self.processes.totals(*figures) if figures else ()
+        return [objective.within_step(batch, sums) for batch in batches]
 
     def _begun(self, own: Window) -> list[Batch]:
         make_state(self.optimizer)
@@ -309,12 +336,12 @@ class OptimizerStep:
             step: number of the step.
 
         Returns:
-            The summed loss, fp64 on the device; nothing where this process has no micro-batch.
+            The summed loss, and behind it what else is measured, fp64 on the device, in one
+            tensor; nothing where this process has no micro-batch.
         """
         own = shares[self.processes.rank]
         if number < len(own):
-            summed = self._differentiated(own[number], batches[number], weight, step)
-            return [summed.detach().double()]
+            return [self._differentiated(own[number], batches[number], weight, step)]
         if self.processes.computes_together:
             # The others need this process, so it computes a row of theirs, for nothing.
             other = next(each[number] for each in shares if number < len(each))
@@ -323,10 +350,15 @@ class OptimizerStep:
 
     def _differentiated(self, indices: Indices, batch: Batch, weight: float, step: int) -> Tensor:
         lengths = batch.lengths if self.packs else None
-        with drawn_from(Draws(self.seed, step, indices, self.most_tokens, lengths)):
-            summed = self.objective.loss_sum(batch)
+        rows = drawn_rows(batch, indices)
+        with drawn_from(Draws(self.seed, step, rows, self.most_tokens, lengths)):
+            if isinstance(self.objective, MeasuresSteps):
+                summed, metrics = self.objective.loss_and_metrics(batch)
+            else:
+                summed, metrics = self.objective.loss_sum(batch), None
             differentiate(self.scaler.scale(summed / weight))
-        return summed
+        told = summed.detach().double().view(1)
+        return told if metrics is None else torch.cat([told, metrics])
 
     def _clip(self) -> float:
         """Divide the gradients by the loss scale and clip them; return their norm before that."""
@@ -382,7 +414,7 @@ class OptimizerStep:
         if self.packs:
             tokens = max(sum(map(self.rows.tokens_of, indices)) for indices in micro_batches)
             most = math.ceil(tokens / self.longest)
-        longest = max(len(self.rows[i]["input_ids"]) for indices in micro_batches for i in indices)
+        longest = max(self.rows.tokens_of(i) for indices in micro_batches for i in indices)
         self.micro_batch_rows = halved(
             most,
             f"out of memory on one row at a time, the longest of {longest} tokens; expected it to "
