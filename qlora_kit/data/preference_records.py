@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from qlora_kit.data.convert import RecordFields, to_sample
 from qlora_kit.data.fields import filled, kind_of, string
-from qlora_kit.data.shapes import WEIGHT, Conversation, Preference, Shape
+from qlora_kit.data.shapes import WEIGHT, Conversation, Preference, Sample, Shape
 from qlora_kit.errors import DataError
 
 # Names that data sets give to the text and to the rating of one of several answers.
@@ -47,9 +47,7 @@ def to_preference(shape: Shape, record: RecordFields, where: str) -> Preference:
         )
     sample = _CONVERT[shape](record, where)
     if sample.chosen == sample.rejected:
-        raise NoPreferenceError(
-            f"{where}: both answers are the same; expected two; remove the record"
-        )
+        raise NoPreferenceError(f"{where}: both answers are the same; expected two")
     return sample
 
 
@@ -60,11 +58,9 @@ def _from_prompt(record: RecordFields, where: str) -> Preference:
     """Answers behind a prompt: texts behind a text as they are; all else are turns."""
     prompt, answers = record["prompt"], _answers(record, where)
     if isinstance(prompt, str) and isinstance(answers.chosen, str) and not record.get("system"):
-        return Preference(
-            string(record, "prompt", where),
-            *(filled(answers._asdict(), name, where) for name in answers._fields),
-            where,
-        )
+        asked = string(record, "prompt", where)
+        chosen, rejected = (filled(record, name, where) for name in answers._fields)
+        return Preference(asked, chosen, rejected, where)
     return _of_turns(record, prompt, answers, where)
 
 
@@ -81,8 +77,10 @@ def _from_alpaca(record: RecordFields, where: str) -> Preference:
     answers = _answers(record, where)
     given = {name: _text_in(answer) for name, answer in answers._asdict().items()}
     texts = [filled(given, name, where) for name in given]
-    sides = (to_sample(Shape.ALPACA, {**record, "output": text}, where) for text in texts)
-    return _apart(*sides, where)
+    chosen, rejected = (
+        to_sample(Shape.ALPACA, {**record, "output": text}, where) for text in texts
+    )
+    return _apart(chosen, rejected, where)
 
 
 def _from_whole(record: RecordFields, where: str) -> Preference:
@@ -123,21 +121,22 @@ def _answers(record: RecordFields, where: str) -> _Answers:
         found.append(value)
     if isinstance(found[0], str) is not isinstance(found[1], str):
         raise DataError(
-            f'{where}: "chosen" is {kind_of(found[0])} and "rejected" {kind_of(found[1])}; expected '
-            "both of one kind; write both as texts or both as turns"
+            f'{where}: "chosen" is {kind_of(found[0])} and "rejected" {kind_of(found[1])}; '
+            "expected both of one kind; write both as texts or both as turns"
         )
     return _Answers(*found)
 
 
 def _of_turns(record: RecordFields, prompt: Any, answers: _Answers, where: str) -> Preference:
     """Put both answers behind the prompt, and let the turns that both have be the prompt."""
-    sides = []
-    for answer in answers:
+
+    def conversation(answer: Any) -> Sample:
         turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         messages = {"messages": _behind(prompt, turns, record, where)}
         also = {name: record.get(name) for name in ("system", "tools")}
-        sides.append(to_sample(Shape.CHAT, {**also, **messages}, where))
-    return _apart(*sides, where)
+        return to_sample(Shape.CHAT, {**also, **messages}, where)
+
+    return _apart(conversation(answers.chosen), conversation(answers.rejected), where)
 
 
 def _behind(prompt: Any, turns: list[Any], record: RecordFields, where: str) -> list[Any]:
@@ -168,7 +167,7 @@ def _text_in(turns: Any) -> Any:
     return turns
 
 
-def _apart(chosen: Any, rejected: Any, where: str) -> Preference:
+def _apart(chosen: Sample, rejected: Sample, where: str) -> Preference:
     """Divide two conversations behind the turns that both have, but for the last of each."""
     assert isinstance(chosen, Conversation)
     assert isinstance(rejected, Conversation)

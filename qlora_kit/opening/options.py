@@ -42,9 +42,10 @@ def configure(
     if not isinstance(asked, TrainConfig):
         return asked
     if asked.adapter is not None:
-        model = asked.model if "model" in asked.model_fields_set else None
-        layers.insert(0, Layer(str(asked.adapter), options_of_start(asked.adapter, model)))
+        named = asked.model if "model" in asked.model_fields_set else None
+        layers.insert(0, Layer(str(asked.adapter), options_of_start(asked.adapter, named)))
         asked = resolve(config_class, layers)
+        assert isinstance(asked, TrainConfig)
     source = find_model(asked.model)
     origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
     return resolve(config_class, [Layer(origin, source.settings), *layers])

@@ -165,11 +165,12 @@ def _widths(lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def _targets(row: Row, learns_text: bool) -> int:
     """Return the predicted tokens of a row; of a pair, with all of the chosen text if learnt."""
-    targets = sum(label != IGNORED for label in row["labels"][1:])
+    labels: Sequence[int] = row["labels"]
+    targets = sum(label != IGNORED for label in labels[1:])
     if CHOSEN_TOKENS not in row or not learns_text:
         return targets
     chosen = row[CHOSEN_TOKENS]
-    return targets + sum(label == IGNORED for label in row["labels"][1:chosen])
+    return targets + sum(label == IGNORED for label in labels[1:chosen])
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ def _all_predicted(side: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_sequence(values: Tensor, counts: Sequence[int]) -> Tensor:
     """Sum values (N,) that lie one sequence behind the other, by sequence: (2B,)."""
-    return torch.stack([part.sum() for part in values.split(list(counts))])
+    return torch.stack([part.sum() for part in torch.split(values, list(counts))])
 
 
 def _difference(scores: Tensor) -> Tensor:
