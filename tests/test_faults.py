@@ -20,7 +20,7 @@ from support import PROJECT
 
 PROMISES = (
     "kills", "resumes", "stops", "corruption", "disk-errors", "full-disks", "numerics", "memory",
-    "artefacts", "mutations", "classifier", "streaming", "processes",
+    "artefacts", "mutations", "classifier", "streaming", "processes", "preferring",
 )  # fmt: skip
 
 

@@ -258,7 +258,7 @@ BAD_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "a stream": (("--task", "preference", "--stream-data", "PAIRS"), "--stream-data"),
     "another format": (("--task", "preference", "--format", "alpaca", "PAIRS"), "preference"),
     "the format without the task": (("--format", "preference", "PAIRS"), "--task causal"),
-    "an unknown column": (("--task", "preference", "--columns", "best=a", "PAIRS"), "no field best"),
+    "an unknown column": (("--task", "preference", "--columns", "x=a", "PAIRS"), "no field x"),
     "an encoder-decoder": (("--task", "preference", "--model", "t5-small", "PAIRS"), ""),
     "no such adapter": (("--adapter", "nowhere", "PAIRS"), "nowhere"),
 }  # fmt: skip

@@ -123,6 +123,14 @@ def test_an_evaluation_is_divided_and_has_the_numbers_of_one_process(
         assert weight == own_weight
 
 
+def test_a_reference_is_asked_together(two: Results, alone: Callable[[str], Found]) -> None:
+    for found in two:
+        for ours, expected in zip(
+            found["preferring"].others, alone("preferring").others, strict=True
+        ):
+            assert ours == pytest.approx(expected, rel=1e-5)
+
+
 def test_rows_that_give_no_number_are_named_by_all(
     two: Results, alone: Callable[[str], Found]
 ) -> None:

@@ -13,7 +13,7 @@ from data_fixtures import make_tokenizer
 from peft_twin import twin_parameters
 from support import relative_error
 from tiny_models import fill_lora, save_model, tiny_numbers
-from training import make_adapter, options
+from training import make_adapter, make_pairs, options
 
 import qlora_kit as qk
 from qlora_kit.config import PreferenceLoss
@@ -32,29 +32,6 @@ from qlora_kit.tasks.preference import (
 LOSSES: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "orpo")
 BETA = 0.3
 Pairs = list[dict[str, Any]]
-
-
-def make_pairs(count: int, seed: int = 0) -> Pairs:
-    """Return pairs of unequal prompts and answers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(most: int) -> list[int]:
-        length = int(torch.randint(2, most, (), generator=generator))
-        return torch.randint(3, 96, (length,), generator=generator).tolist()
-
-    pairs = []
-    for row in range(count):
-        prompt, chosen, rejected = tokens(9), tokens(14), tokens(14)
-        none = [-100] * len(prompt)
-        pairs.append(
-            {
-                "input_ids": prompt + chosen + prompt + rejected,
-                "labels": none + chosen + none + rejected,
-                "chosen_tokens": len(prompt + chosen),
-                "row": row,
-            }
-        )
-    return pairs
 
 
 @pytest.fixture(scope="module")
