@@ -77,6 +77,10 @@ class TokenRows:
         """Return the number of tokens of each row; of two sequences, of the longer."""
         return [_longest(row) for row in self]
 
+    def all_tokens(self) -> list[int]:
+        """Return the number of tokens of each row; of two sequences, of both."""
+        return [len(row["input_ids"]) for row in self]
+
     def tokens_of(self, index: int) -> int:
         """Return the number of tokens of a row; of two sequences, of the longer."""
         return _longest(self[index])
@@ -119,21 +123,18 @@ class TokenTable(TokenRows):
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row; of two sequences, of the longer."""
-        lengths = self._all_tokens()
+        lengths = self.all_tokens()
         if CHOSEN_TOKENS in self.table.column_names:
             chosen = self.column(CHOSEN_TOKENS).to_pylist()
             return [max(own, tokens - own) for own, tokens in zip(chosen, lengths, strict=True)]
         return lengths
 
-    def _all_tokens(self) -> list[int]:
+    def all_tokens(self) -> list[int]:
+        """Return the number of tokens of each row; of two sequences, of both."""
         import pyarrow.compute
 
         lengths: list[int] = pyarrow.compute.list_value_length(self.column("input_ids")).to_pylist()
         return lengths
-
-    def tokens_in_all(self) -> int:
-        """Return the number of tokens of all rows together."""
-        return sum(self._all_tokens())
 
     def tokens_of(self, index: int) -> int:
         """Return the number of tokens of a row; of two sequences, of the longer."""

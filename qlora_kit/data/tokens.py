@@ -643,7 +643,7 @@ def _counts_of(rows: TokenTable, counts: Counts) -> Counts:
     return replace(
         counts,
         rows_kept=len(numpy.unique(rows.column("row").to_numpy())),
-        tokens=rows.tokens_in_all(),
+        tokens=sum(rows.all_tokens()),
         weight=_weight(rows, counts.weighs),
     )
 

@@ -136,7 +136,8 @@ class Opened:
         """Return in words how rows that are too long can be learnt all the same."""
         from qlora_kit.model.positions import scaling_for
 
-        splits = self.task.generates and not self.task.has_sources
+        wholes = self.task.has_sources or self.task.name == "preference"
+        splits = self.task.generates and not wholes
         scaling = scaling_for(text, longest)
         return (", with --long-samples split to keep all of them" if splits else "") + (
             f", or scale its rotary positions in its config.json: {scaling}" if scaling else ""

@@ -72,7 +72,8 @@ class UsualRows:
         batches = [batch for window in epoch_windows(rows, config, 0) for batch in window]
         of_rows = rows.source_lengths()
         sizes = [of_rows[index] for batch in batches for index in batch]
-        tokens = fmean(map(sum, sizes))
+        of_all = rows.all_tokens()
+        tokens = fmean(of_all[index] for batch in batches for index in batch)
         supervised = fmean(target for _, target in sizes)
         if config.packing:
             fill = Fill.of(config, rows, longest)

@@ -183,8 +183,9 @@ class Terminal:
             f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {rate:,.0f} tokens/s  "
             f"{event.memory_bytes / 1e9:.2f} GB"
         )
-        for name in event.metrics.keys() & {"accuracy", "margin"}:
-            text += f"  {name} {event.metrics[name]:.3f}"
+        for name in ("accuracy", "margin"):
+            if name in event.metrics:
+                text += f"  {name} {event.metrics[name]:.3f}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=1, description=text)
         elif self._is_line_due(event.optimizer_step):
