@@ -57,7 +57,8 @@ def to_preference(shape: Shape, record: RecordFields, where: str) -> Preference:
 def _from_prompt(record: RecordFields, where: str) -> Preference:
     """Answers behind a prompt: texts behind a text as they are; all else are turns."""
     prompt, answers = record["prompt"], _answers(record, where)
-    if isinstance(prompt, str) and isinstance(answers.chosen, str) and not record.get("system"):
+    of_turns = any(record.get(name) for name in ("system", "tools"))
+    if isinstance(prompt, str) and isinstance(answers.chosen, str) and not of_turns:
         asked = string(record, "prompt", where)
         chosen, rejected = (filled(record, name, where) for name in answers._fields)
         return Preference(asked, chosen, rejected, where)

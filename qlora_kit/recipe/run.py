@@ -414,7 +414,10 @@ class Run:
         files = tuple(sorted(str(path) for path in output.glob("[!.]*")))
         self.announce(Closing(files, commands))
         step = times.as_json() if times else None
-        return {"output": str(output), "finished": True, **asdict(result), "step_times": step}
+        told = asdict(result)
+        if not result.last_metrics:
+            del told["last_metrics"]
+        return {"output": str(output), "finished": True, **told, "step_times": step}
 
     def _streamed(self, result: TrainResult) -> Iterator[tuple[str, str]]:
         """Yield what became of the samples of a stream, in all passes so far."""
