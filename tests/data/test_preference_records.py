@@ -131,7 +131,7 @@ def test_the_hash_does_not_know_the_place(tmp_path: Path) -> None:
     for folder in (one, other):
         folder.mkdir()
     hashes = {load(write(at, OF_CHAT["turns"])).content_hash() for at in (one, other)}
-    hashes.add(load(write(one, {**OF_CHAT["turns"], "chosen": "3"})).content_hash())
+    hashes.add(load(write(one, {**OF_CHAT["turns"], "chosen": OLDER[1]})).content_hash())
     assert len(hashes) == 2
 
 
@@ -224,8 +224,14 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "a rated answer without a text": (
         {**RATED, "responses": [{"model": "m"}, "six §"]}, "answer 1 has no text",
     ),
-    "another shape": (OF_CHAT["alpaca"], "a record of shape preference-alpaca"),
+    "another shape": (
+        {**OF_CHAT["alpaca"], "prompt": "§"}, "a record of shape preference-alpaca",
+    ),
 }  # fmt: skip
+
+
+# Later records are compared with the first.
+FIRST = ("no rejected", "one answer with a label")
 
 
 @pytest.mark.parametrize("name", BAD_RECORDS)
@@ -233,14 +239,15 @@ def test_a_bad_record_is_one_line_that_names_it(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad, expected = BAD_RECORDS[name]
-    like = RATED if "responses" in bad else OF_CHAT["messages"] if "messages" in bad else PAIR
-    path = write(tmp_path, {**like, "prompt": "first"}, bad)
+    like = PAIR if "prompt" in bad else OF_CHAT["whole conversations"]
+    before = [RATED if "responses" in bad else like] * (name not in FIRST)
+    path = write(tmp_path, *before, bad)
     code, out, err = run("check", "--task", "preference", "--data", str(path), capsys=capsys)
     lines = [line for line in err.splitlines() if line.startswith("error")]
     assert code == 2
     assert len(lines) == 1, err
     assert expected in lines[0]
-    assert "pairs.jsonl:2" in lines[0]
+    assert f"pairs.jsonl:{len(before) + 1}" in lines[0]
     assert SECRET not in err + out
 
 
