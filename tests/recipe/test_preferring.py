@@ -86,7 +86,8 @@ def test_from_pairs_to_a_merged_model(
     assert (record["preference_loss"], record["preference_beta"]) == ("dpo", 0.1)
     assert json.loads((own / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     memory = json.loads((own / "memory.json").read_text())["rehearsal"]
-    assert abs(memory["difference"]) < 0.02
+    # Of 0.7 MB, where any run has as much: tests/plan/test_allocator.py has models of some size.
+    assert abs(memory["difference"]) < 0.04
 
     found, notes = told("evaluate", "--adapter", own, "--data", data, capsys=capsys)
     assert "reference: the base without its adapter" in notes
