@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from data_fixtures import make_tokenizer
 from safetensors.torch import load_file
-from support import as_if_killed_at, run
+from support import as_if_killed_at, run, run_well
 from tiny_models import SIZES, save_model
 
 from qlora_kit.recipe.references import NAME
@@ -100,11 +101,7 @@ def test_from_pairs_to_a_merged_model(
     assert isinstance(answer["text"], str)
     merged = tmp_path / "merged"
     report, _ = told("export", own, "--to", merged, "--data", data, capsys=capsys)
-    assert (
-        report["report"]["verdict"]["is_faithful"]
-        if "is_faithful" in report["report"].get("verdict", {})
-        else report["folder"] == str(merged)
-    )
+    assert report["report"]["rows"] == "pairs.jsonl"
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])
@@ -167,20 +164,22 @@ def test_another_loss_or_beta_cannot_be_resumed_silently(
 # ---------------------------------------------------------------- starting from an adapter
 
 
-@pytest.fixture
-def learnt(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """An adapter that has learnt text."""
-    file = tmp_path / "text.jsonl"
+@pytest.fixture(scope="module")
+def learnt(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that has learnt text, which lies beside it."""
+    folder = tmp_path_factory.mktemp("learnt")
     rows = [{"prompt": f"{a} ", "completion": f"{a} six"} for a in ASKED]
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    given = ("--model", model, "--data", file, "--output", tmp_path / "learnt")
-    told("train", *given, *STEPS, "--alpha", 8, "--max-steps", 4, capsys=capsys)
-    return tmp_path / "learnt"
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = ("--model", model, "--data", text, "--output", folder / "run", "--no-rehearse")
+    run_well("train", *map(str, given), *STEPS, "--alpha", "8", "--max-steps", "4")
+    return folder / "run"
 
 
 def test_training_starts_from_an_adapter_which_is_the_reference(
     learnt: Path, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    learnt = Path(shutil.copytree(learnt, tmp_path / "learnt"))
     own = tmp_path / "own"
     given = ("--adapter", learnt, "--data", data, "--output", own, "--max-length", 48)
     more = ("--task", "preference", "--gradient-accumulation-steps", 8, "--learning-rate", 0.005)
@@ -210,7 +209,7 @@ def test_text_is_learnt_on_from_an_adapter_too(
     learnt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, rate = tmp_path / "own", ("--learning-rate", 1e-9, "--no-rehearse")
-    given = ("--adapter", learnt, "--data", tmp_path / "text.jsonl", "--output", own)
+    given = ("--adapter", learnt, "--data", learnt.parent / "text.jsonl", "--output", own)
     told("train", *given, *rate, "--max-steps", 1, "--samples", 0, capsys=capsys)
     before, after = weights(learnt), weights(own)
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
@@ -230,7 +229,7 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
 def test_an_option_that_contradicts_the_adapter_is_one_line(
     flag: str, learnt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("--adapter", str(learnt), "--data", str(tmp_path / "text.jsonl"))
+    given = ("--adapter", str(learnt), "--data", str(learnt.parent / "text.jsonl"))
     output = ("--output", str(tmp_path / "own"), "--max-steps", "1")
     code, _, err = run("train", *given, *output, *CONTRADICTIONS[flag], capsys=capsys)
     lines = [line for line in err.splitlines() if line.startswith("error")]

@@ -210,8 +210,8 @@ def test_halving_changes_no_loss(
         monkeypatch.setattr(PreferenceObjective, "loss_and_metrics", short)
         events: list[Event] = []
         qk.train_adapter(
-            adapter, pairs, options(max_steps=3, batch_size=4, learning_rate=1e-3), task=preference(kind, BETA),
-            announce=events.append,
+            adapter, pairs, options(max_steps=3, batch_size=4, learning_rate=1e-3),
+            task=preference(kind, BETA), announce=events.append,
         )  # fmt: skip
         assert any(isinstance(event, MicroBatchHalved) for event in events) is (most == 2)
         found.append([event.loss for event in events if isinstance(event, StepFinished)])
