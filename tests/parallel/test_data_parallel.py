@@ -75,7 +75,9 @@ def _flat(found: Found) -> torch.Tensor:
 def check_same_steps(name: str, found: Results, expected: Found) -> None:
     first: Found = found[0][name]
     assert first.reason == expected.reason
-    assert first.losses == pytest.approx(expected.losses, rel=1e-6)
+    # The loss of a preference falls towards 0, and is a difference of sums of some tens.
+    at_least = 1e-6 if name == "preferring" else None
+    assert first.losses == pytest.approx(expected.losses, rel=1e-6, abs=at_least)
     assert relative_error(_flat(first), _flat(expected)) < 1e-5
     for other in found[1:]:
         same: Found = other[name]
