@@ -107,6 +107,8 @@ class StepFinished(Event):
     """the sum of weights that the loss is divided by; None where all count alike"""
     sources: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """of each of several sources in the step: its summed loss, and the weight to divide it by"""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """what else was measured of the window, by name"""
 
 
 @dataclass(frozen=True)

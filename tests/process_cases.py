@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tiny_models import MIXTURES, save_model, tiny_numbers
-from training import make_adapter, make_rows, options, weights_of
+from training import make_adapter, make_pairs, make_rows, options, weights_of
 from transformers import AutoConfig, AutoModel
 
 import qlora_kit as qk
@@ -30,6 +30,7 @@ from qlora_kit.recipe.agreement import check_alike
 from qlora_kit.signals import Stopped
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.classify import classify
+from qlora_kit.tasks.preference import LOGPROBS, preference, referring
 from qlora_kit.tasks.task import Task
 
 LLAMA, BERT, MIXTURE = "llama", "bert", "mixture"
@@ -41,6 +42,7 @@ _BERT = {
     "pad_token_id": 0, "torch_dtype": "float32",
 }  # fmt: skip
 _BAD_TOKEN = 95
+_OF_PAIRS = {"batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
 
 
 def save_models(folder: Path) -> Path:
@@ -162,6 +164,26 @@ def _no_samples(*_: Any) -> Any:
     raise AssertionError("the rows are made already")
 
 
+def preferring(folder: Path) -> Found:
+    """Pairs of answers, and a reference that the processes ask together."""
+    adapter, pairs = make_adapter(folder / LLAMA, dropout=0.2), make_pairs(7)
+    task = preference("dpo", 0.3)
+    with adapter.disabled():
+        found, _ = evaluate_parts(
+            adapter.base, pairs, {}, batch_size=2, task=referring(task),
+            processes=processes_of_this_run(),
+        )  # fmt: skip
+    both = found.details[LOGPROBS].tolist()
+    rows = [{**pair, "reference": own} for pair, own in zip(pairs, both, strict=True)]
+    return replace(_run(adapter, rows, task, _OF_PAIRS)[0], others=both)
+
+
+def learning_text(folder: Path) -> Found:
+    """Pairs whose loss is a mean over tokens and one over pairs, both of the whole step."""
+    adapter = make_adapter(folder / LLAMA, dropout=0.2)
+    return _run(adapter, make_pairs(7), preference("orpo", 0.3), _OF_PAIRS)[0]
+
+
 def early_stop(folder: Path) -> Found:
     """The rows of the evaluation are divided; it gets worse, and all processes stop."""
     adapter, held_out = make_adapter(folder / LLAMA), make_rows(11, seed=1)
@@ -278,8 +300,8 @@ def together(folder: Path) -> Found:
 CASES: dict[str, Callable[[Path], Found]] = {
     case.__name__: case
     for case in (
-        uneven, dropout, packed, weighted, sources, classes, early_stop, stopped_by_rule,
-        not_finite, halved, together, experts,
+        uneven, dropout, packed, weighted, sources, classes, preferring, learning_text,
+        early_stop, stopped_by_rule, not_finite, halved, together, experts,
     )
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from support import PROJECT
 PROMISES = (
     "kills", "resumes", "stops", "corruption", "disk-errors", "full-disks", "numerics", "memory",
     "artefacts", "mutations", "classifier", "streaming", "mixed-streaming", "processes", "sweeps",
+    "preferring",
 )  # fmt: skip
 
 

@@ -42,6 +42,30 @@ def make_rows(count: int, seed: int = 0) -> Rows:
     return rows
 
 
+def make_pairs(count: int, seed: int = 0) -> Rows:
+    """Return pairs of unequal prompts and answers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(most: int) -> list[int]:
+        length = int(torch.randint(2, most, (), generator=generator))
+        found: list[int] = torch.randint(3, 96, (length,), generator=generator).tolist()
+        return found
+
+    pairs = []
+    for row in range(count):
+        prompt, chosen, rejected = tokens(9), tokens(14), tokens(14)
+        none = [-100] * len(prompt)
+        pairs.append(
+            {
+                "input_ids": prompt + chosen + prompt + rejected,
+                "labels": none + chosen + none + rejected,
+                "chosen_tokens": len(prompt + chosen),
+                "row": row,
+            }
+        )
+    return pairs
+
+
 def options(**changes: Any) -> qk.TrainConfig:
     """Return a configuration of four steps of one micro-batch, with changes."""
     defaults = {"max_steps": 4, "learning_rate": 5e-3, "gradient_accumulation_steps": 1}

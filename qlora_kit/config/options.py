@@ -31,6 +31,7 @@ from qlora_kit.config.values import (
     parse_devices,
     parse_digits,
     parse_list,
+    parse_loss,
     parse_names,
     parse_number,
     parse_numbers,
@@ -73,7 +74,9 @@ def _renamed(names: Mapping[str, str]) -> BeforeValidator:
     )
 
 
-TaskName = Literal["causal", "classify", "tag", "seq2seq"]
+TaskName = Literal["causal", "classify", "tag", "seq2seq", "preference"]
+PreferenceLoss = Literal["dpo", "ipo", "orpo"]
+AskedLoss = Annotated[PreferenceLoss, BeforeValidator(parse_loss)]
 LabelNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
 LabelKind = Literal["single", "multi", "regression", "tags"]
 AskedLabelKind = Annotated[
@@ -286,7 +289,8 @@ class TaskOptions(Options):
 
     task: TaskName = option(
         "causal", "causal: text to be learnt; classify: texts or images and their labels; tag: "
-        "words and their tags; seq2seq: sources and targets, by an encoder-decoder",
+        "words and their tags; seq2seq: sources and targets, by an encoder-decoder; preference: "
+        "two answers to a prompt, of which one is better",
         decides="task", leads=True,
     )  # fmt: skip
     labels: LabelNames = option(
@@ -303,11 +307,37 @@ class TaskOptions(Options):
     )  # fmt: skip
 
 
+class PreferenceOptions(Options):
+    """How answers are compared."""
+
+    loss: AskedLoss = option(
+        "dpo", "loss of a pair of answers; dpo and ipo compare with the model as it was, orpo "
+        "learns the chosen answer as well and needs no reference",
+        also=["loss_type", "pref_loss"], decides="task",
+    )  # fmt: skip
+    beta: float = option(
+        0.1, "dpo, ipo: how dear it is to move away from the reference; orpo: weight of the "
+        "comparison",
+        also=["pref_beta"], gt=0, decides="task",
+    )  # fmt: skip
+
+
+class StartOptions(Options):
+    """What training starts from."""
+
+    adapter: Path | None = option(
+        None, "folder of a trained adapter to start from, with its rank, alpha and targets; dpo "
+        "and ipo compare with it",
+        also=["adapter_name_or_path", "lora_model_dir"], decides="lora", known_by_result=True,
+    )  # fmt: skip
+
+
 class RecordOptions(Options):
     """How the records of a data file are understood."""
 
     format: Literal[
-        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text", "classify", "tag"
+        "auto", "chat", "sharegpt", "alpaca", "chat-pair", "pair", "qa", "text", "classify", "tag",
+        "preference",
     ] = option(
         "auto", "what a record is; auto: by its fields", also=["dataset_format"],
         decides="data", known_by_result=True,
@@ -642,9 +672,11 @@ class TrainConfig(
     StepOptions,
     TokenOptions,
     RecordOptions,
+    PreferenceOptions,
     TaskOptions,
     StreamOptions,
     DataOptions,
+    StartOptions,
     LoraOptions,
     BaseModelOptions,
 ):

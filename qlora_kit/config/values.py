@@ -232,6 +232,20 @@ def parse_devices(value: Any) -> Any:
     return parse_digits(value)
 
 
+def parse_loss(value: Any) -> Any:
+    """Return the name of a preference loss from what peers call it; any other value as it is.
+
+    Raises:
+        ValueError: the value is a loss of peers that needs other data.
+    """
+    if value in ("kto", "kto_pair"):
+        raise ValueError(
+            "expected dpo, ipo or orpo: kto compares an answer with those of a whole step, and is "
+            "not built; pair a good with a bad answer to each prompt, and pass dpo"
+        )
+    return "dpo" if value == "sigmoid" else value
+
+
 def parse_size(value: Any) -> Any:
     """Return bytes from "4GB" (10⁹), "4GiB" (2³⁰), or a plain number of bytes.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from qlora_kit.data.encode import IGNORED, LOSS_WEIGHTS
+from qlora_kit.data.encode import CHOSEN_TOKENS, IGNORED, LOSS_WEIGHTS
 
 if TYPE_CHECKING:
     import datasets
@@ -52,7 +52,8 @@ class TokenRows:
     Args:
         rows: each has `input_ids`, `labels` (the id at the same position, or -100; of a row that
             is classified, see `Labels.target`) and `row`, the index of its source sample. It may
-            have `loss_weights`, the factor of each token's loss, or None where all have 1.
+            have `loss_weights`, the factor of each token's loss, or None where all have 1. A row of
+            two sequences, one behind the other, has `chosen_tokens`, the tokens of the first.
         mixture: how the rows of several sources make up an epoch; None: every row comes once.
         sources: the sources of the rows, where there are several.
     """
@@ -99,12 +100,16 @@ class TokenRows:
         return bisect_right(self._ends, index)
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each row."""
+        """Return the number of tokens of each row; of two sequences, of the longer."""
+        return [_longest(row) for row in self]
+
+    def all_tokens(self) -> list[int]:
+        """Return the number of tokens of each row; of two sequences, of both."""
         return [len(row["input_ids"]) for row in self]
 
     def tokens_of(self, index: int) -> int:
-        """Return the number of tokens of a row."""
-        return len(self[index]["input_ids"])
+        """Return the number of tokens of a row; of two sequences, of the longer."""
+        return _longest(self[index])
 
     def source_lengths(self) -> list[tuple[int, int]]:
         """Return the tokens of each row's source and of its target, which alone is supervised."""
@@ -148,14 +153,22 @@ class TokenTable(TokenRows):
         return TokenTable(self.table.select(indices))
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each row."""
+        """Return the number of tokens of each row; of two sequences, of the longer."""
+        lengths = self.all_tokens()
+        if CHOSEN_TOKENS in self.table.column_names:
+            chosen = self.column(CHOSEN_TOKENS).to_pylist()
+            return [max(own, tokens - own) for own, tokens in zip(chosen, lengths, strict=True)]
+        return lengths
+
+    def all_tokens(self) -> list[int]:
+        """Return the number of tokens of each row; of two sequences, of both."""
         import pyarrow.compute
 
         lengths: list[int] = pyarrow.compute.list_value_length(self.column("input_ids")).to_pylist()
         return lengths
 
     def tokens_of(self, index: int) -> int:
-        """Return the number of tokens of a row."""
+        """Return the number of tokens of a row; of two sequences, of the longer."""
         return self._lengths[index]
 
     @cached_property
@@ -217,7 +230,15 @@ class TokenTable(TokenRows):
             lengths = pyarrow.compute.list_value_length(column).fill_null(0)
             digest.update(lengths.to_numpy().tobytes())
             digest.update(column.flatten().to_numpy().tobytes())
+        if CHOSEN_TOKENS in self.table.column_names:
+            digest.update(self.column(CHOSEN_TOKENS).to_numpy().tobytes())
         return digest.hexdigest()
+
+
+def _longest(row: Row) -> int:
+    """Return the tokens of a row; of two sequences, those of the longer."""
+    tokens, first = len(row["input_ids"]), row.get(CHOSEN_TOKENS)
+    return tokens if first is None else max(first, tokens - first)
 
 
 def first_tokens(column: pyarrow.ListArray) -> Any:

@@ -33,6 +33,7 @@ from qlora_kit.data.shapes import (
     LabelledText,
     Message,
     Pair,
+    Preference,
     Sample,
     Shape,
     TaggedWords,
@@ -91,7 +92,7 @@ def to_sample(shape: Shape, record: RecordFields, where: str) -> Sample:
     sample = _CONVERT[shape](record, where)
     if weight == 1:
         return sample
-    if isinstance(sample, LabelledText | TaggedWords | LabelledImage):
+    if isinstance(sample, LabelledText | TaggedWords | LabelledImage | Preference):
         raise DataError(
             f'{where}: a "{WEIGHT}"; expected none beside a label: a row of --task classify or tag '
             "counts once; weigh the labels with --class-weights, or remove the field"

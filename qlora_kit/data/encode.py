@@ -24,6 +24,10 @@ IGNORED = -100
 LOSS_WEIGHTS = "loss_weights"
 """name of the column with the factor of each token's loss; null where a row has no weights"""
 
+CHOSEN_TOKENS = "chosen_tokens"
+"""name of the column with the tokens of a row that are the first of two sequences, where it has two
+"""
+
 # An anchor is put before a piece and taken away again: some tokenizers add a space to the start
 # of every text.
 _ANCHORS = ("", "\n")

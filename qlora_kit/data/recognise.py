@@ -16,14 +16,17 @@ from qlora_kit.config import RecordOptions
 from qlora_kit.data.convert import to_sample, unread_keys
 from qlora_kit.data.fields import Faults, RowAdapters, is_plain, kind_of, list_names
 from qlora_kit.data.labelled_fields import find_columns, knows_columns
+from qlora_kit.data.preference_records import NoPreferenceError, to_preference
 from qlora_kit.data.read import Record
 from qlora_kit.data.shapes import (
     FIELDS,
+    PREFERENCES,
     SHAPES,
     Conversation,
     LabelledImage,
     LabelledText,
     Pair,
+    Preference,
     Sample,
     Shape,
     TaggedWords,
@@ -38,6 +41,9 @@ _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _ASKS = ("prompt", "question", "query", "instruction", "problem", "input", "source", "sentence")
 _ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "label", "summary")
 _ANSWERS_OF_SQUAD = "answers.text"
+# Names of the two answers of a record of preferences, the likeliest first.
+_CHOSEN = ("chosen", "response_j", "preferred", "winner", "better", "answer_chosen")
+_REJECTED = ("rejected", "response_k", "dispreferred", "loser", "worse", "answer_rejected")
 # Names of a text that the question refers to, as in the records of Dolly.
 _CONTEXTS = ("context", "input", "passage", "document")
 # Names of a text without sides.
@@ -71,6 +77,8 @@ class Recognised:
     """the plain names in those placeholders"""
     with_several: int
     """number of samples with more than one right answer"""
+    undecided: int = 0
+    """number of records left out because they prefer no answer"""
 
     def notices(self, name: str) -> Iterator[str]:
         """Yield the notices that the user should read once, one line each.
@@ -91,6 +99,11 @@ class Recognised:
             yield (
                 f"{name}: {self.skipped:,} of {self.skipped + count:,} records skipped for a "
                 f"fault; the first: {self.first_skipped}"
+            )
+        if self.undecided:
+            yield (
+                f"{name}: {self.undecided:,} of {self.undecided + count:,} records left out: they "
+                "prefer no answer, as both are the same or have the same rating"
             )
         if self.unlearnt:
             answers = "1 answer is" if self.unlearnt == 1 else f"{self.unlearnt:,} answers are"
@@ -225,7 +238,8 @@ class Recogniser:
             )
         fields = self._fields(record.content, record.place)
         shape = self._shape_of(fields, record)
-        sample = to_sample(shape, fields, record.place)
+        convert = to_preference if shape in PREFERENCES else to_sample
+        sample: Sample = convert(shape, fields, record.place)
         if self.adapters is not None:
             sample = replace(sample, adapter=self.adapters.of(record.content, record.place))
         return sample, fields
@@ -286,11 +300,14 @@ class _Recognition:
         self.first_skipped = ""
         self.placeholders: dict[str, None] = {}
         self.with_placeholder = 0
+        self.undecided = 0
 
     def take(self, record: Record) -> None:
         """Add the sample of a record, or its fault."""
         try:
             sample, fields = self.recogniser.sample(record)
+        except NoPreferenceError:
+            self.undecided += 1
         except DataError as error:
             if self.skips:
                 self.skipped += 1
@@ -333,6 +350,8 @@ class _Recognition:
         shape = self.recogniser.shape
         if shape is None or not self.samples:
             first = f", the first: {self.first_skipped}" if self.skipped else "; add rows"
+            if self.undecided:
+                first = f"; {self.undecided:,} prefer no answer: add some whose answers differ"
             raise DataError(f"the data: no usable record; expected at least one{first}")
         return Recognised(
             shape,
@@ -347,6 +366,7 @@ class _Recognition:
             self.with_placeholder,
             tuple(self.placeholders),
             sum(isinstance(each, Conversation) and bool(each.also_right) for each in self.samples),
+            self.undecided,
         )
 
 
@@ -388,6 +408,8 @@ def _texts(sample: Sample) -> Iterator[str]:
         return iter(sample.words)
     if isinstance(sample, LabelledImage):
         return iter(())
+    if isinstance(sample, Preference):
+        return (text for side in sample.sides for text in _texts(side))
     return iter((sample.text,))
 
 
@@ -402,7 +424,14 @@ def _unknown(fields: Mapping[str, Any], record: Record, options: RecordOptions, 
         )
     known = ", ".join(dict.fromkeys(" + ".join(FIELDS[each].required) for each in SHAPES[task]))
     # The columns of labelled data have been looked for under every name that is known.
-    remedy = "" if knows_columns(task) else suggest_columns(record.content)
+    suggest = _suggest_sides if task == "preference" else suggest_columns
+    remedy = "" if knows_columns(task) else suggest(record.content)
+    if task == "preference" and {"completion", "label"} <= fields.keys():
+        return (
+            f"{record.place}: one answer with a label, as KTO learns from; expected two answers to "
+            'a prompt with --task preference, such as {"prompt": ..., "chosen": ..., "rejected": '
+            "...}; put a good and a bad answer to one prompt together"
+        )
     asks = (
         f", or pass --columns {remedy}" if remedy else ", or name them with --columns FIELD=COLUMN"
     )
@@ -441,7 +470,8 @@ def check_format(options: RecordOptions, task: str) -> None:
     """
     if _is_open(options, task) or options.format in SHAPES[task]:
         return
-    has = task if knows_columns(task) else ", ".join(SHAPES[task])
+    is_one = knows_columns(task) or task == "preference"
+    has = task if is_one else ", ".join(SHAPES[task])
     raise ConfigError(
         f"--format {options.format}: no format of --task {task}; expected auto, {has}; pass one of "
         "these, or another --task"
@@ -479,6 +509,16 @@ def suggest_columns(record: Any) -> str:
         return f"{sides[0]}={asks},{sides[1]}={answers}"
     text = _likeliest(paths, _TEXTS)
     return f"text={text}" if text else ""
+
+
+def _suggest_sides(record: Any) -> str:
+    """Return a value for `--columns` by which a record has two answers; "" where none does."""
+    paths = dict(_leaves(record)) if isinstance(record, dict) else {}
+    found = (("prompt", _ASKS), ("chosen", _CHOSEN), ("rejected", _REJECTED))
+    sides = {field: _likeliest(paths, names) for field, names in found}
+    if not (sides["chosen"] and sides["rejected"]):
+        return ""
+    return ",".join(f"{field}={path}" for field, path in sides.items() if path)
 
 
 def _likeliest(paths: Mapping[str, type], names: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ import numpy
 import xxhash
 
 from qlora_kit.data.batch import first_tokens
-from qlora_kit.data.encode import LOSS_WEIGHTS
+from qlora_kit.data.encode import CHOSEN_TOKENS, LOSS_WEIGHTS
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Counts, Tokenized
 
@@ -71,6 +71,17 @@ class RowArrays:
     def span(self, row: int) -> slice:
         """Return the positions of a row's tokens."""
         return slice(int(self.starts[row]), int(self.starts[row + 1]))
+
+    def sequences(self, row: int) -> list[tuple[str, slice]]:
+        """Return the sequences of a row, each with words for it and its positions.
+
+        A row of a pair of answers has two; any other is one, without words.
+        """
+        span, chosen = self.span(row), self._rows[row].get(CHOSEN_TOKENS)
+        if chosen is None:
+            return [("", span)]
+        border = span.start + chosen
+        return [(", chosen", slice(span.start, border)), (", rejected", slice(border, span.stop))]
 
     def of_sample(self, index: int) -> range:
         """Return the rows made of a sample."""

@@ -179,6 +179,11 @@ def load_samples(
 
 
 def _built_in(split: Split, adapters: RowAdapters | None, task: str) -> Samples:
+    if task == "preference":
+        raise ConfigError(
+            "--data: none is given, and the built-in sample data prefers no answer; expected pairs "
+            "of answers for --task preference; pass --data FILE"
+        )
     if knows_columns(task):
         what = "tagged words" if task == "tag" else "labelled texts"
         raise ConfigError(

@@ -1,6 +1,7 @@
 """The shapes of records, and the samples that records become.
 
-`Conversation`, `Pair`, `Text`, `LabelledText`, `TaggedWords` and `LabelledImage` are frozen, know
+`Conversation`, `Pair`, `Text`, `LabelledText`, `TaggedWords`, `LabelledImage` and `Preference` are
+frozen, know
 their place in the data, and can be sent to another process. Never reads or converts anything, and
 imports neither torch nor transformers.
 """
@@ -8,7 +9,7 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -125,7 +126,36 @@ class LabelledImage:
     adapter: str | None = None
 
 
-Sample = Conversation | Pair | Text | LabelledText | TaggedWords | LabelledImage
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt, and two answers to it, of which one is preferred to the other.
+
+    All three are texts, used as they are; or all are turns for a chat template. Then the prompt is
+    the turns that both have, and the last turn of each answer is the assistant's.
+    """
+
+    prompt: str | tuple[Message, ...]
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+    place: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    adapter: str | None = None
+
+    @property
+    def sides(self) -> tuple[Conversation | Pair, Conversation | Pair]:
+        """The prompt with the answer that is preferred, and with the other."""
+        return self._side(self.chosen), self._side(self.rejected)
+
+    def _side(self, answer: str | tuple[Message, ...]) -> Conversation | Pair:
+        if isinstance(self.prompt, str):
+            assert isinstance(answer, str)
+            return Pair(self.prompt, answer, self.place)
+        assert not isinstance(answer, str)
+        before = (replace(turn, is_learnt=False) for turn in self.prompt)
+        return Conversation((*before, *answer), self.place, self.tools)
+
+
+Sample = Conversation | Pair | Text | LabelledText | TaggedWords | LabelledImage | Preference
 
 
 def loss_weights(sample: Sample) -> tuple[float, ...]:
@@ -153,6 +183,14 @@ class Shape(StrEnum):
     CLASSIFY = "classify"
     TAG = "tag"
     IMAGE = "image"
+    PREFERENCE_ALPACA = "preference-alpaca"
+    PREFERENCE_QA = "preference-qa"
+    PREFERENCE = "preference"
+    PREFERENCE_SHAREGPT = "preference-sharegpt"
+    PREFERENCE_CHAT = "preference-chat"
+    PREFERENCE_RATED = "preference-rated"
+    PREFERENCE_COMPLETIONS = "preference-completions"
+    PREFERENCE_WHOLE = "preference-whole"
 
 
 ShapeOfAll = Shape | Literal["mixed"]
@@ -191,14 +229,38 @@ FIELDS: Mapping[Shape, Fields] = {
     Shape.CLASSIFY: Fields(("text", "label")),
     Shape.TAG: Fields(("tokens", "tags")),
     Shape.IMAGE: Fields(("image", "label")),
+    Shape.PREFERENCE_ALPACA: Fields(
+        ("system", "history", "instruction", "input", "chosen", "rejected"),
+        ("system", "history", "input"),
+    ),
+    Shape.PREFERENCE_QA: Fields(("system", "question", "chosen", "rejected"), ("system",)),
+    Shape.PREFERENCE: Fields(
+        ("system", "prompt", "chosen", "rejected", "tools"), ("system", "tools")
+    ),
+    Shape.PREFERENCE_SHAREGPT: Fields(
+        ("system", "conversations", "chosen", "rejected", "tools"), ("system", "tools")
+    ),
+    Shape.PREFERENCE_CHAT: Fields(
+        ("system", "messages", "chosen", "rejected", "tools"), ("system", "tools")
+    ),
+    Shape.PREFERENCE_RATED: Fields(
+        ("system", "prompt", "responses", "scores"), ("system", "scores")
+    ),
+    Shape.PREFERENCE_COMPLETIONS: Fields(
+        ("system", "prompt", "completions", "scores"), ("system", "scores")
+    ),
+    Shape.PREFERENCE_WHOLE: Fields(("chosen", "rejected", "tools"), ("tools",)),
 }
 """`chat-pair` is a `pair` whose prompt or completion is a list of turns, or is read as a turn."""
 
 LABELLED = (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.TAG, Shape.IMAGE)
+PREFERENCES = tuple(shape for shape in Shape if shape.startswith("preference"))
+_OF_TEXT = tuple(shape for shape in Shape if shape not in (*LABELLED, *PREFERENCES))
 SHAPES: Mapping[str, tuple[Shape, ...]] = {
-    "causal": tuple(shape for shape in Shape if shape not in LABELLED),
+    "causal": _OF_TEXT,
     "classify": (Shape.CLASSIFY_PAIR, Shape.CLASSIFY, Shape.IMAGE),
     "tag": (Shape.TAG,),
-    "seq2seq": tuple(shape for shape in Shape if shape not in (Shape.TEXT, *LABELLED)),
+    "seq2seq": tuple(shape for shape in _OF_TEXT if shape is not Shape.TEXT),
+    "preference": PREFERENCES,
 }
 """The shapes that a task knows, by its name. No shape is of two: a field means one thing to one."""

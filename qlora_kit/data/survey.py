@@ -25,9 +25,10 @@ from qlora_kit.data.label_survey import LabelFigures, RepeatedTexts, label_figur
 from qlora_kit.data.labels import Labels
 from qlora_kit.data.packing import PackedStep
 from qlora_kit.data.row_arrays import Part, RowArrays, hash_of_ids
-from qlora_kit.data.shapes import Conversation, LabelledImage, Pair, Sample, Shape
+from qlora_kit.data.shapes import Conversation, LabelledImage, Pair, Preference, Sample, Shape
 from qlora_kit.data.source_figures import SourceFigures, source_figures
 from qlora_kit.data.template import Renderer, end_tokens
+from qlora_kit.data.text_rows import SUPERVISED_TOKENS
 from qlora_kit.data.tokens import Counts
 from qlora_kit.errors import DataError
 from qlora_kit.time_limit import many_limits
@@ -163,7 +164,8 @@ class Survey:
             "training": self.training.as_json(),
             "validation": self.validation.as_json() if self.validation else None,
         }
-        share = {"supervised_share": round(self.supervised_share, 4)} if self.ends else {}
+        has_share = self.training.weighs == SUPERVISED_TOKENS
+        share = {"supervised_share": round(self.supervised_share, 4)} if has_share else {}
         return {**figures, **counts, **share, **sources, "warnings": list(self.warnings())}
 
     def warnings(self) -> Iterator[str]:
@@ -350,7 +352,8 @@ def _try_prompts(
 
 def _prompts_of(samples: Iterable[Sample], renderer: Renderer) -> Iterator[str]:
     """Yield the text before each answer that is learnt, as generation would be given it."""
-    for sample in samples:
+    for each in samples:
+        sample = each.sides[0] if isinstance(each, Preference) else each
         if isinstance(sample, Pair):
             yield renderer.prompt_text(sample.prompt)
         elif isinstance(sample, Conversation):
@@ -411,21 +414,21 @@ def _rows_to_show(
 ) -> Iterator[ShownRow]:
     picked = random.Random(f"shown {seed}").sample(range(len(rows)), min(count, len(rows)))
     for row in sorted(picked):
-        span = rows.span(row)
-        ids = rows.ids[span].tolist()
-        learnt = [IGNORED] * len(ids) if labels else rows.labels[span].tolist()
         sample = rows.samples[int(rows.sample_of_row[row])]
         if isinstance(sample, LabelledImage):
             yield _shown_image(rows, row, sample, labels)
             continue
-        yield ShownRow(
-            rows.place(row),
-            tokens=len(ids),
-            supervised_tokens=0 if labels else rows.supervised_within(span),
-            uncut_tokens=int(rows.uncut_tokens[row]),
-            pieces=pieces_of(tokenizer, ids, learnt, rows.weights_of(row)),
-            label=labels.name_of(rows.labels_of(row)) if labels else None,
-        )
+        for which, span in rows.sequences(row):
+            ids = rows.ids[span].tolist()
+            learnt = [IGNORED] * len(ids) if labels else rows.labels[span].tolist()
+            yield ShownRow(
+                f"{rows.place(row)}{which}",
+                tokens=len(ids),
+                supervised_tokens=0 if labels else rows.supervised_within(span),
+                uncut_tokens=len(ids) if which else int(rows.uncut_tokens[row]),
+                pieces=pieces_of(tokenizer, ids, learnt, rows.weights_of(row)),
+                label=labels.name_of(rows.labels_of(row)) if labels else None,
+            )
 
 
 def _shown_image(

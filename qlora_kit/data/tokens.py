@@ -26,9 +26,10 @@ import transformers
 
 from qlora_kit import storage
 from qlora_kit.config import LongSamples, TokenOptions
-from qlora_kit.data.encode import IGNORED, LOSS_WEIGHTS, Labelled
+from qlora_kit.data.encode import CHOSEN_TOKENS, IGNORED, LOSS_WEIGHTS, Labelled
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.labels import Labels
+from qlora_kit.data.preference_rows import PAIRS
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import Shape, ShapeOfAll
 from qlora_kit.data.tagged_rows import TAGS
@@ -58,12 +59,12 @@ class Counts:
 
     rows_read = rows_kept + rows_dropped, and the number of token rows is
     rows_kept - rows_split + chunks. The weight of a row is the number of losses that it has: of its
-    supervised tokens, its label, or the tags of its words.
+    supervised tokens, its label, the tags of its words, or one for a pair of answers.
     """
 
     shape: ShapeOfAll
     weighs: str
-    """the name of what is weighed: supervised_tokens, labels or tags"""
+    """the name of what is weighed: supervised_tokens, labels, tags or pairs"""
     rows_read: int = 0
     rows_kept: int = 0
     """source rows of which at least one token row is left"""
@@ -283,6 +284,7 @@ class _TableRow(NamedTuple):
     token_types: list[int] | None
     loss_weights: list[float] | None
     image: str | None
+    chosen_tokens: int | None
 
 
 def _schema(maker: RowMaker) -> pyarrow.Schema:
@@ -298,6 +300,8 @@ def _schema(maker: RowMaker) -> pyarrow.Schema:
         columns.append((LOSS_WEIGHTS, pyarrow.list_(pyarrow.float32())))
     if has_images(maker):
         columns.append(("image", pyarrow.string()))
+    if maker.weighs == PAIRS:
+        columns.append((CHOSEN_TOKENS, pyarrow.int32()))
     return pyarrow.schema(columns)
 
 
@@ -471,7 +475,14 @@ class Tokenizing:
         uncut = [row.length if divided is None else longest for row in rows]
         left = [
             _TableRow(
-                part.ids, part.labels, index, tokens, part.token_types, part.weights, part.image
+                part.ids,
+                part.labels,
+                index,
+                tokens,
+                part.token_types,
+                part.weights,
+                part.image,
+                part.source,
             )
             for row, tokens in zip(rows, uncut, strict=True)
             for part in self._shorten(index, row)
@@ -648,7 +659,7 @@ def _counts_of(rows: TokenTable, counts: Counts) -> Counts:
     return replace(
         counts,
         rows_kept=len(numpy.unique(rows.column("row").to_numpy())),
-        tokens=sum(rows.lengths()),
+        tokens=sum(rows.all_tokens()),
         weight=_weight(rows, counts.weighs),
     )
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from qlora_kit.data.batch import collate
-from qlora_kit.data.encode import IGNORED, prompt_ids
+from qlora_kit.data.encode import CHOSEN_TOKENS, IGNORED, prompt_ids
+from qlora_kit.data.preference_rows import sides_of
 from qlora_kit.model.class_head import ClassHead, is_encoder
 from qlora_kit.model.image_processor import ImageProcessor
 from qlora_kit.model.load import BaseSpec
@@ -70,8 +71,10 @@ def some_rows(
         processor: turns an image into what the model reads, where the rows are images.
     """
     taken: list[Mapping[str, Any]] = []
-    count = 0
+    count, of_task = 0, True
     for row in rows:
+        # A preference may make both answers less likely, so the loss on one of them judges nothing.
+        of_task = CHOSEN_TOKENS not in row
         taken.append(row if base else _cut_row(row))
         count += len(taken[-1]["input_ids"])
         if count >= tokens:
@@ -79,8 +82,8 @@ def some_rows(
     if processor is not None:
         assert base is not None, "a classifier"
         assert base.classes is not None, "a classifier"
-        return VerificationRows(batch_of(taken, base.classes, processor), source, of_task=True)
-    return VerificationRows(_batch(taken, pad_token_id, base), source, of_task=True)
+        return VerificationRows(batch_of(taken, base.classes, processor), source, of_task)
+    return VerificationRows(_batch(taken, pad_token_id, base), source, of_task)
 
 
 def built_in_rows(tokenizer: Any, base: BaseSpec | None = None) -> VerificationRows:
@@ -128,7 +131,12 @@ def _batch(rows: Sequence[Mapping[str, Any]], pad_token_id: int, base: BaseSpec 
 
 
 def _cut_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut a row so that supervised tokens are left; where its start has none, keep its end."""
+    """Cut a row so that supervised tokens are left; where its start has none, keep its end.
+
+    Of a pair of answers the chosen one is taken.
+    """
+    if CHOSEN_TOKENS in row:
+        row, _ = sides_of(row)
     labels, most = list(row["labels"]), _MOST_ROW_TOKENS
     has_some = any(label != IGNORED for label in labels[1:most])
     part = slice(0, most) if has_some else slice(max(0, len(labels) - most), None)

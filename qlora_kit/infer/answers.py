@@ -14,7 +14,7 @@ from qlora_kit.config import MetricName
 from qlora_kit.data.asking import Asks
 from qlora_kit.data.fields import Faults
 from qlora_kit.data.samples import Samples
-from qlora_kit.data.shapes import Conversation, Pair, Sample, Shape
+from qlora_kit.data.shapes import Conversation, Pair, Preference, Sample, Shape
 from qlora_kit.errors import DataError
 from qlora_kit.events import Announce, silent
 from qlora_kit.infer.generate import TOGETHER, Sampling, generate_all
@@ -149,6 +149,8 @@ def answer(
 
 def _question(sample: Sample, asks: Asks) -> tuple[Sequence[int], tuple[str, ...]]:
     """Return the ids of the prompt of a sample's last answer, and the answers that are accepted."""
+    if isinstance(sample, Preference):
+        sample, _ = sample.sides
     if isinstance(sample, Pair):
         return asks.ids(sample.prompt, sample.place), (sample.completion.strip(),)
     assert isinstance(sample, Conversation)

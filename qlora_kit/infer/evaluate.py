@@ -277,7 +277,7 @@ def _measure(
         batch_size,
         measured,
         base.hardware.device,
-        line_of=lambda index: _line(len(rows[index]["input_ids"])),
+        line_of=lambda index: _line(rows.tokens_of(index)),
         on_halved=fewer,
     )
     with base.in_evaluation(), processes.computing():

@@ -88,7 +88,8 @@ def token_logprobs(
         head: formula of the logits.
         chunk_tokens: tokens whose logits exist at one time.
     """
-    logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens)
+    with purpose(LOSS_CHUNK):
+        logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens)
     return logprobs
 
 
@@ -342,10 +343,11 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
-        weight = ctx.head.weight(hidden.dtype)
-        grad = torch.empty_like(hidden)
-        walk = _walk(hidden, targets, ctx.head, weight, ctx.chunk_tokens, gradient=True)
-        for rows, chunk in walk:
-            chunk.logprobs()
-            chunk.hidden_grad(-grads[0][rows].unsqueeze(1), out=grad[rows])
+        with purpose(LOSS_CHUNK):
+            weight = ctx.head.weight(hidden.dtype)
+            grad = torch.empty_like(hidden)
+            walk = _walk(hidden, targets, ctx.head, weight, ctx.chunk_tokens, gradient=True)
+            for rows, chunk in walk:
+                chunk.logprobs()
+                chunk.hidden_grad(-grads[0][rows].unsqueeze(1), out=grad[rows])
         return grad, None, None, None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
@@ -185,6 +186,23 @@ class Adapter:
             for path, layer in self.whole.items()
             for leaf, parameter in layer.named_parameters()
         }
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the base compute without the adapter for the length of the block; copies nothing.
+
+        Parameters that replace those of the base (`saved`) stay in place.
+        """
+        model = self.base.model
+        for path, layer in self.layers.items():
+            model.set_submodule(path, layer.frozen)
+        for path, trained in self.whole.items():
+            model.set_submodule(path, trained.replaced)
+        try:
+            yield
+        finally:
+            for path, own in {**self.layers, **self.whole}.items():
+                model.set_submodule(path, own)
 
     @property
     def trainable(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from qlora_kit.config import LabelKind
+from qlora_kit.config import LabelKind, PreferenceLoss
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.model.config_file import IMAGE_CLASSIFICATION
 from qlora_kit.storage import check_confined, read_json
@@ -188,6 +188,8 @@ class BaseRecord(_File):
         labels: names of a classifier's labels in the order of its outputs; None for other models.
         label_kind: "single", "multi", "regression" or "tags"; None for other models.
         reads: what the model reads. PEFT has no name for the task of a classifier of images.
+        preference_loss, preference_beta: the loss that pairs of answers were compared by; None for
+            other models.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -207,6 +209,8 @@ class BaseRecord(_File):
     labels: _Labels | None = None
     label_kind: LabelKind | None = None
     reads: Literal["text", "images"] = "text"
+    preference_loss: PreferenceLoss | None = None
+    preference_beta: Annotated[float, Field(gt=0)] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -222,6 +226,7 @@ class BaseRecord(_File):
         base: Base,
         revision: str | None = None,
         template_hash: str | None = UNKNOWN_TEMPLATE,
+        preference: tuple[PreferenceLoss, float] | None = None,
     ) -> BaseRecord:
         """Describe a loaded base.
 
@@ -230,6 +235,7 @@ class BaseRecord(_File):
             revision: commit of the base, if it came from the hub.
             template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses no
                 template. With `UNKNOWN_TEMPLATE`, it uses the tokenizer's, if there is one.
+            preference: the loss that pairs of answers were compared by, and its β.
         """
         dtype: Any = base.hardware.dtype_name
         classes = base.spec.classes
@@ -247,16 +253,20 @@ class BaseRecord(_File):
             labels=classes.names if classes else None,
             label_kind=classes.kind if classes else None,
             reads="images" if base.spec.loads == IMAGE_CLASSIFICATION else "text",
+            preference_loss=preference[0] if preference else None,
+            preference_beta=preference[1] if preference else None,
             versions=library_versions(),
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of the file; labels are there where the model has some."""
+        """Return the content of the file; what only some tasks have is left out of others."""
         content = self.model_dump(mode="json")
         if self.labels is None:
             del content["labels"], content["label_kind"]
         if self.reads == "text":
             del content["reads"]
+        if self.preference_loss is None:
+            del content["preference_loss"], content["preference_beta"]
         return content
 
 

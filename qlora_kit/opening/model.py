@@ -104,6 +104,13 @@ class Opened:
         folder = self.fetched.folder
         return None if folder is None else ClassHead.of(read_architecture(folder))
 
+    def continuing(self, task: Task) -> Opened:
+        """Return the same model, opened for a task of models that continue a text.
+
+        An encoder-decoder keeps its own task, by which it is refused.
+        """
+        return self if self.task.has_sources else replace(self, task=task)
+
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
         return base_spec(self.source, self.fetched.folder, options, self.task)
@@ -162,7 +169,8 @@ class Opened:
         """Return in words how rows that are too long can be learnt all the same."""
         from qlora_kit.model.positions import scaling_for
 
-        splits = self.task.generates and not self.task.has_sources
+        wholes = self.task.has_sources or self.task.name == "preference"
+        splits = self.task.generates and not wholes
         scaling = scaling_for(text, longest)
         return (", with --long-samples split to keep all of them" if splits else "") + (
             f", or scale its rotary positions in its config.json: {scaling}" if scaling else ""

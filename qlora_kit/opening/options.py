@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_kit.config import AnyConfig, Layer, SweepConfig, TrainConfig, resolve
 from qlora_kit.model.names import find_model, known_models
+from qlora_kit.opening.start import options_of_start
 from qlora_kit.train.folder import stored_layer
 from qlora_kit.train.sweep_folder import stored_sweep
 
@@ -19,7 +20,8 @@ def configure(
 ) -> AnyConfig:
     """Resolve a configuration from all its sources; each source overrides those to its left.
 
-        defaults  <  configs/NAME.yaml  <  the run that is resumed  <  `layers`  <  `given`
+        defaults  <  configs/NAME.yaml  <  the adapter that training starts from
+                  <  the run that is resumed  <  `layers`  <  `given`
 
     The options of a sweep are those that were given: what the model's file changes is asked anew
     for each trial, which may have another model.
@@ -34,6 +36,7 @@ def configure(
     Raises:
         ConfigError: the values have faults; the error lists all of them, see `config.resolve`.
         ModelError: there is no such model.
+        AdapterError: there is no such adapter to start from.
     """
     layers = [*layers, Layer("", given)]
     asked = resolve(config_class, layers)
@@ -42,6 +45,11 @@ def configure(
         asked = resolve(config_class, layers)
     if not isinstance(asked, TrainConfig) or isinstance(asked, SweepConfig):
         return asked
+    if asked.adapter is not None:
+        named = asked.model if "model" in asked.model_fields_set else None
+        layers.insert(0, Layer(str(asked.adapter), options_of_start(asked.adapter, named)))
+        asked = resolve(config_class, layers)
+    assert isinstance(asked, TrainConfig)
     source = find_model(asked.model)
     origin = f"configs/{source.name}.yaml" if source.name in known_models() else source.name
     return resolve(config_class, [Layer(origin, source.settings), *layers])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import (
+    PreferenceLoss,
     TrainConfig,
 )
 from qlora_kit.errors import ConfigError
@@ -51,6 +52,13 @@ def sources_task() -> Task:
     return SEQ2SEQ
 
 
+def preferring_task(loss: PreferenceLoss, beta: float) -> Task:
+    """Return the task of pairs of answers, compared by a loss."""
+    from qlora_kit.tasks.preference import preference
+
+    return preference(loss, beta)
+
+
 def classifies(task: str) -> bool:
     """Return whether the models of a task have a head that tells labels apart."""
     return task in _CLASSIFY
@@ -65,6 +73,8 @@ def planned_task(config: TrainConfig, processor: ImageProcessor | None = None) -
     """
     if config.task == "seq2seq":
         return sources_task()
+    if config.task == "preference":
+        return preferring_task(config.loss, config.beta)
     if not classifies(config.task):
         return asked_task()
     from qlora_kit.data.labels import Labels
@@ -161,6 +171,9 @@ def stored_task(
 
     if is_encoder_decoder(spec.architecture()):
         return sources_task()
+    record = None if adapter is None else read_base_record(adapter)
+    if record is not None and record.preference_loss and record.preference_beta:
+        return preferring_task(record.preference_loss, record.preference_beta)
     of_images = processor is not None
     found = None if adapter is None else stored_labels(adapter, of_images=of_images)
     head = ClassHead.of(spec.architecture())
@@ -195,6 +208,8 @@ def stored_task_name(model: str, adapter: Path | None) -> str:
     if adapter is not None:
         record, config = read_base_record(adapter), read_peft_config(adapter)
         others = "seq2seq" if config.task_type == "SEQ_2_SEQ_LM" else "causal"
+        if record is not None and record.preference_loss:
+            others = "preference"
         return (record and record.classifies) or config.classifies or others
     named = None if source.folder is None else content.get("architectures")
     return classifying_task(named) or "causal"
@@ -275,6 +290,24 @@ def check_one_adapter(task: Task, adapters: Mapping[str, Path]) -> None:
             f"--adapters: {len(adapters)} adapters, and rows of one batch cannot have different "
             "ones on an encoder-decoder yet; expected one; pass --adapter, one after the other"
         )
+
+
+def check_loss(config: TrainConfig) -> None:
+    """Check that no option of pairs of answers is given for another task.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if config.task == "preference":
+        return
+    for name in ("loss", "beta"):
+        value = getattr(config, name)
+        # A resumed run names all of its options, those at their default too.
+        if value != TrainConfig.model_fields[name].default:
+            raise ConfigError(
+                f"--{name} {value}: compares two answers, and --task {config.task} has one of a "
+                f"sample; expected --task preference; pass it, or leave --{name} out"
+            )
 
 
 def check_generates(task: Task, asked: str) -> None:

@@ -85,7 +85,7 @@ def rehearse(step: OptimizerStep, micro_batches: int, *, has_sources: bool = Fal
     return Rehearsal(
         rows=rows,
         rows_asked=len(largest),
-        tokens=max(len(step.rows[index]["input_ids"]) for index in largest),
+        tokens=max(step.rows.tokens_of(index) for index in largest),
         peak_bytes=record.peak_bytes,
         how=f"{'CUDA' if step.device.type == 'cuda' else 'CPU'} allocator",
         timeline=tuple(_timeline(changes)),

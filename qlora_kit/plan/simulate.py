@@ -50,7 +50,7 @@ from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, wa
 from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
-from qlora_kit.tasks.task import Batch, Objective
+from qlora_kit.tasks.task import Batch, Objective, drawn_rows
 from qlora_kit.tasks.tokens import packing, weighted
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 from qlora_kit.train.windows import steps_an_epoch
@@ -370,7 +370,7 @@ class SimulatedRun:
                 Draws(
                     self.config.seed,
                     0,
-                    batch.rows,
+                    drawn_rows(batch, batch.rows),
                     self.base.batch_width(batch.longest),
                     batch.lengths if options.packing else None,
                 )

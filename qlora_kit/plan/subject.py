@@ -16,8 +16,8 @@ from statistics import fmean
 import torch
 
 from qlora_kit.config import TrainConfig
-from qlora_kit.data.batch import TokenRows, largest_batch, widest_batch
-from qlora_kit.data.encode import IGNORED
+from qlora_kit.data.batch import Row, TokenRows, largest_batch, widest_batch
+from qlora_kit.data.encode import CHOSEN_TOKENS, IGNORED
 from qlora_kit.data.mixing import epoch_windows
 from qlora_kit.data.packing import Fill
 from qlora_kit.errors import ConfigError
@@ -72,7 +72,8 @@ class UsualRows:
         batches = [batch for window in epoch_windows(rows, config, 0) for batch in window]
         of_rows = rows.source_lengths()
         sizes = [of_rows[index] for batch in batches for index in batch]
-        tokens = fmean(map(sum, sizes))
+        of_all = rows.all_tokens()
+        tokens = fmean(of_all[index] for batch in batches for index in batch)
         supervised = fmean(target for _, target in sizes)
         if config.packing:
             fill = Fill.of(config, rows, longest)
@@ -133,7 +134,8 @@ class RowSizes:
         most = config.batch_size * config.gradient_accumulation_steps
         # The largest batch contains every smaller one, so each of its rows is read only once.
         largest = largest_batch(lengths, most)
-        supervised = tuple(accumulate(_targets(rows[index]["labels"]) for index in largest))
+        learns_text = config.task == "preference" and config.loss == "orpo"
+        supervised = tuple(accumulate(_targets(rows[index], learns_text) for index in largest))
         evaluated = None if held_out is None else max(held_out.lengths())
         usual = UsualRows.of(rows, config)
         return cls(max(lengths), supervised, evaluated, usual=usual, is_weighted=rows.is_weighted)
@@ -162,8 +164,14 @@ def _widths(lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return max(source for source, _ in lengths), max(target for _, target in lengths)
 
 
-def _targets(labels: Sequence[int]) -> int:
-    return sum(label != IGNORED for label in labels[1:])
+def _targets(row: Row, learns_text: bool) -> int:
+    """Return the predicted tokens of a row; of a pair, with all of the chosen text if learnt."""
+    labels: Sequence[int] = row["labels"]
+    targets = sum(label != IGNORED for label in labels[1:])
+    if CHOSEN_TOKENS not in row or not learns_text:
+        return targets
+    chosen = row[CHOSEN_TOKENS]
+    return targets + sum(label == IGNORED for label in labels[1:chosen])
 
 
 @dataclass(frozen=True)

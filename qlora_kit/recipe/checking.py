@@ -9,6 +9,7 @@ from qlora_kit.config import CheckConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Closing, Facts, Notice, RowShown, silent
 from qlora_kit.model.names import find_model
+from qlora_kit.opening.tasks import check_loss
 from qlora_kit.recipe.rows import read_data, surveyed, token_rows
 from qlora_kit.recipe.streaming import settled
 from qlora_kit.storage import check_writable, write_text
@@ -25,6 +26,7 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
         The survey of the data, for programs.
     """
     source = find_model(config.model)
+    check_loss(config)
     if config.html is not None:
         check_page(config.html)
     samples, validation = read_data(config, announce)

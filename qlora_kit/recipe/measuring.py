@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import EvaluateConfig
@@ -195,6 +195,11 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     check_one_adapter(opened.task, config.adapters)
     if adapter_of(config) is None:
         opened.check_head()
+    if task == "preference" and config.adapters:
+        raise ConfigError(
+            f"--adapters: {len(config.adapters)} adapters, and each may have compared pairs of "
+            "answers by a loss of its own; expected one; pass --adapter, one after the other"
+        )
     if config.generates_for is not None:
         check_generates(opened.task, config.generates_for)
     rows = tokenize(samples, opened.tokenizer, config, makes=opened.task.makes)
@@ -202,10 +207,27 @@ def evaluate(config: EvaluateConfig, announce: Announce = silent) -> dict[str, A
     opened.check_positions(config, rows)
     questions = _questions(config, opened, samples)
     base = opened.load(config, announce, choose_threads(config.threads))
+    if opened.task.refers:
+        rows = _compared_with(base, rows, opened, config, announce)
     what = _Measurement(config, opened, samples, rows, questions, base, announce)
     if config.adapters:
         return _evaluate_mixed(what) if by_row else _evaluate_several(what)
     return _evaluate_one(what)
+
+
+def _compared_with(
+    base: Base, rows: Tokenized, opened: Opened, config: EvaluateConfig, announce: Announce
+) -> Tokenized:
+    """Return pairs with what the base says of them, before an adapter is put on it."""
+    from qlora_kit.infer.references import answer_logprobs, with_references
+
+    announce(Notice("reference: the base without its adapter"))
+    logprobs = answer_logprobs(
+        base, rows.rows, opened.task, batch_size=config.batch_size,
+        pad_token_id=opened.tokenizer.pad_token_id, chunk_tokens=config.loss_chunk_tokens,
+        announce=announce,
+    )  # fmt: skip
+    return replace(rows, rows=with_references(rows.rows, logprobs))
 
 
 def _questions(config: EvaluateConfig, opened: Opened, samples: Samples) -> Sequence[Question]:

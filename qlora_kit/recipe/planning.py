@@ -9,7 +9,7 @@ from qlora_kit.config import PlanConfig
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
 from qlora_kit.model.names import ModelSource, find_model
 from qlora_kit.opening.model import base_spec
-from qlora_kit.opening.tasks import asked_task, check_searchable, planned_task
+from qlora_kit.opening.tasks import asked_task, check_loss, check_searchable, planned_task
 from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.launch import check_sharing, planned_devices
 
@@ -26,6 +26,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
         The plan, for programs.
     """
     source = find_model(config.model)
+    check_loss(config)
 
     from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.model.threads import choose_threads

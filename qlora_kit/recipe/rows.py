@@ -19,7 +19,13 @@ from qlora_kit.events import (
     Notice,
 )
 from qlora_kit.opening.model import open_tokenizer
-from qlora_kit.opening.tasks import check_searchable, check_task, classifies, is_of_images
+from qlora_kit.opening.tasks import (
+    check_searchable,
+    check_task,
+    classifies,
+    is_of_images,
+    planned_task,
+)
 from qlora_kit.recipe.counting import HOLDS_OUT_ALL, counted_pass, learnt_pass
 from qlora_kit.recipe.mixed_streams import tokenized_streams
 from qlora_kit.recipe.streaming import check_longest, open_stream
@@ -82,7 +88,7 @@ def token_rows(
     """
     notices: Iterable[str]
     if config.task == "seq2seq":
-        opened = open_tokenizer(config, announce)
+        opened = open_tokenizer(config, announce, config.adapter)
         notices = _notices_of_text(config, "a source is read as it is, and its target learnt whole")
     elif classifies(config.task):
         labels = _labels(samples, config, announce)
@@ -91,7 +97,9 @@ def token_rows(
         if is_of_images(opened.task):
             notices = (*notices, *_notices_of_images(opened, config))
     else:
-        opened = open_tokenizer(config, announce, chat_template=config.chat_template)
+        opened = open_tokenizer(config, announce, config.adapter, config.chat_template)
+        if "preference" in (config.task, opened.task.name):
+            opened = opened.continuing(planned_task(config))
         notices = () if opened.task.has_sources else _template_notices(opened, config)
     check_task(opened.task, config.task)
     opened.check_kind(config)

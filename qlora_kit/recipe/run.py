@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from qlora_kit.config import TrainConfig, compared
+from qlora_kit.data.batch import TokenTable
 from qlora_kit.data.mixed_stream import MixedPlace
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.source_figures import source_figures
@@ -26,6 +27,7 @@ from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, count_trainable
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.opening.model import Opened
+from qlora_kit.opening.start import hash_of_start
 from qlora_kit.opening.tasks import is_of_images
 from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.one import Processes
@@ -34,6 +36,7 @@ from qlora_kit.plan.rehearsal import rehearse
 from qlora_kit.plan.run import PICTURE, MemoryAccount, StepTimes
 from qlora_kit.plan.subject import Subject
 from qlora_kit.recipe.agreement import check_alike, planned_by_writer
+from qlora_kit.recipe.references import referring_rows
 from qlora_kit.recipe.rows import surveyed
 from qlora_kit.recipe.streaming import Learnt
 from qlora_kit.recipe.validation import Validation
@@ -130,7 +133,9 @@ class Run:
     def record(self) -> BaseRecord:
         """The record of the base for the adapter's files."""
         revision = self.opened.fetched.revision
-        return BaseRecord.of(self.adapter.base, revision, self.rows.template_hash)
+        config = self.config
+        compared_by = (config.loss, config.beta) if config.task == "preference" else None
+        return BaseRecord.of(self.adapter.base, revision, self.rows.template_hash, compared_by)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -142,6 +147,7 @@ class Run:
             "data_weights": [*config.source_weights],
             "validation": self.held_out.rows.content_hash() if self.held_out else None,
             "base": base.digest,
+            "starts_from": hash_of_start(config.adapter),
             "dtype": base.hardware.dtype_name,
             "device": base.hardware.device.type,
             "kernels": self.kernels.names,
@@ -317,7 +323,7 @@ class Run:
         train = partial(
             train_adapter,
             self.adapter,
-            self.learnt.rows,
+            self._compared.get("training", self.learnt.rows),
             self.config,
             task=self.opened.task,
             pad_token_id=self.opened.tokenizer.pad_token_id,
@@ -356,9 +362,22 @@ class Run:
         if self.held_out is None:
             return None
         base = self.adapter.base
-        return Validation(
-            base, self.opened, self.held_out, self.config, self.announce, self.processes
-        )
+        rows = self._compared.get("validation", self.held_out.rows)
+        held_out = replace(self.held_out, rows=rows)
+        return Validation(base, self.opened, held_out, self.config, self.announce, self.processes)
+
+    @cached_property
+    def _compared(self) -> Mapping[str, TokenTable]:
+        """The token rows with what a reference says of them; none where there is no reference."""
+        if not self.opened.task.refers:
+            return {}
+        parts = {"training": self.rows.rows}
+        if self.held_out is not None:
+            parts["validation"] = self.held_out.rows
+        return referring_rows(
+            parts, self.adapter, self.opened, self.config, self.output, self.identity,
+            self.announce, self.processes,
+        )  # fmt: skip
 
     def _say_how_to_go_on(self, end: BaseException) -> None:
         if checkpoints(self.output):
@@ -427,7 +446,10 @@ class Run:
         files = tuple(sorted(str(path) for path in output.glob("[!.]*")))
         self.announce(Closing(files, commands))
         step = times.as_json() if times else None
-        return {"output": str(output), "finished": True, **asdict(result), "step_times": step}
+        told = asdict(result)
+        if not result.last_metrics:
+            del told["last_metrics"]
+        return {"output": str(output), "finished": True, **told, "step_times": step}
 
     def _streamed(self, result: TrainResult) -> Iterator[tuple[str, str]]:
         """Yield what became of the samples of a stream, in all passes so far."""
@@ -495,6 +517,8 @@ def _results(result: TrainResult, config: TrainConfig) -> tuple[tuple[str, str],
         ("optimiser steps", f"{progress.optimizer_step} ({result.reason})"),
         ("training loss", f"{result.last_loss:.4f} in the last step"),
     ]
+    for name, value in result.last_metrics.items():
+        rows.append((name.replace("_", " "), f"{value:.4f} in the last step"))
     if progress.best_loss is not None:
         best = f"{progress.best_loss:.4f} at best, step {progress.best_step}"
         rows.append(("validation loss", best))

@@ -167,6 +167,12 @@ def _check_options(config: TrainConfig) -> None:
             "built-in data is small; pass --data, or leave --stream-data out"
         )
     check_weights(config)
+    if config.task == "preference":
+        raise ConfigError(
+            "--stream-data: --task preference asks the reference of every pair before the first "
+            "step, and a stream has no list of pairs; expected data that are read whole; leave "
+            "--stream-data out"
+        )
     if classifies(config.task) and not config.labels and config.label_kind != "regression":
         raise ConfigError(
             f"--stream-data: --task {config.task} without --labels; expected the names of all "

@@ -15,6 +15,8 @@ from qlora_kit.launched import place
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
+from qlora_kit.opening.start import started_from
+from qlora_kit.opening.tasks import check_loss
 from qlora_kit.parallel.launch import check_sharing
 from qlora_kit.parallel.one import processes_of_this_run
 from qlora_kit.recipe.rows import read_data, token_rows
@@ -46,6 +48,7 @@ def train(
     processes = processes_of_this_run()
     announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
+    check_loss(config)
     if config.shard_base:
         check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
@@ -61,6 +64,7 @@ def train(
         config = settled(config, samples, validation, announce, is_new=is_new)
 
         # torch is imported here, after everything that can be checked without it.
+        from qlora_kit.lora.adapter import check_fits
         from qlora_kit.lora.attach import LoraSpec, attach
         from qlora_kit.model.hardware import make_deterministic
         from qlora_kit.model.load import Placement, load_base
@@ -82,6 +86,7 @@ def train(
         )
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
+        start = started_from(config, spec, lora)
         hardware = chosen_hardware(config, threads, processes)
         packing = processes.from_writer(
             lambda: choose_packing(
@@ -107,6 +112,9 @@ def train(
         adapter = attach(base, lora, config.seed)
         if bases is not None:
             at_the_end.callback(bases.take_back, adapter)
+        if start is not None:
+            check_fits(start, base)
+            adapter.fill(start.tensors, {})
         tried = packing.tried(base.model)
         packing = processes.from_writer(lambda: tried)
         config = packing.settled(config)

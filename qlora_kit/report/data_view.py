@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.label_survey import RepeatedTexts, ValueFigures
+from qlora_kit.data.preference_rows import PAIRS
 from qlora_kit.data.source_figures import described_sources
+from qlora_kit.data.text_rows import SUPERVISED_TOKENS
 from qlora_kit.report.mask import left_out, shown, visible, weight_mark
 from qlora_kit.report.page import render
 from qlora_kit.report.tables import Rows
@@ -82,7 +84,8 @@ def _in_pieces(survey: Survey) -> str:
 
 
 def _supervised(survey: Survey) -> str:
-    return f", {survey.supervised_share:.1%} supervised" if survey.labels is None else ""
+    is_text = survey.training.weighs == SUPERVISED_TOKENS
+    return f", {survey.supervised_share:.1%} supervised" if is_text else ""
 
 
 def _cut(survey: Survey) -> str:
@@ -90,6 +93,8 @@ def _cut(survey: Survey) -> str:
     if survey.labels is not None:
         split = f"{counts.rows_split:,} split, " if survey.labels.kind == "tags" else ""
         return f"{counts.rows_truncated:,} truncated, {split}{counts.rows_dropped:,} dropped"
+    if counts.weighs == PAIRS:
+        return f"{counts.rows_truncated:,} truncated, {counts.rows_dropped:,} dropped"
     return (
         f"{counts.rows_truncated:,} truncated, {counts.rows_split:,} split, "
         f"{counts.rows_dropped:,} dropped; lost: {counts.weight_lost:,} supervised tokens"

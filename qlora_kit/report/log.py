@@ -98,6 +98,7 @@ def _step_row(event: StepFinished, sources: Mapping[str, float]) -> dict[str, An
     """
     row = asdict(event)
     del row["weighs"], row["sources"]
+    row |= row.pop("metrics")
     if row["loss_weight"] is None:
         del row["loss_weight"]
     if sources:

@@ -195,6 +195,9 @@ class Terminal:
             f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {rate:,.0f} tokens/s  "
             f"{event.memory_bytes / 1e9:.2f} GB"
         )
+        for name in ("accuracy", "margin"):
+            if name in event.metrics:
+                text += f"  {name} {event.metrics[name]:.3f}"
         if self._bar is not None and self._task is not None:
             text += described(self._sources.told())
             self._bar.update(self._task, advance=1, description=text)

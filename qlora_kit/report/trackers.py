@@ -213,6 +213,7 @@ def metrics_of(
             "train/tokens_per_second": event.tokens / max(event.step_seconds, 1e-9),
             f"train/{event.weighs}": event.weight,
             **weighted,
+            **{f"train/{name}": value for name, value in event.metrics.items()},
             "train/memory_bytes": event.memory_bytes,
         }
     if isinstance(event, StepSkipped):

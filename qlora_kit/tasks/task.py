@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -145,6 +145,42 @@ class TellsUnits(Objective, Protocol):
         ...
 
 
+@runtime_checkable
+class MeasuresSteps(Protocol):
+    """An objective that measures more of a training step than its loss.
+
+    It may also need sums over all batches of a step before it computes the first of them.
+    """
+
+    @property
+    def step_metrics(self) -> tuple[str, ...]:
+        """The names of what is measured, as means over the weight."""
+        ...
+
+    def step_figures(self, batches: Sequence[Any]) -> tuple[float, ...]:
+        """Return what has to be summed over all batches of a step, in all processes."""
+        ...
+
+    def within_step(self, batch: Any, figures: Sequence[float]) -> Any:
+        """Return a batch that knows these sums."""
+        ...
+
+    def loss_and_metrics(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the summed loss, as `Objective.loss_sum` does, and the sums of `step_metrics`."""
+        ...
+
+
+def drawn_rows(batch: Any, indices: Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers by which dropout draws the mask of each sequence of a batch.
+
+    Args:
+        batch: the batch.
+        indices: the numbers of its rows.
+    """
+    of_each: int = getattr(batch, "sequences_a_row", 1)
+    return tuple(of_each * row + number for number in range(of_each) for row in indices)
+
+
 Figures = Mapping[str, Any]
 """Figures by name: numbers, and tables of them."""
 
@@ -173,6 +209,8 @@ class Task:
         tells_units: whether its objective is a `TellsUnits`.
         packs: whether its samples can lie end to end in one row, where the model allows it. Then
             its objective has a field `packs`.
+        refers: whether its rows need to know what the model says of them before it is trained, see
+            `tasks.preference`.
     """
 
     name: str
@@ -190,3 +228,4 @@ class Task:
     has_sources: bool = False
     packs: bool = False
     tells_units: bool = False
+    refers: bool = False

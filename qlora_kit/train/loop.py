@@ -116,6 +116,7 @@ class TrainResult:
         seconds: duration in this process.
         peak_memory_bytes: peak since the run began: allocated on the GPU, or anonymous on a CPU.
         process_tokens: tokens that each process has computed in this call, by rank.
+        last_metrics: what else was measured of the last optimiser step, by name.
     """
 
     progress: Progress
@@ -124,6 +125,7 @@ class TrainResult:
     seconds: float
     peak_memory_bytes: int
     process_tokens: tuple[int, ...] = ()
+    last_metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def _loss_and_metrics(found: float | Mapping[str, float]) -> tuple[float, dict[str, float]]:
@@ -251,6 +253,7 @@ class _Training:
         self.progress = Progress()
         self.saved: Progress | None = None
         self.last_loss = math.nan
+        self.last_metrics: Mapping[str, float] = {}
         self.is_asked_to_stop = False
 
     def _objective(self) -> Objective:
@@ -290,7 +293,9 @@ class _Training:
         memory = peak_memory_bytes(self.device)
         computed = tuple(self.processes.each(lambda: self.step.tokens_computed))
         self.processes.part()
-        return TrainResult(self.progress, reason, self.last_loss, seconds, memory, computed)
+        return TrainResult(
+            self.progress, reason, self.last_loss, seconds, memory, computed, self.last_metrics
+        )
 
     def _begin(self) -> None:
         seed_everything(self.config.seed)
@@ -382,6 +387,7 @@ class _Training:
             taken = self.step.take(window, rate, step, self._check_first_gradients)
             seconds = time.perf_counter() - start
         self.progress.optimizer_step, self.last_loss = step, taken.loss
+        self.last_metrics = taken.metrics
         self.progress.window += 1
         self.progress.place = self.windows.place
         epoch = self._epoch()
@@ -409,6 +415,7 @@ class _Training:
                     for name, each in zip(self.rows.source_names, taken.by_source, strict=False)
                     if each.weight
                 },
+                metrics=taken.metrics,
             )
         )
 

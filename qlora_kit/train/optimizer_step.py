@@ -16,7 +16,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import starmap
@@ -35,7 +35,7 @@ from qlora_kit.model.memory import is_out_of_memory
 from qlora_kit.parallel.division import divided
 from qlora_kit.parallel.one import OneProcess, Processes
 from qlora_kit.signals import Stopped, received
-from qlora_kit.tasks.task import Batch, Objective, TellsUnits
+from qlora_kit.tasks.task import Batch, MeasuresSteps, Objective, TellsUnits, drawn_rows
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
 from qlora_kit.train.random_states import (
     random_states,
@@ -72,6 +72,7 @@ class Taken:
             loss is not finite; or all rows, if only the gradient is not finite.
         overflowed: whether the loss scaler skipped the step to find its scale.
         by_source: the loss of each source, summed, where there are several and it is known.
+        metrics: what the objective measures of a step beside the loss, by name, as the loss is.
     """
 
     loss: float
@@ -82,6 +83,7 @@ class Taken:
     suspect_rows: Indices = ()
     overflowed: bool = False
     by_source: tuple[SourceLoss, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Gradients(NamedTuple):
@@ -95,6 +97,7 @@ class _Gradients(NamedTuple):
         norm: norm of the gradient before clipping.
         longest: tokens of the longest row.
         by_source: see `Taken`.
+        metrics: what else is measured of a step, summed over all processes.
     """
 
     losses: list[float]
@@ -104,6 +107,7 @@ class _Gradients(NamedTuple):
     norm: float
     longest: int
     by_source: tuple[SourceLoss, ...]
+    metrics: list[float]
 
 
 class _Size(NamedTuple):
@@ -214,7 +218,16 @@ class OptimizerStep:
             suspect_rows=suspect,
             overflowed=overflowed,
             by_source=found.by_source,
+            metrics={
+                name: value / found.size.weight
+                for name, value in zip(self._step_metrics, found.metrics, strict=True)
+            },
         )
+
+    @property
+    def _step_metrics(self) -> tuple[str, ...]:
+        objective = self.objective
+        return objective.step_metrics if isinstance(objective, MeasuresSteps) else ()
 
     def _gradients(self, window: Window, step: int, *, is_divided: bool) -> _Gradients:
         """Sum the window's gradients and clip them; halve the micro-batch if memory runs out."""
@@ -253,6 +266,7 @@ class OptimizerStep:
         if short:
             return None
         size = _Size(*sizes)
+        batches = self._within_step(batches)
         sums: list[Tensor] = []
         for number in range(max(map(len, shares))):
             if self._is_short(len(sums) < min(number, len(own))):
@@ -269,17 +283,21 @@ class OptimizerStep:
         told = self._fitting(lambda: torch.stack(sums).tolist() if sums else [])
         losses = [loss for loss, *_ in told or ()]
         norm = None if told is None else self._fitting(self._clip)
-        short, loss, *of_sources = self.processes.totals(
-            norm is None, math.fsum(losses), *self._sums_of_sources(told or (), own, batches)
+        short, loss, *more = self.processes.totals(
+            norm is None,
+            math.fsum(losses),
+            *self._sums_of_sources(told or (), own, batches),
+            *self._sums_of_metrics(told or ()),
         )
         if norm is None:
             return None
         if short:
             self._allow_to_unscale_again()
             return None
+        of_sources, metrics = more[: 2 * self._sources], more[2 * self._sources :]
         pairs = zip(of_sources[::2], of_sources[1::2], strict=True)
         by_source = tuple(starmap(SourceLoss, pairs))
-        return _Gradients(losses, batches, loss, size, norm, int(most), by_source)
+        return _Gradients(losses, batches, loss, size, norm, int(most), by_source, metrics)
 
     def _sums_of_sources(
         self, told: Sequence[Sequence[float]], own: Window, batches: Sequence[Batch]
@@ -307,6 +325,24 @@ class OptimizerStep:
         """Return the number of the source of each unit of a micro-batch, (N,), in host memory."""
         of_rows = torch.tensor([self.rows.source_of(index) for index in indices], device="cpu")
         return of_rows[self._telling.rows_of(batch)]
+
+    def _sums_of_metrics(self, told: Sequence[Sequence[float]]) -> list[float]:
+        """Return the sum of each thing that is measured beside the loss in this process.
+
+        Args:
+            told: of each micro-batch, its loss and these; none if memory ran out.
+        """
+        count = len(self._step_metrics)
+        return [math.fsum(each[1 + number] for each in told) for number in range(count)]
+
+    def _within_step(self, batches: list[Batch]) -> list[Batch]:
+        """Let the batches of this process know the sums of the whole step that they need."""
+        objective = self.objective
+        if not isinstance(objective, MeasuresSteps):
+            return batches
+        figures = objective.step_figures(batches)
+        sums = self.processes.totals(*figures) if figures else ()
+        return [objective.within_step(batch, sums) for batch in batches]
 
     def _begun(self, own: Window) -> list[Batch]:
         make_state(self.optimizer)
@@ -358,8 +394,8 @@ class OptimizerStep:
             step: number of the step.
 
         Returns:
-            The summed loss, and that of each source where they are told apart: (1 + sources,), fp64
-            on the device; nothing where this process has no micro-batch.
+            The summed loss, and behind it that of each source, or what else is measured; fp64 on
+            the device, in one tensor. Nothing where this process has no micro-batch.
         """
         own = shares[self.processes.rank]
         if number < len(own):
@@ -372,18 +408,26 @@ class OptimizerStep:
 
     def _differentiated(self, indices: Indices, batch: Batch, weight: float, step: int) -> Tensor:
         lengths = batch.lengths if self.packs else None
-        of_sources = None
-        with drawn_from(Draws(self.seed, step, indices, self.most_tokens, lengths)):
-            if self._sources:
-                # Before the forward: behind it a copy to the device would wait for its end.
-                of = self._source_of_units(indices, batch).to(self.device, non_blocking=True)
-                summed, losses = self._telling.loss_by_unit(batch)
-                of_sources = _summed(losses.double(), of, self._sources)
-            else:
-                summed = self.objective.loss_sum(batch)
+        # Before the forward: behind it a copy to the device would wait for its end.
+        of = self._source_of_units(indices, batch) if self._sources else None
+        of = None if of is None else of.to(self.device, non_blocking=True)
+        rows = drawn_rows(batch, indices)
+        with drawn_from(Draws(self.seed, step, rows, self.most_tokens, lengths)):
+            summed, more = self._computed(batch, of)
             differentiate(self.scaler.scale(summed / weight))
-        told = summed.detach().double().reshape(1)
-        return told if of_sources is None else torch.cat((told, of_sources))
+        return torch.cat((summed.detach().double().reshape(1), *more))
+
+    def _computed(
+        self, batch: Batch, source_of_units: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the summed loss of a micro-batch, and what else is told of it, in fp64."""
+        if source_of_units is not None:
+            summed, losses = self._telling.loss_by_unit(batch)
+            return summed, [_summed(losses.double(), source_of_units, self._sources)]
+        if isinstance(self.objective, MeasuresSteps):
+            summed, metrics = self.objective.loss_and_metrics(batch)
+            return summed, [metrics]
+        return self.objective.loss_sum(batch), []
 
     def _clip(self) -> float:
         """Divide the gradients by the loss scale and clip them; return their norm before that."""
@@ -439,7 +483,7 @@ class OptimizerStep:
         if self.packs:
             tokens = max(sum(map(self.rows.tokens_of, indices)) for indices in micro_batches)
             most = math.ceil(tokens / self.longest)
-        longest = max(len(self.rows[i]["input_ids"]) for indices in micro_batches for i in indices)
+        longest = max(self.rows.tokens_of(i) for indices in micro_batches for i in indices)
         self.micro_batch_rows = halved(
             most,
             f"out of memory on one row at a time, the longest of {longest} tokens; expected it to "

@@ -31,6 +31,7 @@ from qlora_kit.train.optimizer import learning_rate_at
 # Values of a run's identity that no option names, by the group of options that decides them.
 _RESULTS: Mapping[str, tuple[str, ...]] = {
     "data": ("rows",), "tokenizer": ("tokenizer", "template"), "base": ("base",),
+    "lora": ("starts_from",),
 }  # fmt: skip
 COVERED: Mapping[str, tuple[str, ...]] = {
     group: (*that_decide(TrainConfig, group), *_RESULTS.get(group, ())) for group in GROUPS
@@ -49,6 +50,7 @@ _HOLDS: Mapping[str, str] = {
     "rows": "the token rows (of equal data and tokenizer)", "data": "the training data",
     "validation": "the validation data", "template": "the chat template",
     "labels": "the labels' kind, names, order or weights", "base": "the weights of the base",
+    "starts_from": "the adapter that training starts from",
 }  # fmt: skip
 # After a change in one of these groups, the rows have another order.
 _REORDERING = ("data", "tokenizer", "batch", "seed")
@@ -58,6 +60,7 @@ _BEFORE: Mapping[str, Any] = {
     "head_bits": 16, "chat_template": None, "task": "causal", "labels": [], "label_kind": "auto",
     "class_weights": {}, "kernels": "plain", "packing": False, "group_by_length": True,
     "data_weights": [], "stream_data": False, "shuffle_buffer": None, "processes": 1,
+    "loss": "dpo", "beta": 0.1,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from qlora_kit.data.shapes import FIELDS, Shape
 
 SECTIONS = (
     "Formats: what a file may be", "Other names", "Several sources", "Labelled data",
-    "Tagged words", "What is refused", "Larger than memory",
+    "Tagged words", "Preferences", "What is refused", "Larger than memory",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
     from .memory import memory
     from .mutations import MUTATIONS, mutations
     from .numerics import numerics
+    from .preferring import preferring
     from .processes import processes
     from .resumes import resumes
     from .stops import stops
@@ -69,6 +70,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             "mixed-streaming": partial(mixed_streaming, killed=1, stopped=1, seed=_SEED),
             "processes": partial(processes, killed=1, hanging=0, disks=0, seed=_SEED),
             "sweeps": partial(sweeps, killed=2, stopped=1, seed=_SEED, alone=1),
+            "preferring": partial(preferring, killed=1, stopped=1, seed=_SEED),
         }
     if size == "some":
         return {
@@ -99,6 +101,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             "mixed-streaming": partial(mixed_streaming, killed=12, stopped=8, seed=_SEED),
             "processes": partial(processes, killed=6, hanging=1, disks=2, seed=_SEED),
             "sweeps": partial(sweeps, killed=8, stopped=4, seed=_SEED),
+            "preferring": partial(preferring, killed=6, stopped=4, seed=_SEED, steps=(7, 22)),
         }
     return {
         "kills": partial(kills, count=200, seed=_SEED),
@@ -116,6 +119,15 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
         "mixed-streaming": partial(mixed_streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
         "processes": partial(processes, killed=40, hanging=4, disks=10, seed=_SEED),
         "sweeps": partial(sweeps, killed=40, stopped=20, seed=_SEED),
+        "preferring": partial(
+            preferring,
+            killed=40,
+            stopped=20,
+            seed=_SEED,
+            in_shell=4,
+            steps=range(1, 30, 4),
+            kinds=((16, 1), (8, 1), (4, 3)),
+        ),
     }
 
 

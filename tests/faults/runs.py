@@ -79,7 +79,7 @@ class Sample:
 
 def make_sample(folder: Path, options: tuple[str, ...] = ()) -> Sample:
     """Make a language model and its data, and do the run once, without a fault."""
-    return done_once(Sample(folder, options), _save_model, _write_rows)
+    return done_once(Sample(folder, options), save_model, _write_rows)
 
 
 def done_once(
@@ -111,7 +111,7 @@ def demo_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(find_model("demo").folder)
 
 
-def _save_model(folder: Path) -> None:
+def save_model(folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
