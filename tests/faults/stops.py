@@ -46,7 +46,7 @@ _PHASES: dict[str, tuple[Callable[[_Act], None], ...]] = {
     "training": (
         partial(at_event, StepFinished, 1),
         partial(at_event, StepFinished, 17),
-        partial(at_call, "qlora_kit.tasks.causal:loss_sum", 23),
+        partial(at_call, "qlora_kit.tasks.tokens:loss_of", 23),
         partial(at_call, "torch.autograd:backward", 50),
         partial(at_call, "torch.optim:AdamW.step", 12),
         partial(at_call, "torch.optim:AdamW.step", 30),

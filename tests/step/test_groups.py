@@ -57,7 +57,7 @@ def calls_of(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 # Fused projections, and MLPs of experts or without a gate, have nothing in common.
-GROUPS = {"phi-4-mini": 0, "gpt2": 0, "mixtral": 1, "gpt-oss": 1, "phi": 1}
+GROUPS = {"phi-4-mini": 0, "gpt2": 0, "mixtral": 1, "gpt-oss": 1, "phi": 1, "qwen3-30b-a3b": 1}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -187,11 +187,14 @@ def test_reducers_change_nothing_on_any_architecture(
     name: str,
     targets: str,
 ) -> None:
-    """With norms behind the MLP (gemma-2), a fused gate (phi-4-mini), MLPs without one (phi)."""
+    """With norms behind the MLP (gemma-2), a fused gate (phi-4-mini), MLPs without one (phi).
+
+    A mixture's experts compute a bounded number of tokens anyway.
+    """
     adapter = filled_adapter(folder_of(name), 4, targets, dropout=0.2)
     assert_equal_steps(adapter, padded_batch())
     tiled = apply(adapter.base.model, REDUCED["tiles"], CPU)
-    assert tiled.tiled_mlps == (0 if name == "phi" else 2)
+    assert tiled.tiled_mlps == (0 if name in ("phi", "qwen3-30b-a3b") else 2)
 
 
 def test_reducers_are_equal_at_8_bits_too(save_tiny: Callable[..., Path]) -> None:

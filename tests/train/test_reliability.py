@@ -44,7 +44,7 @@ from qlora_kit.plan.ledger import Ledger
 from qlora_kit.plan.rehearsal import rehearse
 from qlora_kit.plan.watch import claim_trained
 from qlora_kit.report.log import Log, read_log
-from qlora_kit.tasks import causal
+from qlora_kit.tasks import causal, tokens
 from qlora_kit.tasks.causal import CausalObjective
 from qlora_kit.train import optimizer_step
 from qlora_kit.train.checkpoint import (
@@ -184,14 +184,14 @@ def test_rows_too_short_to_attend_do_not_look_like_a_dead_layer(save_tiny: Tiny)
 
 
 class ShortOfMemory:
-    """Replaces `loss_sum`, and runs out of memory with more than `most` rows."""
+    """Replaces `supervised_states`, and runs out of memory with more than `most` rows."""
 
     def __init__(self, most: int, error: Exception) -> None:
         self.most, self.error, self.rows = most, error, []
-        self.real = causal.loss_sum
+        self.real = causal.supervised_states
 
-    def __call__(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.real(model, batch, *args, **kwargs)
+    def __call__(self, model: Any, batch: Any) -> Any:
+        result = self.real(model, batch)
         if len(batch.rows) > self.most:
             raise self.error
         self.rows.append(batch.rows)
@@ -215,9 +215,9 @@ def test_a_step_is_taken_again_with_fewer_rows_at_a_time(
     for most in (8, 3):
         adapter, events = make_adapter(save_tiny()), []
         short = ShortOfMemory(most, error)
-        monkeypatch.setattr(causal, "loss_sum", short)
+        monkeypatch.setattr(causal, "supervised_states", short)
         result = qk.train_adapter(adapter, rows, config, announce=record(events))
-        monkeypatch.setattr(causal, "loss_sum", short.real)
+        monkeypatch.setattr(causal, "supervised_states", short.real)
         # A step that ran out of memory went through some of its rows twice; the last pass counts.
         taken = [row for batch in short.rows for row in batch][-16:]
         found.append((losses(events), weights_of(adapter), sorted(taken)))
@@ -248,7 +248,7 @@ def test_a_replayed_step_draws_the_same_numbers(
     for batch_size, most in ((1, 1), (2, 1)):
         adapter, events = make_adapter(save_tiny(), dropout=0.0 if loss else 0.3), []
         short = ShortOfMemory(most, MemoryError())
-        monkeypatch.setattr(causal, "loss_sum", short)
+        monkeypatch.setattr(causal, "supervised_states", short)
         # The windows have two rows, in the same order whatever the batch size.
         monkeypatch.setattr(
             "qlora_kit.data.mixing.epoch_batches",
@@ -261,7 +261,7 @@ def test_a_replayed_step_draws_the_same_numbers(
             packing=False,
         )  # fmt: skip
         qk.train_adapter(adapter, rows, config, loss=loss, announce=record(events))
-        monkeypatch.setattr(causal, "loss_sum", short.real)
+        monkeypatch.setattr(causal, "supervised_states", short.real)
         found.append((losses(events), weights_of(adapter)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
@@ -439,7 +439,7 @@ def test_state_that_could_not_be_made_is_made_later(
         calls += 1
         if calls == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args, **kwargs)
+        return real(*args)
 
     monkeypatch.setattr(torch, "zeros_like", refuse)
     with pytest.raises(torch.OutOfMemoryError):
@@ -454,14 +454,14 @@ def test_backward_stays_on_the_thread_that_asks_for_it(
     save_tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread of autograd's own would have a second cuBLAS workspace, which no plan counts."""
-    allowed, real = [], causal.loss_sum
+    allowed, real = [], tokens.loss_of
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
         summed = real(*args, **kwargs)
         summed.register_hook(lambda _: allowed.append(torch._C._is_multithreading_enabled()))
         return summed
 
-    monkeypatch.setattr(causal, "loss_sum", watched)
+    monkeypatch.setattr(tokens, "loss_of", watched)
     qk.train_adapter(make_adapter(save_tiny()), make_rows(4), options(max_steps=2))
     assert allowed == [False, False]
     assert torch._C._is_multithreading_enabled()
@@ -471,14 +471,14 @@ def test_one_row_that_does_not_fit_ends_with_advice_and_a_checkpoint(
     save_tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(save_tiny())
-    real, calls = causal.loss_sum, iter(range(100))
+    real, calls = causal.supervised_states, iter(range(100))
 
-    def short(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def short(*args: Any) -> Any:
         if next(calls) >= 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args, **kwargs)
+        return real(*args)
 
-    monkeypatch.setattr(causal, "loss_sum", short)
+    monkeypatch.setattr(causal, "supervised_states", short)
     saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
     with pytest.raises(OutOfMemory, match=r"one row at a time, the longest of .*--max-length"):
         qk.train_adapter(adapter, make_rows(4), options(), saving=saving)
@@ -492,10 +492,10 @@ def test_the_halved_micro_batch_is_kept_over_a_resume(
     saving = Saving(tmp_path, qk.BaseRecord.of(adapter.base))
     short = ShortOfMemory(2, MemoryError())
     config = options(max_steps=4, batch_size=4, save_steps=2)
-    monkeypatch.setattr(causal, "loss_sum", short)
+    monkeypatch.setattr(causal, "supervised_states", short)
     qk.train_adapter(adapter, make_rows(8), config, saving=saving)
     again = ShortOfMemory(2, MemoryError())
-    monkeypatch.setattr(causal, "loss_sum", again)
+    monkeypatch.setattr(causal, "supervised_states", again)
     resumed = Saving(tmp_path / "again", saving.record, tmp_path / "checkpoint-2")
     part, events = make_adapter(save_tiny()), []
     qk.train_adapter(part, make_rows(8), config, saving=resumed, announce=record(events))
@@ -629,15 +629,15 @@ def test_stopped_between_micro_batches_a_step_is_undone_and_the_run_continues_bi
     whole = make_adapter(save_tiny(), dropout=0.2)
     qk.train_adapter(whole, rows, config)
     part = make_adapter(save_tiny(), dropout=0.2)
-    real, calls = causal.loss_sum, iter(range(100))
+    real, calls = causal.supervised_states, iter(range(100))
 
-    def stop_in_step_3(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def stop_in_step_3(*args: Any) -> Any:
         if next(calls) == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
+        return real(*args)
 
     saving = Saving(tmp_path, qk.BaseRecord.of(part.base))
-    monkeypatch.setattr(causal, "loss_sum", stop_in_step_3)
+    monkeypatch.setattr(causal, "supervised_states", stop_in_step_3)
     with pytest.raises(signals.Stopped):
         qk.train_adapter(part, rows, config, saving=saving)
     found = find_checkpoint(tmp_path, "latest").folder
