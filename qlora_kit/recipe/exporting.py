@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from qlora_kit.export.merge import Merged
     from qlora_kit.export.merge_report import MergeReport
     from qlora_kit.export.rows import VerificationRows
+    from qlora_kit.lora.files import BaseRecord
     from qlora_kit.model.load import BaseSpec
     from qlora_kit.opening.model import Opened
 
@@ -87,6 +88,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     choose_threads()
     adapter = read_adapter(config.adapter)
     opened = open_tokenizer(options, announce, config.adapter)
+    _say_how_to_ask(adapter.record, opened, announce)
     spec = opened.spec(options)
     rows = _verification_rows(config, opened, spec, announce)
     reports: list[MergeReport] = []
@@ -117,6 +119,18 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
         "folder": str(merged.folder),
         "report": redacted_values(report.as_json()),
     }
+
+
+def _say_how_to_ask(record: BaseRecord | None, opened: Opened, announce: Announce) -> None:
+    """Say that prompts need no template, which an adapter records and a merged model does not."""
+    learnt_texts = record is not None and record.template_hash is None
+    if learnt_texts and opened.has_template and opened.task.generates:
+        announce(
+            Notice(
+                "the adapter learnt texts as they are, without the chat template that its model "
+                "has; give the merged model its prompts so too, as by `qlora-kit generate --raw`"
+            )
+        )
 
 
 def _check_new(folder: Path, overwrite: bool) -> None:

@@ -266,6 +266,7 @@ def test_export_writes_a_model_that_evaluates_like_the_adapter(
     code, out, _ = run("export", str(short_run), "--to", str(target), capsys=capsys)
     assert code == 0
     assert "merged into" in out
+    said = out
     losses = []
     merged, base = ("--model", str(target), "--bits", "16"), ("--model", "demo")
     for of in (("--adapter", str(short_run)), merged, base):
@@ -273,6 +274,15 @@ def test_export_writes_a_model_that_evaluates_like_the_adapter(
         losses.append(json.loads(out)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[2] > 1.01 * losses[0], "the base without the adapter evaluates as the merge"
+    assert "generate --raw" in said, "the data were texts, and the demo has a template"
+    answers = []
+    for of in (("--adapter", str(short_run)), (*merged, "--raw")):
+        _, out, _ = run(
+            "generate", *of, "--prompt", "nine dollars", "--max-new-tokens", "8", "--json",
+            capsys=capsys,
+        )  # fmt: skip
+        answers.append(json.loads(out)["text"])
+    assert answers[0] == answers[1]
     code, _, err = run("export", str(short_run), "--to", str(target), capsys=capsys)
     assert code == 2
     assert "exists; pass --overwrite" in err
