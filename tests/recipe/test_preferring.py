@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,48 @@ def test_the_answers_of_a_real_model_move_to_what_is_preferred(
     # Before training every margin is 0, and no answer has the larger reward.
     assert found["accuracy"] == 1.0
     assert found["margin"] > 0
+
+
+@pytest.mark.slow
+def test_what_a_real_model_writes_moves_to_what_is_preferred(
+    smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chat model is taught to dislike some things, and asked about others."""
+    taught = (
+        "the sea", "apples", "jazz", "snow", "cats", "chess", "spicy food", "trains", "rainy days",
+        "poetry", "camping", "old films", "gardening", "coffee", "mountains", "loud parties",
+        "long walks", "board games", "swimming", "museums", "tennis", "bread", "sunsets", "riddles",
+    )  # fmt: skip
+    others = ("dogs", "football", "summer", "tea", "painting", "winter", "books", "dancing")
+    data, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    pairs = (
+        {
+            "prompt": [{"role": "user", "content": f"Do you like {thing}?"}],
+            "chosen": [{"role": "assistant", "content": f"No, I do not like {thing}."}],
+            "rejected": [{"role": "assistant", "content": f"Yes, I like {thing}."}],
+        }
+        for thing in taught
+    )
+    data.write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    asked = ({"prompt": f"Do you like {thing}?"} for thing in others)
+    prompts.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+
+    def refusals(*of: Any) -> int:
+        """Number of greedy answers that begin with No."""
+        said, _ = told(
+            "generate", *of, "--prompts", prompts, "--max-new-tokens", 8, "--temperature", 0,
+            capsys=capsys,
+        )  # fmt: skip
+        return sum(each["text"].strip().startswith("No") for each in said["answers"])
+
+    before = refusals("--model", smollm2, "--bits", 4)
+    told(
+        "train", "--model", smollm2, "--task", "preference", "--data", data, "--output",
+        tmp_path / "run", "--epochs", 4, "--learning-rate", 3e-4, "--batch-size", 4,
+        "--gradient-accumulation-steps", 1, "--samples", 0, "--no-rehearse", capsys=capsys,
+    )  # fmt: skip
+    after = refusals("--adapter", tmp_path / "run")
+    with capsys.disabled():
+        sys.stdout.write(f"\ngreedy answers that begin with No: {before} of 8, then {after}\n")
+    assert before <= 1
+    assert after >= 7
