@@ -82,7 +82,7 @@ def test_adapters_learn_the_other_half_of_the_digits(
     code, _, err = run(
         "train", "--task", "classify", "--model", str(model), "--data", str(data), "--bits", bits,
         "--targets", "all-linear,all-conv", "--rank", "8", "--batch-size", "32",
-        "--gradient-accumulation-steps", "1", "--learning-rate", "5e-3", "--num-epochs", "10",
+        "--gradient-accumulation-steps", "1", "--learning-rate", "5e-3", "--num-epochs", "20",
         "--no-rehearse", "--output", str(own), capsys=capsys,
     )  # fmt: skip
     assert code == 0, err
