@@ -113,11 +113,11 @@ def dropout(folder: Path) -> Found:
 
 
 def experts(folder: Path) -> Found:
-    """Windows of two short rows: in a process, experts that no token chooses."""
+    """Windows of four short rows: in a process, experts that no token chooses."""
     adapter = make_adapter(folder / MIXTURE, targets="experts")
     rows = [{**row, "input_ids": row["input_ids"][:3], "labels": row["input_ids"][:3]}
-            for row in make_rows(7)]  # fmt: skip
-    return _run(adapter, rows, options_of_run={"batch_size": 2, "packing": False})[0]
+            for row in make_rows(9)]  # fmt: skip
+    return _run(adapter, rows, options_of_run={"batch_size": 4, "packing": False})[0]
 
 
 def packed(folder: Path) -> Found:
