@@ -191,7 +191,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
-    if not _content(folder):
+    if not content_of(folder, CONFIG):
         return
     if not overwrite:
         raise OutputError(
@@ -216,20 +216,32 @@ def folders_inside(folder: Path) -> Iterator[Path]:
             yield from folders_inside(path)
 
 
-def _content(folder: Path) -> list[Path]:
-    """Return the files and folders of a run without the lock; the file that marks a run is last."""
+def content_of(folder: Path, marker: str) -> list[Path]:
+    """Return the files and folders of a folder without the lock.
+
+    Args:
+        folder: the folder.
+        marker: name of the file that says what the folder is; it comes last.
+    """
     content = [path for path in folder.iterdir() if path.name != LOCK]
-    return sorted(content, key=lambda path: (path.name == CONFIG, path.name))
+    return sorted(content, key=lambda path: (path.name == marker, path.name))
 
 
 def clear_run(folder: Path) -> None:
-    """Delete an earlier run that `claimed_run` allowed to be replaced.
+    """Delete an earlier run that `claimed_run` allowed to be replaced, see `clear`."""
+    clear(folder, CONFIG)
+
+
+def clear(folder: Path, marker: str) -> None:
+    """Delete the content of a folder but for its lock; the marker goes last.
+
+    So a folder of which a kill has left a part is still known for what it is.
 
     Raises:
         StorageError: a file or folder of it cannot be deleted.
     """
     with storage_errors(folder):
-        for path in _content(folder):
+        for path in content_of(folder, marker):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

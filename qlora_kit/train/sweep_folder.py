@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,14 +24,12 @@ from qlora_kit.config import Layer, SweepConfig, read_config_file
 from qlora_kit.errors import DataError, OutputError, StorageError, raised_as
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import (
-    LOCK,
     check_confined,
     check_writable,
     clean_up,
     is_sealed,
     only_writer,
     read_json,
-    storage_errors,
     write_json,
     write_text,
 )
@@ -40,6 +37,8 @@ from qlora_kit.train.folder import (
     CONFIG,
     SWEEP,
     check_outside_runs,
+    clear,
+    content_of,
     folders_inside,
     is_run,
     make_folder,
@@ -163,7 +162,7 @@ def claimed_sweep(
 
 
 def _check_content(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    content = _content(folder)
+    content = content_of(folder, SWEEP)
     if not content:
         return
     if not (resume or overwrite):
@@ -197,21 +196,6 @@ def _holds_more(folder: Path, other: Path) -> OutputError:
     )
 
 
-def _content(folder: Path) -> list[Path]:
-    """Return the content of a sweep without the lock; the file that marks a sweep is last."""
-    content = [path for path in folder.iterdir() if path.name != LOCK]
-    return sorted(content, key=lambda path: (path.name == SWEEP, path.name))
-
-
 def clear_sweep(folder: Path) -> None:
-    """Delete an earlier sweep that `claimed_sweep` allowed to be replaced.
-
-    Raises:
-        StorageError: a file or folder of it cannot be deleted.
-    """
-    with storage_errors(folder):
-        for path in _content(folder):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    """Delete an earlier sweep that `claimed_sweep` allowed to be replaced, see `folder.clear`."""
+    clear(folder, SWEEP)
