@@ -31,7 +31,7 @@ class Line:
 
     Attributes:
         label: its name in the legend; without one it is not listed.
-        points: x and y, by rising x.
+        points: x, an optimiser step, and y, by rising x.
         style: "line"; "faint" for single values behind their mean; "dots" for a line with its
             points; "level" for the y of its one point, over the whole width.
         color: number of its colour; beyond the colours there are, lines are dashed as well.
@@ -95,7 +95,7 @@ def chart_of(lines: Sequence[Line], *, from_zero: bool = True) -> Chart | None:
     return Chart(
         paths=tuple(path for line in shown for path in _paths(line, x_axis, y_axis)),
         legend=tuple((f"{line.style} {line.css}", line.label) for line in shown if line.label),
-        x_ticks=x_axis.ticks(_X_TICKS),
+        x_ticks=x_axis.ticks(_X_TICKS, least=1.0),  # there is no half of a step
         y_ticks=y_axis.ticks(_Y_TICKS),
     )
 
@@ -118,9 +118,9 @@ class _Axis:
     def share(self, value: float) -> float:
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self, about: int) -> tuple[Tick, ...]:
-        """Return so many round values on the axis, or fewer."""
-        step = _round_step((self.high - self.low) / about)
+    def ticks(self, about: int, least: float = 0.0) -> tuple[Tick, ...]:
+        """Return so many round values on the axis, or fewer; no two are closer than `least`."""
+        step = _round_step(max(least, (self.high - self.low) / about))
         digits = max(0, -math.floor(math.log10(step)))
         first = math.ceil(self.low / step)
         last = math.floor(self.high / step)
