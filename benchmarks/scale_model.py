@@ -256,7 +256,7 @@ def config_of(model: str, rows: int, tokens: int, micro_batches: int) -> Any:
 def subject_of(config: Any) -> Any:
     """Return the `Subject` of such a run, as `qlora-kit plan` makes it."""
     from qlora_kit.layers.quantize import Quantization
-    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.load import BaseSpec
     from qlora_kit.plan.subject import RowSizes, Subject, planned_hardware
 

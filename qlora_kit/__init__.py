@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from qlora_kit.infer.generate import Sampling, generate
     from qlora_kit.layers.quantize import Quantization
     from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
-    from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach, merge
+    from qlora_kit.lora.attach import Adapter, attach, detach, merge
     from qlora_kit.lora.files import BaseRecord
     from qlora_kit.lora.several import AdapterSet, PerRow, load_adapters
+    from qlora_kit.lora.spec import LoraSpec, Variant
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
@@ -69,7 +70,8 @@ _EXPORTS = {
     "infer.evaluate": ("evaluate",),
     "infer.generate": ("Sampling", "generate"),
     "lora.adapter": ("load_adapter", "read_adapter", "save_adapter"),
-    "lora.attach": ("Adapter", "LoraSpec", "attach", "detach", "merge"),
+    "lora.attach": ("Adapter", "attach", "detach", "merge"),
+    "lora.spec": ("LoraSpec", "Variant"),
     "lora.files": ("BaseRecord",),
     "lora.several": ("AdapterSet", "PerRow", "load_adapters"),
     "model.hardware": ("choose_hardware",),

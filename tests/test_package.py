@@ -22,7 +22,7 @@ def test_every_public_name_is_there_and_listed() -> None:
         "Adapter", "AdapterSet", "Base", "BaseModelOptions", "BaseRecord", "BaseSpec",
         "EvaluateConfig", "ExportConfig", "GenerateConfig", "LoraSpec", "PerRow", "QloraKitError",
         "Quantization", "RecordOptions", "Sampling", "TokenOptions", "TrainConfig", "TrainResult",
-        "__version__",
+        "Variant", "__version__",
         "attach", "choose_hardware", "configure", "detach", "evaluate", "find_model", "generate",
         "known_models", "load_adapter", "load_adapters", "load_base", "load_data",
         "load_shared_base", "merge", "merge_to", "open_base", "open_classifier", "quantize_to",

@@ -183,8 +183,8 @@ def test_patterns_that_people_write_are_accepted(pattern: str) -> None:
 
 
 def test_a_pattern_for_every_layer_is_quick() -> None:
-    from qlora_kit.lora.attach import LoraSpec
     from qlora_kit.lora.files import PeftConfig
+    from qlora_kit.lora.spec import LoraSpec
 
     names = [f"model.layers.{n}.self_attn.{k}_proj" for n in range(150) for k in "qkvo"]
     patterns = PeftConfig.model_validate({"rank_pattern": dict.fromkeys(names, 4)}).rank_pattern

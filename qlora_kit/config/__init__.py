@@ -35,6 +35,7 @@ from qlora_kit.config.options import (
     TemplateOption,
     TokenOptions,
     TrainConfig,
+    VariantOptions,
 )
 from qlora_kit.config.resolve import (
     SWITCHES,
@@ -53,6 +54,7 @@ __all__ = [
     "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
     "PlanConfig", "PreferenceLoss", "QuantizeConfig", "RecordOptions", "RunOptions", "RunsConfig",
     "StepOptions", "SweepConfig", "TaskOptions", "TemplateOption", "TokenOptions", "TrainConfig",
+    "VariantOptions",
     "by_heading", "compared", "declared", "did_you_mean", "field_names", "parse_size",
     "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

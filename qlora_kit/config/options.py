@@ -30,6 +30,7 @@ from qlora_kit.config.values import (
     parse_device,
     parse_devices,
     parse_digits,
+    parse_init,
     parse_list,
     parse_loss,
     parse_names,
@@ -89,6 +90,15 @@ ClassWeights = Annotated[
 Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
 LongSamples = Literal["auto", "drop", "truncate", "split", "error"]
 ChangeNames = Annotated[tuple[ChangeGroup, ...], BeforeValidator(parse_list)]
+ModuleNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
+TokenNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
+LayerNumbers = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(parse_number)], ...],
+    BeforeValidator(parse_list),
+]
+Init = Annotated[
+    Literal["kaiming", "pissa", "olora", "loftq", "eva", "lora-ga"], BeforeValidator(parse_init)
+]
 TargetNames = Annotated[tuple[str, ...], BeforeValidator(parse_list), Field(min_length=1)]
 MetricName = Literal["exact_match", "squad", "bleu", "chrf", "final_number"]
 MetricNames = Annotated[tuple[MetricName, ...], BeforeValidator(parse_list)]
@@ -281,6 +291,63 @@ class LoraOptions(Options):
     )
     alpha_pattern: NumberByPattern = option(
         {}, "alpha by name, such as down_proj=16", decides="lora"
+    )
+    layers_to_transform: LayerNumbers = option(
+        (), "numbers of the blocks that get LoRA, from 0, such as 0,1,5; default: all",
+        also=["lora_layers_to_transform"], decides=["shape", "memory"],
+    )  # fmt: skip
+    exclude_modules: ModuleNames = option(
+        (), "layers that get no LoRA though --targets names them: names or regular expressions",
+        decides=["shape", "memory"],
+    )  # fmt: skip
+    modules_to_save: ModuleNames = option(
+        (), "layers that are trained whole and saved beside A and B, such as embed_tokens,lm_head",
+        also=["lora_modules_to_save", "additional_target"], decides=["shape", "memory"],
+    )  # fmt: skip
+    new_tokens: TokenNames = option(
+        (), "tokens to add, such as <think>,</think>; of embedding and head only their rows are "
+        "trained",
+        also=["add_tokens", "added_tokens"], decides=["shape", "memory"],
+    )  # fmt: skip
+
+
+class VariantOptions(LoraOptions):
+    """A variant of LoRA."""
+
+    init: Init = option(
+        "kaiming", "what A and B start from; pissa, olora: the largest parts of the weights; "
+        "loftq: what quantising lost; eva: the inputs of the first rows; lora-ga: their gradients",
+        also=["init_lora_weights"], decides="lora",
+    )  # fmt: skip
+    dora: bool = option(
+        False, "train the length of each output's weights apart from their direction",
+        also=["use_dora"], decides=["shape", "memory"],
+    )  # fmt: skip
+    loraplus_ratio: float = option(
+        1.0, "learning rate of B in units of that of A; LoRA+ takes 16",
+        also=["loraplus_lr_ratio"], gt=0, decides="schedule",
+    )  # fmt: skip
+    learned_scale: bool = option(
+        False, "train the scaling of each layer; it is folded into B on save",
+        decides=["shape", "memory"],
+    )  # fmt: skip
+    freeze_a: bool = option(
+        False, "train B alone; A stays as it was drawn", decides=["shape", "memory"]
+    )
+    rank_budget: int | None = option(
+        None, "sum of the ranks of all layers, given to the layers that use them best",
+        ge=1, decides=["shape", "memory"],
+    )  # fmt: skip
+    vblora: bool = option(
+        False, "compose A and B of a few vectors that all layers share",
+        also=["use_vblora"], decides=["shape", "memory"],
+    )  # fmt: skip
+    galore: ModuleNames = option(
+        (), "unquantised layers that are trained whole, by gradients of low rank",
+        also=["galore_target", "optim_target_modules"], decides=["shape", "memory"],
+    )  # fmt: skip
+    merge_aware: bool = option(
+        False, "train the 4-bit codes that export --requantize writes", decides=["lora", "memory"]
     )
 
 
@@ -677,7 +744,7 @@ class TrainConfig(
     StreamOptions,
     DataOptions,
     StartOptions,
-    LoraOptions,
+    VariantOptions,
     BaseModelOptions,
 ):
     """Options of `qlora-kit train`."""

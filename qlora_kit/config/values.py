@@ -135,6 +135,13 @@ def parse_list(value: Any) -> Any:
     return split_list(value) if isinstance(value, str) else value
 
 
+def parse_init(value: Any) -> Any:
+    """Return the name of a start as the kit has it; True, PEFT's word for its default, as that."""
+    if switch(value) is True:
+        return "kaiming"
+    return value.replace("_", "-").lower() if isinstance(value, str) else value
+
+
 def parse_numbers(value: Any) -> Any:
     """Return the pairs of `name=number,…` as a mapping; any other value as it is.
 

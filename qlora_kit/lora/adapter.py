@@ -24,7 +24,7 @@ from qlora_kit.layers.projections import (
     projections,
     stacks,
 )
-from qlora_kit.lora.attach import Adapter, LoraSpec, attach
+from qlora_kit.lora.attach import Adapter, attach
 from qlora_kit.lora.files import (
     CONFIG,
     PICKLED_WEIGHTS,
@@ -38,6 +38,7 @@ from qlora_kit.lora.files import (
     read_peft_config,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.stacked import (
     folded,
     key_paths,

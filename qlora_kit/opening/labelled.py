@@ -16,7 +16,7 @@ from qlora_kit.opening.tasks import classifies
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
-    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.load import Base
     from qlora_kit.tasks import Task
 
@@ -47,7 +47,7 @@ def open_classifier(config: TrainConfig, announce: Announce = silent) -> OpenedC
     from qlora_kit.data.joined_rows import join, mixed, tokenize_sources
     from qlora_kit.data.labels import labels_of
     from qlora_kit.data.tokens import tokenize
-    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.threads import choose_threads
 
     named = config.task if classifies(config.task) else "classify"

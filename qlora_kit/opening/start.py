@@ -24,7 +24,7 @@ from qlora_kit.storage import file_hash
 
 if TYPE_CHECKING:
     from qlora_kit.lora.adapter import StoredAdapter
-    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.load import BaseSpec
 
 _OF_4_BITS = ("bits", "quant_type", "double_quant")
@@ -77,7 +77,7 @@ def started_from(config: TrainConfig, spec: BaseSpec, lora: LoraSpec) -> StoredA
     if config.adapter is None:
         return None
     from qlora_kit.lora.adapter import read_adapter
-    from qlora_kit.lora.attach import targeted_paths
+    from qlora_kit.lora.targets import targeted_paths
 
     faults = [*_contradictions(config, config.adapter)]
     if faults:

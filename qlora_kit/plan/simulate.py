@@ -26,7 +26,8 @@ from qlora_kit.layers.purpose import EXPERTS
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
-from qlora_kit.lora.attach import attach, targeted_paths
+from qlora_kit.lora.attach import attach
+from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.images import layer_count
 from qlora_kit.model.load import (

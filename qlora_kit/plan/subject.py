@@ -21,7 +21,7 @@ from qlora_kit.data.encode import CHOSEN_TOKENS, IGNORED
 from qlora_kit.data.mixing import epoch_windows
 from qlora_kit.data.packing import Fill
 from qlora_kit.errors import ConfigError
-from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.cards import ceilings_of_card
 from qlora_kit.model.ceilings import Ceilings, ceilings_of
 from qlora_kit.model.checkpoint import stored_dtype

@@ -17,7 +17,8 @@ from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import silent
-from qlora_kit.lora.attach import LoraSpec, count_trainable
+from qlora_kit.lora.attach import count_trainable
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.hardware import choose_hardware
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.model.names import find_model

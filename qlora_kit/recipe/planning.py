@@ -28,7 +28,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     source = find_model(config.model)
     check_loss(config)
 
-    from qlora_kit.lora.attach import LoraSpec
+    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.threads import choose_threads
     from qlora_kit.plan.budget import budget_of
     from qlora_kit.plan.sharing import plan_ways

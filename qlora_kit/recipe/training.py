@@ -65,7 +65,8 @@ def train(
 
         # torch is imported here, after everything that can be checked without it.
         from qlora_kit.lora.adapter import check_fits
-        from qlora_kit.lora.attach import LoraSpec, attach
+        from qlora_kit.lora.attach import attach
+        from qlora_kit.lora.spec import LoraSpec
         from qlora_kit.model.hardware import make_deterministic
         from qlora_kit.model.load import Placement, load_base
         from qlora_kit.parallel.sharded import load_shared_base

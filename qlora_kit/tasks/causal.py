@@ -17,7 +17,7 @@ from qlora_kit.data.batch import Batch, PackedBatch, collate, collate_packed
 from qlora_kit.data.text_rows import SUPERVISED_TOKENS, TextRows
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.loss import CHUNK_TOKENS, ChunkLoss, TokenScores, score_tokens
-from qlora_kit.lora.attach import TASK_TYPE
+from qlora_kit.lora.spec import TASK_TYPE
 from qlora_kit.model.architecture import CAUSAL_LM
 from qlora_kit.model.segments import run_in_segments
 from qlora_kit.tasks.task import Task

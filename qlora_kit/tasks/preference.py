@@ -33,7 +33,7 @@ from qlora_kit.data.preference_rows import PAIRS, PreferenceRows, sides_of
 from qlora_kit.errors import ConfigError
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.loss import CHUNK_TOKENS, token_logprobs
-from qlora_kit.lora.attach import TASK_TYPE
+from qlora_kit.lora.spec import TASK_TYPE
 from qlora_kit.model.architecture import CAUSAL_LM
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base

@@ -43,6 +43,8 @@ from qlora_kit.train.random_states import random_states, restore_random_states
 
 _OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random.safetensors"
+# Of variants whose adapter file is not what they train, such as a scale that is folded into B.
+_TRAINED = "trained.safetensors"
 
 
 @dataclass
@@ -195,6 +197,8 @@ def save_checkpoint(
             versions=record.versions,
         )
         save_adapter(trainee.adapter, staging, record)
+        if not trainee.adapter.spec.variant.is_its_file:
+            save_tensors(staging / _TRAINED, trainee.adapter.trained_tensors())
         save_tensors(staging / _OPTIMIZER, tensors)
         save_tensors(staging / _RANDOM, random_states(trainee.device))
         write_json(staging / STATE, asdict(state))
@@ -362,8 +366,11 @@ def restore_checkpoint(folder: Path, trainee: Trainee) -> Progress:
         StorageError: see `read_state`.
     """
     state = read_state(folder)
-    stored = read_adapter(folder)
-    trainee.adapter.fill(stored.tensors, stored.saved)
+    if trainee.adapter.spec.variant.is_its_file:
+        stored = read_adapter(folder)
+        trainee.adapter.fill(stored.tensors, stored.saved)
+    else:
+        trainee.adapter.restore(load_tensors(folder / _TRAINED))
     restore_optimizer(
         trainee.optimizer,
         trainee.adapter.parameters(),

@@ -242,7 +242,8 @@ def _to_train(sample: Sample) -> Trained:
     import qlora_kit as qk
     from qlora_kit.data.labels import Labels
     from qlora_kit.layers.quantize import Quantization
-    from qlora_kit.lora.attach import LoraSpec, attach
+    from qlora_kit.lora.attach import attach
+    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.hardware import Hardware
     from qlora_kit.model.load import BaseSpec, load_base
     from qlora_kit.opening.tasks import classifier as task_of

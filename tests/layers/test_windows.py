@@ -17,7 +17,7 @@ from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.projections import Projection
 from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.layers.windows import Window, WindowedLinear
-from qlora_kit.lora.attach import resolve_targets
+from qlora_kit.lora.targets import resolve_targets
 
 RANK, SCALING = 4, 2.0
 KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {

@@ -15,14 +15,9 @@ from torch import Tensor
 from qlora_kit.errors import ConfigError
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.projections import Projection, group_of, projections
-from qlora_kit.lora.attach import (
-    LoraSpec,
-    attach,
-    check_patterns,
-    detach,
-    merge,
-    resolve_targets,
-)
+from qlora_kit.lora.attach import attach, detach, merge
+from qlora_kit.lora.spec import LoraSpec
+from qlora_kit.lora.targets import check_patterns, resolve_targets
 
 IDS = torch.tensor([[1, 7, 30, 41, 52, 63, 2], [5, 9, 11, 90, 80, 70, 60]])
 SCHEMES: dict[str, dict[str, Any]] = {

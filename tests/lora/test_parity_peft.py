@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.lora.adapter import load_adapter, save_adapter
-from qlora_kit.lora.attach import Adapter, LoraSpec, attach
+from qlora_kit.lora.attach import Adapter, attach
 from qlora_kit.lora.files import BaseRecord
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.head import head_of
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.tasks.causal import loss_sum

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from qlora_kit.data.batch import Batch, predicting_positions
 from qlora_kit.errors import ModelError
 from qlora_kit.layers.projections import base_prefix, projections
-from qlora_kit.lora.attach import LoraSpec, attach
+from qlora_kit.lora.attach import attach
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.architecture import (
     CAUSAL_LM,
     architecture_from,

@@ -13,7 +13,8 @@ from support import relative_error
 from tiny_models import NAMES, fill_lora, load_folder
 
 from qlora_kit.data.batch import Batch, collate, collate_packed
-from qlora_kit.lora.attach import LoraSpec, attach
+from qlora_kit.lora.attach import attach
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.head import head_of
 from qlora_kit.model.segments import agrees_packed, why_not_packed
 from qlora_kit.tasks.causal import CAUSAL, loss_sum

@@ -14,7 +14,7 @@ from support import run, slow
 import qlora_kit as qk
 from qlora_kit.config import PlanConfig, TrainConfig
 from qlora_kit.errors import ConfigError
-from qlora_kit.lora.attach import LoraSpec
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.architecture import build_skeleton
 from qlora_kit.model.cards import ceilings_of_card
 from qlora_kit.model.ceilings import Ceilings

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel
 
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.projections import with_one_input
-from qlora_kit.lora.attach import Adapter, LoraSpec, attach, detach
+from qlora_kit.lora.attach import Adapter, attach, detach
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.head import head_of
 from qlora_kit.step import groups as groups_module
 from qlora_kit.step.groups import set_groups

@@ -30,7 +30,8 @@ from qlora_kit.data.batch import collate
 from qlora_kit.layers import kernels
 from qlora_kit.layers.kernels.norm import FusedNorm
 from qlora_kit.layers.quantize import Quantization
-from qlora_kit.lora.attach import Adapter, LoraSpec
+from qlora_kit.lora.attach import Adapter
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import BaseSpec

@@ -30,7 +30,8 @@ from qlora_kit.layers.loss import chunked_loss_sum, cross_entropy_sum, score_tok
 from qlora_kit.layers.mlp import TiledMLP
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import FourBitWeight, PlainWeight
-from qlora_kit.lora.attach import Adapter, LoraSpec, attach
+from qlora_kit.lora.attach import Adapter, attach
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.head import head_of
 from qlora_kit.model.load import Base, BaseSpec, Placement, load_base

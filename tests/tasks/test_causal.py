@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.errors import ModelError
-from qlora_kit.lora.attach import Adapter, LoraSpec, attach
+from qlora_kit.lora.attach import Adapter, attach
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.head import head_of
 from qlora_kit.step.recompute import set_recompute
 from qlora_kit.tasks.causal import loss_sum, scores, supervised_states
