@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head_terms import WholeTerm, whole_head
 
 
 class TrainedLinear(nn.Module):
@@ -38,6 +39,10 @@ class TrainedLinear(nn.Module):
     def replaced(self) -> FrozenLinear:
         """The frozen layer that this layer replaced."""
         return self._replaced[0]
+
+    def head_parts(self) -> tuple[FrozenLinear, WholeTerm]:
+        """See `TrainedHead`: where the layer is a head, of which the loss knows the formula."""
+        return whole_head(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K): computed in fp32, returned in the dtype of x."""
