@@ -48,6 +48,7 @@ class Variant(StrEnum):
 
 
 Stored = FrozenWeight | Tensor
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,28 @@ class Forms:
             return self.as_written()
         return self.merged("quantized")
 
-    def plain(self, variant: Variant) -> Tensor:
-        """Return a parameter of no linear layer, such as an embedding, as its file has it."""
+    def plain(self, variant: Variant, rows: Tensor | slice = _ALL) -> Tensor:
+        """Return a parameter of no linear layer, such as an embedding.
+
+        It is as its file has it, or in fp32 with the adapter's delta.
+
+        Args:
+            variant: the variant of the model.
+            rows: the rows that are returned, on the CPU.
+        """
         whole = self.stored
         if variant is Variant.WRITTEN and self.written is not None:
             whole = self.written
         elif variant is not Variant.BASE and self.saved is not None:
             whole = self.saved
         assert isinstance(whole, Tensor)
-        return whole
+        found = whole[rows] if whole.dim() else whole
+        if not self.is_adapted or variant in (Variant.BASE, Variant.WRITTEN):
+            return found
+        # Training held it in the dtype that it computed in.
+        is_original = variant is Variant.ORIGINAL or self.merge.over == "original"
+        dtype = torch.float32 if is_original else self.merge.unpacked
+        return self.merge.stored.delta(self.path, rows).to(found.device).add_(found.to(dtype))
 
 
 def _in_fp32(stored: Stored) -> Tensor:

@@ -21,11 +21,12 @@ from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
 from qlora_kit.events import Announce, silent
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
-from qlora_kit.layers.projections import projected_weights, projections, stacks
+from qlora_kit.layers.projections import carriers, projected_weights, stacks
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
 from qlora_kit.lora.saved import check_saved
+from qlora_kit.lora.vocabulary import check_same
 from qlora_kit.model.convert import as_stored, with_kernels
 from qlora_kit.model.encoder_decoder import stays_unpacked
 from qlora_kit.model.hardware import dtype_name, dtype_named
@@ -135,7 +136,7 @@ def merge_to(
     check_target(folder, [stored.folder, spec.folder], overwrite)
     skeleton = spec.skeleton()
     _check_possible(merge, skeleton)
-    check_layers(stored, projections(skeleton), "the base")
+    check_layers(stored, carriers(skeleton), "the base")
     check_saved(stored.saved, spec, skeleton, stored.folder)
     if stored.changes_nothing:
         raise AdapterError(
@@ -276,7 +277,7 @@ def _written_tensors(
     if merge.over == "original":
         spec, unpacked = replace(spec, quantization=Quantization(bits=16)), torch.float32
     stream = _with_copies(
-        frozen_tensors(spec, skeleton, merge.device, digest, announce),
+        _checked(frozen_tensors(spec, skeleton, merge.device, digest, announce), merge, skeleton),
         untied_copies(merge.stored, skeleton),
     )
     if not merge.requantize:
@@ -294,8 +295,29 @@ def untied_copies(stored: StoredAdapter, skeleton: PreTrainedModel) -> dict[str,
     return {
         copy: source
         for copy, source in tied.items()
-        if copy in stored.saved or source in stored.saved
+        if any(name in stored.saved or _path(name) in stored.tensors for name in (copy, source))
     }
+
+
+def _path(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _checked(
+    stream: Iterator[tuple[str, FrozenWeight | Tensor]], merge: Merge, skeleton: PreTrainedModel
+) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
+    """Yield each parameter; check those that the adapter has of its base too.
+
+    Raises:
+        AdapterError: the base has other values.
+    """
+    tied = skeleton.all_tied_weights_keys or {}
+    stored = merge.stored
+    for name, value in stream:
+        for own, tensor in stored.of_base.items():
+            if tied.get(own, own) == name and isinstance(value, Tensor):
+                check_same(own, tensor, value, stored.folder)
+        yield name, value
 
 
 def _with_copies(
@@ -329,12 +351,13 @@ def merged_tensors(
     """
     for name, value in stream:
         tensor = value.dequantize(unpacked) if isinstance(value, FrozenWeight) else value
-        path = name.removesuffix(".weight")
+        path = _path(name)
         if name in stored.saved:
             tensor = stored.saved[name]
         elif path in stored.tensors:
             # Added into the delta, because only the delta's memory is sure to be unshared. A
-            # convolution is not packed, and training cast it to the same dtype.
+            # convolution, an embedding or a head is not packed, and training cast it to the same
+            # dtype.
             tensor = stored.delta(path).to(tensor.device).add_(tensor.to(unpacked))
         yield name, _cast(name, tensor, dtype)
 

@@ -63,8 +63,9 @@ class StreamedModel:
         skeleton.eval()
         for path, projection in projections(skeleton).items():
             # T5 casts the input of a layer to the dtype of its weight, whose place is kept empty.
-            projection.layer.float()
-            self._multiply_by_borrowed(path, projection.layer, _low_rank_term(path, stored, device))
+            layer = projection.layer.float()
+            assert not isinstance(layer, nn.Embedding), "a table is no projection"
+            self._multiply_by_borrowed(path, layer, _low_rank_term(path, stored, device))
         embedding = input_embedding(skeleton)
         for path, unit in units.items():
             self._run_all_variants(path, unit, is_embedding=unit is embedding)
@@ -164,7 +165,7 @@ class StreamedModel:
     def _looked_up(self, path: str, ids: Tensor) -> dict[str, Tensor]:
         """Return only the looked-up rows of an embedding, which is never upcast as a whole."""
         (form,) = self._forms.values()
-        rows = form.plain(self._running)[torch.unique(ids).cpu()]
+        rows = form.plain(self._running, torch.unique(ids).cpu())
         return {form.name.removeprefix(f"{path}."): rows.to(self._device).float()}
 
     def _multiply_by_borrowed(

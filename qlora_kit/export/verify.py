@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from qlora_kit.export.streamed import StreamedModel
 from qlora_kit.export.verdict import judge
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
+from qlora_kit.layers.head_terms import LowRankTerm
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.lora.files import library_versions
 from qlora_kit.model.hardware import dtype_name
@@ -182,16 +183,21 @@ class _Weigher:
 
     def _weigh_plain(self, form: Forms) -> float:
         """Compare slice by slice, so that an embedding is never upcast as a whole."""
-        expected, written = form.plain(Variant.ADAPTER), form.plain(Variant.WRITTEN)
-        if expected.shape != written.shape:
+        written = form.plain(Variant.WRITTEN)
+        whole = form.plain(Variant.BASE) if form.saved is None else form.saved
+        if whole.shape != written.shape:
             return math.inf
-        if not expected.dim():
-            expected, written = expected[None], written[None]
+        change = _PlainChange(form.path)
         largest = 0.0
-        for start in range(0, len(expected), _SLICE_ROWS):
+        for start in range(0, len(written) if written.dim() else 1, _SLICE_ROWS):
             part = slice(start, start + _SLICE_ROWS)
-            slices = expected[part].to(written.device).float(), written[part].float()
-            largest = max(largest, _excess(*slices, self.merge.dtype))
+            expected = form.plain(Variant.ADAPTER, part).to(written.device).float()
+            own = form.plain(Variant.WRITTEN, part).float()
+            largest = max(largest, _excess(expected, own, self.merge.dtype))
+            if form.is_adapted:
+                change.add(expected, own, self.merge.stored.delta(form.path, part).to(own.device))
+        if form.is_adapted and math.isfinite(largest):
+            self.layers.append(change.told(is_quantized=self.merge.spec.quantization.bits != 16))
         return largest
 
     def _weigh_layer(self, form: Forms) -> float:
@@ -226,6 +232,30 @@ class _Weigher:
                 f"{dtype_name(self.merge.dtype)} ({kept:.0%} over all layers); expected it to "
                 "stay; pass --dtype float32"
             )
+
+
+@dataclass
+class _PlainChange:
+    """How merging and writing changed an embedding or a head, summed slice by slice."""
+
+    path: str
+    square: float = 0.0
+    along: float = 0.0
+    of_base: float = 0.0
+
+    def add(self, merged: Tensor, written: Tensor, delta: Tensor) -> None:
+        """Count a slice, in fp32; its delta is a part of `merged`."""
+        base = merged - delta
+        self.square += float(delta.square().sum())
+        self.along += float(((written - base) * delta).sum())
+        self.of_base += float(base.square().sum())
+
+    def told(self, *, is_quantized: bool) -> LayerChange:
+        """Return what the report says: nothing of it was quantised, whatever the other layers."""
+        kept = self.along / self.square if self.square else 1.0
+        size, norm = math.sqrt(self.square), math.sqrt(self.of_base)
+        error, again = (0.0, kept) if is_quantized else (None, None)
+        return LayerChange(self.path, error, size, norm, kept, again)
 
 
 def _excess(expected: Tensor, written: Tensor, dtype: torch.dtype) -> float:
@@ -303,14 +333,19 @@ def _heads(
     chosen: Mapping[Variant, Stored] = {Variant.BASE: of_base, Variant.WRITTEN: written_head()}
     heads = {}
     for variant in variants:
-        linear = FrozenLinear.of(module)
+        linear, term = FrozenLinear.of(module), None
         weight = chosen.get(variant, of_adapter)
+        if path in merge.stored.tensors and variant is Variant.ADAPTER:
+            a, b = (each.to(merge.device) for each in merge.stored.tensors[path])
+            term = LowRankTerm(a, b, merge.stored.scaling_of(path))
+        elif path in merge.stored.tensors and variant not in chosen:
+            weight = Forms(name, merge, weight, None, None).plain(variant)
         linear.weight = weight if isinstance(weight, FrozenWeight) else PlainWeight(weight)
         if module.bias is not None:
             bias = parameters.stored(f"{path}.bias")
             linear.bias = bias if isinstance(bias, Tensor) else None
         skeleton.set_submodule(path, linear)
-        heads[variant] = head_of(skeleton)
+        heads[variant] = replace(head_of(skeleton), term=term)
     return heads
 
 

@@ -46,6 +46,8 @@ class LoRALinear(nn.Module):
         dropout: probability that an input of A is zeroed in training.
         generator: draws A; None takes torch's global generator.
         number: number among the layers with LoRA, from which dropout draws its masks.
+        device: the device of A and B; None: that of the frozen weight, which of a head that several
+            processes hold together may be the host.
 
     Attributes:
         partners: other layers that will be called with the same x after this layer, and that
@@ -62,6 +64,7 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
         number: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.frozen = frozen
@@ -72,7 +75,7 @@ class LoRALinear(nn.Module):
         # A tuple keeps them from being children, which would give their parameters second names.
         self.partners: tuple[LoRALinear, ...] = ()
         self._handover = Handover()
-        device = frozen.weight.device
+        device = device or frozen.weight.device
         # A is drawn on the CPU: the same seed gives the same A on every device.
         a = torch.empty(rank, frozen.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)

@@ -18,6 +18,7 @@ from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.frozen import FrozenLinear, TransposedLinear
 from qlora_kit.layers.windows import Window, window_of
 
+_OF_VOCABULARY = (nn.Embedding, nn.Linear, FrozenLinear)
 Group = Literal["attention", "mlp", "experts"]
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -36,17 +37,18 @@ ROUTER = re.compile(r"gate|router|shared_expert_gate")
 
 @dataclass(frozen=True)
 class Projection:
-    """A layer y = x Wᵀ + b of a model, or a convolution; the output head is none.
+    """A layer y = x Wᵀ + b of a model, a convolution, or a part of its vocabulary.
 
     Attributes:
         path: path of the layer in the model.
-        layer: a skeleton's `nn.Linear` or a loaded base's `FrozenLinear`, never a layer around it.
+        layer: a skeleton's `nn.Linear` or a loaded base's `FrozenLinear`, never a layer around it;
+            an `nn.Embedding` is a table W (K, D) whose rows are looked up.
         group: the part of the model that the layer belongs to; None if its path does not tell.
         is_expert: whether it is a layer of a `Stack`, which carries LoRA as a whole.
     """
 
     path: str
-    layer: nn.Linear | FrozenLinear
+    layer: nn.Linear | FrozenLinear | nn.Embedding
     group: Group | None
     is_expert: bool = False
 
@@ -63,12 +65,14 @@ class Projection:
     @property
     def in_features(self) -> int:
         """D."""
-        return self.layer.in_features
+        layer = self.layer
+        return layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.in_features
 
     @property
     def out_features(self) -> int:
         """K."""
-        return self.layer.out_features
+        layer = self.layer
+        return layer.num_embeddings if isinstance(layer, nn.Embedding) else layer.out_features
 
     @property
     def lora_path(self) -> str:
@@ -119,8 +123,11 @@ def projections(model: nn.Module) -> dict[str, Projection]:
         and not f"{path}.".startswith(routers)
         and (layer := _layer_of(module)) is not None
     }
-    # The frozen layer inside a LoRA layer was found already, under the path of the LoRA layer.
+    # The frozen layer inside a LoRA layer was found already, under the path of the LoRA layer, or
+    # is that of a head.
+    in_head = getattr(head, "frozen", None)
     inner = {f"{path}.frozen" for path in found}
+    inner |= {path for path, each in found.items() if each.layer is in_head}
     return {path: each for path, each in found.items() if path not in inner}
 
 
@@ -193,7 +200,7 @@ def transposed_weights(model: nn.Module) -> Set[str]:
 
 
 def vocabulary_paths(model: nn.Module) -> set[str]:
-    """Return the paths of the input embedding and the output head, which carry no LoRA here."""
+    """Return the paths of the input embedding and the output head."""
     parts = (input_embedding(model), _part(model, "get_output_embeddings"))
     wanted = {part for part in parts if part is not None}
     return {path for path, module in model.named_modules() if module in wanted}
@@ -207,6 +214,26 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
 def takes_pixels(model: nn.Module) -> bool:
     """Whether a model of transformers reads images."""
     return getattr(model, "main_input_name", "") == "pixel_values"
+
+
+def vocabulary(model: nn.Module) -> dict[str, Projection]:
+    """Return the input embedding and the output head of a model by path; W is (V, D) of both.
+
+    They carry LoRA where they are asked for by name, and are no projections otherwise.
+    """
+    parts = (input_embedding(model), _part(model, "get_output_embeddings"))
+    wanted = [part for part in parts if part is not None]
+    return {
+        path: Projection(path, layer, None)
+        for path, module in model.named_modules()
+        if module in wanted
+        and isinstance(layer := getattr(module, "frozen", module), _OF_VOCABULARY)
+    }
+
+
+def carriers(model: nn.Module) -> dict[str, Projection]:
+    """Return all that can carry LoRA by path: the projections, then the vocabulary's parts."""
+    return {**projections(model), **vocabulary(model)}
 
 
 def group_of(path: str) -> Group | None:

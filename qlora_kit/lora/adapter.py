@@ -21,9 +21,11 @@ from qlora_kit.layers.projections import (
     Projection,
     base_prefix,
     by_lora_path,
+    carriers,
     projections,
     stacks,
 )
+from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.lora.attach import Adapter, attach
 from qlora_kit.lora.files import (
     CONFIG,
@@ -48,6 +50,7 @@ from qlora_kit.lora.stacked import (
     target_parameters,
     unfolded,
 )
+from qlora_kit.lora.vocabulary import as_files, base_layers, check_same, turned
 from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.load import Base
 from qlora_kit.redact import redacted_values
@@ -86,6 +89,8 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
             a, b = a.view(len(a), *window.kernel), b.view(*b.shape, *(1 for _ in window.size))
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.contiguous()
+    for path, embedding in adapter.embeddings.items():
+        tensors |= {f"{_PREFIX}{name}": each for name, each in as_files(path, embedding).items()}
     for path, key in key_paths(adapter.stacks).items():
         stack = adapter.stacks[path]
         for side, matrix in zip("AB", folded(stack.lora_A, stack.lora_B), strict=True):
@@ -122,7 +127,9 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "use_rslora": spec.rslora,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
-        "target_modules": _target_modules(model, adapter.layers.keys() - set(aside)),
+        "target_modules": _target_modules(
+            model, (adapter.layers.keys() - set(aside)) | adapter.embeddings.keys()
+        ),
         **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
@@ -159,7 +166,7 @@ def _rest_of_heads(adapter: Adapter) -> dict[str, Tensor]:
 def _target_modules(model: nn.Module, targeted: Set[str]) -> list[str]:
     """Return the last parts of the paths, or the whole paths if the parts name other layers too."""
     endings = sorted({path.rsplit(".", 1)[-1] for path in targeted})
-    every = projections(model)
+    every = carriers(model)
     named = {path for path in every if path.rsplit(".", 1)[-1] in endings}
     # PEFT takes a number for every module of that number, whatever it is.
     is_plain = named == targeted and not any(each.isdecimal() for each in endings)
@@ -184,6 +191,8 @@ class StoredAdapter:
         stacked: number of experts of each stack that carries LoRA, by path.
         targeted_stacks: names of stacks that must have tensors, likewise.
         kernels: the shape of a row of A in the file, (C, k, k), of each convolution, by path.
+        of_base: tensors of the base that the file has beside the LoRA on them, by their name in
+            the base, which must have the same.
     """
 
     folder: Path
@@ -196,6 +205,7 @@ class StoredAdapter:
     stacked: Mapping[str, int] = field(default_factory=dict)
     targeted_stacks: tuple[str, ...] = ()
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    of_base: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def changes_nothing(self) -> bool:
@@ -203,10 +213,10 @@ class StoredAdapter:
         pairs = self.tensors.values()
         return not self.saved and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
 
-    def delta(self, path: str) -> Tensor:
-        """Return scaling · B A of the layer at `path`, (K, D), fp32."""
+    def delta(self, path: str, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return scaling · B A of the layer at `path`, (K, D), fp32, or some rows of it."""
         a, b = self.tensors[path]
-        return (b @ a).mul_(self.scaling_of(path))
+        return (b[rows] @ a).mul_(self.scaling_of(path))
 
     def scaling_of(self, path: str) -> float:
         """Return the scaling of the layer, or of the expert, at `path`."""
@@ -227,7 +237,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     check_adapter_folder(folder)
     config = read_peft_config(folder)
     record = read_base_record(folder)
-    raw = _read_tensors(folder)
+    of_base, raw = base_layers(turned(_read_tensors(folder), folder / WEIGHTS))
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
     saved = _saved(others, tuple(config.modules_to_save or ()), folder)
@@ -264,7 +274,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     return StoredAdapter(
         folder, spec, tensors, config.base_model_name_or_path, record, saved,
         targeted=(*config.targeted_names, *layers_named(parameters)),
-        stacked=stacked, targeted_stacks=parameters, kernels=kernels,
+        stacked=stacked, targeted_stacks=parameters, kernels=kernels, of_base=of_base,
     )  # fmt: skip
 
 
@@ -420,7 +430,11 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
         AdapterError: a layer is missing or has another shape, or the adapter was trained on other
             weights than the base has.
     """
-    check_layers(stored, projections(base.model), base.spec.source.name)
+    check_layers(stored, carriers(base.model), base.spec.source.name)
+    for name, tensor in stored.of_base.items():
+        own = _held(base.model, name)
+        if own is not None:
+            check_same(name, tensor, own, stored.folder)
     if stored.saved or base.spec.classes is not None:
         check_saved(stored.saved, base.spec, base.spec.skeleton(), stored.folder)
     if stored.record is not None and stored.record.digest != base.digest:
@@ -428,6 +442,14 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "
             f"expected {stored.record.base} with digest {stored.record.digest}"
         )
+
+
+def _held(model: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter of a base if it is held as it is stored."""
+    path, _, leaf = name.rpartition(".")
+    held = getattr(model.get_submodule(path), leaf)
+    held = held.values if isinstance(held, PlainWeight) else held
+    return held if isinstance(held, Tensor) else None
 
 
 def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: str) -> None:

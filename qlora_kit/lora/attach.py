@@ -18,9 +18,11 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.lora_embedding import LoRAEmbedding
 from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.layers.projections import (
     by_lora_path,
+    carriers,
     projections,
     stacks,
 )
@@ -43,6 +45,7 @@ class Adapter:
         spec: the spec that it was attached by.
         layers: the LoRA layers by path.
         stacks: the stacks of experts that carry LoRA, by path.
+        embeddings: the input embedding, if it carries LoRA, by path.
         whole: the layers that are trained whole, by path.
         saved: parameters that replace parameters of the base, by name.
         originals: the replaced parameters of the base, by name, see `lora.saved`.
@@ -55,6 +58,7 @@ class Adapter:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
+    embeddings: Mapping[str, LoRAEmbedding] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(
@@ -74,22 +78,26 @@ class Adapter:
             parameter.copy_(whole[name])
 
     def _matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return A (R, D) and B (K, R) of each LoRA layer and of each expert, by path."""
+        """Return A (R, D) and B (K, R) of each LoRA layer, embedding and expert, by path."""
         experts = {
             f"{path}.{number}": (stack.lora_A[number], stack.lora_B[number])
             for path, stack in self.stacks.items()
             for number in range(len(stack))
         }
-        return {path: (each.lora_A, each.lora_B) for path, each in self.layers.items()} | experts
+        single: Mapping[str, LoRALinear | LoRAEmbedding] = {**self.layers, **self.embeddings}
+        return {path: (each.lora_A, each.lora_B) for path, each in single.items()} | experts
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a stable order."""
         named = {}
-        trained: Mapping[str, LoRALinear | LoRAStack] = {**self.layers, **self.stacks}
-        for path, layer in trained.items():
+        for path, layer in self.with_terms().items():
             named[f"{path}.lora_A"] = layer.lora_A
             named[f"{path}.lora_B"] = layer.lora_B
         return {**named, **self.whole_parameters()}
+
+    def with_terms(self) -> dict[str, LoRALinear | LoRAStack | LoRAEmbedding]:
+        """Return all that has an A and a B, by path."""
+        return {**self.layers, **self.stacks, **self.embeddings}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return the values of the trained parameters by name, on the CPU."""
@@ -117,14 +125,14 @@ class Adapter:
         Parameters that replace those of the base (`saved`) stay in place.
         """
         model = self.base.model
-        for path, layer in self.layers.items():
+        for path, layer in {**self.layers, **self.embeddings}.items():
             model.set_submodule(path, layer.frozen)
         for path, trained in self.whole.items():
             model.set_submodule(path, trained.replaced)
         try:
             yield
         finally:
-            for path, own in {**self.layers, **self.whole}.items():
+            for path, own in {**self.layers, **self.embeddings, **self.whole}.items():
                 model.set_submodule(path, own)
 
     @property
@@ -153,7 +161,7 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
     Raises:
         ConfigError: a target or pattern names no layer.
     """
-    layers = by_lora_path(projections(skeleton))
+    layers = by_lora_path(carriers(skeleton))
     low_rank = sum(
         spec.rank_of(path) * (each.in_features + each.out_features)
         for path in targeted_paths(skeleton, spec)
@@ -175,17 +183,23 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         ConfigError: a target or pattern matches no layer, or LoRA is attached already.
     """
     check_free(base)
-    found = projections(base.model)
+    found = carriers(base.model)
     paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
     of_experts = stacks(base.model)
     layers: dict[str, LoRALinear] = {}
     stacked: dict[str, LoRAStack] = {}
+    embeddings: dict[str, LoRAEmbedding] = {}
     for number, path in enumerate(paths):
         sizes: dict[str, Any] = {"rank": spec.rank_of(path), "scaling": spec.scaling_of(path)}
         if path in of_experts:
             stacked[path] = LoRAStack(of_experts[path], **sizes, generator=generator)
             base.model.set_submodule(path, stacked[path].train(of_experts[path].training))
+            continue
+        if isinstance(table := found[path].layer, nn.Embedding):
+            sizes |= {"device": base.hardware.device, "generator": generator}
+            embeddings[path] = LoRAEmbedding(table, **sizes).train(table.training)
+            base.model.set_submodule(path, embeddings[path])
             continue
         layers[path] = LoRALinear(
             found[path].frozen,
@@ -193,10 +207,11 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             dropout=spec.dropout,
             generator=generator,
             number=number,
+            device=base.hardware.device,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
     whole = _train_whole(base, spec, layers, generator)
-    return Adapter(base, spec, layers, whole, stacks=stacked)
+    return Adapter(base, spec, layers, whole, stacks=stacked, embeddings=embeddings)
 
 
 def _train_whole(
@@ -233,12 +248,13 @@ def check_free(base: Base) -> None:
 
 
 def _carries_lora(module: nn.Module) -> bool:
-    return isinstance(module, LoRAStack) or isinstance(getattr(module, "frozen", 0), FrozenLinear)
+    wrapped = getattr(module, "frozen", None)
+    return isinstance(module, LoRAStack) or isinstance(wrapped, FrozenLinear | nn.Embedding)
 
 
 def detach(adapter: Adapter) -> Base:
     """Take the adapter off; the base is the same as before, bit for bit."""
-    for path, layer in adapter.layers.items():
+    for path, layer in {**adapter.layers, **adapter.embeddings}.items():
         adapter.base.model.set_submodule(path, layer.frozen)
     for path, stack in adapter.stacks.items():
         adapter.base.model.set_submodule(path, stack.without_terms())
@@ -267,6 +283,13 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
     model = adapter.base.model
     for path, layer in adapter.layers.items():
         model.set_submodule(path, _merged(layer.frozen, layer.delta(), dtype))
+    for path, embedding in adapter.embeddings.items():
+        table = embedding.frozen
+        # A head that shared the table keeps the base's: PEFT adds nothing to it either.
+        added = table.weight.to(dtype=torch.float32, copy=True)
+        added += embedding.delta().to(added.device)
+        put_back(model, {f"{path}.frozen.weight": added.to(dtype)})
+        model.set_submodule(path, table)
     for path, stack in adapter.stacks.items():
         merged: list[nn.Module] = [
             _merged(stack.expert(number), stack.delta(number), dtype)

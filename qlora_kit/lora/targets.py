@@ -21,10 +21,14 @@ from qlora_kit.layers.projections import (
     projections,
     router_paths,
     stacks,
-    vocabulary_paths,
+)
+from qlora_kit.layers.projections import (
+    vocabulary as vocabulary_of,
 )
 from qlora_kit.layers.windows import Window
 from qlora_kit.lora.spec import IS_PATTERN, LoraSpec, names_path
+from qlora_kit.lora.vocabulary import check_plain
+from qlora_kit.model.encoder_decoder import shared_embedding
 
 ALL_LINEAR = "all-linear"
 ALL_CONV = "all-conv"
@@ -37,6 +41,7 @@ def resolve_targets(
     targets: Iterable[str],
     vocabulary: Iterable[str] = (),
     routers: Iterable[str] = (),
+    shared: Iterable[str] = (),
 ) -> list[str]:
     """Return the paths that LoRA is put on, in the order of the model.
 
@@ -47,8 +52,10 @@ def resolve_targets(
         found: all projections of the model.
         targets: each is "attention", "mlp", "experts", "all-linear", "all-conv", the last part of a
             path (`q_proj`), a whole path, or a regular expression that matches whole paths.
-        vocabulary: the paths of the input embedding and the head, which carry no LoRA here.
+        vocabulary: the paths of the input embedding and the head. They come last, and only for
+            targets that name them: "all-linear" leaves them out, as in PEFT.
         routers: the paths of what chooses experts, which stays frozen.
+        shared: the path of an embedding that two halves of a model read, which carries no LoRA.
 
     Raises:
         ConfigError: a target matches nothing that can carry LoRA; the error lists what can.
@@ -58,12 +65,13 @@ def resolve_targets(
     windows = {path: each[0].window for path, each in sites.items() if each[0].window is not None}
     experts = Counter(each.lora_path for each in found.values() if each.is_expert)
     unfit = {
-        "names an embedding or the output head, which carry no LoRA here yet": [*vocabulary],
+        "names the embedding that encoder and decoder read, which carries no LoRA": [*shared],
         "names a router, which stays frozen": [*routers],
     }
     words = [group for group in _GROUPS if group in groups.values()]
     expected = ", ".join((*words, ALL_LINEAR, *((ALL_CONV,) if windows else ())))
     open_to_lora = [path for path in groups if _may_carry(windows.get(path))]
+    at_ends = [*vocabulary]
     chosen: set[str] = set()
     faults = []
     for target in targets:
@@ -73,6 +81,8 @@ def resolve_targets(
             if _matches(target, path, group) and _of_kind(target, windows.get(path))
         ]
         matched = [path for path in named if _may_carry(windows.get(path))]
+        if target not in (ALL_LINEAR, ALL_CONV, *_GROUPS):
+            matched += [path for path in at_ends if _matches(target, path)]
         if not matched:
             reason, remedy = "matches no linear layer", ""
             if named:
@@ -93,7 +103,7 @@ def resolve_targets(
         faults.append(f"--targets: empty; expected {expected} or names")
     if faults:
         raise ConfigError(*faults)
-    return [path for path in groups if path in chosen]
+    return [path for path in (*groups, *at_ends) if path in chosen]
 
 
 def _of_one_expert(target: str, experts: Iterable[str]) -> str | None:
@@ -161,8 +171,11 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
         ConfigError: a target or a pattern names no layer; or experts would have dropout.
     """
     found = {path: each for path, each in projections(model).items() if path not in spec.whole}
-    paths = resolve_targets(found, spec.targets, vocabulary_paths(model), router_paths(model))
+    shared = shared_embedding(model)
+    at_ends = [path for path in vocabulary_of(model) if path not in (*spec.whole, *shared)]
+    paths = resolve_targets(found, spec.targets, at_ends, router_paths(model), shared)
     check_patterns(paths, spec)
+    check_plain(spec, [path for path in at_ends if path in paths])
     experts = stacks(model).keys() & set(paths)
     if spec.dropout and experts:
         raise ConfigError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.errors import ModelError
+from qlora_kit.layers.projections import input_embedding
 from qlora_kit.model.checkpoint import open_checkpoint
 
 SEQ2SEQ_LM = "AutoModelForSeq2SeqLM"
@@ -70,6 +71,18 @@ def set_layers(architecture: PreTrainedConfig, layers: int) -> None:
 def share_embedding(skeleton: PreTrainedModel) -> None:
     """Let both halves look ids up in one module, which then is placed and connected once."""
     skeleton.set_input_embeddings(skeleton.get_input_embeddings())
+
+
+def shared_embedding(model: nn.Module) -> tuple[str, ...]:
+    """Return the path of the embedding that both halves of an encoder-decoder look ids up in.
+
+    LoRA is put on a module by one of its paths, and the halves hold this one by others, in PEFT
+    too, where LoRA on it is trained by nothing.
+    """
+    config, table = getattr(model, "config", None), input_embedding(model)
+    if config is None or table is None or not is_encoder_decoder(config):
+        return ()
+    return tuple(path for path, module in model.named_modules() if module is table)
 
 
 def has_own_head(architecture: PreTrainedConfig, folder: Path | None) -> bool:

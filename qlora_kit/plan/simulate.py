@@ -21,7 +21,12 @@ from qlora_kit.config import ExportConfig, StepOptions, TrainConfig
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.layers.kernels import in_use, use
-from qlora_kit.layers.projections import by_lora_path, projected_weights, projections
+from qlora_kit.layers.projections import (
+    by_lora_path,
+    carriers,
+    projected_weights,
+    projections,
+)
 from qlora_kit.layers.purpose import EXPERTS
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
@@ -459,7 +464,7 @@ def _simulate_merge(
         adapters: size of the whole adapter, relative to the adapter of these layers.
     """
     lora = subject.lora
-    layers = by_lora_path(projections(skeleton))
+    layers = by_lora_path(carriers(skeleton))
     targets = targeted_paths(skeleton, lora)
     with ledger.purpose("LoRA"):
         tensors = {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_kit.errors import LearningError
 from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.lora_embedding import LoRAEmbedding
 from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.private_torch import largest_magnitudes
@@ -60,9 +61,9 @@ def check_movement(adapter: Adapter, steps: int) -> None:
         )
 
 
-def _trained(adapter: Adapter) -> Mapping[str, LoRALinear | LoRAStack]:
+def _trained(adapter: Adapter) -> Mapping[str, LoRALinear | LoRAStack | LoRAEmbedding]:
     """Return what has a B; of a stack, a token chooses some expert at least."""
-    return {**adapter.layers, **adapter.stacks}
+    return adapter.with_terms()
 
 
 def _all_zero(tensors: Mapping[str, Tensor | None]) -> list[str]:
