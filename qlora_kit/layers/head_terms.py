@@ -72,7 +72,7 @@ class HeadTerm(Protocol):
 class TrainedHead(Protocol):
     """A module in the place of a head, of which something is trained."""
 
-    def head_parts(self) -> tuple[FrozenLinear, HeadTerm]:
+    def head_parts(self) -> tuple[FrozenLinear, HeadTerm | None]:
         """Return the frozen layer that multiplies the hidden states, and the trained term."""
 
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head_terms import LowRankTerm
+from qlora_kit.layers.lora_embedding import scale_of
 from qlora_kit.layers.low_rank import LowRank
-from qlora_kit.layers.projections import projections
+from qlora_kit.layers.projections import carriers
 from qlora_kit.layers.windows import Window
 from qlora_kit.lora.adapter import StoredAdapter, check_fits, read_adapter
 from qlora_kit.lora.attach import check_free
@@ -83,6 +85,62 @@ class SwitchedLinear(nn.Module):
                 y.index_copy_(0, chosen, part)
         return y
 
+    def head_parts(self) -> tuple[FrozenLinear, LowRankTerm | None]:
+        """See `TrainedHead`: where the layer is a head, of which a loss knows the formula.
+
+        Raises:
+            ConfigError: the rows of a batch have different adapters, which a loss cannot tell.
+        """
+        names = self._choice.names
+        named = {names} if names is None or isinstance(names, str) else set(names)
+        terms = [self.terms.get(name) if name is not None else None for name in named]
+        if len(named) > 1 and any(terms):
+            raise ConfigError(
+                "adapters with LoRA on the output head, in one batch with others, are measured one "
+                "at a time; expected one adapter; evaluate each by itself"
+            )
+        term = terms[0]
+        if term is None:
+            return self.frozen, None
+        return self.frozen, LowRankTerm(term.a[0], term.b[0], term.scaling)
+
+
+class SwitchedEmbedding(nn.Module):
+    """A frozen input embedding with the low-rank terms of several adapters.
+
+    Args:
+        frozen: the table that this layer wraps.
+        terms: the terms by name of their adapter, whose B (V, R) is looked up; adapters without
+            this layer are left out.
+        choice: the adapter of each row.
+    """
+
+    def __init__(self, frozen: nn.Embedding, terms: Mapping[str, LowRank], choice: _Choice) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.terms = terms
+        self._choice = choice
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids (B, T) to (B, T, D), in the dtype of the layers."""
+        y: Tensor = self.frozen(ids).clone()
+        for name, rows in self._choice.parts(len(ids)):
+            term = self.terms.get(name)
+            if term is None:
+                continue
+            chosen = torch.arange(len(ids)) if rows is None else torch.tensor(rows)
+            chosen = chosen.to(y.device)
+            inner = term.b[0][ids.to(y.device).index_select(0, chosen)]
+            added = term.scaling * scale_of(self.frozen) * (inner @ term.a[0])
+            y.index_copy_(0, chosen, (y.index_select(0, chosen) + added).to(y.dtype))
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table (V, D), for callers that ask an embedding for its size or dtype."""
+        return self.frozen.weight
+
 
 def _add(term: LowRank, x: Tensor, y: Tensor) -> None:
     term.add_to(y.view(-1, y.shape[-1]), term.inner(x.reshape(-1, x.shape[-1])))
@@ -110,7 +168,7 @@ class AdapterSet:
 
     base: Base
     names: tuple[str, ...]
-    layers: Mapping[str, SwitchedLinear]
+    layers: Mapping[str, SwitchedLinear | SwitchedEmbedding]
     _choice: _Choice
 
     def set_adapter(self, names: Names) -> None:
@@ -185,17 +243,22 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
                 "(modules_to_save), which other adapters share; expected LoRA alone; use it by "
                 "itself"
             )
-    choice, layers = _Choice(), {}
-    for path, projection in projections(base.model).items():
-        frozen = projection.frozen
+    choice = _Choice()
+    layers: dict[str, SwitchedLinear | SwitchedEmbedding] = {}
+    for path, carrier in carriers(base.model).items():
         terms = {
-            name: _term(adapter, path, frozen.weight.device)
+            name: _term(adapter, path, base.hardware.device)
             for name, adapter in stored.items()
             if path in adapter.tensors
         }
-        if terms:
-            layers[path] = SwitchedLinear(frozen, terms, choice).train(frozen.training)
-            base.model.set_submodule(path, layers[path])
+        if not terms:
+            continue
+        frozen = carrier.layer
+        if isinstance(frozen, nn.Embedding):
+            layers[path] = SwitchedEmbedding(frozen, terms, choice).train(frozen.training)
+        else:
+            layers[path] = SwitchedLinear(carrier.frozen, terms, choice).train(frozen.training)
+        base.model.set_submodule(path, layers[path])
     return AdapterSet(base, tuple(stored), layers, choice)
 
 
