@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support import run
+from tiny_models import load_folder
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.lora.adapter import load_adapter
+from qlora_kit.lora.several import load_adapters
 
 pytestmark = pytest.mark.usefixtures("simulated_once", "few_rows")
 
@@ -34,8 +40,8 @@ def case(assets: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return copy
 
 
-def of(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [name], indirect=True)
+def of(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", names, indirect=True)
 
 
 @pytest.fixture
@@ -82,13 +88,32 @@ def test_a_pattern_with_a_comma_is_one_target(case: Path, kit: Kit, stories: Pat
 
 
 @of("targets-lm_head")
-def test_the_head_is_no_target_yet(case: Path, kit: Kit, stories: Path) -> None:
+def test_the_head_is_a_target(case: Path, kit: Kit, stories: Path) -> None:
     code, _, err = kit("train", "--model", str(stories), "--data", "tiny.jsonl", "--output",
-                       "out", "--targets", "q_proj,lm_head", "--max-steps", "1")  # fmt: skip
-    assert code == 2
-    (fault,) = errors(err)
-    assert "'lm_head' names an embedding or the output head, which carry no LoRA here yet" in fault
-    assert not (case / "out").exists()
+                       "out", "--targets", "q_proj,lm_head", "--max-steps", "1",
+                       *PLAIN)  # fmt: skip
+    assert code == 0, err
+    config = json.loads((case / "out/adapter_config.json").read_text())
+    assert config["target_modules"] == ["lm_head", "q_proj"]
+
+
+@of("adapter-p_lmhead_lora", "adapter-p_lmhead_nobl")
+def test_lora_on_a_tied_head_gives_the_logits_of_peft(case: Path, kit: Kit, stories: Path) -> None:
+    """Merged, on the base, and as one of several adapters on it."""
+    ids = torch.tensor(IDS)
+    wanted = torch.load(case / "logits.pt")
+    code, _, err = kit("export", ".", "--to", "out", "--model", str(stories), "--base", "original",
+                       "--dtype", "float32")  # fmt: skip
+    assert code == 0, err
+    merged = AutoModelForCausalLM.from_pretrained(case / "out", dtype=torch.float32)
+    assert merged.config.tie_word_embeddings is False
+    base = load_folder(stories)
+    load_adapter(base, case)
+    several = load_adapters(load_folder(stories), {"a": case})
+    several.set_adapter("a")
+    for model in (merged, base.model, several.base.model):
+        with torch.no_grad():
+            assert (model(ids).logits - wanted).abs().max() <= 1e-4
 
 
 # ---------------------------------------------------------------- data

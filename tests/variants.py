@@ -10,4 +10,10 @@ STEPS = ("--model", "demo", "--max-steps", "4", "--save-steps", "2", "--eval-ste
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "rslora": ("--rslora",),
+    "head and embedding": (
+        "--targets",
+        "q_proj,lm_head,embed_tokens",
+        "--lora-dropout",
+        "0.1",
+    ),
 }

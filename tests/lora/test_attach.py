@@ -199,20 +199,21 @@ def test_targets_that_match_in_part_are_refused_one_line_a_fault(
         attach(base, LoraSpec(targets=()))
 
 
-@pytest.mark.parametrize("target", ["lm_head", ".*lm_head", "embed_tokens"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_head_and_embedding_are_told_apart_from_slips(
-    save_tiny: Callable[..., Path], target: str, tied: bool
+@pytest.mark.parametrize(
+    "target", ["lm_head", ".*lm_head", "embed_tokens", "model.embed_tokens", ".*embed.*"]
+)
+def test_head_and_embedding_are_targets_by_name(
+    save_tiny: Callable[..., Path], target: str
 ) -> None:
-    base = load_folder(save_tiny("tinyllama", tie_word_embeddings=tied))
-    with pytest.raises(ConfigError) as caught:
-        attach(base, LoraSpec(targets=("q_proj", target)))
-    (fault,) = caught.value.faults
-    assert fault.startswith(
-        f"--targets: '{target}' names an embedding or the output head, which carry no LoRA here "
-        "yet; expected attention, mlp, all-linear, or one of q_proj, "
-    )
-    assert fault.endswith("; leave it out")
+    base = load_folder(save_tiny("tinyllama"))
+    adapter = attach(base, LoraSpec(targets=("q_proj", target)))
+    wanted = "lm_head" if "lm_head" in target else "model.embed_tokens"
+    assert [path for path in adapter.with_terms() if "q_proj" not in path] == [wanted]
+
+
+def test_all_linear_leaves_head_and_embedding_out(save_tiny: Callable[..., Path]) -> None:
+    adapter = attach(load_folder(save_tiny("tinyllama")), LoraSpec(targets=("all-linear",)))
+    assert not any("lm_head" in path or "embed" in path for path in adapter.with_terms())
 
 
 def test_an_expression_is_told_as_it_was_given() -> None:

@@ -198,6 +198,9 @@ def predicted(case: Case) -> dict[str, int]:
 
 # ---------------------------------------------------------------- configurations
 
+# A layer in the middle, the output head and the input embedding.
+AT_ENDS = r".*(q_proj|lm_head|embed_tokens)"
+
 # Each line has a feature that no line above it has.
 QUICK = (
     Case("deepseek-7b", 4, 256, accumulation=2),
@@ -218,6 +221,9 @@ QUICK = (
     Case("gemma-2-9b", 4, 96, rows=2, shorter=30, recompute=False),  # scores of T × T
     Case("llama-3.1-8b", 4, 128, rows=4, accumulation=2, options={"packing": True}),
     Case("tinyllama", 4, 256, rows=2, is_weighted=True, options={"loss_chunk_tokens": 256}),
+    Case("llama-3.1-8b", 4, 128, rows=2, targets=AT_ENDS),
+    Case("gemma-2-9b", 4, 96, accumulation=2, targets=AT_ENDS),  # tied
+    Case("deepseek-7b", 4, 96, rank=64, targets="lm_head", options={"head_bits": 8}),
 )  # fmt: skip
 
 # The grid: the options that most users change, in combination.
