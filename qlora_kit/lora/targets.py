@@ -25,6 +25,7 @@ from qlora_kit.layers.projections import (
 )
 from qlora_kit.layers.windows import Window
 from qlora_kit.lora.spec import IS_PATTERN, LoraSpec, names_path
+from qlora_kit.lora.whole import check_not_targeted, whole_paths
 
 ALL_LINEAR = "all-linear"
 ALL_CONV = "all-conv"
@@ -131,6 +132,12 @@ def _matches(target: str, path: str, group: str | None = None) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
+def _named_themselves(targets: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
+    """Return which target names a path itself, and not a group that it is in, by path."""
+    named = [each for each in targets if each not in (ALL_LINEAR, ALL_CONV, *_GROUPS)]
+    return {path: each for path in paths for each in named if _matches(each, path)}
+
+
 def _endings(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
 
@@ -160,7 +167,9 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
     Raises:
         ConfigError: a target or a pattern names no layer; or experts would have dropout.
     """
-    found = {path: each for path, each in projections(model).items() if path not in spec.whole}
+    whole = whole_paths(model, spec)
+    check_not_targeted(_named_themselves(spec.targets, whole), whole, model)
+    found = {path: each for path, each in projections(model).items() if path not in whole}
     paths = resolve_targets(found, spec.targets, vocabulary_paths(model), router_paths(model))
     check_patterns(paths, spec)
     experts = stacks(model).keys() & set(paths)
