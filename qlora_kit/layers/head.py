@@ -9,13 +9,14 @@ whole head unpacked would take as much memory as quantising it saves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.layers.frozen import FrozenLinear, frozen_product
+from qlora_kit.layers.head_terms import HeadTerm, LowRankTerm
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import FrozenWeight, GatheredWeight, PlainWeight
 
@@ -94,11 +95,29 @@ class Head:
         linear: W (V, D) and b (V,) or None.
         scale: factor of the logits.
         softcap: bound of the logits; None leaves the bound and tanh out.
+        term: what is trained of the head, which its products h Wᵀ get; None of a frozen head.
     """
 
     linear: FrozenLinear
     scale: float = 1.0
     softcap: float | None = None
+    term: HeadTerm | None = None
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """The parameters that a loss gives gradients to; none where no graph is recorded."""
+        return self.term.parameters if self.term and torch.is_grad_enabled() else ()
+
+    def rows(self, rows: slice) -> Head:
+        """Return the head of a chunk: of some of the tokens of a call."""
+        return self if self.term is None else replace(self, term=self.term.rows(rows))
+
+    def keeping(self, kept: Tensor | None) -> Head:
+        """Return the head of a call whose low-rank term keeps these inputs, bool (N, D)."""
+        if kept is None:
+            return self
+        assert isinstance(self.term, LowRankTerm), "nothing else has dropout"
+        return replace(self, term=self.term.keeping(kept))
 
     def weight(self, dtype: torch.dtype) -> Tensor | SlicedWeight:
         """Return W (V, D) for hidden states of `dtype`, never upcast as a whole.
@@ -126,6 +145,8 @@ class Head:
                 torch.mm(hidden, part.T, out=out[:, columns])
             else:
                 out[:, columns] = hidden @ part.T
+        if self.term is not None:
+            self.term.add_to(out, hidden)
 
     def fill_logits(
         self,
@@ -162,17 +183,48 @@ class Head:
             total += product
         return total
 
+    def fill_gradients(
+        self,
+        hidden: Tensor,
+        grad: Tensor,
+        weight: Tensor | SlicedWeight,
+        factor: Tensor | float,
+        out: Tensor | None,
+        trained: Sequence[Tensor] = (),
+    ) -> None:
+        """Turn the gradient `grad` · `factor` of h Wᵀ into that of h, and of what is trained.
+
+        Args:
+            hidden: (n, D), in the compute dtype.
+            grad: (n, V); overwritten if something is trained.
+            weight: the result of the method `weight`.
+            factor: (n, 1), fp32, or a number.
+            out: (n, D), is overwritten by the gradient of h; None if nobody wants it.
+            trained: fp32, gets the gradient of each trained parameter added.
+        """
+        share = None
+        if self.term is not None:
+            wide = torch.as_tensor(factor, dtype=torch.float32, device=grad.device)
+            share = self.term.backward(hidden, grad, wide.reshape(-1, 1), trained)
+        if out is None:
+            return
+        product = self.back_project(grad, weight, hidden.dtype)
+        if share is None:
+            torch.mul(product, factor, out=out)
+        else:
+            out.copy_((product * factor).to(share.dtype).add_(share))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits (n, V) of hidden states (n, D), differentiable in `hidden`.
 
-        The same formula as `fill_logits`, for a caller with a loss of its own.
+        They are differentiable in what is trained of the head, too. The same formula as
+        `fill_logits`, for a caller with a loss of its own.
         """
-        if isinstance(self.linear, SlicedLinear):
-            parts = self.linear.products(hidden)
-        else:
-            weight = self.weight(hidden.dtype)
-            parts = [hidden @ part.T for _, part in _slices(weight, hidden.dtype)]
-        logits = torch.cat(parts, dim=1).float() if len(parts) > 1 else parts[0].float()
+
+        def frozen() -> Tensor:
+            return self._frozen_products(hidden).float()
+
+        logits = frozen() if self.term is None else self.term.products(hidden, frozen)
         if self.linear.bias is not None:
             logits = logits + self.linear.bias.float()
         if self.scale != 1.0:
@@ -180,6 +232,14 @@ class Head:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def _frozen_products(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.linear, SlicedLinear):
+            parts = self.linear.products(hidden)
+        else:
+            weight = self.weight(hidden.dtype)
+            parts = [hidden @ part.T for _, part in _slices(weight, hidden.dtype)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def _slices(weight: Tensor | SlicedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -24,6 +24,7 @@ from qlora_kit.layers import kernels
 from qlora_kit.layers.draws import Draws, draws_now
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.handover import Handover
+from qlora_kit.layers.head_terms import LowRankTerm
 from qlora_kit.layers.kernels import split
 from qlora_kit.layers.low_rank import LowRank, SplitLowRank
 from qlora_kit.layers.save_first import save_first
@@ -135,6 +136,11 @@ class LoRALinear(nn.Module):
         if draws is not None and draws.covers(shape):
             return draws.kept(shape, self.number, keep, x.device).view(x.shape)
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
+
+    def head_parts(self) -> tuple[FrozenLinear, LowRankTerm]:
+        """See `TrainedHead`: where the layer is a head, of which the loss knows the formula."""
+        term = LowRankTerm(self.lora_A, self.lora_B, self.scaling, 1 - self.dropout)
+        return self.frozen, term
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -1,16 +1,16 @@
 """The head and the loss as one chunked operation: no logits matrix ever exists.
 
 Takes hidden states (N, D) and their targets (N,); returns a sum over the tokens. The logits of a
-few hundred tokens exist at one time, and are turned into the gradient in place. The head is frozen,
-so backward needs the gradient of the hidden states only, and that is computed in the same pass.
-Never averages: the caller does.
+few hundred tokens exist at one time, and are turned into the gradient in place. The gradients of
+the hidden states, and of what is trained of the head (`layers.head_terms`), are computed in the
+same pass. Never averages: the caller does.
 
 Shapes: N tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,9 @@ def cross_entropy_sum(
     Source: the online form of Cut Your Losses (arXiv:2411.09009), section 4, by rows.
     """
     with purpose(LOSS_CHUNK):
-        total: Tensor = _CrossEntropySum.apply(hidden, targets, head, chunk_tokens, weights, losses)
+        total: Tensor = _CrossEntropySum.apply(
+            hidden, targets, head, chunk_tokens, weights, losses, *head.trained
+        )
     return total
 
 
@@ -70,14 +72,14 @@ def chunked_loss_sum(
             must be differentiable in the logits and must not depend on other chunks.
         chunk_tokens: tokens whose logits exist at one time.
     """
-    total: Tensor = _CustomLossSum.apply(hidden, targets, head, loss, chunk_tokens)
+    total: Tensor = _CustomLossSum.apply(hidden, targets, head, loss, chunk_tokens, *head.trained)
     return total
 
 
 def token_logprobs(
     hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int = CHUNK_TOKENS
 ) -> Tensor:
-    """Return log p(target) of each token, (N,) in fp32, differentiable in `hidden`.
+    """Return log p(target) of each token, (N,) in fp32, differentiable in `hidden` and the head.
 
     Losses that weigh tokens or compare sequences are built from this. Backward computes the logits
     again, so it costs one matmul more than `cross_entropy_sum`.
@@ -89,7 +91,7 @@ def token_logprobs(
         chunk_tokens: tokens whose logits exist at one time.
     """
     with purpose(LOSS_CHUNK):
-        logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens)
+        logprobs: Tensor = _TokenLogprobs.apply(hidden, targets, head, chunk_tokens, *head.trained)
     return logprobs
 
 
@@ -153,10 +155,11 @@ def _walk(
     buffer = torch.empty(shape, dtype=dtype, device=hidden.device)
     capped = None if head.softcap is None else torch.empty_like(buffer)
     for rows in _chunks(len(hidden), size):
+        part = head.rows(rows)
         if fused:
-            yield rows, _FusedChunk(hidden[rows], targets[rows], head, weight, buffer, gradient)
+            yield rows, _FusedChunk(hidden[rows], targets[rows], part, weight, buffer, gradient)
         else:
-            yield rows, _Chunk(hidden[rows], targets[rows], head, weight, buffer, capped)
+            yield rows, _Chunk(hidden[rows], targets[rows], part, weight, buffer, capped)
 
 
 class _Chunk:
@@ -175,7 +178,7 @@ class _Chunk:
         buffer: Tensor,
         capped: Tensor | None,
     ) -> None:
-        self._head, self._weight, self._dtype = head, weight, hidden.dtype
+        self._head, self._weight, self._hidden = head, weight, hidden
         self._targets = targets.unsqueeze(1)
         self._values = buffer[: len(hidden)]
         self._capped = None if capped is None else capped[: len(hidden)]
@@ -193,21 +196,23 @@ class _Chunk:
         self._sum = self._values.sum(dim=1, keepdim=True)
         return (picked - self._sum.log()).squeeze(1)
 
-    def hidden_grad(self, token_grads: Tensor | float, out: Tensor) -> None:
-        """Write the gradient of Σ token_grads · (−log p) into `out` (n, D); after `logprobs`.
+    def fill_gradients(self, token_grads: Tensor | float, found: _Gradients) -> None:
+        """Write the gradients of Σ token_grads · (−log p) into those found; after `logprobs`.
 
         The gradient of the logits is softmax − onehot = (exp − sum · onehot) / sum. The division
         is done after the product with W, whose rows are D wide instead of V.
         """
         grad, factor = self._values, token_grads * self._head.scale / self._sum
-        if self._dtype == torch.float16:
+        if self._hidden.dtype == torch.float16:
             # The sums reach V, which is beyond float16's 65504: divide before the cast.
             grad /= self._sum
             factor, self._sum = factor * self._sum, torch.ones_like(self._sum)
         grad.scatter_add_(1, self._targets, -self._sum)
         if self._capped is not None:
             grad *= self._capped.square_().neg_().add_(1)
-        out.copy_(self._head.back_project(grad, self._weight, self._dtype) * factor)
+        self._head.fill_gradients(
+            self._hidden, grad, self._weight, factor, found.hidden, found.trained
+        )
 
 
 class _FusedChunk:
@@ -233,7 +238,7 @@ class _FusedChunk:
         buffer: Tensor,
         gradient: bool,
     ) -> None:
-        self._head, self._weight, self._dtype = head, weight, hidden.dtype
+        self._head, self._weight, self._hidden = head, weight, hidden
         self._targets, self._gradient = targets, gradient
         self._values = buffer[: len(hidden)]
         head.fill_products(hidden, weight, self._values)
@@ -248,13 +253,51 @@ class _FusedChunk:
             self._values, self._targets, scale=self._head.scale, gradient=self._gradient
         )
 
-    def hidden_grad(self, token_grads: Tensor | float, out: Tensor) -> None:
-        """Write the gradient of Σ token_grads · (−log p) into `out` (n, D); after `logprobs`."""
-        grad = self._head.back_project(self._values, self._weight, self._dtype)
-        torch.mul(grad, token_grads * self._head.scale, out=out)
+    def fill_gradients(self, token_grads: Tensor | float, found: _Gradients) -> None:
+        """Write the gradients of Σ token_grads · (−log p) into those found; after `logprobs`."""
+        factor = token_grads * self._head.scale
+        self._head.fill_gradients(
+            self._hidden, self._values, self._weight, factor, found.hidden, found.trained
+        )
 
 
 # ---------------------------------------------------------------- autograd
+
+
+class _Gradients(NamedTuple):
+    """The gradients that a loss computes in its pass.
+
+    Attributes:
+        hidden: of the hidden states, (N, D), in their dtype; None if nobody wants it.
+        trained: of what is trained of the head, summed over the chunks, fp32 or wider; none if
+            nobody wants them.
+    """
+
+    hidden: Tensor | None
+    trained: tuple[Tensor, ...]
+
+    @classmethod
+    def wanted(cls, needs: Sequence[bool], hidden: Tensor, trained: Sequence[Tensor]) -> _Gradients:
+        """Return gradients to be filled.
+
+        Args:
+            needs: what autograd wants: of `hidden` first, and of `trained` last.
+            hidden: (N, D).
+            trained: the trained parameters of the head.
+        """
+        own = torch.empty_like(hidden) if needs[0] else None
+        # Whoever wants one of them wants all.
+        is_trained = any(needs[len(needs) - len(trained) :])
+        return cls(own, tuple(map(torch.zeros_like, trained)) if is_trained else ())
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether there is anything to fill."""
+        return self.hidden is not None or bool(self.trained)
+
+    def rows(self, rows: slice) -> _Gradients:
+        """Return the gradients that a chunk fills."""
+        return self._replace(hidden=None if self.hidden is None else self.hidden[rows])
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -272,15 +315,17 @@ class _CrossEntropySum(torch.autograd.Function):
         chunk_tokens: int,
         weights: Tensor | None,
         losses: Tensor | None,
+        *trained: Tensor,
     ) -> Tensor:
         weight = head.weight(hidden.dtype)
-        wanted = ctx.needs_input_grad[0]
+        found = _Gradients.wanted(ctx.needs_input_grad, hidden, trained)
         # Gradients are kept relative to the largest weight: in float16 a large one would overflow.
         ctx.largest = weights.max() if weights is not None and len(weights) else None
-        grad = torch.empty_like(hidden) if wanted else None
         # fp64: a sum over many thousand tokens must not depend on how they are batched.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens, gradient=wanted):
+        for rows, chunk in _walk(
+            hidden, targets, head, weight, chunk_tokens, gradient=found.are_wanted
+        ):
             logprobs = chunk.logprobs()
             factors: Tensor | float = 1.0
             if weights is not None:
@@ -289,16 +334,15 @@ class _CrossEntropySum(torch.autograd.Function):
             total -= logprobs.sum(dtype=torch.float64)
             if losses is not None:
                 losses[rows] = -logprobs
-            if grad is not None:
-                chunk.hidden_grad(factors, out=grad[rows])
-        ctx.save_for_backward(grad)
+            if found.are_wanted:
+                chunk.fill_gradients(factors, found.rows(rows))
+        _keep(ctx, found)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
         factor = grads[0] if ctx.largest is None else grads[0] * ctx.largest
-        return _scaled(grad, factor), None, None, None, None, None
+        return _kept(ctx, factor, others=5)
 
 
 class _CustomLossSum(torch.autograd.Function):
@@ -310,30 +354,74 @@ class _CustomLossSum(torch.autograd.Function):
         head: Head,
         loss: ChunkLoss,
         chunk_tokens: int,
+        *trained: Tensor,
     ) -> Tensor:
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        found = _Gradients.wanted(ctx.needs_input_grad, hidden, trained)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for rows in _chunks(len(hidden), chunk_tokens):
-            part = hidden[rows].detach().requires_grad_(grad is not None)
-            with torch.set_grad_enabled(grad is not None):
-                value = loss(head.logits(part), targets[rows])
+            part = hidden[rows].detach().requires_grad_(found.hidden is not None)
+            with torch.set_grad_enabled(found.are_wanted):
+                value = loss(head.rows(rows).logits(part), targets[rows])
             total += value.detach().double()
-            if grad is not None:
-                (grad[rows],) = torch.autograd.grad(value, part)
-        ctx.save_for_backward(grad)
+            if not found.are_wanted:
+                continue
+            wanted = [part] if found.hidden is not None else []
+            grads = [*torch.autograd.grad(value, [*wanted, *(trained if found.trained else ())])]
+            if found.hidden is not None:
+                found.hidden[rows] = grads.pop(0)
+            for own, grad in zip(found.trained, grads, strict=True):
+                own += grad
+        _keep(ctx, found)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return _scaled(grad, grads[0]), None, None, None, None
+        return _kept(ctx, grads[0], others=4)
+
+
+def _keep(ctx: Any, found: _Gradients) -> None:
+    """Keep the gradients of a sum for backward, which multiplies them by the sum's own."""
+    ctx.save_for_backward(found.hidden)
+    ctx.of_trained, ctx.is_spent = found.trained, False
+
+
+def _kept(ctx: Any, factor: Tensor, others: int) -> tuple[Tensor | None, ...]:
+    """Return the kept gradients times `factor`, and None for the `others` that autograd asks for.
+
+    Those of what is trained are scaled in place, because that of a whole head is as large as the
+    head in fp32. So they are there for one backward only.
+    """
+    (grad,) = ctx.saved_tensors
+    of_trained, ctx.of_trained = ctx.of_trained, ()
+    if ctx.is_spent:
+        raise RuntimeError("the loss of a trained head has one backward; compute it again")
+    ctx.is_spent = bool(of_trained)
+    for each in of_trained:
+        each.mul_(factor)
+    own = None if grad is None else _scaled(grad, factor)
+    return _for_inputs(ctx, own, others, of_trained)
+
+
+def _for_inputs(
+    ctx: Any, of_hidden: Tensor | None, others: int, of_trained: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return what autograd is given: of the hidden states, `others`, and what is trained."""
+    missing = len(ctx.needs_input_grad) - 1 - others - len(of_trained)
+    return (of_hidden, *(None,) * (others + missing), *of_trained)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        chunk_tokens: int,
+        *trained: Tensor,
+    ) -> Tensor:
         ctx.head, ctx.chunk_tokens = head, chunk_tokens
-        ctx.save_for_backward(hidden, targets)
+        ctx.save_for_backward(hidden, targets, *trained)
         weight = head.weight(hidden.dtype)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for rows, chunk in _walk(hidden, targets, head, weight, chunk_tokens, gradient=False):
@@ -342,12 +430,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets = ctx.saved_tensors
+        hidden, targets, *trained = ctx.saved_tensors
         with purpose(LOSS_CHUNK):
             weight = ctx.head.weight(hidden.dtype)
-            grad = torch.empty_like(hidden)
+            found = _Gradients.wanted(ctx.needs_input_grad, hidden, trained)
             walk = _walk(hidden, targets, ctx.head, weight, ctx.chunk_tokens, gradient=True)
             for rows, chunk in walk:
                 chunk.logprobs()
-                chunk.hidden_grad(-grads[0][rows].unsqueeze(1), out=grad[rows])
-        return grad, None, None, None
+                chunk.fill_gradients(-grads[0][rows].unsqueeze(1), found.rows(rows))
+        return _for_inputs(ctx, found.hidden, 3, found.trained)

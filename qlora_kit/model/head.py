@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_kit.errors import ModelError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
+from qlora_kit.layers.head_terms import HeadTerm, TrainedHead
+from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.model.encoder_decoder import is_encoder_decoder
 from qlora_kit.model.faults import model_errors
 from qlora_kit.model.hardware import Hardware
@@ -23,8 +26,7 @@ _PROBE_TOKENS = 2
 
 def head_of(model: PreTrainedModel) -> Head:
     """Read the head and the formula of its logits from a loaded model."""
-    linear = model.get_output_embeddings()
-    assert isinstance(linear, FrozenLinear)
+    linear, term = _parts(model.get_output_embeddings())
     config = model.config.get_text_config()
     scale = 1.0
     if getattr(config, "scale_decoder_outputs", False):  # T5, but not T5 v1.1
@@ -34,7 +36,28 @@ def head_of(model: PreTrainedModel) -> Head:
     elif getattr(config, "logits_scaling", None) is not None:  # Granite
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
-    return Head(linear, scale, softcap)
+    return Head(linear, scale, softcap, term)
+
+
+def _parts(module: nn.Module) -> tuple[FrozenLinear, HeadTerm | None]:
+    if isinstance(module, TrainedHead):
+        return module.head_parts()
+    assert isinstance(module, FrozenLinear)
+    return module, None
+
+
+def kept_by_head(model: PreTrainedModel, states: Tensor) -> Tensor | None:
+    """Draw the mask of the inputs that dropout keeps in LoRA on the head, bool (B · T, D).
+
+    Args:
+        model: with or without LoRA on its head.
+        states: (B, T, D), all that the head could be given.
+
+    Returns:
+        None without dropout.
+    """
+    head = model.get_output_embeddings()
+    return head.draw_kept(states) if isinstance(head, LoRALinear) else None
 
 
 class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]

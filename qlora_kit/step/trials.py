@@ -9,7 +9,7 @@ kernel to compute. Never changes a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.head_terms import TrainedHead
 from qlora_kit.layers.kernels.norm import FusedNorm
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.lora_experts import LoRAStack
@@ -179,12 +180,13 @@ def _gated(mlp: TiledMLP, numbers: Numbers) -> list[Tensor]:
 
 
 def _loss(tried: Tried) -> Iterator[Trial]:
-    if isinstance(tried.model.get_output_embeddings(), FrozenLinear):
+    if isinstance(tried.model.get_output_embeddings(), FrozenLinear | TrainedHead):
         yield partial(_summed, tried.model)
 
 
 def _summed(model: PreTrainedModel, numbers: Numbers) -> list[Tensor]:
-    head = head_of(model)
+    # What is trained of a head is computed by the same lines, whichever kernels serve.
+    head = replace(head_of(model), term=None)
     hidden = numbers.input(_TOKENS, head.linear.in_features)
     targets = torch.arange(_TOKENS, device=hidden.device)
     return numbers.with_gradients(cross_entropy_sum(hidden, targets, head), hidden)

@@ -40,8 +40,7 @@ def supervised_states(model: PreTrainedModel, batch: Batch) -> Supervised:
         outputs = run_in_segments(model, batch.segments, **inputs)
     else:
         outputs = model.base_model(**inputs)
-    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
-    return Supervised(hidden, batch.targets, batch.weights)
+    return Supervised.of(model, outputs.last_hidden_state, batch)
 
 
 def loss_sum(
@@ -77,7 +76,7 @@ def scores(
         chunk_tokens: tokens whose logits exist at one time.
     """
     states = supervised_states(model, batch)
-    return score_tokens(states.hidden, states.targets, head, chunk_tokens)
+    return score_tokens(states.hidden, states.targets, head.keeping(states.kept), chunk_tokens)
 
 
 class CausalObjective(TokenObjective):

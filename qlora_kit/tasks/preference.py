@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -147,9 +147,9 @@ class PreferenceObjective:
                 "preference, which compares two; choose its kind instead"
             )
 
-    @cached_property
+    @property
     def head(self) -> Head:
-        """The formula of the model's logits."""
+        """The formula of the model's logits, with what is trained of them just now."""
         return head_of(self.base.model)
 
     @property
@@ -237,8 +237,9 @@ class PreferenceObjective:
         return self._measured(batch.to(self.base.hardware.device))
 
     def _measured(self, batch: PairBatch) -> Measured:
-        hidden, targets, _ = supervised_states(self.base.model, batch.sequences)
-        logprobs = token_logprobs(hidden, targets, self.head, self.chunk_tokens)
+        hidden, targets, _, kept = supervised_states(self.base.model, batch.sequences)
+        head = self.head.keeping(kept)
+        logprobs = token_logprobs(hidden, targets, head, self.chunk_tokens)
         # fp64: a reward is a small difference of sums over many tokens.
         wide = logprobs.double()
         of_answers = _by_sequence(wide * batch.answers, batch.counts)

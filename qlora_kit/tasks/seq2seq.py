@@ -140,8 +140,7 @@ def supervised_states(model: PreTrainedModel, batch: SourceBatch) -> Supervised:
         batch: on the model's device.
     """
     hidden = target_states(model, batch.source_ids, batch.mask, batch.written_ids)
-    chosen = hidden.flatten(0, 1).index_select(0, batch.positions)
-    return Supervised(chosen, batch.targets, batch.weights)
+    return Supervised.of(model, hidden, batch)
 
 
 class Seq2SeqObjective(TokenObjective):
@@ -177,7 +176,8 @@ class Seq2SeqObjective(TokenObjective):
     def measured(self, batch: SourceBatch) -> TokenScores:
         """See `Objective`."""
         tokens = self.states(batch)
-        return score_tokens(tokens.hidden, tokens.targets, self.head, self.chunk_tokens)
+        head = self.head.keeping(tokens.kept)
+        return score_tokens(tokens.hidden, tokens.targets, head, self.chunk_tokens)
 
     def rows_of(self, batch: SourceBatch) -> Tensor:
         """See `TokenObjective`."""

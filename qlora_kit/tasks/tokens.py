@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.loss import (
@@ -23,7 +23,7 @@ from qlora_kit.layers.loss import (
     chunked_loss_sum,
     cross_entropy_sum,
 )
-from qlora_kit.model.head import head_of
+from qlora_kit.model.head import head_of, kept_by_head
 from qlora_kit.model.load import Base
 from qlora_kit.tasks.task import Figures, Objective, RowSums
 
@@ -38,11 +38,37 @@ class Supervised(NamedTuple):
         hidden: the hidden states that predict them, (N, D).
         targets: their ids, (N,), int64.
         weights: factor of the loss of each, (N,), fp32; None where all have 1.
+        kept: mask of the inputs that dropout keeps in LoRA on the head, bool (N, D); else None.
     """
 
     hidden: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    kept: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, states: Tensor, batch: _Predicts) -> Supervised:
+        """Pick the supervised tokens from all states (B, T, D) that a model gives a batch."""
+        hidden = states.flatten(0, 1).index_select(0, batch.positions)
+        kept = kept_by_head(model, states)
+        kept = None if kept is None else kept.index_select(0, batch.positions)
+        return cls(hidden, batch.targets, batch.weights, kept)
+
+
+class _Predicts(Protocol):
+    """A batch that says which of its states predict which tokens."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Numbers of the states among all, (N,)."""
+
+    @property
+    def targets(self) -> Tensor:
+        """Ids that they predict, (N,)."""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights of the tokens, (N,)."""
 
 
 def loss_of(
@@ -62,7 +88,8 @@ def loss_of(
         chunk_tokens: tokens whose logits exist at one time.
         losses: (N,) fp64, is filled with what each token adds to the sum, without a custom loss.
     """
-    hidden, targets, weights = tokens
+    hidden, targets, weights, kept = tokens
+    head = head.keeping(kept)
     if loss is None:
         return cross_entropy_sum(hidden, targets, head, chunk_tokens, weights, losses)
     assert weights is None, "refused before the first step"
@@ -89,9 +116,9 @@ class TokenObjective:
     packs: bool = False
     is_weighted: bool = False
 
-    @cached_property
+    @property
     def head(self) -> Head:
-        """The formula of the model's logits."""
+        """The formula of the model's logits, with what is trained of them just now."""
         return head_of(self.base.model)
 
     def states(self, batch: Any) -> Supervised:

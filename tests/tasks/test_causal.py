@@ -39,8 +39,8 @@ def adapter(save_tiny: Callable[..., Path]) -> Adapter:
 
 def test_a_state_predicts_the_next_label(adapter: Adapter) -> None:
     batch = collate(ROWS, 0)
-    hidden, targets, weights = supervised_states(adapter.base.model, batch)
-    assert weights is None
+    hidden, targets, weights, kept = supervised_states(adapter.base.model, batch)
+    assert weights is None and kept is None
     assert targets.tolist() == [41, 52, 63, 2, 9, 11, 2]
     assert len(targets) == batch.weight
     with torch.no_grad():

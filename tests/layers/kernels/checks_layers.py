@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from qlora_kit.layers import kernels
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head, quantize_head
+from qlora_kit.layers.head_terms import HeadTerm, LowRankTerm, RowsTerm, whole_head
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.loss import cross_entropy_sum, score_tokens, token_logprobs
 from qlora_kit.layers.mlp import TiledMLP
@@ -67,6 +69,35 @@ def test_cross_entropy(dtype: torch.dtype, scale: float, sliced: bool, is_weight
     assert relative_error(fused, plain) <= 1e-6
     assert fused_grad.dtype == dtype
     assert relative_error(fused_grad, plain_grad) <= 4 * eps
+
+
+@pytest.mark.parametrize("kind", ["low rank", "whole", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cross_entropy_of_a_trained_head(dtype: torch.dtype, kind: str) -> None:
+    head = make_head(dtype, 0.3)
+    linear: FrozenLinear = head.linear
+    term: HeadTerm
+    if kind == "low rank":
+        a, b = (random(*shape).requires_grad_() for shape in ((2, D), (V, 2)))
+        term = LowRankTerm(a, b, 0.5)
+    elif kind == "whole":
+        linear, term = whole_head(nn.Parameter(random(V, D, seed=9)), None)
+    else:
+        term = RowsTerm(torch.tensor([3, 300]), random(2, D).requires_grad_())
+    head = replace(head, linear=linear, term=term)
+    hidden, targets = states(dtype)
+    found = []
+    for names in ([], ["loss"]):
+        kernels.use(names)
+        for total in (
+            cross_entropy_sum(hidden, targets, head, 8),
+            -token_logprobs(hidden, targets, head, 8).sum(),
+        ):
+            grads = torch.autograd.grad(total / 7, (hidden, *term.parameters))
+            found.append((total, *grads))
+    for fused, plain in zip(found[2:], found[:2], strict=True):
+        for own, wanted in zip(fused, plain, strict=True):
+            assert relative_error(own, wanted) <= 4 * torch.finfo(dtype).eps
 
 
 def test_cross_entropy_is_more_exact_than_the_plain_code_in_float16() -> None:
