@@ -48,8 +48,8 @@ def absent_tokens(opened: Opened, rows: Tokenized) -> Iterator[str]:
     if named:
         where = "none of the rows" if rows.stream_pass is None else "none of the first rows"
         yield (
-            f"--new-tokens: {where} of the data has {', '.join(named)}; what stays unseen is learnt "
-            "as a token that never comes"
+            f"--new-tokens: {where} of the data has {', '.join(named)}, which so is learnt as a "
+            "token that never comes"
         )
 
 
