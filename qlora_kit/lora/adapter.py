@@ -40,7 +40,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
-from qlora_kit.lora.saved import check_saved, put_in_place
+from qlora_kit.lora.saved import Unresized, check_saved, put_in_place
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.stacked import (
     folded,
@@ -272,7 +272,7 @@ class StoredAdapter:
             if self.stays_tied and len({copy, source} & saved.keys()) == 1:
                 one = saved.get(copy, saved.get(source))
                 assert one is not None
-                saved |= {copy: one, source: one}
+                saved |= {name: one.clone() for name in {copy, source} - saved.keys()}
         return replace(self, saved=saved)
 
     def delta(self, path: str) -> Tensor:
@@ -490,14 +490,15 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     stored = read_adapter(folder)
     if stored.saved or stored.rows:
         stored = stored.with_twins(base.spec.skeleton())
-    needed, smaller = vocabulary_of(stored, base.spec), None
+    needed, before = vocabulary_of(stored, base.spec), None
     if needed is not None:
-        smaller, base = base, resized(base, needed)
+        before = Unresized.of(base)
+        base = resized(base, needed)
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
     adapter.fill(stored.tensors, stored.whole)
     originals = put_in_place(base.model, stored.saved)
-    return replace(adapter, saved=stored.saved, originals=originals, resized_from=smaller)
+    return replace(adapter, saved=stored.saved, originals=originals, resized_from=before)
 
 
 def check_fits(stored: StoredAdapter, base: Base) -> None:

@@ -25,12 +25,11 @@ from qlora_kit.layers.projections import (
     stacks,
 )
 from qlora_kit.layers.trained import TrainedLayer
-from qlora_kit.lora.saved import Original, put_back
+from qlora_kit.lora.saved import Original, Unresized, put_back
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.lora.whole import count_whole, train_whole
-from qlora_kit.model.load import Base, resized
-from qlora_kit.model.vocabulary import rows_of
+from qlora_kit.model.load import Base
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Adapter:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
-    resized_from: Base | None = None
+    resized_from: Unresized | None = None
 
     @torch.no_grad()
     def fill(
@@ -231,10 +230,7 @@ def detach(adapter: Adapter) -> Base:
         adapter.base.model.set_submodule(path, trained.replaced)
     put_back(adapter.base.model, adapter.originals)
     if adapter.resized_from is not None:
-        own = rows_of(adapter.resized_from.spec.architecture())
-        assert own is not None, "it was resized"
-        resized(adapter.base, own)
-        return adapter.resized_from
+        return adapter.resized_from.put_back()
     return adapter.base
 
 

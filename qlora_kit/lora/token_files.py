@@ -156,8 +156,8 @@ def trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
         for leaf, parameter in layer.named_parameters():
             found[f"{path}.{_ROWS if is_of_rows(layer) else leaf}"] = parameter
         if isinstance(layer, TiedOutput):
-            # PEFT wants the tensor of both halves of a tied pair.
-            found[f"{path}.weight"] = layer.weight
+            # PEFT wants the tensor of both halves of a tied pair; a file has no tensor twice.
+            found[f"{path}.weight"] = layer.weight.detach().clone()
     return found
 
 

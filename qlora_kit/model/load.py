@@ -527,10 +527,17 @@ def resized(base: Base, rows: int) -> Base:
             own = embedding.weight.detach() if is_tied(model) else head.weight.values
             head.weight = PlainWeight(with_row_count(own, rows))
             head.bias = None if head.bias is None else with_row_count(head.bias, rows)
-            head.out_features = rows
-    embedding.num_embeddings = rows
-    set_rows(model.config, rows)
+    say_rows(model, rows)
     return replace(base, spec=replace(base.spec, vocabulary=rows))
+
+
+def say_rows(model: PreTrainedModel, rows: int) -> None:
+    """Let a loaded model, whose tables have as many rows already, say so."""
+    embedding, head = input_embedding(model), model.get_output_embeddings()
+    for table, name in ((embedding, "num_embeddings"), (head, "out_features")):
+        if table is not None:
+            setattr(table, name, rows)
+    set_rows(model.config, rows)
 
 
 def _set_table(table: nn.Module, values: Tensor) -> None:
