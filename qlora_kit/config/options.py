@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,6 +26,7 @@ from qlora_kit.config.decisions import ChangeGroup, Decision, declared
 from qlora_kit.config.over import Over, parse_over
 from qlora_kit.config.values import (
     as_meant,
+    check_tokens,
     kinds_of,
     parse_balanced_or_numbers,
     parse_device,
@@ -41,6 +43,7 @@ from qlora_kit.config.values import (
     parse_size_or_auto,
     parse_sources,
     parse_steps,
+    parse_tokens,
     parse_tracker,
     switch,
 )
@@ -91,7 +94,7 @@ Bits = Annotated[Literal[4, 8, 16], BeforeValidator(parse_digits)]
 LongSamples = Literal["auto", "drop", "truncate", "split", "error"]
 ChangeNames = Annotated[tuple[ChangeGroup, ...], BeforeValidator(parse_list)]
 ModuleNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
-TokenNames = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
+TokenNames = Annotated[tuple[str, ...], AfterValidator(check_tokens), BeforeValidator(parse_tokens)]
 LayerNumbers = Annotated[
     tuple[Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(parse_number)], ...],
     BeforeValidator(parse_list),

@@ -135,6 +135,28 @@ def parse_list(value: Any) -> Any:
     return split_list(value) if isinstance(value, str) else value
 
 
+def check_tokens(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Return tokens as they are, if each can be one.
+
+    Raises:
+        ValueError: a token is empty or is white space, or stands twice.
+    """
+    for token in tokens:
+        if not token.strip():
+            raise ValueError("expected tokens such as <think>,</think>, none of them empty")
+        if tokens.count(token) > 1:
+            raise ValueError(
+                f"expected each token once; {token} stands {tokens.count(token)} times"
+            )
+    return tokens
+
+
+def parse_tokens(value: Any) -> Any:
+    """Return the parts of a text between its commas, also empty ones; other values as they are."""
+    is_list = isinstance(value, str) and value != ""
+    return [part.strip() for part in value.split(",")] if is_list else parse_list(value)
+
+
 def parse_init(value: Any) -> Any:
     """Return the name of a start as the kit has it; True, PEFT's word for its default, as that."""
     if switch(value) is True:

@@ -120,6 +120,11 @@ class TokenRows:
         """Return the largest token id of all rows."""
         return max(int(token) for row in self for token in row["input_ids"])
 
+    def absent(self, tokens: Sequence[int]) -> list[int]:
+        """Return which of some token ids are in no row."""
+        found = {int(token) for row in self for token in row["input_ids"]}
+        return [token for token in tokens if token not in found]
+
     @property
     def is_weighted(self) -> bool:
         """Whether tokens of some row count more or less than others in a loss."""
@@ -192,6 +197,13 @@ class TokenTable(TokenRows):
         tokens = pyarrow.compute.list_flatten(self.column("input_ids"))
         largest: int = pyarrow.compute.max(tokens).as_py()
         return largest
+
+    def absent(self, tokens: Sequence[int]) -> list[int]:
+        """Return which of some token ids are in no row."""
+        import pyarrow.compute
+
+        every = pyarrow.compute.list_flatten(self.column("input_ids"))
+        return [each for each in tokens if pyarrow.compute.index(every, each).as_py() < 0]
 
     @property
     def is_weighted(self) -> bool:

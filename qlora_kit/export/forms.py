@@ -9,7 +9,7 @@ trusted.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -28,6 +28,7 @@ from qlora_kit.model.class_head import fresh_value
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.encoder_decoder import stays_unpacked
 from qlora_kit.model.load import freeze, open_tensors
+from qlora_kit.model.vocabulary import tables, with_row_count
 
 
 class Variant(StrEnum):
@@ -71,10 +72,10 @@ class Forms:
     written: Stored | None
     stays_unpacked: bool = False
 
-    @property
+    @cached_property
     def saved(self) -> Tensor | None:
-        """The tensor that the adapter replaces the whole parameter by, or None."""
-        return self.merge.stored.saved.get(self.name)
+        """The tensor that the adapter replaces the parameter by, or rows of it; or None."""
+        return self.merge.stored.in_place_of(self.name, self.stored)
 
     @property
     def path(self) -> str:
@@ -190,7 +191,8 @@ class Parameters:
         self._merge = merge
         self._linear, self._config = projected_weights(skeleton), skeleton.config
         self._windows = convolutions(skeleton)
-        self._base = _Reader(open_tensors(merge.spec, skeleton, merge.device), skeleton)
+        resized = tables(skeleton) if merge.spec.vocabulary is not None else frozenset()
+        self._base = _Reader(open_tensors(merge.spec, skeleton, merge.device), skeleton, resized)
         self._written = _Reader(open_checkpoint(folder), skeleton)
         self.has_original = has_original(merge.spec, skeleton)
         shapes = skeleton.state_dict()
@@ -248,10 +250,12 @@ def _is_linear(skeleton: nn.Module, name: str) -> bool:
 
 
 class _Reader:
-    """The tensors of a checkpoint, read module by module."""
+    """The tensors of a checkpoint, read module by module; some with another number of rows."""
 
-    def __init__(self, source: TensorSource, skeleton: PreTrainedModel) -> None:
-        self._source, self._skeleton = source, skeleton
+    def __init__(
+        self, source: TensorSource, skeleton: PreTrainedModel, resized: Set[str] = frozenset()
+    ) -> None:
+        self._source, self._skeleton, self._resized = source, skeleton, resized
         self._shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
         self._by_path: dict[str, list[Assembly]] = defaultdict(list)
         for assembly in assemble(source.names, skeleton):
@@ -276,6 +280,8 @@ class _Reader:
             yield assembly.target, read_quantized(parts, (rows, columns))
             return
         for name, tensor in assembly.tensors(self._source.read, self._skeleton).items():
+            if name in self._resized:
+                tensor = with_row_count(tensor, self._shapes[name][0])
             yield name, tensor.to(device)
 
 

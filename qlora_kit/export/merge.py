@@ -24,7 +24,7 @@ from qlora_kit.export.shards import ShardWriter
 from qlora_kit.layers.projections import carriers, projected_weights, stacks
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
-from qlora_kit.lora.adapter import StoredAdapter, check_layers
+from qlora_kit.lora.adapter import StoredAdapter, check_layers, check_token_rows
 from qlora_kit.lora.saved import check_saved
 from qlora_kit.lora.vocabulary import check_same
 from qlora_kit.model.convert import as_stored, with_kernels
@@ -132,12 +132,14 @@ def merge_to(
         OutputError: the folder exists; or replacing it would delete a folder that is no merged
             model, or files that the merge reads.
     """
-    merge = Merge(stored, spec, dtype, over, requantize, device or _CPU)
     check_target(folder, [stored.folder, spec.folder], overwrite)
     skeleton = spec.skeleton()
+    stored = stored.with_twins(skeleton)
+    merge = Merge(stored, spec, dtype, over, requantize, device or _CPU)
     _check_possible(merge, skeleton)
     check_layers(stored, carriers(skeleton), "the base")
     check_saved(stored.saved, spec, skeleton, stored.folder)
+    check_token_rows(stored, spec)
     if stored.changes_nothing:
         raise AdapterError(
             f"{stored.folder}: A or B of every layer is zero ({len(stored.tensors)} layers), so "
@@ -292,11 +294,7 @@ def _written_tensors(
 def untied_copies(stored: StoredAdapter, skeleton: PreTrainedModel) -> dict[str, str]:
     """Return the tied parameters that differ once the adapter is merged, each with its original."""
     tied = skeleton.all_tied_weights_keys or {}
-    return {
-        copy: source
-        for copy, source in tied.items()
-        if any(name in stored.saved or _path(name) in stored.tensors for name in (copy, source))
-    }
+    return {copy: source for copy, source in tied.items() if stored.unties(copy, source)}
 
 
 def _path(name: str) -> str:
@@ -352,8 +350,8 @@ def merged_tensors(
     for name, value in stream:
         tensor = value.dequantize(unpacked) if isinstance(value, FrozenWeight) else value
         path = _path(name)
-        if name in stored.saved:
-            tensor = stored.saved[name]
+        if (replacement := stored.in_place_of(name, value)) is not None:
+            tensor = replacement
         elif path in stored.tensors:
             # Added into the delta, because only the delta's memory is sure to be unshared. A
             # convolution, an embedding or a head is not packed, and training cast it to the same

@@ -318,7 +318,8 @@ def _heads(
     assert isinstance(module, nn.Linear)
     skeleton.set_submodule(path, FrozenLinear.of(module))
     name = f"{path}.weight"
-    embedding = (skeleton.all_tied_weights_keys or {}).get(name, name)
+    tied = skeleton.all_tied_weights_keys or {}
+    embedding = tied.get(name, name)
 
     def stored_head() -> Stored:
         found = parameters.stored(name)
@@ -328,7 +329,10 @@ def _heads(
         found = parameters.written(name)
         return _found(parameters.written(embedding) if found is None else found)
 
-    of_base, saved = stored_head(), merge.stored.saved.get(name)
+    of_base = stored_head()
+    # A head that stays tied gets what the embedding does.
+    changed = name if name not in tied or merge.stored.unties(name, embedding) else embedding
+    saved = merge.stored.in_place_of(changed, of_base)
     of_adapter = of_base if saved is None else saved.to(merge.device)
     chosen: Mapping[Variant, Stored] = {Variant.BASE: of_base, Variant.WRITTEN: written_head()}
     heads = {}

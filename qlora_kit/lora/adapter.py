@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
 from qlora_kit.layers.projections import (
@@ -25,7 +26,8 @@ from qlora_kit.layers.projections import (
     projections,
     stacks,
 )
-from qlora_kit.layers.weight import PlainWeight
+from qlora_kit.layers.trained_rows import with_rows
+from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.lora.attach import Adapter, attach
 from qlora_kit.lora.files import (
     CONFIG,
@@ -39,7 +41,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
-from qlora_kit.lora.saved import check_saved, put_in_place
+from qlora_kit.lora.saved import Unresized, check_saved, put_in_place
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.stacked import (
     folded,
@@ -50,9 +52,18 @@ from qlora_kit.lora.stacked import (
     target_parameters,
     unfolded,
 )
+from qlora_kit.lora.token_files import (
+    is_of_rows,
+    tied_pair,
+    token_fields,
+    token_tensors,
+    trained_tensors,
+    vocabulary_of,
+)
 from qlora_kit.lora.vocabulary import as_files, base_layers, check_same, turned
+from qlora_kit.lora.whole import check_fits_rows
 from qlora_kit.model.checkpoint import PickledShards
-from qlora_kit.model.load import Base
+from qlora_kit.model.load import Base, BaseSpec, resized
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import check_no_pointer, load_tensors, save_tensors, write_json
 from qlora_kit.time_limit import TimeUp, time_limit
@@ -98,7 +109,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     for name, tensor in {
         **_rest_of_heads(adapter),
         **adapter.saved,
-        **adapter.whole_parameters(),
+        **trained_tensors(adapter),
     }.items():
         tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     save_tensors(folder / WEIGHTS, tensors)
@@ -134,6 +145,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
         "modules_to_save": _modules_to_save(adapter) or None,
+        **token_fields(adapter),
         "inference_mode": True,
     }
 
@@ -144,7 +156,9 @@ def _modules_to_save(adapter: Adapter) -> list[str]:
     PEFT itself saves the head of a classifier by the name of its outermost module.
     """
     prefix = base_prefix(adapter.base.model)
-    paths = {name.rpartition(".")[0] for name in (*adapter.saved, *adapter.whole_parameters())}
+    whole = {path for path, layer in adapter.whole.items() if not is_of_rows(layer)}
+    whole.discard(tied_pair(adapter) or "")
+    paths = {name.rpartition(".")[0] for name in adapter.saved} | whole
     in_head = {path for path in paths if prefix and not path.startswith(prefix)}
     is_classifier = adapter.base.spec.classes is not None
     heads = {path.partition(".")[0] for path in in_head} if is_classifier else in_head
@@ -193,6 +207,9 @@ class StoredAdapter:
         kernels: the shape of a row of A in the file, (C, k, k), of each convolution, by path.
         of_base: tensors of the base that the file has beside the LoRA on them, by their name in
             the base, which must have the same.
+        rows: values (k, D), fp32, of the rows of tokens that `spec.token_rows` names, by path of
+            their table.
+        stays_tied: whether a head that is the embedding as well stays so (`ensure_weight_tying`).
     """
 
     folder: Path
@@ -206,12 +223,68 @@ class StoredAdapter:
     targeted_stacks: tuple[str, ...] = ()
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     of_base: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    stays_tied: bool = False
 
     @property
     def changes_nothing(self) -> bool:
         """Whether it leaves every weight of its base as it is."""
         pairs = self.tensors.values()
-        return not self.saved and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
+        is_replaced = bool(self.saved or self.rows)
+        return not is_replaced and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """What it has beside LoRA, by the names of trained parameters, see `Adapter.fill`."""
+        return {**self.saved, **{f"{path}.rows": each for path, each in self.rows.items()}}
+
+    def in_place_of(self, name: str, value: FrozenWeight | Tensor) -> Tensor | None:
+        """Return what takes the place of a parameter of the base; None if nothing does.
+
+        Args:
+            name: the name of the parameter.
+            value: the parameter; with trained rows, its other rows are returned as they are.
+        """
+        if name in self.saved:
+            return self.saved[name]
+        path = name.removesuffix(".weight")
+        if path == name or path not in self.rows or self.spec.token_rows is None:
+            return None
+        table = value if isinstance(value, Tensor) else value.dequantize(torch.float32)
+        return with_rows(table, self.spec.token_rows.ids[path], self.rows[path], torch.float32)
+
+    def unties(self, copy: str, source: str) -> bool:
+        """Whether a parameter that is tied to another one of the base differs from it then."""
+        if any(each.removesuffix(".weight") in self.tensors for each in (copy, source)):
+            return True
+        own, others = self.saved.get(copy), self.saved.get(source)
+        if own is not None and others is not None:
+            return own is not others and not torch.equal(own, others)
+        if own is not None or others is not None:
+            return True
+        of_own, of_others = (self.rows.get(each.removesuffix(".weight")) for each in (copy, source))
+        if of_own is None:
+            return False
+        return of_others is None or not torch.equal(of_own, of_others) or not self._same_rows
+
+    @property
+    def _same_rows(self) -> bool:
+        assert self.spec.token_rows is not None
+        return len(set(self.spec.token_rows.ids.values())) == 1
+
+    def with_twins(self, skeleton: PreTrainedModel) -> StoredAdapter:
+        """Return the adapter with both halves of a pair that stays tied, where it has one of them.
+
+        Args:
+            skeleton: of its base.
+        """
+        saved: dict[str, Tensor] = dict(self.saved)
+        for copy, source in (skeleton.all_tied_weights_keys or {}).items():
+            if self.stays_tied and len({copy, source} & saved.keys()) == 1:
+                one = saved.get(copy, saved.get(source))
+                assert one is not None
+                saved |= {name: one.clone() for name in {copy, source} - saved.keys()}
+        return replace(self, saved=saved)
 
     def delta(self, path: str, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return scaling · B A of the layer at `path`, (K, D), fp32, or some rows of it."""
@@ -240,7 +313,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
     of_base, raw = base_layers(turned(_read_tensors(folder), folder / WEIGHTS))
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
-    saved = _saved(others, tuple(config.modules_to_save or ()), folder)
+    of_tokens = token_tensors(others, config, folder / WEIGHTS)
+    modules = (*(config.modules_to_save or ()), *of_tokens.tables)
+    saved = _saved(of_tokens.rest, modules, folder)
     _check_all_saved(saved, config, folder)
     pairs, kernels = _pair(lora, folder)
     parameters = tuple(config.target_parameters or ())
@@ -259,6 +334,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         rslora=bool(config.use_rslora),
         rank_pattern=config.rank_pattern or {},
         alpha_pattern=config.alpha_pattern or {},
+        token_rows=of_tokens.token_rows,
     )
     ranks = _ranks(folder, spec)
     stack_paths = set(stack_of.values())
@@ -275,6 +351,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         folder, spec, tensors, config.base_model_name_or_path, record, saved,
         targeted=(*config.targeted_names, *layers_named(parameters)),
         stacked=stacked, targeted_stacks=parameters, kernels=kernels, of_base=of_base,
+        rows=of_tokens.rows, stays_tied=bool(config.ensure_weight_tying),
     )  # fmt: skip
 
 
@@ -295,7 +372,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
     """Return the parameters of `modules_to_save` by the name they have in the base."""
     file = folder / WEIGHTS
-    saved = {}
+    saved: dict[str, Tensor] = {}
     for key, tensor in raw.items():
         match = _SAVED_KEY.fullmatch(key)
         path = match["path"] if match else ""
@@ -304,7 +381,13 @@ def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) ->
             raise AdapterError(f"{file}: unknown tensor {key}; expected lora_A and lora_B")
         if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinity; train it again")
-        saved[f"{path}.{match['leaf']}"] = tensor
+        name = f"{path}.{match['leaf']}"
+        if name in saved and not torch.equal(saved[name], tensor):
+            raise AdapterError(
+                f"{file}: holds {name} twice, with different values; expected one; save the "
+                "adapter again"
+            )
+        saved[name] = tensor
     return saved
 
 
@@ -416,11 +499,17 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
         AdapterError: see `read_adapter` and `check_fits`.
     """
     stored = read_adapter(folder)
+    if stored.saved or stored.rows:
+        stored = stored.with_twins(base.spec.skeleton())
+    needed, before = vocabulary_of(stored, base.spec), None
+    if needed is not None:
+        before = Unresized.of(base)
+        base = resized(base, needed)
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
-    adapter.fill(stored.tensors, stored.saved)
+    adapter.fill(stored.tensors, stored.whole)
     originals = put_in_place(base.model, stored.saved)
-    return replace(adapter, saved=stored.saved, originals=originals)
+    return replace(adapter, saved=stored.saved, originals=originals, resized_from=before)
 
 
 def check_fits(stored: StoredAdapter, base: Base) -> None:
@@ -437,6 +526,7 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
             check_same(name, tensor, own, stored.folder)
     if stored.saved or base.spec.classes is not None:
         check_saved(stored.saved, base.spec, base.spec.skeleton(), stored.folder)
+    check_token_rows(stored, base.spec)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "
@@ -450,6 +540,19 @@ def _held(model: nn.Module, name: str) -> Tensor | None:
     held = getattr(model.get_submodule(path), leaf)
     held = held.values if isinstance(held, PlainWeight) else held
     return held if isinstance(held, Tensor) else None
+
+
+def check_token_rows(stored: StoredAdapter, spec: BaseSpec) -> None:
+    """Check that the base of an adapter has the rows of tokens that it trained.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    rows = stored.spec.token_rows
+    if rows is not None and (faults := [*check_fits_rows(rows, spec.skeleton(), stored.rows)]):
+        raise AdapterError(
+            f"{stored.folder}: {faults[0]}; expected the base {stored.base}; name it with --model"
+        )
 
 
 def check_layers(stored: StoredAdapter, found: Mapping[str, Projection], base: str) -> None:

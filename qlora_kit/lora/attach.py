@@ -26,14 +26,12 @@ from qlora_kit.layers.projections import (
     projections,
     stacks,
 )
-from qlora_kit.layers.trained import TrainedLinear
-from qlora_kit.lora.saved import Original, put_back
+from qlora_kit.layers.trained import TrainedLayer
+from qlora_kit.lora.saved import Original, Unresized, put_back
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.targets import targeted_paths
+from qlora_kit.lora.whole import count_whole, train_whole
 from qlora_kit.model.load import Base
-
-# Of a fresh layer whose architecture does not say it.
-_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -46,19 +44,22 @@ class Adapter:
         layers: the LoRA layers by path.
         stacks: the stacks of experts that carry LoRA, by path.
         embeddings: the input embedding, if it carries LoRA, by path.
-        whole: the layers that are trained whole, by path.
+        whole: the layers of which all, or some rows, are trained in their places, by path.
         saved: parameters that replace parameters of the base, by name.
         originals: the replaced parameters of the base, by name, see `lora.saved`.
+        resized_from: the base as it was before it got rows for the adapter's tokens; None if it
+            got none.
     """
 
     base: Base
     spec: LoraSpec
     layers: Mapping[str, LoRALinear]
-    whole: Mapping[str, TrainedLinear] = field(default_factory=dict)
+    whole: Mapping[str, TrainedLayer] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
     embeddings: Mapping[str, LoRAEmbedding] = field(default_factory=dict)
+    resized_from: Unresized | None = None
 
     @torch.no_grad()
     def fill(
@@ -76,6 +77,13 @@ class Adapter:
                 own.copy_(given)
         for name, parameter in self.whole_parameters().items():
             parameter.copy_(whole[name])
+
+    def start_from(
+        self, tensors: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor]
+    ) -> None:
+        """Set the values as `fill` does; parameters that are not given stay as they are."""
+        own = {name: each.detach() for name, each in self.whole_parameters().items()}
+        self.fill(tensors, {**own, **whole})
 
     def _matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (R, D) and B (K, R) of each LoRA layer, embedding and expert, by path."""
@@ -167,8 +175,7 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
         for path in targeted_paths(skeleton, spec)
         for each in layers[path]
     )
-    whole = (skeleton.get_submodule(path).parameters() for path in spec.whole)
-    return low_rank + sum(each.numel() for parameters in whole for each in parameters)
+    return low_rank + count_whole(skeleton, spec)
 
 
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
@@ -210,31 +217,8 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             device=base.hardware.device,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
-    whole = _train_whole(base, spec, layers, generator)
+    whole = train_whole(base, spec, generator)
     return Adapter(base, spec, layers, whole, stacks=stacked, embeddings=embeddings)
-
-
-def _train_whole(
-    base: Base, spec: LoraSpec, layers: Mapping[str, LoRALinear], generator: torch.Generator
-) -> dict[str, TrainedLinear]:
-    whole = {}
-    std = float(getattr(base.model.config, "initializer_range", _STD))
-    for path in spec.whole:
-        layer = base.model.get_submodule(path)
-        if path in layers or not isinstance(layer, FrozenLinear):
-            raise ConfigError(f"{path}: cannot be trained whole; expected a layer without LoRA")
-        if layer is base.model.get_output_embeddings():
-            raise ConfigError(
-                f"{path}: the loss takes the output head for frozen; leave it out of what is "
-                "trained whole"
-            )
-        whole[path] = TrainedLinear(layer)
-        if f"{path}.weight" in base.fresh:
-            # Drawn in host memory: the same values on every device.
-            drawn = torch.empty(whole[path].weight.shape).normal_(0, std, generator=generator)
-            whole[path].weight.data.copy_(drawn)
-        base.model.set_submodule(path, whole[path])
-    return whole
 
 
 def check_free(base: Base) -> None:
@@ -261,6 +245,8 @@ def detach(adapter: Adapter) -> Base:
     for path, trained in adapter.whole.items():
         adapter.base.model.set_submodule(path, trained.replaced)
     put_back(adapter.base.model, adapter.originals)
+    if adapter.resized_from is not None:
+        return adapter.resized_from.put_back()
     return adapter.base
 
 
@@ -297,8 +283,7 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
         ]
         model.set_submodule(path, Stack(merged, is_transposed=stack.is_transposed))
     for path, trained in adapter.whole.items():
-        bias = None if trained.bias is None else trained.bias.detach().to(dtype)
-        model.set_submodule(path, FrozenLinear.holding(trained.weight.detach().to(dtype), bias))
+        model.set_submodule(path, trained.merged(dtype))
     return adapter.base
 
 

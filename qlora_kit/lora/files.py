@@ -45,7 +45,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
     "bias": (None, "none"),
     "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "use_qalora": (None, False),
     "alora_invocation_tokens": (None, []),
     "use_bdlora": (None, False),
@@ -61,7 +60,7 @@ _HARMLESS = {
     "layers_pattern",
     # The base decides whether its layers hold their weights transposed, here and in PEFT.
     "fan_in_fan_out",
-    "megatron_core", "ensure_weight_tying", "qalora_group_size",
+    "megatron_core", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 
@@ -127,6 +126,7 @@ _Labels = Annotated[
 _OrAbsent = BeforeValidator(lambda value: None if value == "" else value)
 _Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
 _Alpha = Annotated[float, Field(gt=0)]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 _DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -154,6 +154,8 @@ class PeftConfig(_File):
     exclude_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[_Text] | None = None
+    ensure_weight_tying: bool | None = None
+    trainable_token_indices: list[_Token] | dict[_Text, list[_Token]] | None = None
     task_type: Any = None
 
     @property
@@ -190,6 +192,7 @@ class BaseRecord(_File):
         reads: what the model reads. PEFT has no name for the task of a classifier of images.
         preference_loss, preference_beta: the loss that pairs of answers were compared by; None for
             other models.
+        new_tokens: tokens that were added to the tokenizer, or that it had, and were trained.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -211,6 +214,7 @@ class BaseRecord(_File):
     reads: Literal["text", "images"] = "text"
     preference_loss: PreferenceLoss | None = None
     preference_beta: Annotated[float, Field(gt=0)] | None = None
+    new_tokens: Annotated[tuple[_Text, ...], Field(strict=False)] = ()
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -227,6 +231,7 @@ class BaseRecord(_File):
         revision: str | None = None,
         template_hash: str | None = UNKNOWN_TEMPLATE,
         preference: tuple[PreferenceLoss, float] | None = None,
+        new_tokens: tuple[str, ...] = (),
     ) -> BaseRecord:
         """Describe a loaded base.
 
@@ -236,6 +241,7 @@ class BaseRecord(_File):
             template_hash: see `data.tokens.Tokenized.template_hash`. With None, `generate` uses no
                 template. With `UNKNOWN_TEMPLATE`, it uses the tokenizer's, if there is one.
             preference: the loss that pairs of answers were compared by, and its β.
+            new_tokens: the tokens of which rows are trained.
         """
         dtype: Any = base.hardware.dtype_name
         classes = base.spec.classes
@@ -255,6 +261,7 @@ class BaseRecord(_File):
             reads="images" if base.spec.loads == IMAGE_CLASSIFICATION else "text",
             preference_loss=preference[0] if preference else None,
             preference_beta=preference[1] if preference else None,
+            new_tokens=new_tokens,
             versions=library_versions(),
         )
 
@@ -267,6 +274,8 @@ class BaseRecord(_File):
             del content["reads"]
         if self.preference_loss is None:
             del content["preference_loss"], content["preference_beta"]
+        if not self.new_tokens:
+            del content["new_tokens"]
         return content
 
 

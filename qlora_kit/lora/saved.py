@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.projections import transposed_weights
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.class_head import head_layers
-from qlora_kit.model.load import BaseSpec
+from qlora_kit.model.load import Base, BaseSpec, say_rows
+from qlora_kit.model.vocabulary import rows_of, tables
 from qlora_kit.private_torch import own_buffers, own_parameters
 
 Original = FrozenWeight | Tensor | None
@@ -113,6 +115,33 @@ def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
             setattr(module, leaf, own)
         else:
             _set(module, leaf, own)
+
+
+@dataclass(frozen=True)
+class Unresized:
+    """A base before it got another number of rows of tokens.
+
+    Attributes:
+        base: the base, whose model has changed since.
+        tables: its own tables, by name.
+    """
+
+    base: Base
+    tables: Mapping[str, Original]
+
+    @classmethod
+    def of(cls, base: Base) -> Unresized:
+        """Remember a base that will be resized in place."""
+        owners = {name: _owner(base.model, name) for name in tables(base.spec.skeleton())}
+        return cls(base, {name: getattr(module, leaf) for name, (module, leaf) in owners.items()})
+
+    def put_back(self) -> Base:
+        """Give the model its own tables again, bit for bit."""
+        put_back(self.base.model, self.tables)
+        rows = rows_of(self.base.spec.architecture())
+        assert rows is not None, "it had tables"
+        say_rows(self.base.model, rows)
+        return self.base
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

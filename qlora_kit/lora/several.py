@@ -243,6 +243,11 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
                 "(modules_to_save), which other adapters share; expected LoRA alone; use it by "
                 "itself"
             )
+        if adapter.rows:
+            raise AdapterError(
+                f"{adapter.folder}: has rows of tokens of its own ({next(iter(adapter.rows))}), in "
+                "tables that other adapters share; expected LoRA alone; use it by itself"
+            )
     choice = _Choice()
     layers: dict[str, SwitchedLinear | SwitchedEmbedding] = {}
     for path, carrier in carriers(base.model).items():

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from qlora_kit.config import VariantOptions
 from qlora_kit.errors import ConfigError
+from qlora_kit.lora.whole import TokenRows
 
 # PEFT's word for causal language modelling.
 TASK_TYPE = "CAUSAL_LM"
@@ -89,6 +90,7 @@ class LoraSpec:
         exclude_modules: names or regular expressions of layers that get none, targeted or not.
         modules_to_save: names of modules that are trained whole.
         new_tokens: tokens that are added, of which embedding and head train only the rows.
+        token_rows: the rows of embedding and head that are trained, such as those of new tokens.
         variant: what is done otherwise than in plain LoRA.
     """
 
@@ -106,10 +108,15 @@ class LoraSpec:
     modules_to_save: tuple[str, ...] = ()
     new_tokens: tuple[str, ...] = ()
     variant: Variant = field(default_factory=Variant)
+    token_rows: TokenRows | None = None
 
     @classmethod
     def of(
-        cls, options: VariantOptions, task_type: str = TASK_TYPE, whole: tuple[str, ...] = ()
+        cls,
+        options: VariantOptions,
+        task_type: str = TASK_TYPE,
+        whole: tuple[str, ...] = (),
+        token_rows: TokenRows | None = None,
     ) -> LoraSpec:
         """Return the spec that the options ask for, for a task that PEFT calls `task_type`."""
         return cls(
@@ -127,6 +134,7 @@ class LoraSpec:
             modules_to_save=options.modules_to_save,
             new_tokens=options.new_tokens,
             variant=Variant.of(options),
+            token_rows=token_rows,
         )
 
     def rank_of(self, path: str) -> int:

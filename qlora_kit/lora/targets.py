@@ -28,6 +28,7 @@ from qlora_kit.layers.projections import (
 from qlora_kit.layers.windows import Window
 from qlora_kit.lora.spec import IS_PATTERN, LoraSpec, names_path
 from qlora_kit.lora.vocabulary import check_plain
+from qlora_kit.lora.whole import check_not_targeted, whole_paths
 from qlora_kit.model.encoder_decoder import shared_embedding
 
 ALL_LINEAR = "all-linear"
@@ -141,6 +142,12 @@ def _matches(target: str, path: str, group: str | None = None) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
+def _named_themselves(targets: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
+    """Return which target names a path itself, and not a group that it is in, by path."""
+    named = [each for each in targets if each not in (ALL_LINEAR, ALL_CONV, *_GROUPS)]
+    return {path: each for path in paths for each in named if _matches(each, path)}
+
+
 def _endings(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
 
@@ -170,9 +177,11 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
     Raises:
         ConfigError: a target or a pattern names no layer; or experts would have dropout.
     """
-    found = {path: each for path, each in projections(model).items() if path not in spec.whole}
+    whole = whole_paths(model, spec)
+    check_not_targeted(_named_themselves(spec.targets, whole), whole, model)
+    found = {path: each for path, each in projections(model).items() if path not in whole}
     shared = shared_embedding(model)
-    at_ends = [path for path in vocabulary_of(model) if path not in (*spec.whole, *shared)]
+    at_ends = [path for path in vocabulary_of(model) if path not in (*whole, *shared)]
     paths = resolve_targets(found, spec.targets, at_ends, router_paths(model), shared)
     check_patterns(paths, spec)
     check_plain(spec, [path for path in at_ends if path in paths])

@@ -60,6 +60,7 @@ from qlora_kit.model.head import verify_head
 from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
 from qlora_kit.model.random_weights import RandomWeights
+from qlora_kit.model.vocabulary import set_rows, tables, with_row_count
 from qlora_kit.model.width import batch_width
 from qlora_kit.private_torch import own_buffers
 from qlora_kit.signals import safe_point
@@ -85,6 +86,8 @@ class BaseSpec:
         random: whether to take random weights instead of the stored ones.
         loads: the class of transformers that the base is loaded as.
         classes: meaning of the outputs of a classifier; None for other models.
+        vocabulary: rows of its embedding and of its head, where they are not as many as stored,
+            because tokens were added; None: as many as are stored.
     """
 
     source: ModelSource
@@ -93,6 +96,7 @@ class BaseSpec:
     random: bool = False
     loads: str = CAUSAL_LM
     classes: ClassHead | None = None
+    vocabulary: int | None = None
 
     def architecture(self) -> PreTrainedConfig:
         """Return the architecture, from the folder or from `configs/`.
@@ -103,6 +107,8 @@ class BaseSpec:
         architecture = self._stored_architecture()
         if self.classes is not None:
             self.classes.configure(architecture)
+        if self.vocabulary is not None:
+            set_rows(architecture, self.vocabulary)
         return architecture
 
     def _stored_architecture(self) -> PreTrainedConfig:
@@ -331,6 +337,7 @@ def frozen_tensors(
     assemblies = assemble(source.names, skeleton)
     fresh = [] if spec.classes is None else _fresh(assemblies, skeleton)
     _check_names(assemblies, expected.keys() - set(fresh), tied, spec)
+    resized = tables(skeleton) if spec.vocabulary is not None else frozenset()
 
     def read(name: str) -> Tensor:
         tensor = source.read(name)
@@ -347,9 +354,11 @@ def frozen_tensors(
             yield assembly.target, read_quantized(parts, (shape[0], shape[1]))
         else:
             for name, tensor in assembly.tensors(read, skeleton).items():
+                is_own = source.gives_own
+                if name in resized and len(tensor) != len(expected[name]):
+                    tensor, is_own = with_row_count(tensor, len(expected[name])), False
                 _check_tensor(name, tensor, expected)
                 where = torch.device("cpu") if name in on_host else device
-                is_own = source.gives_own
                 yield name, freeze(name, tensor, name in linear, quantization, where, is_own=is_own)
         announce(LoadProgress(done, len(assemblies)))
     for name in fresh:
@@ -489,6 +498,53 @@ def load_base(
     return Base(
         model, spec, hardware, digest.hexdigest(), parameters, share, placement, spec.fresh, shards
     )
+
+
+def resized(base: Base, rows: int) -> Base:
+    """Give a loaded base, without an adapter, another number of rows of tokens, in place.
+
+    Args:
+        base: the base.
+        rows: of its embedding and of its head.
+
+    Returns:
+        The base, which now is what its own spec with this `vocabulary` would load.
+
+    Raises:
+        ModelError: its head is held in a way that gets no more rows.
+    """
+    model, head = base.model, base.model.get_output_embeddings()
+    embedding: Any = input_embedding(model)
+    if isinstance(head, FrozenLinear) and not isinstance(head.weight, PlainWeight):
+        raise ModelError(
+            f"{base.spec.source.name}: has a head of {head.weight.bits} bits, or in parts, which "
+            f"gets no rows for added tokens; expected BaseSpec(vocabulary={rows}) when it is loaded"
+        )
+    with torch.no_grad():
+        _set_table(embedding, with_row_count(embedding.weight.detach(), rows))
+        if isinstance(head, FrozenLinear):
+            assert isinstance(head.weight, PlainWeight)
+            own = embedding.weight.detach() if is_tied(model) else head.weight.values
+            head.weight = PlainWeight(with_row_count(own, rows))
+            head.bias = None if head.bias is None else with_row_count(head.bias, rows)
+    say_rows(model, rows)
+    return replace(base, spec=replace(base.spec, vocabulary=rows))
+
+
+def say_rows(model: PreTrainedModel, rows: int) -> None:
+    """Let a loaded model, whose tables have as many rows already, say so."""
+    embedding, head = input_embedding(model), model.get_output_embeddings()
+    for table, name in ((embedding, "num_embeddings"), (head, "out_features")):
+        if table is not None:
+            setattr(table, name, rows)
+    set_rows(model.config, rows)
+
+
+def _set_table(table: nn.Module, values: Tensor) -> None:
+    if "weight" in own_buffers(table):
+        own_buffers(table)["weight"] = values
+    else:
+        table.weight = nn.Parameter(values, requires_grad=False)
 
 
 def asks_for_balance(architecture: PreTrainedConfig) -> bool:

@@ -6,6 +6,7 @@ weights are read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,19 @@ if TYPE_CHECKING:
 
     from qlora_kit.data.labels import Labels
     from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.lora.whole import TokenRows
     from qlora_kit.model.class_head import ClassHead
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
+    from qlora_kit.model.new_tokens import NewTokens
     from qlora_kit.model.threads import Threads
     from qlora_kit.tasks import Task
 
+from qlora_kit.opening.new_tokens import (
+    rows_of_tokens,
+    stored_vocabulary,
+    with_tokens,
+)
 from qlora_kit.opening.tasks import (
     asked_task,
     classifier,
@@ -55,6 +63,8 @@ class Opened:
         tokenizer: its tokenizer, or the adapter's own; of a model of images its image processor.
         has_template: whether there is a chat template.
         task: what a sample means to the command.
+        vocabulary: rows that the model's tables need for added tokens; None: as many as stored.
+        new_tokens: tokens of which the command trains the rows.
     """
 
     source: ModelSource
@@ -62,6 +72,8 @@ class Opened:
     tokenizer: Any
     has_template: bool
     task: Task
+    vocabulary: int | None = None
+    new_tokens: NewTokens | None = None
 
     def classifying(self, labels: Labels, announce: Announce = silent) -> Opened:
         """Return the same model, opened as a classifier with these labels.
@@ -113,7 +125,14 @@ class Opened:
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
-        return base_spec(self.source, self.fetched.folder, options, self.task)
+        return base_spec(self.source, self.fetched.folder, options, self.task, self.vocabulary)
+
+    def token_rows(self, options: BaseModelOptions) -> TokenRows | None:
+        """Return the rows of new tokens that are trained; None without new tokens."""
+        if self.new_tokens is None:
+            return None
+        bare = base_spec(self.source, self.fetched.folder, options, self.task)
+        return rows_of_tokens(self.new_tokens, self.spec(options), bare)
 
     def positions(self, options: BaseModelOptions) -> int | None:
         """Return how many tokens of a row the model has positions for; None if it does not say."""
@@ -194,7 +213,11 @@ class Opened:
 
 
 def base_spec(
-    source: ModelSource, folder: Path | None, options: BaseModelOptions, task: Task
+    source: ModelSource,
+    folder: Path | None,
+    options: BaseModelOptions,
+    task: Task,
+    vocabulary: int | None = None,
 ) -> BaseSpec:
     """Return the specification of the frozen base. A quantised checkpoint keeps its quantisation.
 
@@ -203,6 +226,7 @@ def base_spec(
         folder: the folder of its files; None where random weights need none.
         options: how the base is to be held.
         task: the task that the base is loaded for.
+        vocabulary: rows of its tables, where tokens were added; None: as many as stored.
 
     Raises:
         ConfigError: the user asked for other bits than a quantised checkpoint has.
@@ -213,7 +237,7 @@ def base_spec(
 
     asked = Quantization(options.bits, options.quant_type, options.double_quant)
     is_random = options.weights == "random"
-    spec = BaseSpec(source, folder, asked, is_random, task.loads, task.classes)
+    spec = BaseSpec(source, folder, asked, is_random, task.loads, task.classes, vocabulary)
     architecture = spec.architecture()
     check_dtype(architecture, options.dtype)
     stored = stored_quantization(architecture)
@@ -232,6 +256,7 @@ def open_tokenizer(
     announce: Announce = silent,
     adapter: Path | None = None,
     chat_template: str | None = None,
+    new_tokens: Sequence[str] = (),
 ) -> Opened:
     """Bring a model's files to this machine, and load its tokenizer, or the adapter's own.
 
@@ -240,6 +265,7 @@ def open_tokenizer(
         announce: receives notices.
         adapter: folder of a trained adapter.
         chat_template: see `choose_template`; None for the tokenizer's own.
+        new_tokens: tokens to add, of which the rows are trained.
     """
     from qlora_kit.data.chat_template import choose_template
     from qlora_kit.model.class_head import is_encoder
@@ -274,7 +300,9 @@ def open_tokenizer(
         if adapter is not None:
             _compare_templates(tokenizer, adapter, announce)
     task = stored_task(bare, adapter, tokenizer.pad_token_id)
-    opened = Opened(source, fetched, tokenizer, has_template, task)
+    vocabulary = stored_vocabulary(bare, tokenizer, adapter)
+    added, vocabulary = with_tokens(bare, tokenizer, new_tokens, vocabulary, announce)
+    opened = Opened(source, fetched, tokenizer, has_template, task, vocabulary, added)
     _tell_ids_beyond(opened, options, announce)
     return opened
 

@@ -42,7 +42,9 @@ def options_of_start(adapter: Path, model: str | None) -> dict[str, Any]:
     """
     stored = stored_options(adapter, model)
     config = read_peft_config(adapter)
-    return {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
+    options = {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
+    record = read_base_record(adapter)
+    return {**options, "new_tokens": record.new_tokens} if record and record.new_tokens else options
 
 
 def _lora_options(config: PeftConfig) -> dict[str, Any]:
@@ -87,6 +89,14 @@ def started_from(config: TrainConfig, spec: BaseSpec, lora: LoraSpec) -> StoredA
         raise AdapterError(
             f"{config.adapter}: has layers that are trained whole, such as a classifier's head; "
             "expected LoRA matrices alone to start from; leave --adapter out"
+        )
+    trained, own = lora.token_rows, stored.spec.token_rows
+    if own is not None and (trained is None or {**trained.ids} != {**own.ids}):
+        tokens = stored.record.new_tokens if stored.record else ()
+        raise ConfigError(
+            f"--new-tokens: found {', '.join(config.new_tokens) or 'none'}, and {config.adapter} "
+            f"has rows of {', '.join(tokens) or 'tokens'}; expected the same to go on with; leave "
+            "--new-tokens out"
         )
     asked = {*targeted_paths(spec.skeleton(), lora)}
     if asked != stored.tensors.keys():

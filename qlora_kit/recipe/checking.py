@@ -25,19 +25,18 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
     Returns:
         The survey of the data, for programs.
     """
-    source = find_model(config.model)
+    find_model(config.model)
     check_loss(config)
     if config.html is not None:
         check_page(config.html)
     samples, validation = read_data(config, announce)
     config = settled(config, samples, validation, announce)
 
-    from qlora_kit.opening.model import base_spec
     from qlora_kit.report import data_view
     from qlora_kit.train.packing import choose_packing
 
     opened, rows, held_out = token_rows(samples, validation, config, announce)
-    spec = base_spec(source, opened.fetched.folder, config, opened.task)
+    spec = opened.spec(config)
     longest = None if samples.stream is None else config.max_length
     packing = choose_packing(config, opened.task, spec.skeleton(), rows.rows, longest=longest)
     config = packing.settled(config)

@@ -21,8 +21,7 @@ from qlora_kit.lora.attach import count_trainable
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.hardware import choose_hardware
 from qlora_kit.model.load import BaseSpec
-from qlora_kit.model.names import find_model
-from qlora_kit.opening.model import Opened, base_spec
+from qlora_kit.opening.model import Opened
 from qlora_kit.plan.duration import about
 from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.run import plan_run
@@ -116,15 +115,15 @@ class _Read:
         samples, validation = read_data(config, silent, chooses=True)
         config = settled(config, samples, validation, silent)
         opened, rows, held_out = token_rows(samples, validation, config, silent)
-        spec = base_spec(find_model(config.model), opened.fetched.folder, config, opened.task)
-        return cls(samples, opened, rows, held_out, spec)
+        return cls(samples, opened, rows, held_out, opened.spec(config))
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
         return self.spec.skeleton()
 
     def lora(self, config: TrainConfig) -> LoraSpec:
-        return LoraSpec.of(config, self.opened.task.peft_type, self.spec.trained_whole())
+        task, rows = self.opened.task, self.opened.token_rows(config)
+        return LoraSpec.of(config, task.peft_type, self.spec.trained_whole(), rows)
 
     def check(self, config: TrainConfig) -> None:
         """Check the layers to train, the device, and whether samples can be packed as asked."""

@@ -9,6 +9,7 @@ from qlora_kit.config import PlanConfig
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
 from qlora_kit.model.names import ModelSource, find_model
 from qlora_kit.opening.model import base_spec
+from qlora_kit.opening.new_tokens import planned_tokens
 from qlora_kit.opening.tasks import asked_task, check_loss, check_searchable, planned_task
 from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.launch import check_sharing, planned_devices
@@ -54,7 +55,9 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     if config.shard_base:
         check_sharing(devices, devices)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu", processes=devices)
-    subject = Subject(spec, LoraSpec.of(config), hardware, rows, task, ceilings).divided(devices)
+    spec, token_rows = planned_tokens(spec, config.new_tokens, source, announce)
+    lora = LoraSpec.of(config, token_rows=token_rows)
+    subject = Subject(spec, lora, hardware, rows, task, ceilings).divided(devices)
     share = share_of(config, devices)
     ways = plan_ways(share, subject, budget, on_machine=devices, compare=True)
     made = ways.chosen

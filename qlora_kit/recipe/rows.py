@@ -19,6 +19,7 @@ from qlora_kit.events import (
     Notice,
 )
 from qlora_kit.opening.model import open_tokenizer
+from qlora_kit.opening.new_tokens import absent_tokens, check_takes_tokens
 from qlora_kit.opening.tasks import (
     check_searchable,
     check_task,
@@ -88,16 +89,20 @@ def token_rows(
     """
     notices: Iterable[str]
     if config.task == "seq2seq":
+        check_takes_tokens(config)
         opened = open_tokenizer(config, announce, config.adapter)
         notices = _notices_of_text(config, "a source is read as it is, and its target learnt whole")
     elif classifies(config.task):
+        check_takes_tokens(config)
         labels = _labels(samples, config, announce)
         opened = open_tokenizer(config, announce).classifying(labels, announce)
         notices = _notices_of_text(config, "a labelled text is given to the model as it is")
         if is_of_images(opened.task):
             notices = (*notices, *_notices_of_images(opened, config))
     else:
-        opened = open_tokenizer(config, announce, config.adapter, config.chat_template)
+        opened = open_tokenizer(
+            config, announce, config.adapter, config.chat_template, config.new_tokens
+        )
         if "preference" in (config.task, opened.task.name):
             opened = opened.continuing(planned_task(config))
         notices = () if opened.task.has_sources else _template_notices(opened, config)
@@ -110,6 +115,8 @@ def token_rows(
         check_longest(opened, config)
     rows, held_out = tokenize_data(samples, validation, opened, config, announce)
     opened.check_positions(config, rows)
+    for text in absent_tokens(opened, rows):
+        announce(Notice(text))
     _check_validation(config, held_out, announce)
     of_sources = [loss_of_source(each.name) for each in held_out.sources] if held_out else []
     check_measured(config.best_metric, (*opened.task.metrics, *of_sources))

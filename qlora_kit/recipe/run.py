@@ -135,7 +135,9 @@ class Run:
         revision = self.opened.fetched.revision
         config = self.config
         compared_by = (config.loss, config.beta) if config.task == "preference" else None
-        return BaseRecord.of(self.adapter.base, revision, self.rows.template_hash, compared_by)
+        return BaseRecord.of(
+            self.adapter.base, revision, self.rows.template_hash, compared_by, config.new_tokens
+        )
 
     @cached_property
     def identity(self) -> dict[str, Any]:

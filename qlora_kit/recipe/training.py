@@ -14,7 +14,6 @@ from qlora_kit.events import Announce, silent
 from qlora_kit.launched import place
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
-from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.start import started_from
 from qlora_kit.opening.tasks import check_loss
 from qlora_kit.parallel.launch import check_sharing
@@ -85,8 +84,8 @@ def train(
         learnt = processes.writer_first(
             lambda: at_the_end.enter_context(learning_from(samples, opened, rows, config))
         )
-        spec = base_spec(source, opened.fetched.folder, config, opened.task)
-        lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
+        spec, rows_of = opened.spec(config), opened.token_rows(config)
+        lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole(), rows_of)
         start = started_from(config, spec, lora)
         hardware = chosen_hardware(config, threads, processes)
         packing = processes.from_writer(
@@ -115,7 +114,7 @@ def train(
             at_the_end.callback(bases.take_back, adapter)
         if start is not None:
             check_fits(start, base)
-            adapter.fill(start.tensors, {})
+            adapter.start_from(start.tensors, start.whole)
         tried = packing.tried(base.model)
         packing = processes.from_writer(lambda: tried)
         config = packing.settled(config)
