@@ -25,6 +25,7 @@ from qlora_kit.layers.projections import projected_weights, projections, stacks
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers
+from qlora_kit.lora.biases import check_mergeable
 from qlora_kit.lora.saved import check_saved
 from qlora_kit.model.convert import as_stored, with_kernels
 from qlora_kit.model.encoder_decoder import stays_unpacked
@@ -136,7 +137,8 @@ def merge_to(
     skeleton = spec.skeleton()
     _check_possible(merge, skeleton)
     check_layers(stored, projections(skeleton), "the base")
-    check_saved(stored.saved, spec, skeleton, stored.folder)
+    check_saved(stored.saved, spec, skeleton, stored.folder, stored.biases)
+    check_mergeable(stored.added, skeleton, stored.folder)
     if stored.changes_nothing:
         raise AdapterError(
             f"{stored.folder}: A or B of every layer is zero ({len(stored.tensors)} layers), so "
@@ -336,6 +338,8 @@ def merged_tensors(
             # Added into the delta, because only the delta's memory is sure to be unshared. A
             # convolution is not packed, and training cast it to the same dtype.
             tensor = stored.delta(path).to(tensor.device).add_(tensor.to(unpacked))
+        elif name in stored.added:
+            tensor = stored.added[name].to(tensor.device) + tensor.float()
         yield name, _cast(name, tensor, dtype)
 
 

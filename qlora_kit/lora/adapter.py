@@ -24,7 +24,9 @@ from qlora_kit.layers.projections import (
     projections,
     stacks,
 )
+from qlora_kit.lora import biases as of_biases
 from qlora_kit.lora.attach import Adapter, attach
+from qlora_kit.lora.block_diagonal import written_out
 from qlora_kit.lora.files import (
     CONFIG,
     PICKLED_WEIGHTS,
@@ -48,6 +50,7 @@ from qlora_kit.lora.stacked import (
     target_parameters,
     unfolded,
 )
+from qlora_kit.lora.tensor_names import plain_names, without_training_state
 from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.load import Base
 from qlora_kit.redact import redacted_values
@@ -95,7 +98,11 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
         **adapter.saved,
         **adapter.whole_parameters(),
     }.items():
-        tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
+        key = of_biases.key_of(name, adapter.layers) if name in _trained_biases(adapter) else name
+        tensors[f"{_PREFIX}{key}"] = tensor.detach().cpu().contiguous()
+    for name, add in adapter.added.items():
+        path = name.removesuffix(".bias")
+        tensors[f"{_PREFIX}{path}.lora_B.bias"] = add / adapter.layers[path].scaling
     save_tensors(folder / WEIGHTS, tensors)
     # The name of a base may be a folder or an address, and have a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
@@ -124,11 +131,18 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "alpha_pattern": dict(spec.alpha_pattern),
         "target_modules": _target_modules(model, adapter.layers.keys() - set(aside)),
         **({"target_parameters": parameters} if parameters else {}),
-        "bias": "none",
+        "bias": of_biases.mode_of(_trained_biases(adapter), adapter.layers),
+        **({"lora_bias": True} if adapter.added else {}),
         "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
         "modules_to_save": _modules_to_save(adapter) or None,
         "inference_mode": True,
     }
+
+
+def _trained_biases(adapter: Adapter) -> list[str]:
+    """Return the names of the biases that replace those of the base, without their weights."""
+    whole = adapter.whole_parameters()
+    return of_biases.trained_alone(adapter.saved.keys() - whole.keys())
 
 
 def _modules_to_save(adapter: Adapter) -> list[str]:
@@ -137,7 +151,8 @@ def _modules_to_save(adapter: Adapter) -> list[str]:
     PEFT itself saves the head of a classifier by the name of its outermost module.
     """
     prefix = base_prefix(adapter.base.model)
-    paths = {name.rpartition(".")[0] for name in (*adapter.saved, *adapter.whole_parameters())}
+    whole = {*adapter.saved, *adapter.whole_parameters()} - {*_trained_biases(adapter)}
+    paths = {name.rpartition(".")[0] for name in whole}
     in_head = {path for path in paths if prefix and not path.startswith(prefix)}
     is_classifier = adapter.base.spec.classes is not None
     heads = {path.partition(".")[0] for path in in_head} if is_classifier else in_head
@@ -184,6 +199,8 @@ class StoredAdapter:
         stacked: number of experts of each stack that carries LoRA, by path.
         targeted_stacks: names of stacks that must have tensors, likewise.
         kernels: the shape of a row of A in the file, (C, k, k), of each convolution, by path.
+        added: what is added to the biases of layers, (K,), by the name of the bias (`lora_bias`).
+        biases: the names among `saved` that are biases alone, without their weight (`bias`).
     """
 
     folder: Path
@@ -196,12 +213,17 @@ class StoredAdapter:
     stacked: Mapping[str, int] = field(default_factory=dict)
     targeted_stacks: tuple[str, ...] = ()
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
 
     @property
     def changes_nothing(self) -> bool:
         """Whether it leaves every weight of its base as it is."""
         pairs = self.tensors.values()
-        return not self.saved and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
+        adds = any(bool(each.any()) for each in self.added.values())
+        return not (self.saved or adds) and not any(
+            bool(a.any()) and bool(b.any()) for a, b in pairs
+        )
 
     def delta(self, path: str) -> Tensor:
         """Return scaling · B A of the layer at `path`, (K, D), fp32."""
@@ -227,12 +249,27 @@ def read_adapter(folder: Path) -> StoredAdapter:
     check_adapter_folder(folder)
     config = read_peft_config(folder)
     record = read_base_record(folder)
-    raw = _read_tensors(folder)
+    raw = without_training_state(plain_names(_read_tensors(folder), folder / WEIGHTS))
+    if not raw:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: holds no tensors, as if emptied when it was saved; expected "
+            "lora_A and lora_B; save the adapter again"
+        )
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
-    saved = _saved(others, tuple(config.modules_to_save or ()), folder)
+    modules = tuple(config.modules_to_save or ())
+    biases = of_biases.taken_out(
+        others,
+        replace=config.bias in ("all", "lora_only"),
+        add=bool(config.lora_bias),
+        is_whole=lambda path: any(_is_within(path, module) for module in modules),
+        file=folder / WEIGHTS,
+    )
+    saved = _saved(biases.rest, modules, folder)
     _check_all_saved(saved, config, folder)
     pairs, kernels = _pair(lora, folder)
+    if (blocks := config.use_bdlora) is not None:
+        pairs = {path: written_out(path, pair, blocks, folder) for path, pair in pairs.items()}
     parameters = tuple(config.target_parameters or ())
     stack_of = stack_of_keys(pairs, parameters, folder / CONFIG)
     if parameters and config.lora_dropout:
@@ -261,10 +298,15 @@ def read_adapter(folder: Path) -> StoredAdapter:
             _check_pair(folder, each, part_of_a, part_of_b, ranks[path])
         tensors |= parts
         stacked |= {path: len(parts)} if of_experts else {}
+    outputs = {path: len(b) for path, (_, b) in tensors.items()}
+    added = of_biases.added(biases.of_b, outputs, spec.scaling_of, folder)
+    # A bias may be both: trained, and added to.
+    trained = {name: each + added.pop(name, 0) for name, each in biases.trained.items()}
     return StoredAdapter(
-        folder, spec, tensors, config.base_model_name_or_path, record, saved,
+        folder, spec, tensors, config.base_model_name_or_path, record, saved | trained,
         targeted=(*config.targeted_names, *layers_named(parameters)),
         stacked=stacked, targeted_stacks=parameters, kernels=kernels,
+        added=added, biases=tuple(trained),
     )  # fmt: skip
 
 
@@ -292,7 +334,7 @@ def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) ->
         # PEFT compares the end of the path only: "norm" names every layer norm.
         if match is None or not any(_is_within(path, module) for module in modules):
             raise AdapterError(f"{file}: unknown tensor {key}; expected lora_A and lora_B")
-        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+        if not (tensor.is_floating_point() and torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinity; train it again")
         saved[f"{path}.{match['leaf']}"] = tensor
     return saved
@@ -341,6 +383,17 @@ def _pair(
         assert match is not None
         pair = sides.setdefault(match["path"], {})
         is_point = match["side"] == "A" or all(size == 1 for size in tensor.shape[2:])
+        if not tensor.is_floating_point():
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {key} is {tensor.dtype}; expected floating-point numbers; "
+                "save the adapter again, unquantised"
+            )
+        if not tensor.numel():
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {key} is empty {tuple(tensor.shape)}, as of a model whose "
+                "shards were not gathered before it was saved; expected its values; save the "
+                "adapter again"
+            )
         if match["side"] in pair or not 2 <= tensor.dim() <= 4 or not is_point:
             raise AdapterError(
                 f"{folder / WEIGHTS}: {key} stands twice or is no matrix; expected one lora_A and "
@@ -383,7 +436,8 @@ def stored_labels(folder: Path, *, of_images: bool = False) -> tuple[Any, tuple[
     task = config.classifies or ("classify" if of_images else None)
     if task is None:
         return None
-    saved = read_adapter(folder).saved
+    stored = read_adapter(folder)
+    saved = {name: each for name, each in stored.saved.items() if name not in stored.biases}
     if of_images and not saved:
         return None  # the base has a head of its own
     outputs = [len(tensor) for name, tensor in saved.items() if name.endswith(".weight")]
@@ -409,8 +463,9 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
     adapter.fill(stored.tensors, stored.saved)
-    originals = put_in_place(base.model, stored.saved)
-    return replace(adapter, saved=stored.saved, originals=originals)
+    sums = of_biases.sums(base.model, stored.added)
+    originals = put_in_place(base.model, {**stored.saved, **sums})
+    return replace(adapter, saved=stored.saved, originals=originals, added=stored.added)
 
 
 def check_fits(stored: StoredAdapter, base: Base) -> None:
@@ -422,7 +477,8 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
     """
     check_layers(stored, projections(base.model), base.spec.source.name)
     if stored.saved or base.spec.classes is not None:
-        check_saved(stored.saved, base.spec, base.spec.skeleton(), stored.folder)
+        skeleton = base.spec.skeleton()
+        check_saved(stored.saved, base.spec, skeleton, stored.folder, stored.biases)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "

@@ -43,6 +43,7 @@ class Adapter:
         spec: the spec that it was attached by.
         layers: the LoRA layers by path.
         stacks: the stacks of experts that carry LoRA, by path.
+        added: what a stored adapter adds to the biases of layers, by name, see `lora.biases`.
         whole: the layers that are trained whole, by path.
         saved: parameters that replace parameters of the base, by name.
         originals: the replaced parameters of the base, by name, see `lora.saved`.
@@ -55,6 +56,7 @@ class Adapter:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(

@@ -42,20 +42,34 @@ def options_of_start(adapter: Path, model: str | None) -> dict[str, Any]:
     """
     stored = stored_options(adapter, model)
     config = read_peft_config(adapter)
-    return {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
+    options = {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
+    return {**options, "targets": _targets(config, adapter)}
+
+
+def _targets(config: PeftConfig, adapter: Path) -> list[str]:
+    """Return what an adapter was attached to: the names it gives, or the paths of its tensors.
+
+    A stranger's regular expression is never matched, and what narrows names down is not needed: the
+    tensors say where the adapter is.
+    """
+    named = config.target_modules
+    narrows = (config.exclude_modules, config.target_parameters, config.modules_to_save)
+    is_plain = config.layers_to_transform is None and not any(narrows)
+    if isinstance(named, list) and named and is_plain:
+        return named
+    from qlora_kit.lora.adapter import read_adapter
+
+    return list(read_adapter(adapter).spec.targets)
 
 
 def _lora_options(config: PeftConfig) -> dict[str, Any]:
     """Return the options that decide what the matrices of an adapter mean."""
-    named = config.target_modules
-    targets = {} if named is None else {"targets": [named] if isinstance(named, str) else named}
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
         "rslora": bool(config.use_rslora),
         "rank_pattern": config.rank_pattern or {},
         "alpha_pattern": config.alpha_pattern or {},
-        **targets,
     }
 
 
@@ -83,16 +97,24 @@ def started_from(config: TrainConfig, spec: BaseSpec, lora: LoraSpec) -> StoredA
     if faults:
         raise ConfigError(*faults)
     stored = read_adapter(config.adapter)
+    if biases := [*stored.biases, *stored.added]:
+        field = "bias" if stored.biases else "lora_bias"
+        raise AdapterError(
+            f"{config.adapter}: has trained biases ({biases[0]}, {field}), which training leaves "
+            "as they are here; expected LoRA matrices alone to start from; "
+            "merge it with `qlora-kit export`, and train on the merged model"
+        )
     if stored.saved or (stored.record and stored.record.classifies) or lora.whole:
         raise AdapterError(
             f"{config.adapter}: has layers that are trained whole, such as a classifier's head; "
             "expected LoRA matrices alone to start from; leave --adapter out"
         )
     asked = {*targeted_paths(spec.skeleton(), lora)}
-    if asked != stored.tensors.keys():
+    if asked != {*stored.spec.targets}:
         raise ConfigError(
             f"--targets: name {len(asked)} layers, and {config.adapter} has matrices of "
-            f"{len(stored.tensors)}; expected the same layers to go on with; leave --targets out"
+            f"{len(stored.spec.targets)}; expected the same layers to go on with; leave --targets "
+            "out"
         )
     return stored
 
@@ -101,7 +123,6 @@ def _contradictions(config: TrainConfig, adapter: Path) -> Iterator[str]:
     """Yield a line for each option that is another than the adapter's."""
     record = read_base_record(adapter)
     own = _lora_options(read_peft_config(adapter))
-    own.pop("targets", None)
     if record is not None:
         of_base = _OF_4_BITS if record.bits == 4 else ("bits",)
         own |= {name: getattr(record, name) for name in of_base}
