@@ -155,8 +155,8 @@ class PeftConfig(_File):
     revision: Annotated[_Text | None, _OrAbsent] = None
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    use_rslora: bool | None = None
+    lora_dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, _OrAbsent] = None
+    use_rslora: Annotated[bool | None, _OrAbsent] = None
     rank_pattern: Annotated[
         Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None, _OrAbsent
     ] = None
@@ -170,7 +170,7 @@ class PeftConfig(_File):
     modules_to_save: Annotated[list[_Text] | None, _OrAbsent] = None
     task_type: Any = None
     bias: Annotated[Literal["none", "all", "lora_only"] | None, _OrAbsent] = None
-    lora_bias: bool | None = None
+    lora_bias: Annotated[bool | None, _OrAbsent] = None
     use_bdlora: Annotated[BlockDiagonal | None, _OrAbsent] = None
     init_lora_weights: Any = None
 
