@@ -314,3 +314,75 @@ def test_a_huge_rank_costs_no_memory(copied: Path) -> None:
     _write_config(copied, {**_config(copied), "use_bdlora": blocks})
     with pytest.raises(AdapterError, match=r"q_proj has 4 rows in 3 blocks \(use_bdlora\)"):
         qk.read_adapter(copied)
+
+
+def test_a_name_that_stands_twice_in_the_header_is_refused(copied: Path) -> None:
+    content = (copied / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip()
+    name = next(iter(load_file(copied / WEIGHTS)))
+    again = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    header = header[:-1] + b"," + json.dumps(again).encode()[1:]
+    (copied / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    with pytest.raises(AdapterError, match="not a complete safetensors file"):
+        qk.read_adapter(copied)
+
+
+# ---------------------------------------------------------------- training goes on from them
+
+
+def _started(base: Path, adapter: Path) -> Any:
+    from qlora_kit.config import TrainConfig
+    from qlora_kit.lora.spec import LoraSpec
+    from qlora_kit.opening.start import options_of_start, started_from
+
+    options = options_of_start(adapter, str(base))
+    config = TrainConfig.model_validate({**options, "adapter": adapter, "bits": 16})
+    stored = started_from(config, spec_of(base, 16), LoraSpec.of(config))
+    assert stored is not None
+    return stored
+
+
+# A pattern that takes for ever, if it is ever matched.
+ENDLESS = "(([a-z_.0-9]+)+)+!"
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "layers"),
+    [
+        ({}, {"target_modules": UNSLOTH}, 14),
+        ({}, {"target_modules": ENDLESS, "exclude_modules": ENDLESS}, 14),
+        ({}, {"target_modules": None}, 14),
+        ({"layers_to_transform": [1], "exclude_modules": ["k_proj"]}, {}, 6),
+        ({"exclude_modules": r".*layers\.0\..*"}, {}, 7),
+        ({"target_modules": "all-linear"}, {}, 14),
+    ],
+)
+def test_training_starts_from_the_layers_that_have_tensors(
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+    options: dict[str, Any],
+    values: dict[str, Any],
+    layers: int,
+) -> None:
+    peft_adapter(save_tiny(), tmp_path, **options)
+    _write_config(tmp_path, {**_config(tmp_path), **values})
+    assert len(_started(save_tiny(), tmp_path).tensors) == layers
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"bias": "lora_only"}, r"has trained biases \(model\..*\.bias, bias\)"),
+        ({"lora_bias": True}, r"has trained biases \(model\..*\.bias, lora_bias\)"),
+        ({"modules_to_save": ["norm"]}, r"has layers that are trained whole"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_training_does_not_start_from_what_it_would_leave_out(
+    save_tiny: Callable[..., Path], tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    base = save_tiny("qwen2.5-7b")
+    peft_adapter(base, tmp_path, **{"target_modules": ["q_proj", "v_proj"], **options})
+    with pytest.raises(AdapterError, match=says):
+        _started(base, tmp_path)
