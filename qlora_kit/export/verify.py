@@ -312,7 +312,7 @@ def _heads(
                 bias = parameters.written(f"{path}.bias")
             elif variant is not Variant.BASE:
                 bias = merge.stored.saved.get(f"{path}.bias", bias)
-            linear.bias = bias if isinstance(bias, Tensor) else None
+            linear.bias = bias.to(merge.device) if isinstance(bias, Tensor) else None
         skeleton.set_submodule(path, linear)
         heads[variant] = head_of(skeleton)
     return heads

@@ -93,12 +93,13 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
         stack = adapter.stacks[path]
         for side, matrix in zip("AB", folded(stack.lora_A, stack.lora_B), strict=True):
             tensors[f"{_PREFIX}{key}.lora_{side}.weight"] = matrix.detach().cpu().contiguous()
+    biases = set(_trained_biases(adapter))
     for name, tensor in {
         **_rest_of_heads(adapter),
         **adapter.saved,
         **adapter.whole_parameters(),
     }.items():
-        key = of_biases.key_of(name, adapter.layers) if name in _trained_biases(adapter) else name
+        key = of_biases.key_of(name, adapter.layers) if name in biases else name
         tensors[f"{_PREFIX}{key}"] = tensor.detach().cpu().contiguous()
     for name, add in adapter.added.items():
         path = name.removesuffix(".bias")

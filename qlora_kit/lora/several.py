@@ -64,12 +64,12 @@ class SwitchedLinear(nn.Module):
         frozen: FrozenLinear,
         terms: Mapping[str, LowRank],
         choice: _Choice,
-        biases: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.frozen = frozen
         self.terms = terms
-        self.biases = biases
+        self.biases = biases or {}
         self._choice = choice
 
     @torch.no_grad()

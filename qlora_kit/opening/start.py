@@ -19,6 +19,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
+from qlora_kit.lora.spec import IS_PATTERN
 from qlora_kit.opening.adapters import stored_options
 from qlora_kit.storage import file_hash
 
@@ -51,15 +52,24 @@ def _targets(config: PeftConfig, adapter: Path) -> list[str]:
 
     A stranger's regular expression is never matched, and what narrows names down is not needed: the
     tensors say where the adapter is.
+
+    Raises:
+        AdapterError: a tensor's name is a regular expression.
     """
     named = config.target_modules
     narrows = (config.exclude_modules, config.target_parameters, config.modules_to_save)
     is_plain = config.layers_to_transform is None and not any(narrows)
-    if isinstance(named, list) and named and is_plain:
+    if isinstance(named, list) and named and is_plain and not any(map(IS_PATTERN.search, named)):
         return named
     from qlora_kit.lora.adapter import read_adapter
 
-    return list(read_adapter(adapter).spec.targets)
+    paths = read_adapter(adapter).spec.targets
+    if odd := [path for path in paths if IS_PATTERN.search(path)]:
+        raise AdapterError(
+            f"{adapter}: has tensors of {odd[0]!r}, which is no path of a layer; expected a LoRA "
+            "adapter of PEFT; save the adapter again"
+        )
+    return list(paths)
 
 
 def _lora_options(config: PeftConfig) -> dict[str, Any]:

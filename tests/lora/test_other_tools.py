@@ -352,6 +352,7 @@ ENDLESS = "(([a-z_.0-9]+)+)+!"
     [
         ({}, {"target_modules": UNSLOTH}, 14),
         ({}, {"target_modules": ENDLESS, "exclude_modules": ENDLESS}, 14),
+        ({}, {"target_modules": [ENDLESS]}, 14),
         ({}, {"target_modules": None}, 14),
         ({"layers_to_transform": [1], "exclude_modules": ["k_proj"]}, {}, 6),
         ({"exclude_modules": r".*layers\.0\..*"}, {}, 7),
@@ -368,6 +369,17 @@ def test_training_starts_from_the_layers_that_have_tensors(
     peft_adapter(save_tiny(), tmp_path, **options)
     _write_config(tmp_path, {**_config(tmp_path), **values})
     assert len(_started(save_tiny(), tmp_path).tensors) == layers
+
+
+def test_a_tensor_whose_name_is_an_endless_pattern_is_not_matched(
+    save_tiny: Callable[..., Path], copied: Path
+) -> None:
+    _renamed(lambda n: n.replace("layers.0.mlp.up_proj", ENDLESS))(copied)
+    _write_config(copied, {**_config(copied), "target_modules": "all-linear"})
+    with pytest.raises(AdapterError, match=r"which is no path of a layer"):
+        _started(save_tiny(), copied)
+    with pytest.raises(AdapterError, match=r"is missing in"):
+        qk.load_adapter(load_folder(save_tiny()), copied)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from data_fixtures import make_tokenizer
 from merging import plain, spec_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import PROJECT, relative_error
-from tiny_models import load_folder
+from tiny_models import OTHERS, load_folder, save_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import qlora_kit as qk
@@ -28,7 +28,7 @@ from qlora_kit.model.class_head import ClassHead
 # PEFT warns of its own options.
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
-LLAMA, QWEN, GPT2 = "tinyllama", "qwen2.5-7b", "gpt2"
+LLAMA, QWEN, GPT2, PHI = "tinyllama", "qwen2.5-7b", "gpt2", "phi"
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 # The fields that change what an adapter computes, or where it is; of each model what it is given.
 HONOURED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +43,7 @@ HONOURED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bias": (QWEN, {"bias": "all"}),
     "bias, of GPT-2": (GPT2, {"bias": "all"}),
+    "bias, and that of the head": (PHI, {"bias": "all"}),
     "bias, of LoRA only": (QWEN, {"bias": "lora_only"}),
     "bias, of LoRA only, of GPT-2": (GPT2, {"bias": "lora_only"}),
     "bias and lora_bias": (
@@ -114,7 +115,8 @@ def test_a_field_that_is_honoured_computes_and_merges_as_in_peft(
     save_tiny: Callable[..., Path], tmp_path: Path, form: str
 ) -> None:
     kind, options = HONOURED[form]
-    base, theirs = save_tiny(kind), tmp_path / "theirs"
+    base = save_model(tmp_path / "base", OTHERS[PHI]) if kind == PHI else save_tiny(kind)
+    theirs = tmp_path / "theirs"
     expected = peft_adapter(base, theirs, **options)
     loaded = load_folder(base)
     before = logits(loaded.model)
