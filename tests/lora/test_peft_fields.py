@@ -16,7 +16,7 @@ from data_fixtures import make_tokenizer
 from merging import plain, spec_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import PROJECT, relative_error
-from tiny_models import OTHERS, load_folder, save_model
+from tiny_models import load_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import qlora_kit as qk
@@ -112,11 +112,10 @@ def change_config(folder: Path, **values: Any) -> None:
 
 @pytest.mark.parametrize("form", HONOURED)
 def test_a_field_that_is_honoured_computes_and_merges_as_in_peft(
-    save_tiny: Callable[..., Path], tmp_path: Path, form: str
+    folder_of: Callable[[str], Path], tmp_path: Path, form: str
 ) -> None:
     kind, options = HONOURED[form]
-    base = save_model(tmp_path / "base", OTHERS[PHI]) if kind == PHI else save_tiny(kind)
-    theirs = tmp_path / "theirs"
+    base, theirs = folder_of(kind), tmp_path / "theirs"
     expected = peft_adapter(base, theirs, **options)
     loaded = load_folder(base)
     before = logits(loaded.model)
