@@ -78,6 +78,11 @@ class Forms:
         return self.merge.stored.in_place_of(self.name, self.stored)
 
     @property
+    def added(self) -> Tensor | None:
+        """What the adapter adds to the parameter, a bias, fp32, or None."""
+        return self.merge.stored.added.get(self.name)
+
+    @property
     def path(self) -> str:
         """The path of the module that the parameter belongs to."""
         return self.name.rpartition(".")[0]
@@ -105,6 +110,8 @@ class Forms:
         if self.saved is not None:
             return _in_fp32(self.saved.to(self.merge.device))
         weight, delta = self.base(over), self.delta
+        if self.added is not None:
+            return weight.add_(self.added.to(weight.device))
         return weight if delta is None else delta.add_(weight)
 
     @cached_property
@@ -134,7 +141,8 @@ class Forms:
 
         The low-rank term of the adapter is not in it: it is computed beside the weight.
         """
-        if variant is Variant.BASE or (variant is Variant.ADAPTER and self.saved is None):
+        is_replaced = self.saved is not None or self.added is not None
+        if variant is Variant.BASE or (variant is Variant.ADAPTER and not is_replaced):
             return self.base()
         if variant is Variant.ORIGINAL:
             return self.merged("original")
@@ -158,6 +166,8 @@ class Forms:
             whole = self.written
         elif variant is not Variant.BASE and self.saved is not None:
             whole = self.saved
+        elif variant is not Variant.BASE and self.added is not None:
+            whole = self.merged("original")
         assert isinstance(whole, Tensor)
         found = whole[rows] if whole.dim() else whole
         if not self.is_adapted or variant in (Variant.BASE, Variant.WRITTEN):

@@ -25,6 +25,7 @@ from qlora_kit.layers.projections import carriers, projected_weights, stacks
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.adapter import StoredAdapter, check_layers, check_token_rows
+from qlora_kit.lora.biases import check_mergeable
 from qlora_kit.lora.saved import check_saved
 from qlora_kit.lora.vocabulary import check_same
 from qlora_kit.model.convert import as_stored, with_kernels
@@ -138,7 +139,8 @@ def merge_to(
     merge = Merge(stored, spec, dtype, over, requantize, device or _CPU)
     _check_possible(merge, skeleton)
     check_layers(stored, carriers(skeleton), "the base")
-    check_saved(stored.saved, spec, skeleton, stored.folder)
+    check_saved(stored.saved, spec, skeleton, stored.folder, stored.biases)
+    check_mergeable(stored.added, skeleton, stored.folder)
     check_token_rows(stored, spec)
     if stored.changes_nothing:
         raise AdapterError(
@@ -357,6 +359,8 @@ def merged_tensors(
             # convolution, an embedding or a head is not packed, and training cast it to the same
             # dtype.
             tensor = stored.delta(path).to(tensor.device).add_(tensor.to(unpacked))
+        elif name in stored.added:
+            tensor = stored.added[name].to(tensor.device) + tensor.float()
         yield name, _cast(name, tensor, dtype)
 
 

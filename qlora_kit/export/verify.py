@@ -347,7 +347,11 @@ def _heads(
         linear.weight = weight if isinstance(weight, FrozenWeight) else PlainWeight(weight)
         if module.bias is not None:
             bias = parameters.stored(f"{path}.bias")
-            linear.bias = bias if isinstance(bias, Tensor) else None
+            if variant is Variant.WRITTEN:
+                bias = parameters.written(f"{path}.bias")
+            elif variant is not Variant.BASE:
+                bias = merge.stored.saved.get(f"{path}.bias", bias)
+            linear.bias = bias.to(merge.device) if isinstance(bias, Tensor) else None
         skeleton.set_submodule(path, linear)
         heads[variant] = replace(head_of(skeleton), term=term)
     return heads

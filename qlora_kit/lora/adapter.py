@@ -28,7 +28,9 @@ from qlora_kit.layers.projections import (
 )
 from qlora_kit.layers.trained_rows import with_rows
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
+from qlora_kit.lora import biases as of_biases
 from qlora_kit.lora.attach import Adapter, attach
+from qlora_kit.lora.block_diagonal import written_out
 from qlora_kit.lora.files import (
     CONFIG,
     PICKLED_WEIGHTS,
@@ -52,6 +54,7 @@ from qlora_kit.lora.stacked import (
     target_parameters,
     unfolded,
 )
+from qlora_kit.lora.tensor_names import plain_names, without_training_state
 from qlora_kit.lora.token_files import (
     is_of_rows,
     tied_pair,
@@ -106,12 +109,17 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
         stack = adapter.stacks[path]
         for side, matrix in zip("AB", folded(stack.lora_A, stack.lora_B), strict=True):
             tensors[f"{_PREFIX}{key}.lora_{side}.weight"] = matrix.detach().cpu().contiguous()
+    biases = set(_trained_biases(adapter))
     for name, tensor in {
         **_rest_of_heads(adapter),
         **adapter.saved,
         **trained_tensors(adapter),
     }.items():
-        tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
+        key = of_biases.key_of(name, adapter.layers) if name in biases else name
+        tensors[f"{_PREFIX}{key}"] = tensor.detach().cpu().contiguous()
+    for name, add in adapter.added.items():
+        path = name.removesuffix(".bias")
+        tensors[f"{_PREFIX}{path}.lora_B.bias"] = add / adapter.layers[path].scaling
     save_tensors(folder / WEIGHTS, tensors)
     # The name of a base may be a folder or an address, and have a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
@@ -142,12 +150,19 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
             model, (adapter.layers.keys() - set(aside)) | adapter.embeddings.keys()
         ),
         **({"target_parameters": parameters} if parameters else {}),
-        "bias": "none",
+        "bias": of_biases.mode_of(_trained_biases(adapter), adapter.layers),
+        **({"lora_bias": True} if adapter.added else {}),
         "fan_in_fan_out": any(layer.frozen.is_transposed for layer in adapter.layers.values()),
         "modules_to_save": _modules_to_save(adapter) or None,
         **token_fields(adapter),
         "inference_mode": True,
     }
+
+
+def _trained_biases(adapter: Adapter) -> list[str]:
+    """Return the names of the biases that replace those of the base, without their weights."""
+    whole = adapter.whole_parameters()
+    return of_biases.trained_alone(adapter.saved.keys() - whole.keys())
 
 
 def _modules_to_save(adapter: Adapter) -> list[str]:
@@ -156,9 +171,10 @@ def _modules_to_save(adapter: Adapter) -> list[str]:
     PEFT itself saves the head of a classifier by the name of its outermost module.
     """
     prefix = base_prefix(adapter.base.model)
+    biases = {*_trained_biases(adapter)}
     whole = {path for path, layer in adapter.whole.items() if not is_of_rows(layer)}
     whole.discard(tied_pair(adapter) or "")
-    paths = {name.rpartition(".")[0] for name in adapter.saved} | whole
+    paths = {name.rpartition(".")[0] for name in adapter.saved if name not in biases} | whole
     in_head = {path for path in paths if prefix and not path.startswith(prefix)}
     is_classifier = adapter.base.spec.classes is not None
     heads = {path.partition(".")[0] for path in in_head} if is_classifier else in_head
@@ -210,6 +226,8 @@ class StoredAdapter:
         rows: values (k, D), fp32, of the rows of tokens that `spec.token_rows` names, by path of
             their table.
         stays_tied: whether a head that is the embedding as well stays so (`ensure_weight_tying`).
+        added: what is added to the biases of layers, (K,), by the name of the bias (`lora_bias`).
+        biases: the names among `saved` that are biases alone, without their weight (`bias`).
     """
 
     folder: Path
@@ -225,13 +243,16 @@ class StoredAdapter:
     of_base: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     stays_tied: bool = False
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
 
     @property
     def changes_nothing(self) -> bool:
         """Whether it leaves every weight of its base as it is."""
         pairs = self.tensors.values()
-        is_replaced = bool(self.saved or self.rows)
-        return not is_replaced and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
+        replaces = bool(self.saved or self.rows)
+        adds = any(bool(each.any()) for each in self.added.values())
+        return not (replaces or adds) and not any(bool(a.any()) and bool(b.any()) for a, b in pairs)
 
     @property
     def whole(self) -> dict[str, Tensor]:
@@ -310,14 +331,29 @@ def read_adapter(folder: Path) -> StoredAdapter:
     check_adapter_folder(folder)
     config = read_peft_config(folder)
     record = read_base_record(folder)
-    of_base, raw = base_layers(turned(_read_tensors(folder), folder / WEIGHTS))
+    raw = without_training_state(plain_names(_read_tensors(folder), folder / WEIGHTS))
+    if not raw:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: holds no tensors, as if emptied when it was saved; expected "
+            "lora_A and lora_B; save the adapter again"
+        )
+    of_base, raw = base_layers(turned(raw, folder / WEIGHTS))
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
     of_tokens = token_tensors(others, config, folder / WEIGHTS)
     modules = (*(config.modules_to_save or ()), *of_tokens.tables)
-    saved = _saved(of_tokens.rest, modules, folder)
+    biases = of_biases.taken_out(
+        of_tokens.rest,
+        replace=config.bias in ("all", "lora_only"),
+        add=bool(config.lora_bias),
+        is_whole=lambda path: any(_is_within(path, module) for module in modules),
+        file=folder / WEIGHTS,
+    )
+    saved = _saved(biases.rest, modules, folder)
     _check_all_saved(saved, config, folder)
     pairs, kernels = _pair(lora, folder)
+    if (blocks := config.use_bdlora) is not None:
+        pairs = {path: written_out(path, pair, blocks, folder) for path, pair in pairs.items()}
     parameters = tuple(config.target_parameters or ())
     stack_of = stack_of_keys(pairs, parameters, folder / CONFIG)
     if parameters and config.lora_dropout:
@@ -347,11 +383,16 @@ def read_adapter(folder: Path) -> StoredAdapter:
             _check_pair(folder, each, part_of_a, part_of_b, ranks[path])
         tensors |= parts
         stacked |= {path: len(parts)} if of_experts else {}
+    outputs = {path: len(b) for path, (_, b) in tensors.items()}
+    added = of_biases.added(biases.of_b, outputs, spec.scaling_of, folder)
+    # A bias may be both: trained, and added to.
+    trained = {name: each + added.pop(name, 0) for name, each in biases.trained.items()}
     return StoredAdapter(
-        folder, spec, tensors, config.base_model_name_or_path, record, saved,
+        folder, spec, tensors, config.base_model_name_or_path, record, saved | trained,
         targeted=(*config.targeted_names, *layers_named(parameters)),
         stacked=stacked, targeted_stacks=parameters, kernels=kernels, of_base=of_base,
         rows=of_tokens.rows, stays_tied=bool(config.ensure_weight_tying),
+        added=added, biases=tuple(trained),
     )  # fmt: skip
 
 
@@ -379,7 +420,7 @@ def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) ->
         # PEFT compares the end of the path only: "norm" names every layer norm.
         if match is None or not any(_is_within(path, module) for module in modules):
             raise AdapterError(f"{file}: unknown tensor {key}; expected lora_A and lora_B")
-        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+        if not (tensor.is_floating_point() and torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{file}: {key} holds NaN or infinity; train it again")
         name = f"{path}.{match['leaf']}"
         if name in saved and not torch.equal(saved[name], tensor):
@@ -434,6 +475,17 @@ def _pair(
         assert match is not None
         pair = sides.setdefault(match["path"], {})
         is_point = match["side"] == "A" or all(size == 1 for size in tensor.shape[2:])
+        if not tensor.is_floating_point():
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {key} is {tensor.dtype}; expected floating-point numbers; "
+                "save the adapter again, unquantised"
+            )
+        if not tensor.numel():
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {key} is empty {tuple(tensor.shape)}, as of a model whose "
+                "shards were not gathered before it was saved; expected its values; save the "
+                "adapter again"
+            )
         if match["side"] in pair or not 2 <= tensor.dim() <= 4 or not is_point:
             raise AdapterError(
                 f"{folder / WEIGHTS}: {key} stands twice or is no matrix; expected one lora_A and "
@@ -476,7 +528,8 @@ def stored_labels(folder: Path, *, of_images: bool = False) -> tuple[Any, tuple[
     task = config.classifies or ("classify" if of_images else None)
     if task is None:
         return None
-    saved = read_adapter(folder).saved
+    stored = read_adapter(folder)
+    saved = {name: each for name, each in stored.saved.items() if name not in stored.biases}
     if of_images and not saved:
         return None  # the base has a head of its own
     outputs = [len(tensor) for name, tensor in saved.items() if name.endswith(".weight")]
@@ -508,8 +561,11 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
     adapter.fill(stored.tensors, stored.whole)
-    originals = put_in_place(base.model, stored.saved)
-    return replace(adapter, saved=stored.saved, originals=originals, resized_from=before)
+    sums = of_biases.sums(base.model, stored.added)
+    originals = put_in_place(base.model, {**stored.saved, **sums})
+    return replace(
+        adapter, saved=stored.saved, originals=originals, added=stored.added, resized_from=before
+    )
 
 
 def check_fits(stored: StoredAdapter, base: Base) -> None:
@@ -525,7 +581,8 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
         if own is not None:
             check_same(name, tensor, own, stored.folder)
     if stored.saved or base.spec.classes is not None:
-        check_saved(stored.saved, base.spec, base.spec.skeleton(), stored.folder)
+        skeleton = base.spec.skeleton()
+        check_saved(stored.saved, base.spec, skeleton, stored.folder, stored.biases)
     check_token_rows(stored, base.spec)
     if stored.record is not None and stored.record.digest != base.digest:
         raise AdapterError(

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qlora_kit.config import LabelKind, PreferenceLoss
 from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.lora.peft_fields import is_plain_start, is_unset, why_refused
 from qlora_kit.model.config_file import IMAGE_CLASSIFICATION
 from qlora_kit.storage import check_confined, read_json
 
@@ -42,17 +43,13 @@ _VERSIONED = ("torch", "transformers", "bitsandbytes")
 # PEFT options the kit does not have, with the values that mean "not used".
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
-    "lora_bias": (None, False),
-    "bias": (None, "none"),
     "layer_replication": (None, []),
     "use_qalora": (None, False),
     "alora_invocation_tokens": (None, []),
-    "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
-    # PiSSA, OLoRA, CorDA, LoftQ … change the base before training: on the original base their
-    # adapters are silently wrong.
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+    "megatron_config": (None,),
+    "enable_lora": (None,),
 }
 # PEFT options that say how the adapter was made, and do not change what it computes.
 _HARMLESS = {
@@ -62,6 +59,10 @@ _HARMLESS = {
     "fan_in_fan_out",
     "megatron_core", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    # They compute as plain LoRA, once they are trained.
+    "velora_config", "monteclora_config",
+    # Of the first versions of PEFT: whether a forward merges first.
+    "merge_weights",
 }  # fmt: skip
 
 # ---------------------------------------------------------------- patterns
@@ -123,7 +124,7 @@ _Labels = Annotated[
     tuple[_Text, ...], Field(strict=False, min_length=1), AfterValidator(_check_once)
 ]
 # Some tools write "" for a value that they do not know.
-_OrAbsent = BeforeValidator(lambda value: None if value == "" else value)
+_OrAbsent = BeforeValidator(lambda value: None if is_unset(value) else value)
 _Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
 _Alpha = Annotated[float, Field(gt=0)]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -136,6 +137,15 @@ class _File(BaseModel):
     )
 
 
+class BlockDiagonal(_File):
+    """Which A or B are stored as blocks: the field `use_bdlora`, with PEFT's names."""
+
+    target_modules_bd_a: list[_Text] | None = None
+    target_modules_bd_b: list[_Text] | None = None
+    # A matrix that is written out has as many times the bytes of its file.
+    nblocks: Annotated[int, Field(ge=1, le=64)] = 1
+
+
 class PeftConfig(_File):
     """The fields of `adapter_config.json` that the kit uses, with PEFT's names and defaults."""
 
@@ -145,18 +155,28 @@ class PeftConfig(_File):
     revision: Annotated[_Text | None, _OrAbsent] = None
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    use_rslora: bool | None = None
-    rank_pattern: Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None = None
-    alpha_pattern: Annotated[dict[str, _Alpha], AfterValidator(_check_patterns)] | None = None
+    lora_dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, _OrAbsent] = None
+    use_rslora: Annotated[bool | None, _OrAbsent] = None
+    rank_pattern: Annotated[
+        Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None, _OrAbsent
+    ] = None
+    alpha_pattern: Annotated[
+        Annotated[dict[str, _Alpha], AfterValidator(_check_patterns)] | None, _OrAbsent
+    ] = None
     target_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
-    target_parameters: list[_Text] | None = None
+    target_parameters: Annotated[list[_Text] | None, _OrAbsent] = None
     exclude_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
-    layers_to_transform: list[int] | int | None = None
-    modules_to_save: list[_Text] | None = None
-    ensure_weight_tying: bool | None = None
-    trainable_token_indices: list[_Token] | dict[_Text, list[_Token]] | None = None
+    layers_to_transform: Annotated[list[int] | int | None, _OrAbsent] = None
+    modules_to_save: Annotated[list[_Text] | None, _OrAbsent] = None
+    ensure_weight_tying: Annotated[bool | None, _OrAbsent] = None
+    trainable_token_indices: Annotated[
+        list[_Token] | dict[_Text, list[_Token]] | None, _OrAbsent
+    ] = None
     task_type: Any = None
+    bias: Annotated[Literal["none", "all", "lora_only"] | None, _OrAbsent] = None
+    lora_bias: Annotated[bool | None, _OrAbsent] = None
+    use_bdlora: Annotated[BlockDiagonal | None, _OrAbsent] = None
+    init_lora_weights: Any = None
 
     @property
     def classifies(self) -> str | None:
@@ -323,13 +343,18 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if content.get("peft_type") != "LORA":
         raise AdapterError(f'{path}: not a LoRA adapter; expected "peft_type": "LORA"')
     for name, unused in _UNSUPPORTED.items():
-        if content.get(name) not in unused:
-            raise AdapterError(
-                f"{path}: {name} is set, which the kit does not have; expected it unset"
-            )
+        value = content.get(name)
+        if value not in unused and not is_unset(value):
+            raise AdapterError(f"{path}: {name} is set{why_refused(name, value)}")
+    start = content.get("init_lora_weights")
+    if not is_plain_start(start):
+        raise AdapterError(
+            f"{path}: init_lora_weights is set to {_short(repr(start))}"
+            f"{why_refused('init_lora_weights', start)}"
+        )
     known = {"peft_type", *PeftConfig.model_fields, *_UNSUPPORTED, *_HARMLESS}
     for name, value in content.items():
-        if value and name not in known:
+        if name not in known and not is_unset(value):
             raise AdapterError(
                 f"{path}: {_short(name)} is set, which the kit does not know; expected a LoRA "
                 "adapter of PEFT; unset it only if it changes nothing of what the adapter computes"

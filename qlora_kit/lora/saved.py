@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,11 @@ Original = FrozenWeight | Tensor | None
 
 
 def check_saved(
-    saved: Mapping[str, Tensor], spec: BaseSpec, skeleton: PreTrainedModel, folder: Path
+    saved: Mapping[str, Tensor],
+    spec: BaseSpec,
+    skeleton: PreTrainedModel,
+    folder: Path,
+    biases: Collection[str] = (),
 ) -> None:
     """Check that saved parameters fit a base, and that none is missing among them.
 
@@ -35,6 +39,7 @@ def check_saved(
         spec: the specification of the base.
         skeleton: the skeleton of the base.
         folder: the folder of the adapter, for the error.
+        biases: the parameters that are biases alone, saved without the weight beside them.
 
     Raises:
         AdapterError: a parameter is missing in the base, or has another shape there, or is stored
@@ -59,7 +64,8 @@ def check_saved(
                 f"{folder}: its {name} {tuple(tensor.shape)} is {found} in the base{hint}; "
                 "expected the base it was trained on; name it with --model"
             )
-    missing = sorted(_needed(saved, spec, skeleton) - saved.keys())
+    modules = {name: each for name, each in saved.items() if name not in biases}
+    missing = sorted(_needed(modules, spec, skeleton) - saved.keys())
     if missing:
         raise AdapterError(
             f"{folder}: {missing[0]} is missing ({len(missing)} such parameters); expected modules "
@@ -99,7 +105,9 @@ def put_in_place(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, Ori
         module, leaf = _owner(model, name)
         own = getattr(module, leaf)
         originals[name] = own
-        if isinstance(own, FrozenWeight):
+        if own is None:
+            _set(module, leaf, tensor)  # a bias, which the layer had not
+        elif isinstance(own, FrozenWeight):
             like = own.values if isinstance(own, PlainWeight) else tensor
             setattr(module, leaf, PlainWeight(tensor.to(own.device, like.dtype)))
         else:

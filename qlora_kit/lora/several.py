@@ -58,12 +58,20 @@ class SwitchedLinear(nn.Module):
         frozen: the layer that this layer wraps.
         terms: the terms by name of their adapter; adapters without this layer are left out.
         choice: the adapter of each row.
+        biases: what an adapter adds to the output besides, (K,), by its name (`lora_bias`).
     """
 
-    def __init__(self, frozen: FrozenLinear, terms: Mapping[str, LowRank], choice: _Choice) -> None:
+    def __init__(
+        self,
+        frozen: FrozenLinear,
+        terms: Mapping[str, LowRank],
+        choice: _Choice,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.frozen = frozen
         self.terms = terms
+        self.biases = biases or {}
         self._choice = choice
 
     @torch.no_grad()
@@ -74,6 +82,8 @@ class SwitchedLinear(nn.Module):
             term = self.terms.get(name)
             if term is None:
                 continue
+            if (bias := self.biases.get(name)) is not None:
+                y = _with_bias(y, bias, rows, self.frozen.window)
             if self.frozen.window is not None:
                 y = _added_in_windows(self.frozen.window, term, x, y, rows)
             elif rows is None:
@@ -144,6 +154,14 @@ class SwitchedEmbedding(nn.Module):
 
 def _add(term: LowRank, x: Tensor, y: Tensor) -> None:
     term.add_to(y.view(-1, y.shape[-1]), term.inner(x.reshape(-1, x.shape[-1])))
+
+
+def _with_bias(y: Tensor, bias: Tensor, rows: list[int] | None, window: Window | None) -> Tensor:
+    # The channels of a convolution come before its places.
+    given = bias if window is None else bias.view(-1, *(1 for _ in window.size))
+    chosen = slice(None) if rows is None else rows
+    y[chosen] = (y[chosen] + given).to(y.dtype)
+    return y
 
 
 def _added_in_windows(
@@ -240,8 +258,8 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
         if adapter.saved:
             raise AdapterError(
                 f"{adapter.folder}: replaces {next(iter(adapter.saved))} of the base "
-                "(modules_to_save), which other adapters share; expected LoRA alone; use it by "
-                "itself"
+                "(modules_to_save or bias), which other adapters share; expected LoRA alone; use "
+                "it by itself"
             )
         if adapter.rows:
             raise AdapterError(
@@ -262,7 +280,13 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
         if isinstance(frozen, nn.Embedding):
             layers[path] = SwitchedEmbedding(frozen, terms, choice).train(frozen.training)
         else:
-            layers[path] = SwitchedLinear(carrier.frozen, terms, choice).train(frozen.training)
+            biases = {
+                name: stored[name].added[f"{path}.bias"].to(base.hardware.device)
+                for name in terms
+                if f"{path}.bias" in stored[name].added
+            }
+            switched = SwitchedLinear(carrier.frozen, terms, choice, biases)
+            layers[path] = switched.train(frozen.training)
         base.model.set_submodule(path, layers[path])
     return AdapterSet(base, tuple(stored), layers, choice)
 

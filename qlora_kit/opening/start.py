@@ -19,6 +19,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
+from qlora_kit.lora.spec import IS_PATTERN
 from qlora_kit.opening.adapters import stored_options
 from qlora_kit.storage import file_hash
 
@@ -43,21 +44,44 @@ def options_of_start(adapter: Path, model: str | None) -> dict[str, Any]:
     stored = stored_options(adapter, model)
     config = read_peft_config(adapter)
     options = {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
+    options["targets"] = _targets(config, adapter)
     record = read_base_record(adapter)
     return {**options, "new_tokens": record.new_tokens} if record and record.new_tokens else options
 
 
+def _targets(config: PeftConfig, adapter: Path) -> list[str]:
+    """Return what an adapter was attached to: the names it gives, or the paths of its tensors.
+
+    A stranger's regular expression is never matched, and what narrows names down is not needed: the
+    tensors say where the adapter is.
+
+    Raises:
+        AdapterError: a tensor's name is a regular expression.
+    """
+    named = config.target_modules
+    narrows = (config.exclude_modules, config.target_parameters, config.modules_to_save)
+    is_plain = config.layers_to_transform is None and not any(narrows)
+    if isinstance(named, list) and named and is_plain and not any(map(IS_PATTERN.search, named)):
+        return named
+    from qlora_kit.lora.adapter import read_adapter
+
+    paths = read_adapter(adapter).spec.targets
+    if odd := [path for path in paths if IS_PATTERN.search(path)]:
+        raise AdapterError(
+            f"{adapter}: has tensors of {odd[0]!r}, which is no path of a layer; expected a LoRA "
+            "adapter of PEFT; save the adapter again"
+        )
+    return list(paths)
+
+
 def _lora_options(config: PeftConfig) -> dict[str, Any]:
     """Return the options that decide what the matrices of an adapter mean."""
-    named = config.target_modules
-    targets = {} if named is None else {"targets": [named] if isinstance(named, str) else named}
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
         "rslora": bool(config.use_rslora),
         "rank_pattern": config.rank_pattern or {},
         "alpha_pattern": config.alpha_pattern or {},
-        **targets,
     }
 
 
@@ -85,6 +109,13 @@ def started_from(config: TrainConfig, spec: BaseSpec, lora: LoraSpec) -> StoredA
     if faults:
         raise ConfigError(*faults)
     stored = read_adapter(config.adapter)
+    if biases := [*stored.biases, *stored.added]:
+        field = "bias" if stored.biases else "lora_bias"
+        raise AdapterError(
+            f"{config.adapter}: has trained biases ({biases[0]}, {field}), which training leaves "
+            "as they are here; expected LoRA matrices alone to start from; "
+            "merge it with `qlora-kit export`, and train on the merged model"
+        )
     if stored.saved or (stored.record and stored.record.classifies) or lora.whole:
         raise AdapterError(
             f"{config.adapter}: has layers that are trained whole, such as a classifier's head; "
@@ -99,10 +130,11 @@ def started_from(config: TrainConfig, spec: BaseSpec, lora: LoraSpec) -> StoredA
             "--new-tokens out"
         )
     asked = {*targeted_paths(spec.skeleton(), lora)}
-    if asked != stored.tensors.keys():
+    if asked != {*stored.spec.targets}:
         raise ConfigError(
             f"--targets: name {len(asked)} layers, and {config.adapter} has matrices of "
-            f"{len(stored.tensors)}; expected the same layers to go on with; leave --targets out"
+            f"{len(stored.spec.targets)}; expected the same layers to go on with; leave --targets "
+            "out"
         )
     return stored
 
@@ -111,7 +143,6 @@ def _contradictions(config: TrainConfig, adapter: Path) -> Iterator[str]:
     """Yield a line for each option that is another than the adapter's."""
     record = read_base_record(adapter)
     own = _lora_options(read_peft_config(adapter))
-    own.pop("targets", None)
     if record is not None:
         of_base = _OF_4_BITS if record.bits == 4 else ("bits",)
         own |= {name: getattr(record, name) for name in of_base}

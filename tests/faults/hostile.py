@@ -611,7 +611,10 @@ def adapters_with_impossible_values(folder: Path, canary: Path) -> None:
         "lora_dropout": (-1, 1, "0.1"),
         "use_rslora": ("yes", 5),
         "base_model_name_or_path": (5, ["demo"], {"a": 1}),
-        "revision": (5, []),
+        "revision": (5, ["main"]),
+        "bias": ("some", 5, ["all"]),
+        "lora_bias": ("yes", 5),
+        "use_bdlora": (True, 5, {"nblocks": 0}, {"nblocks": 2**40}, {"nblocks": "2"}),
         "rank_pattern": ({"q_proj": 0}, {"q_proj": "8"}, {"q_proj": 10**9}, ["q_proj"], 5),
         "alpha_pattern": ({"q_proj": -1}, {"q_proj": None}, "q_proj"),
         "peft_type": (None, 5, "IA3", ["LORA"]),
@@ -633,8 +636,10 @@ def adapters_with_unknown_features(folder: Path, canary: Path) -> None:
     """Features without which the kit would compute another model, if it ignored them."""
     adapter = _adapter(folder)
     good = (adapter / "adapter_config.json").read_text()
-    features = {"use_dora": True, "use_mora": True, "monteclora_config": {"a": 1},
-                "velora_config": {"a": 1}, "shiny_new_option": "on", "bias": "all"}  # fmt: skip
+    features = {"use_dora": True, "use_mora": True, "kasa_config": {"beta": 1},
+                "arrow_config": {"top_k": 2}, "layer_replication": [[0, 2], [1, 2]],
+                "alora_invocation_tokens": [5], "use_qalora": True, "enable_lora": [True],
+                "shiny_new_option": "on", "init_lora_weights": "pissa"}  # fmt: skip
     for name, value in features.items():
         (adapter / "adapter_config.json").write_text(good)
         _change_json(adapter / "adapter_config.json", **{name: value})
@@ -675,6 +680,9 @@ def adapters_with_impossible_tensors(folder: Path, canary: Path) -> None:
         {key.format("A").replace("q_proj", "(a+)+$"): a,
          key.format("B").replace("q_proj", "(a+)+$"): b},
         {key.format("A"): a * float("nan"), key.format("B"): b},
+        {key.format("A"): a.to(torch.int8), key.format("B"): b},
+        {key.format("A"): a.to(torch.complex64), key.format("B"): b},
+        {key.format("A"): a[:0], key.format("B"): b},
     ):  # fmt: skip
         save_file(tensors, adapter / "adapter_model.safetensors")
         refused("adapter", *_use(adapter))

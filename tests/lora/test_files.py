@@ -138,12 +138,9 @@ def test_tensors_that_are_no_whole_adapter_are_refused(
     ("option", "value"),
     [
         ("use_dora", True),
-        ("bias", "all"),
-        ("lora_bias", True),
         ("trainable_token_indices", [3]),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "olora"),
-        ("use_bdlora", {"nblocks": 2}),
     ],
 )
 def test_a_feature_the_kit_does_not_have_is_named(saved: Path, option: str, value: Any) -> None:
