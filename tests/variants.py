@@ -10,4 +10,6 @@ STEPS = ("--model", "demo", "--max-steps", "4", "--save-steps", "2", "--eval-ste
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "rslora": ("--rslora",),
+    "modules-to-save": ("--modules-to-save", "embed_tokens,lm_head,norm"),
+    "new-tokens": ("--new-tokens", "dollars,<think>"),
 }
