@@ -16,4 +16,6 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
         "--lora-dropout",
         "0.1",
     ),
+    "modules-to-save": ("--modules-to-save", "embed_tokens,lm_head,norm"),
+    "new-tokens": ("--new-tokens", "dollars,<think>"),
 }

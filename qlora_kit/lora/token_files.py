@@ -139,7 +139,10 @@ def vocabulary_of(stored: StoredAdapter, spec: BaseSpec) -> int | None:
         return None
     skeleton = spec.skeleton()
     own = rows_of(skeleton.config)
-    whole = {len(stored.saved[name]) for name in tables(skeleton) & stored.saved.keys()}
+    named = tables(skeleton)
+    # With one table of two, the rows that the other one needs are not known.
+    is_whole = named <= stored.saved.keys()
+    whole = {len(stored.saved[name]) for name in named} if is_whole else set()
     numbers = stored.spec.token_rows.ids.values() if stored.spec.token_rows else ()
     most = max((max(ids) + 1 for ids in numbers), default=0)
     needed = whole.pop() if len(whole) == 1 else max(most, own or 0)

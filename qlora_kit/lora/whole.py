@@ -32,7 +32,6 @@ from qlora_kit.layers.trained import (
     TrainedNorm,
 )
 from qlora_kit.layers.trained_rows import RowsEmbedding, RowsHead, first_rows
-from qlora_kit.layers.weight import GatheredWeight
 from qlora_kit.layers.windows import window_of
 
 if TYPE_CHECKING:
@@ -235,6 +234,11 @@ def train_whole(base: Base, spec: LoraSpec, generator: torch.Generator) -> dict[
     """
     model = base.model
     embedding, head = vocabulary(model)
+    if base.shards is not None and (spec.modules_to_save or spec.token_rows):
+        raise ConfigError(
+            "--shard-base: divides the base, of which --modules-to-save and --new-tokens train "
+            "parts; expected all of it in each process; leave one of them out"
+        )
     layers: dict[str, TrainedLayer] = {}
     for path in whole_paths(model, spec):
         layers[path] = _trained(base, path, layers.get(str(embedding)) if path == head else None)
@@ -257,11 +261,10 @@ def _trained(base: Base, path: str, embedding: TrainedLayer | None) -> TrainedLa
         return TrainedEmbedding(module, base.hardware.device, base.hardware.dtype)
     if module is model.get_output_embeddings():
         assert isinstance(module, FrozenLinear)
-        if isinstance(module.weight, SlicedWeight | GatheredWeight):
-            found = "--head-bits 8 or 4 hold" if base.shards is None else "--shard-base divides"
+        if isinstance(module.weight, SlicedWeight):
             raise ConfigError(
-                f"--modules-to-save: trains {path} whole, and {found} it frozen; expected all of "
-                "it in 16 bits; leave one of them out"
+                f"--modules-to-save: trains {path} whole, and --head-bits {module.weight.bits} "
+                "holds it frozen; expected all of it in 16 bits; leave one of them out"
             )
         if is_pair(model) and isinstance(embedding, TrainedEmbedding):
             return TiedOutput(module, embedding.weight)

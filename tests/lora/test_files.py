@@ -121,8 +121,8 @@ def test_16_bit_adapters_are_read_as_fp32(adapter: Adapter, saved: Path) -> None
         (lambda t: t[KEY.format("B")].fill_(float("nan")), "q_proj holds NaN or infinity"),
         (lambda t: t[KEY.format("A")][0].fill_(float("inf")), "q_proj holds NaN or infinity"),
         (
-            lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}),
-            r"unknown tensor base_model\.model\.lm_head\.weight",
+            lambda t: t.update({"base_model.model.model.other.weight": torch.ones(2)}),
+            r"unknown tensor base_model\.model\.model\.other\.weight",
         ),
     ],
 )

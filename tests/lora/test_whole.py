@@ -93,8 +93,8 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("path", ["lm_head", "model.embed_tokens", "model.norm"])
+@pytest.mark.parametrize("path", ["model.layers.0", "model.rotary_emb"])
 def test_what_cannot_be_trained_whole_is_refused(save_tiny: Callable[..., Path], path: str) -> None:
     spec = qk.LoraSpec(targets=("attention",), whole=(path,))
-    with pytest.raises(ConfigError, match=f"{path}: (cannot be trained whole|the loss takes)"):
+    with pytest.raises(ConfigError, match=f"{path}: cannot be trained whole"):
         qk.attach(load_folder(save_tiny("tinyllama"), 4), spec)
