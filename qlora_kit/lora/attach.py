@@ -43,9 +43,9 @@ class Adapter:
         spec: the spec that it was attached by.
         layers: the LoRA layers by path.
         stacks: the stacks of experts that carry LoRA, by path.
-        added: what a stored adapter adds to the biases of layers, by name, see `lora.biases`.
         whole: the layers that are trained whole, by path.
         saved: parameters that replace parameters of the base, by name.
+        added: what a stored adapter adds to the biases of layers, by name, see `lora.biases`.
         originals: the replaced parameters of the base, by name, see `lora.saved`.
     """
 
@@ -54,9 +54,9 @@ class Adapter:
     layers: Mapping[str, LoRALinear]
     whole: Mapping[str, TrainedLinear] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
-    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(
