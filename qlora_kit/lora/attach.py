@@ -44,9 +44,9 @@ class Adapter:
         layers: the LoRA layers by path.
         stacks: the stacks of experts that carry LoRA, by path.
         embeddings: the input embedding, if it carries LoRA, by path.
-        added: what a stored adapter adds to the biases of layers, by name, see `lora.biases`.
         whole: the layers of which all, or some rows, are trained in their places, by path.
         saved: parameters that replace parameters of the base, by name.
+        added: what a stored adapter adds to the biases of layers, by name, see `lora.biases`.
         originals: the replaced parameters of the base, by name, see `lora.saved`.
         resized_from: the base as it was before it got rows for the adapter's tokens; None if it
             got none.
@@ -57,11 +57,11 @@ class Adapter:
     layers: Mapping[str, LoRALinear]
     whole: Mapping[str, TrainedLayer] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
     embeddings: Mapping[str, LoRAEmbedding] = field(default_factory=dict)
     resized_from: Unresized | None = None
-    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(
