@@ -333,9 +333,8 @@ def merged_tensors(
         if name in stored.saved:
             tensor = stored.saved[name]
         elif path in stored.tensors:
-            # Added into the delta, because only the delta's memory is sure to be unshared. A
-            # convolution is not packed, and training cast it to the same dtype.
-            tensor = stored.delta(path).to(tensor.device).add_(tensor.to(unpacked))
+            # A convolution is not packed, and training cast it to the same dtype.
+            tensor = stored.merged(path, tensor.to(unpacked))
         yield name, _cast(name, tensor, dtype)
 
 

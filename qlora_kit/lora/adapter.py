@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
+from qlora_kit.layers.dora import DoRALinear, row_norms
 from qlora_kit.layers.projections import (
     Projection,
     base_prefix,
@@ -38,7 +39,7 @@ from qlora_kit.lora.files import (
     read_peft_config,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
-from qlora_kit.lora.spec import LoraSpec
+from qlora_kit.lora.spec import LoraSpec, Variant
 from qlora_kit.lora.stacked import (
     folded,
     key_paths,
@@ -48,6 +49,7 @@ from qlora_kit.lora.stacked import (
     target_parameters,
     unfolded,
 )
+from qlora_kit.lora.vector_bank_files import as_bank_config, bank_tensors, with_matrices
 from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.load import Base
 from qlora_kit.redact import redacted_values
@@ -57,6 +59,9 @@ from qlora_kit.time_limit import TimeUp, time_limit
 _PREFIX = "base_model.model."
 # The keys that PEFT writes, with or without the adapter's name; some tools leave the prefix out.
 _KEY = re.compile(r"(base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_MAGNITUDE_KEY = re.compile(
+    r"(base_model\.model\.)?(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?"
+)
 _SAVED_KEY = re.compile(
     r"(base_model\.model\.)?(?P<path>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)"
 )
@@ -79,9 +84,13 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     Raises:
         StorageError: it could not be written.
     """
-    tensors = {}
-    for path, layer in adapter.layers.items():
-        a, b = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
+    has_bank = adapter.spec.variant.vblora
+    tensors = bank_tensors(adapter) if has_bank else {}
+    for path, layer in adapter.layers.items() if not has_bank else ():
+        a, b = map(Tensor.cpu, layer.filed())
+        if isinstance(layer, DoRALinear):
+            magnitude = layer.lora_magnitude_vector.detach().cpu().contiguous()
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = magnitude
         if (window := layer.frozen.window) is not None:
             a, b = a.view(len(a), *window.kernel), b.view(*b.shape, *(1 for _ in window.size))
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.contiguous()
@@ -110,7 +119,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     of_mixture = stacks(model)
     aside = taken_for_experts(adapter.layers) if of_mixture else []
     parameters = target_parameters(adapter.stacks, of_mixture, aside, projections(model))
-    return {
+    content = {
         "peft_type": "LORA",
         "task_type": spec.task_type or None,
         "base_model_name_or_path": record.base,
@@ -120,6 +129,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         # PEFT opens no parameters with dropout, which only training has.
         "lora_dropout": 0.0 if parameters else spec.dropout,
         "use_rslora": spec.rslora,
+        **({"use_dora": True} if spec.variant.dora else {}),
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
         "target_modules": _target_modules(model, adapter.layers.keys() - set(aside)),
@@ -129,6 +139,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         "modules_to_save": _modules_to_save(adapter) or None,
         "inference_mode": True,
     }
+    return as_bank_config(content, adapter) if spec.variant.vblora else content
 
 
 def _modules_to_save(adapter: Adapter) -> list[str]:
@@ -184,6 +195,7 @@ class StoredAdapter:
         stacked: number of experts of each stack that carries LoRA, by path.
         targeted_stacks: names of stacks that must have tensors, likewise.
         kernels: the shape of a row of A in the file, (C, k, k), of each convolution, by path.
+        magnitudes: of DoRA, the length (K,) of the row of each output's weight, fp32, by path.
     """
 
     folder: Path
@@ -196,6 +208,7 @@ class StoredAdapter:
     stacked: Mapping[str, int] = field(default_factory=dict)
     targeted_stacks: tuple[str, ...] = ()
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def changes_nothing(self) -> bool:
@@ -207,6 +220,26 @@ class StoredAdapter:
         """Return scaling · B A of the layer at `path`, (K, D), fp32."""
         a, b = self.tensors[path]
         return (b @ a).mul_(self.scaling_of(path))
+
+    def merged(self, path: str, weight: Tensor) -> Tensor:
+        """Return W (K, D) of the layer at `path` with the adapter in it, fp32, where W is."""
+        gain = self.gain(path, weight)
+        # Added into the delta, because only the delta's memory is sure to be unshared.
+        merged = self.delta(path).to(weight.device).add_(weight)
+        return merged if gain is None else merged.mul_(gain.unsqueeze(1))
+
+    def gain(self, path: str, weight: Tensor) -> Tensor | None:
+        """Return what DoRA multiplies each output of a layer by, (K,), fp32; None without DoRA.
+
+        Args:
+            path: the path of the layer.
+            weight: W (K, D) of the base there.
+        """
+        if path not in self.magnitudes:
+            return None
+        a, b = (each.to(weight.device) for each in self.tensors[path])
+        norms = row_norms(weight, a, b, self.scaling_of(path))
+        return self.magnitudes[path].to(weight.device) / norms
 
     def scaling_of(self, path: str) -> float:
         """Return the scaling of the layer, or of the expert, at `path`."""
@@ -227,7 +260,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
     check_adapter_folder(folder)
     config = read_peft_config(folder)
     record = read_base_record(folder)
-    raw = _read_tensors(folder)
+    raw = with_matrices(_read_tensors(folder), config, folder)
+    magnitudes = _magnitudes(raw, config, folder)
+    raw = {key: tensor for key, tensor in raw.items() if not _MAGNITUDE_KEY.fullmatch(key)}
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
     saved = _saved(others, tuple(config.modules_to_save or ()), folder)
@@ -249,6 +284,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         rslora=bool(config.use_rslora),
         rank_pattern=config.rank_pattern or {},
         alpha_pattern=config.alpha_pattern or {},
+        variant=Variant(dora=bool(config.use_dora)),
     )
     ranks = _ranks(folder, spec)
     stack_paths = set(stack_of.values())
@@ -261,10 +297,13 @@ def read_adapter(folder: Path) -> StoredAdapter:
             _check_pair(folder, each, part_of_a, part_of_b, ranks[path])
         tensors |= parts
         stacked |= {path: len(parts)} if of_experts else {}
+    if config.use_dora:
+        _check_magnitudes(magnitudes, tensors, kernels, folder)
     return StoredAdapter(
         folder, spec, tensors, config.base_model_name_or_path, record, saved,
         targeted=(*config.targeted_names, *layers_named(parameters)),
         stacked=stacked, targeted_stacks=parameters, kernels=kernels,
+        magnitudes=magnitudes,
     )  # fmt: skip
 
 
@@ -280,6 +319,39 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{error}; expected the weights of a LoRA adapter") from error
     except ModelError as error:
         raise AdapterError(*error.faults) from error
+
+
+def _magnitudes(raw: Mapping[str, Tensor], config: PeftConfig, folder: Path) -> dict[str, Tensor]:
+    """Return DoRA's lengths of rows by path, fp32."""
+    matches = {key: match for key in raw if (match := _MAGNITUDE_KEY.fullmatch(key))}
+    if matches and not config.use_dora:
+        raise AdapterError(
+            f"{folder / CONFIG}: use_dora is not set, and {WEIGHTS} has {next(iter(matches))}; "
+            "expected files of one adapter; restore them"
+        )
+    return {match["path"]: raw[key].float() for key, match in matches.items()}
+
+
+def _check_magnitudes(
+    magnitudes: Mapping[str, Tensor],
+    tensors: Mapping[str, tuple[Tensor, Tensor]],
+    kernels: Mapping[str, tuple[int, ...]],
+    folder: Path,
+) -> None:
+    if kernels:
+        raise AdapterError(
+            f"{folder}: use_dora is set, and {next(iter(kernels))} is a convolution, for which the "
+            "kit has no DoRA; expected DoRA on linear layers"
+        )
+    for path in sorted(tensors.keys() | magnitudes.keys()):
+        magnitude, pair = magnitudes.get(path), tensors.get(path)
+        if magnitude is None or pair is None or magnitude.shape != (len(pair[1]),):
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {path} has no lora_magnitude_vector as long as its B; "
+                "expected one of each layer, because use_dora is set; save the adapter again"
+            )
+        if not torch.isfinite(magnitude).all():
+            raise AdapterError(f"{folder}: {path} holds NaN or infinity; train it again")
 
 
 def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
@@ -408,7 +480,7 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
     stored = read_adapter(folder)
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
-    adapter.fill(stored.tensors, stored.saved)
+    adapter.fill(stored.tensors, stored.saved, stored.magnitudes)
     originals = put_in_place(base.model, stored.saved)
     return replace(adapter, saved=stored.saved, originals=originals)
 

@@ -25,6 +25,7 @@ from qlora_kit.layers.projections import (
     stacks,
 )
 from qlora_kit.layers.trained import TrainedLinear
+from qlora_kit.lora.forms import check_sites, count_form, layer_maker
 from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.targets import targeted_paths
@@ -58,14 +59,28 @@ class Adapter:
 
     @torch.no_grad()
     def fill(
-        self, tensors: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor]
+        self,
+        tensors: Mapping[str, tuple[Tensor, Tensor]],
+        whole: Mapping[str, Tensor],
+        magnitudes: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Set the values of the trained parameters.
 
         Args:
             tensors: A (R, D) and B (K, R) of each LoRA layer and of each expert, by path.
             whole: the parameters of the layers that are trained whole, by name.
+            magnitudes: of DoRA, the lengths (K,) of the rows of each layer's weight, by path.
+
+        Raises:
+            ConfigError: A and B are composed of shared vectors, see `restore`.
         """
+        if self.spec.variant.vblora:
+            raise ConfigError(
+                "the adapter composes A and B of shared vectors; expected an adapter with A and B "
+                "of its own to fill; attach one without vblora"
+            )
+        for path, magnitude in (magnitudes or {}).items():
+            self.layers[path].get_parameter("lora_magnitude_vector").copy_(magnitude)
         matrices = self._matrices()
         for path, pair in tensors.items():
             for own, given in zip(matrices[path], pair, strict=True):
@@ -84,12 +99,14 @@ class Adapter:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a stable order."""
-        named = {}
-        trained: Mapping[str, LoRALinear | LoRAStack] = {**self.layers, **self.stacks}
-        for path, layer in trained.items():
-            named[f"{path}.lora_A"] = layer.lora_A
-            named[f"{path}.lora_B"] = layer.lora_B
-        return {**named, **self.whole_parameters()}
+        named: dict[nn.Parameter, str] = {}
+        for path, layer in self.layers.items():
+            for name, parameter in layer.trained().items():
+                # Layers may share a parameter, which has the name that the first of them gives it.
+                named.setdefault(parameter, f"{path}.{name}")
+        for path, stack in self.stacks.items():
+            named |= {stack.lora_A: f"{path}.lora_A", stack.lora_B: f"{path}.lora_B"}
+        return {**{name: each for each, name in named.items()}, **self.whole_parameters()}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return the values of the trained parameters by name, on the CPU."""
@@ -151,14 +168,12 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
     """Return the number of parameters that an adapter will have, before anything is loaded.
 
     Raises:
-        ConfigError: a target or pattern names no layer.
+        ConfigError: a target or pattern names no layer, or one that the variant cannot have.
     """
     layers = by_lora_path(projections(skeleton))
-    low_rank = sum(
-        spec.rank_of(path) * (each.in_features + each.out_features)
-        for path in targeted_paths(skeleton, spec)
-        for each in layers[path]
-    )
+    sites = {path: layers[path] for path in targeted_paths(skeleton, spec)}
+    check_sites(spec, sites)
+    low_rank = count_form(spec, sites)
     whole = (skeleton.get_submodule(path).parameters() for path in spec.whole)
     return low_rank + sum(each.numel() for parameters in whole for each in parameters)
 
@@ -166,19 +181,26 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """Wrap the targeted layers of `base` in LoRA layers; its output does not change yet.
 
+    With VB-LoRA it changes a little: its B does not start at zero.
+
     Args:
         base: a loaded base without an adapter, changed in place.
         spec: the layers to train, and how.
         seed: the seed that every A is drawn from.
 
     Raises:
-        ConfigError: a target or pattern matches no layer, or LoRA is attached already.
+        ConfigError: a target or pattern matches no layer, or one that the variant cannot have, or
+            LoRA is attached already.
     """
     check_free(base)
     found = projections(base.model)
     paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
     of_experts = stacks(base.model)
+    by_path = by_lora_path(found)
+    sites = {path: by_path[path] for path in paths}
+    check_sites(spec, sites)
+    make_layer = layer_maker(spec, sites, base.hardware, base.hardware.device, generator)
     layers: dict[str, LoRALinear] = {}
     stacked: dict[str, LoRAStack] = {}
     for number, path in enumerate(paths):
@@ -187,7 +209,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             stacked[path] = LoRAStack(of_experts[path], **sizes, generator=generator)
             base.model.set_submodule(path, stacked[path].train(of_experts[path].training))
             continue
-        layers[path] = LoRALinear(
+        layers[path] = make_layer(
             found[path].frozen,
             **sizes,
             dropout=spec.dropout,
@@ -266,7 +288,7 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
         )
     model = adapter.base.model
     for path, layer in adapter.layers.items():
-        model.set_submodule(path, _merged(layer.frozen, layer.delta(), dtype))
+        model.set_submodule(path, _holding(layer.frozen, layer.merged(), dtype))
     for path, stack in adapter.stacks.items():
         merged: list[nn.Module] = [
             _merged(stack.expert(number), stack.delta(number), dtype)
@@ -280,5 +302,8 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
 
 
 def _merged(frozen: FrozenLinear, delta: Tensor, dtype: torch.dtype) -> FrozenLinear:
-    merged = frozen.weight.dequantize(torch.float32) + delta
+    return _holding(frozen, frozen.weight.dequantize(torch.float32) + delta, dtype)
+
+
+def _holding(frozen: FrozenLinear, merged: Tensor, dtype: torch.dtype) -> FrozenLinear:
     return FrozenLinear.holding(merged.to(dtype), frozen.bias, frozen.window)

@@ -41,7 +41,6 @@ _VERSIONED = ("torch", "transformers", "bitsandbytes")
 
 # PEFT options the kit does not have, with the values that mean "not used".
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
     "lora_bias": (None, False),
     "bias": (None, "none"),
     "layer_replication": (None, []),
@@ -63,6 +62,12 @@ _HARMLESS = {
     "fan_in_fan_out",
     "megatron_core", "ensure_weight_tying", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+}  # fmt: skip
+
+# Of VB-LoRA: how it was drawn, sizes that the tensors have, and what was saved of the logits.
+_OF_VB_LORA = {
+    "num_vectors", "vector_length", "save_only_topk_weights", "vblora_dropout",
+    "init_vector_bank_bound", "init_logits_std",
 }  # fmt: skip
 
 # ---------------------------------------------------------------- patterns
@@ -147,6 +152,9 @@ class PeftConfig(_File):
     lora_alpha: _Alpha = 8.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     use_rslora: bool | None = None
+    use_dora: bool | None = None
+    # Of VB-LoRA alone: the number of vectors that a part of A or B is mixed of.
+    topk: Annotated[int, Field(ge=1)] | None = None
     rank_pattern: Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None = None
     alpha_pattern: Annotated[dict[str, _Alpha], AfterValidator(_check_patterns)] | None = None
     target_modules: Annotated[list[_Text] | _Text | None, _OrAbsent] = None
@@ -311,7 +319,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG
     content = _read_object(path)
-    if content.get("peft_type") != "LORA":
+    if content.get("peft_type") == "VBLORA":
+        content = _as_lora(content)
+    elif content.get("peft_type") != "LORA":
         raise AdapterError(f'{path}: not a LoRA adapter; expected "peft_type": "LORA"')
     for name, unused in _UNSUPPORTED.items():
         if content.get(name) not in unused:
@@ -326,6 +336,14 @@ def read_peft_config(folder: Path) -> PeftConfig:
                 "adapter of PEFT; unset it only if it changes nothing of what the adapter computes"
             )
     return _checked(PeftConfig, content, path, "")
+
+
+def _as_lora(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return VB-LoRA's fields as those of the LoRA that its A and B are; PEFT's rank is 4."""
+    rank = content.get("r", 4)
+    own = {name: value for name, value in content.items() if name not in _OF_VB_LORA}
+    same = {"r": rank, "lora_alpha": rank, "topk": content.get("topk", 2)}
+    return {**own, **same, "lora_dropout": content.get("vblora_dropout", 0.0)}
 
 
 def read_base_record(folder: Path) -> BaseRecord | None:

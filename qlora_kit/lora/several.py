@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.layers.dora import rescaled
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.projections import projections
@@ -56,12 +57,20 @@ class SwitchedLinear(nn.Module):
         frozen: the layer that this layer wraps.
         terms: the terms by name of their adapter; adapters without this layer are left out.
         choice: the adapter of each row.
+        gains: what an adapter with DoRA multiplies the outputs by, (K,), by name.
     """
 
-    def __init__(self, frozen: FrozenLinear, terms: Mapping[str, LowRank], choice: _Choice) -> None:
+    def __init__(
+        self,
+        frozen: FrozenLinear,
+        terms: Mapping[str, LowRank],
+        choice: _Choice,
+        gains: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.frozen = frozen
         self.terms = terms
+        self.gains = gains or {}
         self._choice = choice
 
     @torch.no_grad()
@@ -75,17 +84,19 @@ class SwitchedLinear(nn.Module):
             if self.frozen.window is not None:
                 y = _added_in_windows(self.frozen.window, term, x, y, rows)
             elif rows is None:
-                _add(term, x, y)
+                y = self._with(name, term, x, y)
             else:
                 chosen = torch.tensor(rows, device=x.device)
                 part = y.index_select(0, chosen)
-                _add(term, x.index_select(0, chosen), part)
+                part = self._with(name, term, x.index_select(0, chosen), part)
                 y.index_copy_(0, chosen, part)
         return y
 
-
-def _add(term: LowRank, x: Tensor, y: Tensor) -> None:
-    term.add_to(y.view(-1, y.shape[-1]), term.inner(x.reshape(-1, x.shape[-1])))
+    def _with(self, name: str, term: LowRank, x: Tensor, y: Tensor) -> Tensor:
+        """Return a product y with an adapter's part of it; y may be changed in place."""
+        term.add_to(y.view(-1, y.shape[-1]), term.inner(x.reshape(-1, x.shape[-1])))
+        gain = self.gains.get(name)
+        return y if gain is None else rescaled(y, gain, self.frozen.bias)
 
 
 def _added_in_windows(
@@ -130,8 +141,10 @@ class AdapterSet:
     @property
     def bytes(self) -> int:
         """The bytes of all adapters, without the base."""
-        terms = (term for layer in self.layers.values() for term in layer.terms.values())
-        return sum(each.nbytes for term in terms for each in (*term.a, *term.b))
+        layers = self.layers.values()
+        terms = (term for layer in layers for term in layer.terms.values())
+        gains = sum(gain.nbytes for layer in layers for gain in layer.gains.values())
+        return gains + sum(each.nbytes for term in terms for each in (*term.a, *term.b))
 
     def detach(self) -> Base:
         """Take all adapters off; the base is the same as before, bit for bit."""
@@ -194,7 +207,8 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
             if path in adapter.tensors
         }
         if terms:
-            layers[path] = SwitchedLinear(frozen, terms, choice).train(frozen.training)
+            gains = _gains(stored, path, frozen, base.hardware.dtype)
+            layers[path] = SwitchedLinear(frozen, terms, choice, gains).train(frozen.training)
             base.model.set_submodule(path, layers[path])
     return AdapterSet(base, tuple(stored), layers, choice)
 
@@ -215,6 +229,16 @@ def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
                 f"adapter {name}: trained on {record.base}, and {first} on {other.base}, whose "
                 "weights are others; expected adapters of one base; leave one of them out"
             )
+
+
+def _gains(
+    stored: Mapping[str, StoredAdapter], path: str, frozen: FrozenLinear, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    with_dora = {name: each for name, each in stored.items() if path in each.magnitudes}
+    found = {
+        name: each.gain(path, frozen.weight.dequantize(dtype)) for name, each in with_dora.items()
+    }
+    return {name: gain for name, gain in found.items() if gain is not None}
 
 
 def _term(adapter: StoredAdapter, path: str, device: torch.device) -> LowRank:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from qlora_kit.config import VariantOptions
 from qlora_kit.errors import ConfigError
+from qlora_kit.lora.combinations import check_forms
 
 # PEFT's word for causal language modelling.
 TASK_TYPE = "CAUSAL_LM"
@@ -111,7 +112,12 @@ class LoraSpec:
     def of(
         cls, options: VariantOptions, task_type: str = TASK_TYPE, whole: tuple[str, ...] = ()
     ) -> LoraSpec:
-        """Return the spec that the options ask for, for a task that PEFT calls `task_type`."""
+        """Return the spec that the options ask for, for a task that PEFT calls `task_type`.
+
+        Raises:
+            ConfigError: variants contradict each other.
+        """
+        check_forms(options)
         return cls(
             rank=options.rank,
             alpha=options.alpha,

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.errors import LearningError
-from qlora_kit.layers.lora import LoRALinear
-from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.private_torch import largest_magnitudes
 
@@ -32,7 +30,7 @@ def check_gradients(adapter: Adapter) -> None:
     Raises:
         LearningError: a gradient is missing or zero; the error names the layers.
     """
-    gradients = {path: layer.lora_B.grad for path, layer in _trained(adapter).items()}
+    gradients = {path: parameter.grad for path, parameter in _first_moved(adapter).items()}
     gradients |= {path: layer.weight.grad for path, layer in adapter.whole.items()}
     if dead := _all_zero(gradients):
         raise LearningError(
@@ -52,7 +50,7 @@ def check_movement(adapter: Adapter, steps: int) -> None:
     Raises:
         LearningError: a B is still zero; the error names the layers.
     """
-    values = {path: layer.lora_B.detach() for path, layer in _trained(adapter).items()}
+    values = {path: parameter.detach() for path, parameter in _first_moved(adapter).items()}
     if still := _all_zero(values):
         raise LearningError(
             f"after {steps} steps {_named(still)} did not move; expected every B to have left "
@@ -60,9 +58,10 @@ def check_movement(adapter: Adapter, steps: int) -> None:
         )
 
 
-def _trained(adapter: Adapter) -> Mapping[str, LoRALinear | LoRAStack]:
-    """Return what has a B; of a stack, a token chooses some expert at least."""
-    return {**adapter.layers, **adapter.stacks}
+def _first_moved(adapter: Adapter) -> Mapping[str, nn.Parameter]:
+    """Return each B, or what B is composed of; of a stack, a token chooses some expert at least."""
+    of_layers = {path: layer.first_moved for path, layer in adapter.layers.items()}
+    return of_layers | {path: stack.lora_B for path, stack in adapter.stacks.items()}
 
 
 def _all_zero(tensors: Mapping[str, Tensor | None]) -> list[str]:
