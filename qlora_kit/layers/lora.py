@@ -186,7 +186,7 @@ class LoRALinear(nn.Module):
     @property
     def kind(self) -> tuple[object, ...]:
         """What layers must have alike to compute together."""
-        return self.rank, self.frozen.in_features, self.trains_a, self.scaling, self.is_sum
+        return self.lora_A.shape, self.lora_A.dtype, self.trains_a, self.scaling
 
     def extra_repr(self) -> str:
         """Show rank and scaling when the model is printed."""
@@ -195,7 +195,7 @@ class LoRALinear(nn.Module):
 
 def can_share(layers: Sequence[LoRALinear]) -> bool:
     """Whether layers that see one x can compute their terms together."""
-    kinds = {(each.kind, each.made_of()[0].dtype) for each in layers}
+    kinds = {each.kind for each in layers}
     is_trained = all(each.first_moved.requires_grad for each in layers)
     are_sums = all(each.is_sum and each.frozen.window is None for each in layers)
     return len(kinds) == 1 and is_trained and are_sums and len(layers) <= split.MOST_LAYERS

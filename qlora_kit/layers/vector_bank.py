@@ -125,6 +125,11 @@ class VectorBankLinear(LoRALinear):
         return self.logits_a, self.logits_b, self.vector_bank
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """See `LoRALinear`."""
+        return self.logits_a.shape, self.logits_a.dtype, self.scaling
+
+    @property
     def first_moved(self) -> nn.Parameter:
         """See `LoRALinear`."""
         return self.logits_b
