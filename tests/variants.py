@@ -10,4 +10,8 @@ STEPS = ("--model", "demo", "--max-steps", "4", "--save-steps", "2", "--eval-ste
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "rslora": ("--rslora",),
+    "dora": ("--dora", "--targets", "all-linear", "--lora-dropout", "0.1"),
+    "learned-scale": ("--learned-scale",),
+    "freeze-a": ("--freeze-a", "--targets", "all-linear"),
+    "vblora": ("--vblora",),
 }

@@ -16,6 +16,7 @@ Source: DoRA (arXiv:2402.09353), equation 5, and section 4.3 for the constant no
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from qlora_kit.layers.lora import LoRALinear, products_of
 from qlora_kit.layers.weight import FrozenWeight, gathered
 from qlora_kit.private_torch import version_of
 
-# Rows that are measured at a time: their fp32 copy is small beside the unpacked weight.
-_ROWS = 1024
+# A weight is measured in so many parts: the fp32 copy of one is small beside the unpacked weight.
+_PARTS = 8
 
 
 @torch.no_grad()
@@ -42,8 +43,9 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         scaling: factor of B A.
     """
     norms = b.new_empty(len(weight))
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
+    each = math.ceil(len(weight) / _PARTS)
+    for start in range(0, len(weight), each):
+        rows = slice(start, start + each)
         turned = torch.addmm(weight[rows].to(a.dtype), b[rows], a, alpha=scaling)
         norms[rows] = torch.linalg.vector_norm(turned, dim=1)
     # A row of zeros has no direction: its gain is 0, and not 0 / 0.
@@ -100,9 +102,9 @@ class DoRALinear(LoRALinear):
         return {**super().trained(), "lora_magnitude_vector": self.lora_magnitude_vector}
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """See `LoRALinear`."""
-        turned = super().merged()
+        turned = super().merged_weight()
         return turned.mul_((self.lora_magnitude_vector / self._norms()).unsqueeze(1))
 
 

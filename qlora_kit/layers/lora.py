@@ -179,7 +179,7 @@ class LoRALinear(nn.Module):
         return self.scaling * (b @ a)
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """Return the weight of a frozen layer that computes the same, (K, D), fp32."""
         return self.frozen.weight.dequantize(torch.float32) + self.delta()
 

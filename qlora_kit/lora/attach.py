@@ -288,7 +288,7 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
         )
     model = adapter.base.model
     for path, layer in adapter.layers.items():
-        model.set_submodule(path, _holding(layer.frozen, layer.merged(), dtype))
+        model.set_submodule(path, _holding(layer.frozen, layer.merged_weight(), dtype))
     for path, stack in adapter.stacks.items():
         merged: list[nn.Module] = [
             _merged(stack.expert(number), stack.delta(number), dtype)
