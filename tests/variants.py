@@ -18,4 +18,8 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     ),
     "modules-to-save": ("--modules-to-save", "embed_tokens,lm_head,norm"),
     "new-tokens": ("--new-tokens", "dollars,<think>"),
+    "dora": ("--dora", "--targets", "all-linear", "--lora-dropout", "0.1"),
+    "learned-scale": ("--learned-scale",),
+    "freeze-a": ("--freeze-a", "--targets", "all-linear"),
+    "vblora": ("--vblora",),
 }

@@ -97,7 +97,11 @@ class Forms:
         """The adapter's delta for the parameter, fp32, or None."""
         if not self.is_adapted:
             return None
-        return self.merge.stored.delta(self.path).to(self.merge.device)
+        stored = self.merge.stored
+        if self.path in stored.magnitudes:
+            base = self.base(self.merge.over)
+            return stored.merged(self.path, base).sub_(base)
+        return stored.delta(self.path).to(self.merge.device)
 
     def base(self, over: BaseName = "quantized") -> Tensor:
         """Return the weight of the quantised or the original base, fp32."""
@@ -109,10 +113,10 @@ class Forms:
         """Return the weight of a base with the adapter merged into it, fp32."""
         if self.saved is not None:
             return _in_fp32(self.saved.to(self.merge.device))
-        weight, delta = self.base(over), self.delta
+        weight = self.base(over)
         if self.added is not None:
             return weight.add_(self.added.to(weight.device))
-        return weight if delta is None else delta.add_(weight)
+        return self.merge.stored.merged(self.path, weight) if self.is_adapted else weight
 
     @cached_property
     def packed_again(self) -> FrozenWeight:

@@ -355,10 +355,9 @@ def merged_tensors(
         if (replacement := stored.in_place_of(name, value)) is not None:
             tensor = replacement
         elif path in stored.tensors:
-            # Added into the delta, because only the delta's memory is sure to be unshared. A
-            # convolution, an embedding or a head is not packed, and training cast it to the same
+            # A convolution, an embedding or a head is not packed, and training cast it to the same
             # dtype.
-            tensor = stored.delta(path).to(tensor.device).add_(tensor.to(unpacked))
+            tensor = stored.merged(path, tensor.to(unpacked))
         elif name in stored.added:
             tensor = stored.added[name].to(tensor.device) + tensor.float()
         yield name, _cast(name, tensor, dtype)

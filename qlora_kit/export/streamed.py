@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.data.batch import Batch
 from qlora_kit.export.forms import Forms, Variant
+from qlora_kit.layers.dora import rescaled
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.projections import input_embedding, projections
@@ -56,7 +57,7 @@ class StreamedModel:
         device: torch.device,
     ) -> None:
         self._model, self._read, self._variants = skeleton, read, variants
-        self._device = device
+        self._device, self._stored = device, stored
         self._rows = 0
         self._running = variants[0]
         self._forms: Mapping[str, Forms] = {}
@@ -182,6 +183,8 @@ class StreamedModel:
             if term is not None and self._running is Variant.ADAPTER:
                 rows = x.reshape(-1, x.shape[-1])
                 term.add_to(y.view(-1, y.shape[-1]), term.inner(rows))
+                gain = self._stored.gain(path, weight)
+                return y if gain is None else rescaled(y, gain, linear.bias)
             return y
 
         linear.forward = forward  # type: ignore[method-assign,assignment]

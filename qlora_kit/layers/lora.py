@@ -3,12 +3,15 @@
 One autograd function serves 4, 8 and 16 bits, and one layer or several that see one x. It saves x
 and the small h = dropout(x) Aᵀ before the product with W. So a recomputed layer that ends in that
 product does not compute it again. Backward unpacks W again, so no unpacked weight outlives its
-product. The trained term is a `LowRank`.
+product. The trained term is a `LowRank`. Variants that compute otherwise are subclasses, each in a
+file of its own.
+
+Where A is frozen (LoRA-FA), x is not saved: the gradient of A alone would need it.
 
 Shapes: N tokens, D in, K out, R rank.
 
 Source: LoRA (arXiv:2106.09685), section 4.1; QLoRA (arXiv:2305.14314), equation 5; rsLoRA
-(arXiv:2312.03732) for scaling = alpha / √rank.
+(arXiv:2312.03732) for scaling = alpha / √rank; LoRA-FA (arXiv:2308.03303) for a frozen A.
 """
 
 from __future__ import annotations
@@ -48,12 +51,17 @@ class LoRALinear(nn.Module):
         number: number among the layers with LoRA, from which dropout draws its masks.
         device: the device of A and B; None: that of the frozen weight, which of a head that several
             processes hold together may be the host.
+        freeze_a: whether A stays as it is drawn, and B alone is trained (LoRA-FA).
 
     Attributes:
+        is_sum: whether y is the frozen product plus a `LowRank`. Layers that share an x, and MLPs
+            in tiles, compute nothing else; other layers compute alone.
         partners: other layers that will be called with the same x after this layer, and that
             `can_share` its term. The first call computes the products of all; the others are
             handed to their layers. A layer that is called with anything else computes alone.
     """
+
+    is_sum = True
 
     def __init__(
         self,
@@ -65,6 +73,7 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,
         number: int = 0,
         device: torch.device | None = None,
+        freeze_a: bool = False,
     ) -> None:
         super().__init__()
         self.frozen = frozen
@@ -72,29 +81,57 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.scaling = scaling
         self.dropout = dropout
+        self.trains_a = not freeze_a
         # A tuple keeps them from being children, which would give their parameters second names.
         self.partners: tuple[LoRALinear, ...] = ()
         self._handover = Handover()
-        device = device or frozen.weight.device
+        self._device = device or frozen.weight.device
+        self._draw(generator)
+
+    def _draw(self, generator: torch.Generator | None) -> None:
+        """Make the trained parameters."""
+        device = self._device
         # A is drawn on the CPU: the same seed gives the same A on every device.
-        a = torch.empty(rank, frozen.in_features)
+        a = torch.empty(self.rank, self.frozen.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(a.to(device), requires_grad=self.trains_a)
+        self.lora_B = nn.Parameter(torch.zeros(self.frozen.out_features, self.rank, device=device))
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return the A (R, D) and the B (K, R) that multiply, with the graph that makes them."""
+        return self.lora_A, self.lora_B
+
+    def filed(self) -> tuple[Tensor, Tensor]:
+        """Return the A and the B of plain LoRA with the scaling that the spec gives the layer."""
+        return self.lora_A.detach(), self.lora_B.detach()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name; layers may share one."""
+        of_a = {"lora_A": self.lora_A} if self.trains_a else {}
+        return {**of_a, "lora_B": self.lora_B}
+
+    def made_of(self) -> tuple[Tensor, ...]:
+        """Return the tensors that `matrices` are made of."""
+        return self.lora_A, self.lora_B
+
+    @property
+    def first_moved(self) -> nn.Parameter:
+        """The parameter that the first step must move, where the layer learns at all."""
+        return self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., K) in the dtype of x; of a convolution (B, C, …) to (B, K, …)."""
         if self.frozen.window is not None:
             return self._of_windows(x, self.frozen.window)
-        handed = self._handover.take(x, self.lora_A, self.lora_B)
+        handed = self._handover.take(x, *self.made_of())
         if handed is not None:
             return handed
         layers = (self, *self.partners)
         if any(layer.drops_out for layer in layers):
             layers = (self,)  # each layer has a mask of its own, so no product is common to them
-        y, *others = _products(x, layers)
+        y, *others = products_of(x, layers)
         for layer, other in zip(layers[1:], others, strict=True):
-            layer._handover.put(other, x, layer.lora_A, layer.lora_B)
+            layer._handover.put(other, x, *layer.made_of())
         return y
 
     def _of_windows(self, x: Tensor, window: Window) -> Tensor:
@@ -102,7 +139,7 @@ class LoRALinear(nn.Module):
         y: Tensor = self.frozen(x)
         kept = self.draw_kept(x)
         given = x if kept is None else x * kept / (1 - self.dropout)
-        term = window.low_rank(given, self.lora_A, self.lora_B)
+        term = window.low_rank(given, *self.matrices())
         return (y + self.scaling * term).to(y.dtype)
 
     @property
@@ -148,7 +185,18 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return the matrix that the low-rank term adds to W: scaling · B A, (K, D), fp32."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        a, b = self.matrices()
+        return self.scaling * (b @ a)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Return the weight of a frozen layer that computes the same, (K, D), fp32."""
+        return self.frozen.weight.dequantize(torch.float32) + self.delta()
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What layers must have alike to compute together."""
+        return self.lora_A.shape, self.lora_A.dtype, self.trains_a, self.scaling
 
     def extra_repr(self) -> str:
         """Show rank and scaling when the model is printed."""
@@ -157,10 +205,10 @@ class LoRALinear(nn.Module):
 
 def can_share(layers: Sequence[LoRALinear]) -> bool:
     """Whether layers that see one x can compute their terms together."""
-    kinds = {(each.lora_A.shape, each.lora_A.dtype, each.scaling) for each in layers}
-    is_trained = all(each.lora_A.requires_grad for each in layers)
-    are_linear = all(each.frozen.window is None for each in layers)
-    return len(kinds) == 1 and is_trained and are_linear and len(layers) <= split.MOST_LAYERS
+    kinds = {each.kind for each in layers}
+    is_trained = all(each.first_moved.requires_grad for each in layers)
+    are_sums = all(each.is_sum and each.frozen.window is None for each in layers)
+    return len(kinds) == 1 and is_trained and are_sums and len(layers) <= split.MOST_LAYERS
 
 
 def term_of(layers: Sequence[LoRALinear], x: Tensor, kept: Tensor | None = None) -> LowRank:
@@ -171,10 +219,18 @@ def term_of(layers: Sequence[LoRALinear], x: Tensor, kept: Tensor | None = None)
         x: the input, or any tensor on its device and in its dtype.
         kept: the mask of `draw_kept` for that call; only of a single layer.
     """
-    first = layers[0]
-    a, b = tuple(each.lora_A for each in layers), tuple(each.lora_B for each in layers)
-    keep = 1.0 if kept is None else 1 - first.dropout
-    return as_served(LowRank(a, b, kept, first.scaling, keep), x)
+    return _term(layers, [each.matrices() for each in layers], x, kept)
+
+
+def _term(
+    layers: Sequence[LoRALinear],
+    matrices: Sequence[tuple[Tensor, Tensor]],
+    x: Tensor,
+    kept: Tensor | None,
+) -> LowRank:
+    a, b = zip(*matrices, strict=True)
+    keep = 1.0 if kept is None else 1 - layers[0].dropout
+    return as_served(LowRank(a, b, kept, layers[0].scaling, keep), x)
 
 
 def as_served(term: LowRank, x: Tensor) -> LowRank:
@@ -183,12 +239,13 @@ def as_served(term: LowRank, x: Tensor) -> LowRank:
     return SplitLowRank.of(term) if is_split and kernels.serves("lora", x) else term
 
 
-def _products(x: Tensor, layers: Sequence[LoRALinear]) -> list[Tensor]:
-    """Return the y (..., K) of each layer for one x (..., D)."""
+def products_of(x: Tensor, layers: Sequence[LoRALinear]) -> list[Tensor]:
+    """Return the frozen product with its share of the term, (..., K), of each layer for one x."""
     rows = x.reshape(-1, x.shape[-1])
+    matrices = [each.matrices() for each in layers]
     with torch.no_grad():
-        term = term_of(layers, x, layers[0].draw_kept(x))
-    parameters = [*(each.lora_A for each in layers), *(each.lora_B for each in layers)]
+        term = _term(layers, matrices, x, layers[0].draw_kept(x))
+    parameters = [*(a for a, _ in matrices), *(b for _, b in matrices)]
     found = products_with_term(rows, [each.frozen for each in layers], term, parameters)
     return [y.view(*x.shape[:-1], -1) for y in found]
 
@@ -208,7 +265,9 @@ def products_with_term(
         h = term.inner(x)
     # What a graph holds of several layers must not hold x itself, see `Handover`.
     held = x if len(frozen) == 1 else x.detach()
-    saved = save_first(parameters[0], held, term.kept, h, *term.a, *term.b)
+    trains_a = any(each.requires_grad for each in parameters[: len(frozen)])
+    trained = parameters[0] if trains_a else parameters[-1]
+    saved = save_first(trained, held if trains_a else None, term.kept, h, *term.a, *term.b)
     found: Sequence[Tensor] = _LoRAProducts.apply(x, frozen, term, h, *saved, *parameters)
     return found
 

@@ -25,12 +25,12 @@ class Gradients(NamedTuple):
 
     Attributes:
         inner: that of x Aᵀ, as the other methods of the term take it.
-        a: that of the A of each layer, (R, D).
+        a: that of the A of each layer, (R, D); None where A is frozen.
         b: that of the B of each layer, (K, R).
     """
 
     inner: Tensor
-    a: Sequence[Tensor]
+    a: Sequence[Tensor | None]
     b: Sequence[Tensor]
 
 
@@ -80,13 +80,17 @@ class LowRank:
         return self._scaled(grad_inner)
 
     def gradients(
-        self, x: Tensor, h: Tensor, grads_y: Sequence[Tensor], grad_inner: Tensor | None = None
+        self,
+        x: Tensor | None,
+        h: Tensor,
+        grads_y: Sequence[Tensor],
+        grad_inner: Tensor | None = None,
     ) -> Gradients:
         """Return all gradients but that of x.
 
         Args:
-            x: (N, D), the input of the call.
-            h: the result of `inner` for x.
+            x: (N, D), the input of the call; None where A is frozen.
+            h: the result of `inner` for that input.
             grads_y: gradient of the y (N, K) of each layer.
             grad_inner: the result of `inner_gradient`, if it is there already.
         """
@@ -100,6 +104,8 @@ class LowRank:
             grads_b.append((wide.T @ self._of_layer(h, layer)).mul_(self.scaling))
         if grad_inner is None:
             inner = self._scaled(inner)
+        if x is None:
+            return Gradients(inner, [None] * len(self.b), grads_b)
         grad_a = inner.T @ _masked(x, self.kept).to(inner.dtype)
         return Gradients(inner, grad_a.chunk(len(self.a)), grads_b)
 
@@ -170,10 +176,16 @@ class SplitLowRank(LowRank):
         return split.split_gradients(products, self._factor)
 
     def gradients(
-        self, x: Tensor, h: Tensor, grads_y: Sequence[Tensor], grad_inner: Tensor | None = None
+        self,
+        x: Tensor | None,
+        h: Tensor,
+        grads_y: Sequence[Tensor],
+        grad_inner: Tensor | None = None,
     ) -> Gradients:
         """See `LowRank`."""
         inner = self.inner_gradient(grads_y) if grad_inner is None else grad_inner
+        if x is None:
+            return Gradients(inner, [None] * len(self.b), split.gradients_of_b(grads_y, h))
         grad_a = split.gradient_of_a(inner, _masked(x, self.kept))
         return Gradients(inner, grad_a.chunk(len(self.b)), split.gradients_of_b(grads_y, h))
 

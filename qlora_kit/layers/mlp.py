@@ -58,14 +58,15 @@ class Parts(NamedTuple):
         """Return the parts of a module whose children have the names and kinds of a gated MLP's.
 
         Returns:
-            The parts; None if the module is no gated MLP.
+            The parts; None if the module is no gated MLP, or LoRA in it computes otherwise.
         """
         children = dict(module.named_children())
         for names in ((*inner, _OUTER) for inner in _INNER):
             found = (children.get(name) for name in names)
             layers = tuple(child for child in found if isinstance(child, _Linear))
             rest = [child for name, child in children.items() if name not in names]
-            if len(layers) == len(names) and len(rest) == 1:
+            are_sums = all(not isinstance(each, LoRALinear) or each.is_sum for each in layers)
+            if len(layers) == len(names) and len(rest) == 1 and are_sums:
                 return cls(layers, rest[0])
         return None
 
@@ -127,13 +128,14 @@ class _TileLayers:
     weights: list[FrozenWeight]
     biases: list[Tensor | None]
     term: LowRank | None
+    trains_a: bool = True
     _h: Tensor | None = None
     _grad_inner: Tensor | None = None
 
     def of(self, rows: slice) -> _TileLayers:
         """Return the layers for some tokens."""
         term = None if self.term is None else self.term.rows(rows)
-        return _TileLayers(list(self.weights), self.biases, term)
+        return _TileLayers(list(self.weights), self.biases, term, self.trains_a)
 
     def products(self, x: Tensor) -> list[Tensor]:
         """Return the y (n, K) of each layer for x (n, D)."""
@@ -160,11 +162,12 @@ class _TileLayers:
             self.term.add_input_gradient(grad_x, self._inner_gradient(self.term, grads_y))
         return grad_x
 
-    def parameter_gradients(self, x: Tensor, grads_y: list[Tensor]) -> list[Tensor]:
+    def parameter_gradients(self, x: Tensor, grads_y: list[Tensor]) -> list[Tensor | None]:
         """Return the gradients of A and B of each layer; an empty list for frozen layers."""
         if self.term is None:
             return []
-        grads = self.term.gradients(x, self._inner(self.term, x), grads_y, self._grad_inner)
+        given = x if self.trains_a else None
+        grads = self.term.gradients(given, self._inner(self.term, x), grads_y, self._grad_inner)
         self._grad_inner = grads.inner
         return [each for pair in zip(grads.a, grads.b, strict=True) for each in pair]
 
@@ -205,7 +208,7 @@ class _Tile(NamedTuple):
         (y,) = self.outer.products(product)
         return y
 
-    def gradients(self, x: Tensor, grad_y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, x: Tensor, grad_y: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return the gradient of x and those of all A and B, given that of y.
 
         At most five tensors as wide as the MLP exist at a time, or three of them and one weight.
@@ -215,7 +218,7 @@ class _Tile(NamedTuple):
             self._hold_last()
         wide = [self.outer.input_gradient([grad_y]), *self.products(x)]
         grads, of_outer = _gate_gradients(self.act, wide, self.outer, grad_y)
-        parameters: list[Tensor] = []
+        parameters: list[Tensor | None] = []
         grad_x: Tensor | None = None
         for layers in self.inner:
             own, grads = grads[: len(layers.weights)], grads[len(layers.weights) :]
@@ -249,7 +252,7 @@ def _kernel_name(act: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
 
 def _gate_gradients(
     act: Callable[[Tensor], Tensor], wide: list[Tensor], outer: _TileLayers, grad_y: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return the gradients of the inner layers' outputs, and those of the outer layer's A and B.
 
     Args:
@@ -312,7 +315,8 @@ class _Call(NamedTuple):
             weights = [HeldWeight(each.weight) if is_held else each.weight for each in frozen]
             trained = [each for each in layers if isinstance(each, LoRALinear)]
             term = term_of(trained, x, kept) if trained else None
-            yield _TileLayers(weights, [each.bias for each in frozen], term)
+            trains_a = all(each.trains_a for each in trained)
+            yield _TileLayers(weights, [each.bias for each in frozen], term, trains_a)
 
     def _together(
         self, masks: tuple[Tensor | None, ...]
@@ -337,7 +341,7 @@ def _gated_mlp(x: Tensor, call: _Call) -> Tensor:
     masks = tuple(
         layer.draw_kept(x) if isinstance(layer, LoRALinear) else None for layer in call.parts.layers
     )
-    parameters = [each for layer in trained for each in (layer.lora_A, layer.lora_B)]
+    parameters = [each for layer in trained for each in layer.matrices()]
     saved = save_first(rows, rows, *masks, *parameters)
     y: Tensor = _GatedMLP.apply(rows, call, masks, *saved, *parameters)
     return y
@@ -367,14 +371,18 @@ class _GatedMLP(torch.autograd.Function):
         x, *rest = ctx.node.saved_tensors
         masks = tuple(rest[: len(call.parts.layers)])
         grad_x = _Whole(len(x))
-        parameters: list[Tensor] = []
+        parameters: list[Tensor | None] = []
         for rows, tile in call.tiles(x, masks):
             part, more = tile.gradients(x[rows], grad_y[rows])
             grad_x.put(rows, part)
             del part  # not to be held while the next tile computes
             pairs = zip(parameters, more, strict=True) if parameters else ()
-            parameters = [total.add_(each) for total, each in pairs] or more
+            parameters = [_added(total, each) for total, each in pairs] or more
         return (grad_x.tensor, None, None, None, None, *parameters)
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return None if total is None or part is None else total.add_(part)
 
 
 class _Whole:

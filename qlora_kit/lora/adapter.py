@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
+from qlora_kit.layers.dora import DoRALinear, row_norms
 from qlora_kit.layers.projections import (
     Projection,
     base_prefix,
@@ -44,7 +45,7 @@ from qlora_kit.lora.files import (
     read_peft_config,
 )
 from qlora_kit.lora.saved import Unresized, check_saved, put_in_place
-from qlora_kit.lora.spec import LoraSpec
+from qlora_kit.lora.spec import LoraSpec, Variant
 from qlora_kit.lora.stacked import (
     folded,
     key_paths,
@@ -63,6 +64,7 @@ from qlora_kit.lora.token_files import (
     trained_tensors,
     vocabulary_of,
 )
+from qlora_kit.lora.vector_bank_files import as_bank_config, bank_tensors, with_matrices
 from qlora_kit.lora.vocabulary import as_files, base_layers, check_same, turned
 from qlora_kit.lora.whole import check_fits_rows
 from qlora_kit.model.checkpoint import PickledShards
@@ -74,6 +76,9 @@ from qlora_kit.time_limit import TimeUp, time_limit
 _PREFIX = "base_model.model."
 # The keys that PEFT writes, with or without the adapter's name; some tools leave the prefix out.
 _KEY = re.compile(r"(base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_MAGNITUDE_KEY = re.compile(
+    r"(base_model\.model\.)?(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?"
+)
 _SAVED_KEY = re.compile(
     r"(base_model\.model\.)?(?P<path>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)"
 )
@@ -96,9 +101,13 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     Raises:
         StorageError: it could not be written.
     """
-    tensors = {}
-    for path, layer in adapter.layers.items():
-        a, b = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
+    has_bank = adapter.spec.variant.vblora
+    tensors = bank_tensors(adapter) if has_bank else {}
+    for path, layer in adapter.layers.items() if not has_bank else ():
+        a, b = map(Tensor.cpu, layer.filed())
+        if isinstance(layer, DoRALinear):
+            magnitude = layer.lora_magnitude_vector.detach().cpu().contiguous()
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = magnitude
         if (window := layer.frozen.window) is not None:
             a, b = a.view(len(a), *window.kernel), b.view(*b.shape, *(1 for _ in window.size))
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.contiguous()
@@ -134,7 +143,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     of_mixture = stacks(model)
     aside = taken_for_experts(adapter.layers) if of_mixture else []
     parameters = target_parameters(adapter.stacks, of_mixture, aside, projections(model))
-    return {
+    content = {
         "peft_type": "LORA",
         "task_type": spec.task_type or None,
         "base_model_name_or_path": record.base,
@@ -144,6 +153,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         # PEFT opens no parameters with dropout, which only training has.
         "lora_dropout": 0.0 if parameters else spec.dropout,
         "use_rslora": spec.rslora,
+        **({"use_dora": True} if spec.variant.dora else {}),
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
         "target_modules": _target_modules(
@@ -157,6 +167,7 @@ def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
         **token_fields(adapter),
         "inference_mode": True,
     }
+    return as_bank_config(content, adapter) if spec.variant.vblora else content
 
 
 def _trained_biases(adapter: Adapter) -> list[str]:
@@ -228,6 +239,7 @@ class StoredAdapter:
         stays_tied: whether a head that is the embedding as well stays so (`ensure_weight_tying`).
         added: what is added to the biases of layers, (K,), by the name of the bias (`lora_bias`).
         biases: the names among `saved` that are biases alone, without their weight (`bias`).
+        magnitudes: of DoRA, the length (K,) of the row of each output's weight, fp32, by path.
     """
 
     folder: Path
@@ -245,6 +257,7 @@ class StoredAdapter:
     stays_tied: bool = False
     added: Mapping[str, Tensor] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def changes_nothing(self) -> bool:
@@ -312,6 +325,26 @@ class StoredAdapter:
         a, b = self.tensors[path]
         return (b[rows] @ a).mul_(self.scaling_of(path))
 
+    def merged(self, path: str, weight: Tensor) -> Tensor:
+        """Return W (K, D) of the layer at `path` with the adapter in it, fp32, where W is."""
+        gain = self.gain(path, weight)
+        # Added into the delta, because only the delta's memory is sure to be unshared.
+        merged = self.delta(path).to(weight.device).add_(weight)
+        return merged if gain is None else merged.mul_(gain.unsqueeze(1))
+
+    def gain(self, path: str, weight: Tensor) -> Tensor | None:
+        """Return what DoRA multiplies each output of a layer by, (K,), fp32; None without DoRA.
+
+        Args:
+            path: the path of the layer.
+            weight: W (K, D) of the base there.
+        """
+        if path not in self.magnitudes:
+            return None
+        a, b = (each.to(weight.device) for each in self.tensors[path])
+        norms = row_norms(weight, a, b, self.scaling_of(path))
+        return self.magnitudes[path].to(weight.device) / norms
+
     def scaling_of(self, path: str) -> float:
         """Return the scaling of the layer, or of the expert, at `path`."""
         return self.spec.scaling_of(path.rpartition(".")[0] if self.is_of_expert(path) else path)
@@ -337,6 +370,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
             f"{folder / WEIGHTS}: holds no tensors, as if emptied when it was saved; expected "
             "lora_A and lora_B; save the adapter again"
         )
+    raw = with_matrices(raw, config, folder)
+    magnitudes = _magnitudes(raw, config, folder)
+    raw = {key: tensor for key, tensor in raw.items() if not _MAGNITUDE_KEY.fullmatch(key)}
     of_base, raw = base_layers(turned(raw, folder / WEIGHTS))
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
@@ -371,6 +407,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         rank_pattern=config.rank_pattern or {},
         alpha_pattern=config.alpha_pattern or {},
         token_rows=of_tokens.token_rows,
+        variant=Variant(dora=bool(config.use_dora)),
     )
     ranks = _ranks(folder, spec)
     stack_paths = set(stack_of.values())
@@ -387,12 +424,14 @@ def read_adapter(folder: Path) -> StoredAdapter:
     added = of_biases.added(biases.of_b, outputs, spec.scaling_of, folder)
     # A bias may be both: trained, and added to.
     trained = {name: each + added.pop(name, 0) for name, each in biases.trained.items()}
+    if config.use_dora:
+        _check_magnitudes(magnitudes, tensors, kernels, folder)
     return StoredAdapter(
         folder, spec, tensors, config.base_model_name_or_path, record, saved | trained,
         targeted=(*config.targeted_names, *layers_named(parameters)),
         stacked=stacked, targeted_stacks=parameters, kernels=kernels, of_base=of_base,
         rows=of_tokens.rows, stays_tied=bool(config.ensure_weight_tying),
-        added=added, biases=tuple(trained),
+        added=added, biases=tuple(trained), magnitudes=magnitudes,
     )  # fmt: skip
 
 
@@ -408,6 +447,39 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{error}; expected the weights of a LoRA adapter") from error
     except ModelError as error:
         raise AdapterError(*error.faults) from error
+
+
+def _magnitudes(raw: Mapping[str, Tensor], config: PeftConfig, folder: Path) -> dict[str, Tensor]:
+    """Return DoRA's lengths of rows by path, fp32."""
+    matches = {key: match for key in raw if (match := _MAGNITUDE_KEY.fullmatch(key))}
+    if matches and not config.use_dora:
+        raise AdapterError(
+            f"{folder / CONFIG}: use_dora is not set, and {WEIGHTS} has {next(iter(matches))}; "
+            "expected files of one adapter; restore them"
+        )
+    return {match["path"]: raw[key].float() for key, match in matches.items()}
+
+
+def _check_magnitudes(
+    magnitudes: Mapping[str, Tensor],
+    tensors: Mapping[str, tuple[Tensor, Tensor]],
+    kernels: Mapping[str, tuple[int, ...]],
+    folder: Path,
+) -> None:
+    if kernels:
+        raise AdapterError(
+            f"{folder}: use_dora is set, and {next(iter(kernels))} is a convolution, for which the "
+            "kit has no DoRA; expected DoRA on linear layers"
+        )
+    for path in sorted(tensors.keys() | magnitudes.keys()):
+        magnitude, pair = magnitudes.get(path), tensors.get(path)
+        if magnitude is None or pair is None or magnitude.shape != (len(pair[1]),):
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {path} has no lora_magnitude_vector as long as its B; "
+                "expected one of each layer, because use_dora is set; save the adapter again"
+            )
+        if not torch.isfinite(magnitude).all():
+            raise AdapterError(f"{folder}: {path} holds NaN or infinity; train it again")
 
 
 def _saved(raw: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
@@ -560,7 +632,7 @@ def load_adapter(base: Base, folder: Path) -> Adapter:
         base = resized(base, needed)
     check_fits(stored, base)
     adapter = attach(base, stored.spec)
-    adapter.fill(stored.tensors, stored.whole)
+    adapter.fill(stored.tensors, stored.whole, stored.magnitudes)
     sums = of_biases.sums(base.model, stored.added)
     originals = put_in_place(base.model, {**stored.saved, **sums})
     return replace(

@@ -25,8 +25,10 @@ from qlora_kit.layers.projections import (
     carriers,
     projections,
     stacks,
+    vocabulary,
 )
 from qlora_kit.layers.trained import TrainedLayer
+from qlora_kit.lora.forms import check_sites, count_form, layer_maker
 from qlora_kit.lora.saved import Original, Unresized, put_back
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.targets import targeted_paths
@@ -65,14 +67,28 @@ class Adapter:
 
     @torch.no_grad()
     def fill(
-        self, tensors: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor]
+        self,
+        tensors: Mapping[str, tuple[Tensor, Tensor]],
+        whole: Mapping[str, Tensor],
+        magnitudes: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Set the values of the trained parameters.
 
         Args:
             tensors: A (R, D) and B (K, R) of each LoRA layer and of each expert, by path.
             whole: the parameters of the layers that are trained whole, by name.
+            magnitudes: of DoRA, the lengths (K,) of the rows of each layer's weight, by path.
+
+        Raises:
+            ConfigError: A and B are composed of shared vectors, see `restore`.
         """
+        if self.spec.variant.vblora:
+            raise ConfigError(
+                "the adapter composes A and B of shared vectors; expected an adapter with A and B "
+                "of its own to fill; attach one without vblora"
+            )
+        for path, magnitude in (magnitudes or {}).items():
+            self.layers[path].get_parameter("lora_magnitude_vector").copy_(magnitude)
         matrices = self._matrices()
         for path, pair in tensors.items():
             for own, given in zip(matrices[path], pair, strict=True):
@@ -81,11 +97,14 @@ class Adapter:
             parameter.copy_(whole[name])
 
     def start_from(
-        self, tensors: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor]
+        self,
+        tensors: Mapping[str, tuple[Tensor, Tensor]],
+        whole: Mapping[str, Tensor],
+        magnitudes: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Set the values as `fill` does; parameters that are not given stay as they are."""
         own = {name: each.detach() for name, each in self.whole_parameters().items()}
-        self.fill(tensors, {**own, **whole})
+        self.fill(tensors, {**own, **whole}, magnitudes)
 
     def _matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (R, D) and B (K, R) of each LoRA layer, embedding and expert, by path."""
@@ -99,15 +118,15 @@ class Adapter:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a stable order."""
-        named = {}
-        for path, layer in self.with_terms().items():
-            named[f"{path}.lora_A"] = layer.lora_A
-            named[f"{path}.lora_B"] = layer.lora_B
-        return {**named, **self.whole_parameters()}
-
-    def with_terms(self) -> dict[str, LoRALinear | LoRAStack | LoRAEmbedding]:
-        """Return all that has an A and a B, by path."""
-        return {**self.layers, **self.stacks, **self.embeddings}
+        named: dict[nn.Parameter, str] = {}
+        for path, layer in self.layers.items():
+            for name, parameter in layer.trained().items():
+                # Layers may share a parameter, which has the name that the first of them gives it.
+                named.setdefault(parameter, f"{path}.{name}")
+        others: Mapping[str, LoRAStack | LoRAEmbedding] = {**self.stacks, **self.embeddings}
+        for path, other in others.items():
+            named |= {other.lora_A: f"{path}.lora_A", other.lora_B: f"{path}.lora_B"}
+        return {**{name: each for each, name in named.items()}, **self.whole_parameters()}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return the values of the trained parameters by name, on the CPU."""
@@ -169,19 +188,18 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
     """Return the number of parameters that an adapter will have, before anything is loaded.
 
     Raises:
-        ConfigError: a target or pattern names no layer.
+        ConfigError: a target or pattern names no layer, or one that the variant cannot have.
     """
     layers = by_lora_path(carriers(skeleton))
-    low_rank = sum(
-        spec.rank_of(path) * (each.in_features + each.out_features)
-        for path in targeted_paths(skeleton, spec)
-        for each in layers[path]
-    )
-    return low_rank + count_whole(skeleton, spec)
+    sites = {path: layers[path] for path in targeted_paths(skeleton, spec)}
+    check_sites(spec, sites, vocabulary(skeleton))
+    return count_form(spec, sites) + count_whole(skeleton, spec)
 
 
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     """Wrap the targeted layers of `base` in LoRA layers; its output does not change yet.
+
+    With VB-LoRA it changes a little: its B does not start at zero.
 
     Args:
         base: a loaded base without an adapter, changed in place.
@@ -189,13 +207,18 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         seed: the seed that every A is drawn from.
 
     Raises:
-        ConfigError: a target or pattern matches no layer, or LoRA is attached already.
+        ConfigError: a target or pattern matches no layer, or one that the variant cannot have, or
+            LoRA is attached already.
     """
     check_free(base)
     found = carriers(base.model)
     paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
     of_experts = stacks(base.model)
+    by_path = by_lora_path(found)
+    sites = {path: by_path[path] for path in paths}
+    check_sites(spec, sites, vocabulary(base.model))
+    make_layer = layer_maker(spec, sites, base.hardware, base.hardware.device, generator)
     layers: dict[str, LoRALinear] = {}
     stacked: dict[str, LoRAStack] = {}
     embeddings: dict[str, LoRAEmbedding] = {}
@@ -210,7 +233,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             embeddings[path] = LoRAEmbedding(table, **sizes).train(table.training)
             base.model.set_submodule(path, embeddings[path])
             continue
-        layers[path] = LoRALinear(
+        layers[path] = make_layer(
             found[path].frozen,
             **sizes,
             dropout=spec.dropout,
@@ -270,7 +293,7 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
         )
     model = adapter.base.model
     for path, layer in adapter.layers.items():
-        model.set_submodule(path, _merged(layer.frozen, layer.delta(), dtype))
+        model.set_submodule(path, _holding(layer.frozen, layer.merged_weight(), dtype))
     for path, embedding in adapter.embeddings.items():
         table = embedding.frozen
         # A head that shared the table keeps the base's: PEFT adds nothing to it either.
@@ -290,5 +313,8 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
 
 
 def _merged(frozen: FrozenLinear, delta: Tensor, dtype: torch.dtype) -> FrozenLinear:
-    merged = frozen.weight.dequantize(torch.float32) + delta
+    return _holding(frozen, frozen.weight.dequantize(torch.float32) + delta, dtype)
+
+
+def _holding(frozen: FrozenLinear, merged: Tensor, dtype: torch.dtype) -> FrozenLinear:
     return FrozenLinear.holding(merged.to(dtype), frozen.bias, frozen.window)

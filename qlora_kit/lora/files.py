@@ -42,7 +42,6 @@ _VERSIONED = ("torch", "transformers", "bitsandbytes")
 
 # PEFT options the kit does not have, with the values that mean "not used".
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
     "layer_replication": (None, []),
     "use_qalora": (None, False),
     "alora_invocation_tokens": (None, []),
@@ -63,6 +62,12 @@ _HARMLESS = {
     "velora_config", "monteclora_config",
     # Of the first versions of PEFT: whether a forward merges first.
     "merge_weights",
+}  # fmt: skip
+
+# Of VB-LoRA: how it was drawn, sizes that the tensors have, and what was saved of the logits.
+_OF_VB_LORA = {
+    "num_vectors", "vector_length", "save_only_topk_weights", "vblora_dropout",
+    "init_vector_bank_bound", "init_logits_std",
 }  # fmt: skip
 
 # ---------------------------------------------------------------- patterns
@@ -157,6 +162,9 @@ class PeftConfig(_File):
     lora_alpha: _Alpha = 8.0
     lora_dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, _OrAbsent] = None
     use_rslora: Annotated[bool | None, _OrAbsent] = None
+    use_dora: Annotated[bool | None, _OrAbsent] = None
+    # Of VB-LoRA alone: the number of vectors that a part of A or B is mixed of.
+    topk: Annotated[Annotated[int, Field(ge=1)] | None, _OrAbsent] = None
     rank_pattern: Annotated[
         Annotated[dict[str, _Rank], AfterValidator(_check_patterns)] | None, _OrAbsent
     ] = None
@@ -340,7 +348,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG
     content = _read_object(path)
-    if content.get("peft_type") != "LORA":
+    if content.get("peft_type") == "VBLORA":
+        content = _as_lora(content)
+    elif content.get("peft_type") != "LORA":
         raise AdapterError(f'{path}: not a LoRA adapter; expected "peft_type": "LORA"')
     for name, unused in _UNSUPPORTED.items():
         value = content.get(name)
@@ -360,6 +370,14 @@ def read_peft_config(folder: Path) -> PeftConfig:
                 "adapter of PEFT; unset it only if it changes nothing of what the adapter computes"
             )
     return _checked(PeftConfig, content, path, "")
+
+
+def _as_lora(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return VB-LoRA's fields as those of the LoRA that its A and B are; PEFT's rank is 4."""
+    rank = content.get("r", 4)
+    own = {name: value for name, value in content.items() if name not in _OF_VB_LORA}
+    same = {"r": rank, "lora_alpha": rank, "topk": content.get("topk", 2)}
+    return {**own, **same, "lora_dropout": content.get("vblora_dropout", 0.0)}
 
 
 def read_base_record(folder: Path) -> BaseRecord | None:

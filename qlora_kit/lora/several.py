@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.layers.dora import rescaled
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head_terms import LowRankTerm
 from qlora_kit.layers.lora_embedding import scale_of
@@ -59,6 +60,7 @@ class SwitchedLinear(nn.Module):
         terms: the terms by name of their adapter; adapters without this layer are left out.
         choice: the adapter of each row.
         biases: what an adapter adds to the output besides, (K,), by its name (`lora_bias`).
+        gains: what an adapter with DoRA multiplies the outputs by, (K,), by name.
     """
 
     def __init__(
@@ -67,11 +69,13 @@ class SwitchedLinear(nn.Module):
         terms: Mapping[str, LowRank],
         choice: _Choice,
         biases: Mapping[str, Tensor] | None = None,
+        gains: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.frozen = frozen
         self.terms = terms
         self.biases = biases or {}
+        self.gains = gains or {}
         self._choice = choice
 
     @torch.no_grad()
@@ -87,13 +91,19 @@ class SwitchedLinear(nn.Module):
             if self.frozen.window is not None:
                 y = _added_in_windows(self.frozen.window, term, x, y, rows)
             elif rows is None:
-                _add(term, x, y)
+                y = self._with(name, term, x, y)
             else:
                 chosen = torch.tensor(rows, device=x.device)
                 part = y.index_select(0, chosen)
-                _add(term, x.index_select(0, chosen), part)
+                part = self._with(name, term, x.index_select(0, chosen), part)
                 y.index_copy_(0, chosen, part)
         return y
+
+    def _with(self, name: str, term: LowRank, x: Tensor, y: Tensor) -> Tensor:
+        """Return a product y with an adapter's part of it; y may be changed in place."""
+        term.add_to(y.view(-1, y.shape[-1]), term.inner(x.reshape(-1, x.shape[-1])))
+        gain = self.gains.get(name)
+        return y if gain is None else rescaled(y, gain, self.frozen.bias)
 
     def head_parts(self) -> tuple[FrozenLinear, LowRankTerm | None]:
         """See `TrainedHead`: where the layer is a head, of which a loss knows the formula.
@@ -152,10 +162,6 @@ class SwitchedEmbedding(nn.Module):
         return self.frozen.weight
 
 
-def _add(term: LowRank, x: Tensor, y: Tensor) -> None:
-    term.add_to(y.view(-1, y.shape[-1]), term.inner(x.reshape(-1, x.shape[-1])))
-
-
 def _with_bias(y: Tensor, bias: Tensor, rows: list[int] | None, window: Window | None) -> Tensor:
     # The channels of a convolution come before its places.
     given = bias if window is None else bias.view(-1, *(1 for _ in window.size))
@@ -206,8 +212,11 @@ class AdapterSet:
     @property
     def bytes(self) -> int:
         """The bytes of all adapters, without the base."""
-        terms = (term for layer in self.layers.values() for term in layer.terms.values())
-        return sum(each.nbytes for term in terms for each in (*term.a, *term.b))
+        layers = self.layers.values()
+        terms = (term for layer in layers for term in layer.terms.values())
+        linear = (layer for layer in layers if isinstance(layer, SwitchedLinear))
+        gains = sum(gain.nbytes for layer in linear for gain in layer.gains.values())
+        return gains + sum(each.nbytes for term in terms for each in (*term.a, *term.b))
 
     def detach(self) -> Base:
         """Take all adapters off; the base is the same as before, bit for bit."""
@@ -285,7 +294,8 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
                 for name in terms
                 if f"{path}.bias" in stored[name].added
             }
-            switched = SwitchedLinear(carrier.frozen, terms, choice, biases)
+            gains = _gains(stored, path, carrier.frozen, base.hardware.dtype)
+            switched = SwitchedLinear(carrier.frozen, terms, choice, biases, gains)
             layers[path] = switched.train(frozen.training)
         base.model.set_submodule(path, layers[path])
     return AdapterSet(base, tuple(stored), layers, choice)
@@ -307,6 +317,16 @@ def _check_one_base(stored: Mapping[str, StoredAdapter]) -> None:
                 f"adapter {name}: trained on {record.base}, and {first} on {other.base}, whose "
                 "weights are others; expected adapters of one base; leave one of them out"
             )
+
+
+def _gains(
+    stored: Mapping[str, StoredAdapter], path: str, frozen: FrozenLinear, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    with_dora = {name: each for name, each in stored.items() if path in each.magnitudes}
+    found = {
+        name: each.gain(path, frozen.weight.dequantize(dtype)) for name, each in with_dora.items()
+    }
+    return {name: gain for name, gain in found.items() if gain is not None}
 
 
 def _term(adapter: StoredAdapter, path: str, device: torch.device) -> LowRank:

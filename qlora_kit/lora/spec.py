@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from qlora_kit.config import VariantOptions
 from qlora_kit.errors import ConfigError
+from qlora_kit.lora.combinations import check_forms
 from qlora_kit.lora.whole import TokenRows
 
 # PEFT's word for causal language modelling.
@@ -118,7 +119,12 @@ class LoraSpec:
         whole: tuple[str, ...] = (),
         token_rows: TokenRows | None = None,
     ) -> LoraSpec:
-        """Return the spec that the options ask for, for a task that PEFT calls `task_type`."""
+        """Return the spec that the options ask for, for a task that PEFT calls `task_type`.
+
+        Raises:
+            ConfigError: variants contradict each other.
+        """
+        check_forms(options)
         return cls(
             rank=options.rank,
             alpha=options.alpha,

@@ -80,6 +80,7 @@ def _lora_options(config: PeftConfig) -> dict[str, Any]:
         "rank": config.r,
         "alpha": config.lora_alpha,
         "rslora": bool(config.use_rslora),
+        "dora": bool(config.use_dora),
         "rank_pattern": config.rank_pattern or {},
         "alpha_pattern": config.alpha_pattern or {},
     }

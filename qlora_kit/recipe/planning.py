@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import PlanConfig
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
+from qlora_kit.lora.combinations import check_forms
 from qlora_kit.model.names import ModelSource, find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.new_tokens import planned_tokens
@@ -28,6 +29,7 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     """
     source = find_model(config.model)
     check_loss(config)
+    check_forms(config)
 
     from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.threads import choose_threads

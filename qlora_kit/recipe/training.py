@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import TrainConfig
 from qlora_kit.events import Announce, silent
 from qlora_kit.launched import place
+from qlora_kit.lora.combinations import check_forms
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.start import started_from
@@ -48,6 +49,7 @@ def train(
     announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
     check_loss(config)
+    check_forms(config)
     if config.shard_base:
         check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
@@ -114,7 +116,7 @@ def train(
             at_the_end.callback(bases.take_back, adapter)
         if start is not None:
             check_fits(start, base)
-            adapter.start_from(start.tensors, start.whole)
+            adapter.start_from(start.tensors, start.whole, start.magnitudes)
         tried = packing.tried(base.model)
         packing = processes.from_writer(lambda: tried)
         config = packing.settled(config)

@@ -368,7 +368,7 @@ def restore_checkpoint(folder: Path, trainee: Trainee) -> Progress:
     state = read_state(folder)
     if trainee.adapter.spec.variant.is_its_file:
         stored = read_adapter(folder)
-        trainee.adapter.fill(stored.tensors, stored.whole)
+        trainee.adapter.fill(stored.tensors, stored.whole, stored.magnitudes)
     else:
         trainee.adapter.restore(load_tensors(folder / _TRAINED))
     restore_optimizer(

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.errors import LearningError
-from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.lora_embedding import LoRAEmbedding
 from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.lora.attach import Adapter
@@ -33,7 +32,7 @@ def check_gradients(adapter: Adapter) -> None:
     Raises:
         LearningError: a gradient is missing or zero; the error names the layers.
     """
-    gradients = {path: layer.lora_B.grad for path, layer in _trained(adapter).items()}
+    gradients = {path: parameter.grad for path, parameter in _first_moved(adapter).items()}
     # Rows of tokens that the first rows of the data lack have no gradient yet.
     whole = adapter.whole_parameters().items()
     gradients |= {
@@ -57,7 +56,7 @@ def check_movement(adapter: Adapter, steps: int) -> None:
     Raises:
         LearningError: a B is still zero; the error names the layers.
     """
-    values = {path: layer.lora_B.detach() for path, layer in _trained(adapter).items()}
+    values = {path: parameter.detach() for path, parameter in _first_moved(adapter).items()}
     if still := _all_zero(values):
         raise LearningError(
             f"after {steps} steps {_named(still)} did not move; expected every B to have left "
@@ -65,9 +64,11 @@ def check_movement(adapter: Adapter, steps: int) -> None:
         )
 
 
-def _trained(adapter: Adapter) -> Mapping[str, LoRALinear | LoRAStack | LoRAEmbedding]:
-    """Return what has a B; of a stack, a token chooses some expert at least."""
-    return adapter.with_terms()
+def _first_moved(adapter: Adapter) -> Mapping[str, nn.Parameter]:
+    """Return each B, or what B is composed of; of a stack, a token chooses some expert at least."""
+    of_layers = {path: layer.first_moved for path, layer in adapter.layers.items()}
+    others: Mapping[str, LoRAStack | LoRAEmbedding] = {**adapter.stacks, **adapter.embeddings}
+    return of_layers | {path: each.lora_B for path, each in others.items()}
 
 
 def _all_zero(tensors: Mapping[str, Tensor | None]) -> list[str]:

@@ -451,6 +451,9 @@ class OptimizerStep:
         """
         try:
             self.scaler.step(self.optimizer)
+            # Some optimisers write past torch's count of changes, by which layers know that what
+            # they made of their weights is old.
+            torch.autograd.graph.increment_version(self.parameters)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -48,6 +48,7 @@ class Case:
     dtype: str = "float32"
     double_quant: bool = True
     is_weighted: bool = False
+    variant: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -85,7 +86,8 @@ class Case:
 
     @property
     def lora(self) -> qk.LoraSpec:
-        return qk.LoraSpec(rank=self.rank, targets=(self.targets,))
+        variant = qk.Variant(**({self.variant: True} if self.variant else {}))
+        return qk.LoraSpec(rank=self.rank, targets=(self.targets,), variant=variant)
 
     @property
     def config(self) -> TrainConfig:
@@ -224,6 +226,10 @@ QUICK = (
     Case("llama-3.1-8b", 4, 128, rows=2, targets=AT_ENDS),
     Case("gemma-2-9b", 4, 96, accumulation=2, targets=AT_ENDS),  # tied
     Case("deepseek-7b", 4, 96, rank=64, targets="lm_head", options={"head_bits": 8}),
+    Case("llama-3.1-8b", 4, 192, targets="all-linear", variant="dora"),
+    Case("mistral-7b", 8, 160, targets="all-linear", recompute=False, variant="freeze_a"),
+    Case("llama-3.1-8b", 4, 192, targets="all-linear", recompute=False, variant="vblora"),
+    Case("tinyllama", 4, 192, targets="all-linear", scale=4, variant="learned_scale"),
 )  # fmt: skip
 
 # The grid: the options that most users change, in combination.
@@ -280,6 +286,14 @@ def test_the_prediction_is_what_the_allocator_records(case: Case) -> None:
     found = predicted(case)
     for phase, peak in measured(case).items():
         assert found[phase] == pytest.approx(peak, rel=TOLERANCE), phase
+
+
+def test_a_frozen_a_needs_less_memory() -> None:
+    """Its layers keep no input, and A has neither a gradient nor optimiser state."""
+    plain = Case("llama-3.1-8b", 4, 192, rows=2, targets="all-linear", recompute=False)
+    peaks = [predicted(replace(plain, variant=each))["step"] for each in ("", "freeze_a")]
+    inputs = 2 * 192 * (plain.source.architecture or {})["intermediate_size"] * 4
+    assert peaks[0] - peaks[1] > plain.layers * inputs
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])

@@ -47,13 +47,13 @@ def calls_of(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from qlora_kit.layers import lora
 
     sizes: list[int] = []
-    own = lora._products
+    own = lora.products_of
 
     def counted(x: Tensor, layers: Any) -> Any:
         sizes.append(len(layers))
         return own(x, layers)
 
-    monkeypatch.setattr(lora, "_products", counted)
+    monkeypatch.setattr(lora, "products_of", counted)
     return sizes
 
 
