@@ -39,6 +39,7 @@ from qlora_kit.lora.files import (
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
 from qlora_kit.lora.spec import LoraSpec
+from qlora_kit.lora.starts.form import as_trained, doubled, with_start
 from qlora_kit.lora.stacked import (
     folded,
     key_paths,
@@ -82,6 +83,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     tensors = {}
     for path, layer in adapter.layers.items():
         a, b = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
+        a, b = with_start((a, b), adapter.start.get(path))
         if (window := layer.frozen.window) is not None:
             a, b = a.view(len(a), *window.kernel), b.view(*b.shape, *(1 for _ in window.size))
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.contiguous()
@@ -104,7 +106,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
 
 def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     """Return the content of `adapter_config.json`."""
-    spec = adapter.spec
+    spec = doubled(adapter.spec) if adapter.start else adapter.spec
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
     model = adapter.base.model
     of_mixture = stacks(model)
@@ -184,6 +186,7 @@ class StoredAdapter:
         stacked: number of experts of each stack that carries LoRA, by path.
         targeted_stacks: names of stacks that must have tensors, likewise.
         kernels: the shape of a row of A in the file, (C, k, k), of each convolution, by path.
+        start: A and B that training started from, by path, where its base is less them.
     """
 
     folder: Path
@@ -196,6 +199,7 @@ class StoredAdapter:
     stacked: Mapping[str, int] = field(default_factory=dict)
     targeted_stacks: tuple[str, ...] = ()
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    start: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def changes_nothing(self) -> bool:
@@ -261,11 +265,11 @@ def read_adapter(folder: Path) -> StoredAdapter:
             _check_pair(folder, each, part_of_a, part_of_b, ranks[path])
         tensors |= parts
         stacked |= {path: len(parts)} if of_experts else {}
-    return StoredAdapter(
+    return as_trained(StoredAdapter(
         folder, spec, tensors, config.base_model_name_or_path, record, saved,
         targeted=(*config.targeted_names, *layers_named(parameters)),
         stacked=stacked, targeted_stacks=parameters, kernels=kernels,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -427,6 +431,24 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "
             f"expected {stored.record.base} with digest {stored.record.digest}"
+        )
+    _check_start(stored, base)
+
+
+def _check_start(stored: StoredAdapter, base: Base) -> None:
+    """Check that a base is less what the training of an adapter started from, and nothing else."""
+    start = base.spec.start
+    taken = start.pairs if start is not None and start.changes_base else {}
+    same = taken.keys() == stored.start.keys() and all(
+        torch.equal(one, other)
+        for path, pair in taken.items()
+        for one, other in zip(pair, stored.start[path], strict=True)
+    )
+    if not same:
+        init = stored.record.start.init if stored.record and stored.record.start else "no start"
+        raise AdapterError(
+            f"{stored.folder}: trained from {init}, and the base was not loaded for it; expected "
+            "the base that its start leaves; load it with open_base(options, adapter=folder)"
         )
 
 

@@ -29,6 +29,7 @@ from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.model.load import Base
+from qlora_kit.model.start import Pair
 
 # Of a fresh layer whose architecture does not say it.
 _STD = 0.02
@@ -43,6 +44,7 @@ class Adapter:
         spec: the spec that it was attached by.
         layers: the LoRA layers by path.
         stacks: the stacks of experts that carry LoRA, by path.
+        start: A and B that training started from, by path, where the base is less them.
         whole: the layers that are trained whole, by path.
         saved: parameters that replace parameters of the base, by name.
         originals: the replaced parameters of the base, by name, see `lora.saved`.
@@ -55,6 +57,7 @@ class Adapter:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     originals: Mapping[str, Original] = field(default_factory=dict)
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
+    start: Mapping[str, Pair] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(
@@ -196,7 +199,25 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
     whole = _train_whole(base, spec, layers, generator)
-    return Adapter(base, spec, layers, whole, stacks=stacked)
+    start = base.spec.start
+    if start is not None:
+        _begin(layers, start.pairs)
+    first = start.pairs if start is not None and start.changes_base else {}
+    return Adapter(base, spec, layers, whole, stacks=stacked, start=first)
+
+
+@torch.no_grad()
+def _begin(layers: Mapping[str, LoRALinear], pairs: Mapping[str, Pair]) -> None:
+    """Give A and B the values that they start from."""
+    shapes = {path: (each.lora_A.shape, each.lora_B.shape) for path, each in layers.items()}
+    if shapes != {path: (a.shape, b.shape) for path, (a, b) in pairs.items()}:
+        raise ConfigError(
+            "the base was loaded for a start of other layers or ranks; expected those; attach with "
+            "its own spec, or load the base again"
+        )
+    for path, (a, b) in pairs.items():
+        layers[path].lora_A.copy_(a)
+        layers[path].lora_B.copy_(b)
 
 
 def _train_whole(

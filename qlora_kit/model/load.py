@@ -60,6 +60,7 @@ from qlora_kit.model.head import verify_head
 from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
 from qlora_kit.model.random_weights import RandomWeights
+from qlora_kit.model.start import Start
 from qlora_kit.model.width import batch_width
 from qlora_kit.private_torch import own_buffers
 from qlora_kit.signals import safe_point
@@ -85,6 +86,7 @@ class BaseSpec:
         random: whether to take random weights instead of the stored ones.
         loads: the class of transformers that the base is loaded as.
         classes: meaning of the outputs of a classifier; None for other models.
+        start: what A and B start from, where that is of the weights; None: it is not.
     """
 
     source: ModelSource
@@ -93,6 +95,7 @@ class BaseSpec:
     random: bool = False
     loads: str = CAUSAL_LM
     classes: ClassHead | None = None
+    start: Start | None = None
 
     def architecture(self) -> PreTrainedConfig:
         """Return the architecture, from the folder or from `configs/`.
@@ -350,6 +353,9 @@ def frozen_tensors(
                 _check_tensor(name, tensor, expected)
                 where = torch.device("cpu") if name in on_host else device
                 is_own = source.gives_own
+                if spec.start is not None and spec.start.covers(name):
+                    yield name, start_frozen(spec.start, name, tensor, quantization, where)
+                    continue
                 yield name, freeze(name, tensor, name in linear, quantization, where, is_own=is_own)
         announce(LoadProgress(done, len(assemblies)))
     for name in fresh:
@@ -397,6 +403,19 @@ def freeze(
         return quantization.freeze(tensor.to(device))
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
+
+
+def start_frozen(
+    start: Start, name: str, tensor: Tensor, quantization: Quantization, device: torch.device
+) -> FrozenWeight:
+    """Freeze the weight of a linear layer as a start that covers it wants it; see `freeze`."""
+
+    def packed(weight: Tensor) -> FrozenWeight:
+        frozen = freeze(name, weight, True, quantization, device, is_own=True)
+        assert isinstance(frozen, FrozenWeight)
+        return frozen
+
+    return start.frozen(name, tensor.to(device), packed)
 
 
 def _check_names(

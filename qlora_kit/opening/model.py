@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.class_head import ClassHead
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
+    from qlora_kit.model.start import Start
     from qlora_kit.model.threads import Threads
     from qlora_kit.tasks import Task
 
@@ -55,6 +56,7 @@ class Opened:
         tokenizer: its tokenizer, or the adapter's own; of a model of images its image processor.
         has_template: whether there is a chat template.
         task: what a sample means to the command.
+        start: the start of the adapter, where the base that it was trained on is less it.
     """
 
     source: ModelSource
@@ -62,6 +64,7 @@ class Opened:
     tokenizer: Any
     has_template: bool
     task: Task
+    start: Start | None = None
 
     def classifying(self, labels: Labels, announce: Announce = silent) -> Opened:
         """Return the same model, opened as a classifier with these labels.
@@ -113,7 +116,8 @@ class Opened:
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
-        return base_spec(self.source, self.fetched.folder, options, self.task)
+        spec = base_spec(self.source, self.fetched.folder, options, self.task)
+        return replace(spec, start=self.start)
 
     def positions(self, options: BaseModelOptions) -> int | None:
         """Return how many tokens of a row the model has positions for; None if it does not say."""
@@ -274,7 +278,8 @@ def open_tokenizer(
         if adapter is not None:
             _compare_templates(tokenizer, adapter, announce)
     task = stored_task(bare, adapter, tokenizer.pad_token_id)
-    opened = Opened(source, fetched, tokenizer, has_template, task)
+    start = _start_of(adapter)
+    opened = Opened(source, fetched, tokenizer, has_template, task, start)
     _tell_ids_beyond(opened, options, announce)
     return opened
 
@@ -292,7 +297,18 @@ def _opened_for_images(
         load_image_processor(folder, architecture) if folder else default_processor(architecture)
     )
     task = stored_task(bare, adapter, None, processor)
-    return Opened(source, fetched, processor, has_template=False, task=task)
+    start = _start_of(adapter)
+    return Opened(source, fetched, processor, has_template=False, task=task, start=start)
+
+
+def _start_of(adapter: Path | None) -> Start | None:
+    """Return what the base of an adapter is less; None where it is as it is stored."""
+    record = None if adapter is None else read_base_record(adapter)
+    if adapter is None or record is None or record.start is None:
+        return None
+    from qlora_kit.lora.starts.loading import stored_start
+
+    return stored_start(adapter)
 
 
 def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announce) -> None:
@@ -339,17 +355,23 @@ class OpenedBase:
     tokenizer: Any
 
 
-def open_base(options: BaseModelOptions | None = None, announce: Announce = silent) -> OpenedBase:
+def open_base(
+    options: BaseModelOptions | None = None,
+    announce: Announce = silent,
+    adapter: Path | None = None,
+) -> OpenedBase:
     """Find, download and load a base with its tokenizer.
 
     Args:
         options: the model, and how it is held; None: the demo in 4 bits.
         announce: receives notices and the loading progress.
+        adapter: folder of an adapter that will be put on it. Its tokenizer is taken, and where its
+            start has changed the base, so is this base.
     """
     from qlora_kit.model.threads import choose_threads
 
     options = options or BaseModelOptions()
-    opened = open_tokenizer(options, announce)
+    opened = open_tokenizer(options, announce, adapter)
     # A program that calls this function decides on its own threads, unless it passes a number.
     threads = None if options.threads is None else choose_threads(options.threads)
     return OpenedBase(opened.load(options, announce, threads), opened.tokenizer)

@@ -27,6 +27,8 @@ from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach
+from qlora_kit.lora.starts.check import OF_WEIGHTS, check_start
+from qlora_kit.lora.starts.loading import FreshStart
 from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.images import layer_count
@@ -39,7 +41,9 @@ from qlora_kit.model.load import (
     head_quantization,
     is_tied,
     names_on_host,
+    start_frozen,
 )
+from qlora_kit.model.start import Start
 from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.duration import StepWork
 from qlora_kit.plan.gathers import Gathers, PlannedShards
@@ -279,7 +283,8 @@ class SimulatedRun:
         placement = Placement.of(self.config).resolved(
             self.hardware.device, tied=is_tied(self.model)
         )
-        spec = self.subject.spec
+        start = self._start()
+        spec = replace(self.subject.spec, start=start)
         quantization = _planned(spec.quantization)
         shards = PlannedShards(self.subject.sharing) if self.subject.sharing > 1 else None
         on_host = names_on_host(self.model, placement, shards)
@@ -291,6 +296,7 @@ class SimulatedRun:
             self.hardware,
             on_host,
             are_drawn=spec.random,
+            start=start,
         )
         planned_head = head and _planned(head)
         with self.phase("load"):
@@ -301,6 +307,15 @@ class SimulatedRun:
         workspace = workspace_bytes(self.hardware.device.type)
         self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.hardware.device)
         self.ledger.claim(self.workspace, "workspace")
+
+    def _start(self) -> FreshStart | None:
+        """Return the start that is computed of the weights as they are loaded, if there is one."""
+        lora, bits = self.subject.lora, self.subject.spec.quantization.bits
+        if lora.variant.init not in OF_WEIGHTS:
+            return None
+        check_start(lora, self.subject.spec, self.model)
+        paths = targeted_paths(self.model, lora)
+        return FreshStart(lora, paths, bits=bits, seed=self.config.seed)
 
     def _claimed(self, stream: Stream) -> Stream:
         """Tell the ledger the purpose of each tensor as soon as it is there."""
@@ -509,6 +524,7 @@ def _empty_tensors(
     on_host: frozenset[str] = frozenset(),
     *,
     are_drawn: bool = False,
+    start: Start | None = None,
 ) -> Stream:
     """Yield every parameter as loading would, without content.
 
@@ -519,6 +535,7 @@ def _empty_tensors(
         hardware: the device that the parameters go to.
         on_host: names of the parameters that stay in host memory.
         are_drawn: whether the weights are random; random weights are made on the device.
+        start: what is computed of the weights as they are loaded.
     """
     linear = projected_weights(skeleton)
     tied = skeleton.all_tied_weights_keys or {}
@@ -528,4 +545,7 @@ def _empty_tensors(
             made = hardware.device if are_drawn else torch.device("cpu")
             stored = torch.empty(shaped.shape, dtype=dtype, device=made)
             where = torch.device("cpu") if name in on_host else hardware.device
+            if start is not None and start.covers(name):
+                yield name, start_frozen(start, name, stored, quantization, where)
+                continue
             yield name, freeze(name, stored, name in linear, quantization, where, is_own=are_drawn)

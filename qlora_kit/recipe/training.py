@@ -15,7 +15,7 @@ from qlora_kit.launched import place
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
-from qlora_kit.opening.start import started_from
+from qlora_kit.opening.start import check_start_options, started_from
 from qlora_kit.opening.tasks import check_loss
 from qlora_kit.parallel.launch import check_sharing
 from qlora_kit.parallel.one import processes_of_this_run
@@ -49,6 +49,7 @@ def train(
     announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
     check_loss(config)
+    check_start_options(config)
     if config.shard_base:
         check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
@@ -73,6 +74,7 @@ def train(
         from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
         from qlora_kit.recipe.agreement import chosen_hardware, serving_kernels, shared_threads
         from qlora_kit.recipe.run import Run, planned
+        from qlora_kit.recipe.starting import with_start
         from qlora_kit.train.packing import choose_packing
 
         if config.deterministic:
@@ -88,6 +90,7 @@ def train(
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
         start = started_from(config, spec, lora)
+        spec = with_start(config, spec, lora, output, processes)
         hardware = chosen_hardware(config, threads, processes)
         packing = processes.from_writer(
             lambda: choose_packing(
