@@ -19,13 +19,7 @@ Freeze = Callable[[Tensor], FrozenWeight]
 
 
 class Start(Protocol):
-    """The values that A and B of each layer begin with, and what the base is less because of them.
-
-    Attributes:
-        pairs: A and B that each layer begins with, by its path.
-        changes_base: whether the base is less scaling · B A: then these pairs decide its bits.
-        record: the start as an adapter's record says it; None where the base is unchanged.
-    """
+    """The values that A and B of each layer begin with, and what the base is less because of them."""
 
     @property
     def pairs(self) -> Mapping[str, Pair]:
@@ -40,6 +34,11 @@ class Start(Protocol):
     @property
     def record(self) -> Any:
         """The start as an adapter's record says it; None where the base is unchanged."""
+        ...
+
+    @property
+    def errors(self) -> Any:
+        """What quantising loses with the start and without it; None where it was not measured."""
         ...
 
     def covers(self, name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach
-from qlora_kit.lora.starts.check import OF_WEIGHTS, check_start
+from qlora_kit.lora.starts.check import OF_ROWS, OF_WEIGHTS, check_start
 from qlora_kit.lora.starts.loading import FreshStart
 from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.model.hardware import Hardware
@@ -43,7 +43,7 @@ from qlora_kit.model.load import (
     names_on_host,
     start_frozen,
 )
-from qlora_kit.model.start import Start
+from qlora_kit.model.start import Pair, Start
 from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.duration import StepWork
 from qlora_kit.plan.gathers import Gathers, PlannedShards
@@ -57,6 +57,7 @@ from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective, drawn_rows
 from qlora_kit.tasks.tokens import packing, weighted
+from qlora_kit.train.first_rows import pairs_of_gradients, pairs_of_inputs
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 from qlora_kit.train.windows import steps_an_epoch
 
@@ -311,11 +312,23 @@ class SimulatedRun:
     def _start(self) -> FreshStart | None:
         """Return the start that is computed of the weights as they are loaded, if there is one."""
         lora, bits = self.subject.lora, self.subject.spec.quantization.bits
-        if lora.variant.init not in OF_WEIGHTS:
-            return None
         check_start(lora, self.subject.spec, self.model)
+        if lora.variant.init not in OF_WEIGHTS and not lora.variant.changes_base:
+            return None
         paths = targeted_paths(self.model, lora)
-        return FreshStart(lora, paths, bits=bits, seed=self.config.seed)
+        given = self._of_gradients(paths) if lora.variant.init in OF_ROWS else None
+        return FreshStart(lora, paths, bits=bits, seed=self.config.seed, given=given)
+
+    def _of_gradients(self, paths: Sequence[str]) -> dict[str, Pair]:
+        """Return A and B without content, as a start of gradients has them in host memory."""
+        found, rank_of = projections(self.model), self.subject.lora.rank_of
+        return {
+            path: (
+                torch.empty(rank_of(path), found[path].in_features, device="cpu"),
+                torch.empty(found[path].out_features, rank_of(path), device="cpu"),
+            )
+            for path in paths
+        }
 
     def _claimed(self, stream: Stream) -> Stream:
         """Tell the ledger the purpose of each tensor as soon as it is there."""
@@ -329,6 +342,8 @@ class SimulatedRun:
 
     def attach(self) -> None:
         """Attach the adapter and let the optimiser make the state that every later step finds."""
+        if self.subject.lora.variant.init in OF_ROWS:
+            self._ask_first_rows()
         self.parameters = attach(self.base, self.subject.lora, self.config.seed).parameters()
         self.optimizer = build_optimizer(self.parameters.values(), self.config)
         self._give_gradients()
@@ -341,6 +356,22 @@ class SimulatedRun:
                     torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _ask_first_rows(self) -> None:
+        """Run what a start asks of the first rows; its peak counts as one of loading."""
+        config, rows = self.config, self.subject.rows
+        objective = self._objective(config)
+        supervised = rows.supervised_of(config.batch_size)
+        batch = BatchShape(config.batch_size, rows.tokens, supervised, rows.answer_tokens)
+        shown, lora = batch.stand_in(objective), self.subject.lora
+        before = self.device["load"], self.host["load"]
+        with self.phase("load"), self.ledger.purpose("LoRA"):
+            if lora.variant.changes_base:
+                pairs_of_gradients(self.base, lora, objective, [shown], config, config.seed)
+            else:
+                pairs_of_inputs(self.base, lora, objective, iter([shown]), config.seed)
+        self.device["load"] = max(before[0], self.device["load"], key=lambda peak: peak.bytes)
+        self.host["load"] = max(before[1], self.host["load"], key=lambda peak: peak.bytes)
 
     @property
     def trainable(self) -> int:

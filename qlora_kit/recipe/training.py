@@ -74,7 +74,7 @@ def train(
         from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
         from qlora_kit.recipe.agreement import chosen_hardware, serving_kernels, shared_threads
         from qlora_kit.recipe.run import Run, planned
-        from qlora_kit.recipe.starting import with_start
+        from qlora_kit.recipe.starting import beginning_of
         from qlora_kit.train.packing import choose_packing
 
         if config.deterministic:
@@ -90,7 +90,8 @@ def train(
         spec = base_spec(source, opened.fetched.folder, config, opened.task)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole())
         start = started_from(config, spec, lora)
-        spec = with_start(config, spec, lora, output, processes)
+        beginning = beginning_of(config, spec, lora, output, processes)
+        spec = beginning.spec
         hardware = chosen_hardware(config, threads, processes)
         packing = processes.from_writer(
             lambda: choose_packing(
@@ -112,7 +113,10 @@ def train(
         config, plan = planned(config, subject, learnt.in_epoch, output, announce, processes)
         load = load_shared_base if config.shard_base else load_base
         load = bases.load if bases is not None else load
-        base = load(spec, hardware, announce, Placement.of(config))
+        base = beginning.base(
+            lambda asked: load(asked, hardware, announce, Placement.of(config)),
+            config, opened, rows.rows, processes,
+        )  # fmt: skip
         adapter = attach(base, lora, config.seed)
         if bases is not None:
             at_the_end.callback(bases.take_back, adapter)

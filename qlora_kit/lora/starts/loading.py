@@ -60,6 +60,11 @@ class KnownStart:
         """Whether the base is less scaling · B A."""
         return self.record is not None
 
+    @property
+    def errors(self) -> StartErrors | None:
+        """What was measured when the run began; None where nothing was."""
+        return self.record.errors if self.record is not None else None
+
     def covers(self, name: str) -> bool:
         """Whether a parameter is a weight that is less something."""
         return self.changes_base and _path(name) in self.pairs
@@ -83,7 +88,7 @@ class KnownStart:
 
 
 class FreshStart:
-    """A start that is computed of the weights as they are loaded: PiSSA, OLoRA or LoftQ.
+    """A start that is computed as the weights are loaded: PiSSA, OLoRA, LoftQ; or taken: LoRA-GA.
 
     Args:
         spec: the layers, and the method.
@@ -91,6 +96,7 @@ class FreshStart:
         bits: bits of the base.
         seed: rows of A that no weight gives are drawn from it.
         decide: lets one of several processes compute each pair for all.
+        given: A and B of each layer by path, where no weight has to be asked: LoRA-GA.
     """
 
     def __init__(
@@ -101,8 +107,10 @@ class FreshStart:
         bits: int,
         seed: int,
         decide: Decide = alone,
+        given: Mapping[str, Pair] | None = None,
     ) -> None:
         self.pairs: dict[str, Pair] = {}
+        self._given = given or {}
         self._spec, self._paths = spec, frozenset(paths)
         self._bits, self._seed, self._decide = bits, seed, decide
         self._squares: list[Tensor] = []
@@ -140,7 +148,8 @@ class FreshStart:
             if self._bits != 16:
                 self._measure(path, weight, weight, frozen, frozen)
             return frozen
-        self.pairs[path] = self._decide(lambda: self._of_weight(path, weight))
+        known = self._given.get(path)
+        self.pairs[path] = known or self._decide(lambda: self._of_weight(path, weight))
         rest = less(weight, *self.pairs[path], self._spec.scaling_of(path))
         frozen = freeze(rest.to(weight.dtype) if self._bits == 16 else rest)
         if self._bits != 16:
