@@ -364,12 +364,13 @@ class SimulatedRun:
         supervised = rows.supervised_of(config.batch_size)
         batch = BatchShape(config.batch_size, rows.tokens, supervised, rows.answer_tokens)
         shown, lora = batch.stand_in(objective), self.subject.lora
+        base = replace(self.base, spec=replace(self.subject.spec, start=None))
         before = self.device["load"], self.host["load"]
         with self.phase("load"), self.ledger.purpose("LoRA"):
             if lora.variant.changes_base:
-                pairs_of_gradients(self.base, lora, objective, [shown], config, config.seed)
+                pairs_of_gradients(base, lora, objective, [shown], config, config.seed)
             else:
-                pairs_of_inputs(self.base, lora, objective, iter([shown]), config.seed)
+                pairs_of_inputs(base, lora, objective, iter([shown]), config.seed)
         self.device["load"] = max(before[0], self.device["load"], key=lambda peak: peak.bytes)
         self.host["load"] = max(before[1], self.host["load"], key=lambda peak: peak.bytes)
 

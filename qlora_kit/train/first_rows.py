@@ -97,7 +97,8 @@ class _Seen:
         self._found: dict[str, PrincipalInputs] = {}
         self._same: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
-        self._supervised: Tensor | None = None
+        self._tokens: torch.Size | None = None
+        self._learnt: Tensor | None = None
 
     def of(self, path: str) -> PrincipalInputs:
         """Return what is known of the inputs of a layer."""
@@ -110,11 +111,9 @@ class _Seen:
 
     def show(self, objective: Objective, batch: Any) -> None:
         """Run a batch, and take in the inputs of each layer."""
-        labels = getattr(batch, "labels", None)
-        ids = getattr(batch, "input_ids", None)
-        # Tokens that nothing is learnt of, and padding, are left out where a batch tells them.
-        is_by_token = ids is not None and labels is not None and labels.shape == ids.shape
-        self._supervised = labels != -100 if is_by_token else None
+        # Where single tokens are learnt, padding and the others are left out, as PEFT does.
+        if (positions := getattr(batch, "positions", None)) is not None:
+            self._tokens, self._learnt = batch.input_ids.shape, positions + 1
         objective.measured(batch)
         self._last = None
 
@@ -143,11 +142,10 @@ class _Seen:
         own.add(self._rows(x))
 
     def _rows(self, x: Tensor) -> Tensor:
-        mask = self._supervised
-        if mask is None or x.shape[:-1] != mask.shape:
-            return x.reshape(-1, x.shape[-1])
-        # Not by the mask itself, whose number of rows a plan could not know.
-        return x.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0].to(x.device))
+        rows = x.reshape(-1, x.shape[-1])
+        if self._learnt is None or x.shape[:-1] != self._tokens:
+            return rows
+        return rows.index_select(0, self._learnt.to(x.device))
 
 
 # ---------------------------------------------------------------- gradients

@@ -23,7 +23,7 @@ class PrincipalInputs:
     """The principal components of the inputs of a layer, after any number of batches.
 
     Attributes:
-        components: (n, D), fp32, orthonormal rows, the one of most variance first; None at first.
+        components: (n, D), orthonormal rows, the one of most variance first; None at first.
         similarity: (n,), how alike the last two batches left each; None before two batches.
 
     Args:
@@ -49,20 +49,20 @@ class PrincipalInputs:
         if len(x) < self.count:
             return
         before, total = self.components, self._seen + len(x)
-        wide = x.to(torch.float64)
-        mean = wide.mean(0)
-        joined = (wide - mean).float()
+        mean = x.mean(0, dtype=torch.float64)
+        joined = x.float() - mean.float()
         overall = mean
         if before is not None and self._sizes is not None and self._mean is not None:
             # The mean has moved as well: one more row says by how much.
             moved = (self._mean - mean) * (self._seen * len(x) / total) ** 0.5
-            joined = torch.cat([self._sizes[:, None] * before, joined, moved.float()[None]])
+            # In fp64, as in PEFT: so the same numbers are drawn for the decomposition.
+            joined = torch.cat([self._sizes[:, None] * before, joined, moved[None]])
             overall = (self._mean * self._seen + mean * len(x)) / total
         _, sizes, directions = _decomposed(joined, min(2 * self.count, *joined.shape))
         self.components, self._sizes = directions[: self.count], sizes[: self.count]
         self._mean, self._seen = overall, total
         if before is not None:
-            self.similarity = torch.cosine_similarity(self.components, before)
+            self.similarity = torch.cosine_similarity(self.components, before.to(joined.dtype))
 
 
 def _decomposed(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,4 +78,6 @@ def _decomposed(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def eva(components: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
     """Return A = the components (R, D), and B = 0 (K, R)."""
-    return components, components.new_zeros(out_features, len(components))
+    return components.float(), torch.zeros(
+        out_features, len(components), device=components.device
+    )
