@@ -10,4 +10,9 @@ STEPS = ("--model", "demo", "--max-steps", "4", "--save-steps", "2", "--eval-ste
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "rslora": ("--rslora",),
+    "pissa": ("--init", "pissa", "--rslora"),
+    "olora": ("--init", "olora", "--rank-pattern", "q_proj=24"),
+    "loftq": ("--init", "loftq", "--lora-dropout", "0.1"),
+    "eva": ("--init", "eva"),
+    "lora-ga": ("--init", "lora-ga"),
 }

@@ -199,10 +199,11 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
     whole = _train_whole(base, spec, layers, generator)
-    start = base.spec.start
+    start, first = base.spec.start, {}
     if start is not None:
         _begin(layers, start.pairs)
-    first = start.pairs if start is not None and start.changes_base else {}
+        first = dict(start.pairs) if start.changes_base else {}
+        start.forget()
     return Adapter(base, spec, layers, whole, stacks=stacked, start=first)
 
 

@@ -41,6 +41,10 @@ class Start(Protocol):
         """What quantising loses with the start and without it; None where it was not measured."""
         ...
 
+    def forget(self) -> None:
+        """Let go of the pairs of an unchanged base, which A and B of its layers now hold."""
+        ...
+
     def covers(self, name: str) -> bool:
         """Whether a parameter is a weight whose loading it decides."""
         ...

@@ -65,6 +65,11 @@ class KnownStart:
         """What was measured when the run began; None where nothing was."""
         return self.record.errors if self.record is not None else None
 
+    def forget(self) -> None:
+        """Let go of the pairs of an unchanged base; see `Start`."""
+        if not self.changes_base:
+            self.pairs = {}
+
     def covers(self, name: str) -> bool:
         """Whether a parameter is a weight that is less something."""
         return self.changes_base and _path(name) in self.pairs
@@ -133,6 +138,11 @@ class FreshStart:
         weight, plain, start, apart = torch.stack(self._squares).sum(0).tolist()
         relative = [math.sqrt(each / weight) if weight else 0.0 for each in (plain, start, apart)]
         return StartErrors(plain=relative[0], start=relative[1], peft=relative[2])
+
+    def forget(self) -> None:
+        """Let go of the pairs of an unchanged base; see `Start`."""
+        if not self.changes_base:
+            self.pairs = {}
 
     def covers(self, name: str) -> bool:
         """Whether a parameter is the weight of a layer that is trained."""

@@ -142,7 +142,7 @@ def test_eva_is_that_of_peft(stories: Path) -> None:
     base = load_folder(stories)
     spec = spec_of("eva", targets=("q_proj", "v_proj", "down_proj"))
     objective = CAUSAL.objective(base, 0, 256, None)
-    ours = pairs_of_inputs(base, spec, objective, iter(batches * 8), 0)
+    ours = pairs_of_inputs(base, spec, objective, iter(batches * 40), 0)
     config = LoraConfig(
         r=4,
         target_modules=list(spec.targets),
