@@ -201,9 +201,7 @@ def pairs_of_gradients(
         detach(adapter)
 
 
-def _show(
-    adapter: Adapter, objective: Objective, batches: Sequence[Batch], seed: int
-) -> None:
+def _show(adapter: Adapter, objective: Objective, batches: Sequence[Batch], seed: int) -> None:
     """Leave the gradients of the mean loss in the parameters."""
     total = sum(batch.weight for batch in batches)
     for parameter in adapter.parameters().values():

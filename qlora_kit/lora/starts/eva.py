@@ -78,6 +78,4 @@ def _decomposed(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def eva(components: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
     """Return A = the components (R, D), and B = 0 (K, R)."""
-    return components.float(), torch.zeros(
-        out_features, len(components), device=components.device
-    )
+    return components.float(), torch.zeros(out_features, len(components), device=components.device)

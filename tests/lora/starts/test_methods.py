@@ -216,6 +216,8 @@ def test_a_base_that_was_asked_is_as_it_was(stories: Path) -> None:
         first = ask(base, spec_of(init), objective, batches, *more, 1)
         batches = iter([batch]) if init == "eva" else [batch]
         again = ask(base, spec_of(init), objective, batches, *more, 1)
-        assert all(torch.equal(*each) for p in first for each in zip(first[p], again[p], strict=True))
+        assert all(
+            torch.equal(*each) for p in first for each in zip(first[p], again[p], strict=True)
+        )
     assert torch.equal(objective.loss_sum(batch), loss)
     attach(base, LoraSpec(rank=2))
