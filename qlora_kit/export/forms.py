@@ -45,7 +45,7 @@ class Variant(StrEnum):
     REQUANTIZED = "requantized"
     """the merged weights, quantised again as the base was"""
     PEFT_FORM = "peft_form"
-    """the rank-2R form of an adapter whose start changed its base, on the original quantised base"""
+    """the rank-2R form of an adapter whose start changed its base, on the base as it is stored"""
     WRITTEN = "written"
     """the weights in the files of the export"""
 
@@ -128,7 +128,8 @@ class Forms:
     def on_original(self) -> Tensor:
         """Return the weight that PEFT multiplies with, fp32: see `lora.starts.form`."""
         start, delta = self.merge.spec.start, self.delta
-        assert start is not None and delta is not None
+        assert start is not None, "only such a merge has this variant"
+        assert delta is not None, "only an adapted layer is asked"
         taken = start.taken(self.name).to(self.merge.device)
         original = self.base("original").add_(taken)
         frozen = freeze(self.name, original, True, self.merge.spec.quantization, original.device)
