@@ -39,7 +39,6 @@ from qlora_kit.lora.files import (
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
 from qlora_kit.lora.spec import LoraSpec
-from qlora_kit.lora.starts.form import as_trained, doubled, with_start
 from qlora_kit.lora.stacked import (
     folded,
     key_paths,
@@ -49,6 +48,7 @@ from qlora_kit.lora.stacked import (
     target_parameters,
     unfolded,
 )
+from qlora_kit.lora.starts.form import as_trained, doubled, with_start
 from qlora_kit.model.checkpoint import PickledShards
 from qlora_kit.model.load import Base
 from qlora_kit.redact import redacted_values

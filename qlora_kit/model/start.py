@@ -19,7 +19,7 @@ Freeze = Callable[[Tensor], FrozenWeight]
 
 
 class Start(Protocol):
-    """The values that A and B of each layer begin with, and what the base is less because of them."""
+    """What A and B of each layer begin with, and what the base is less because of them."""
 
     @property
     def pairs(self) -> Mapping[str, Pair]:

@@ -23,7 +23,6 @@ from qlora_kit.model.start import Pair
 from qlora_kit.opening.model import Opened
 from qlora_kit.parallel.one import Processes
 from qlora_kit.train.checkpoint import find_checkpoint
-from qlora_kit.train.folder import checkpoints
 from qlora_kit.train.first_rows import (
     MOST_BATCHES,
     MOST_ROWS,
@@ -31,6 +30,7 @@ from qlora_kit.train.first_rows import (
     pairs_of_gradients,
     pairs_of_inputs,
 )
+from qlora_kit.train.folder import checkpoints
 
 
 @dataclass(frozen=True)

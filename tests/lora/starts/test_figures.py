@@ -1,7 +1,8 @@
-"""What each start gains on a real model at step 0 and soon after; `pytest -s` prints the figures."""
+"""What each start gains on a real model, at step 0 and soon after; `-s` prints the figures."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def test_starts_of_weights_lower_what_quantising_loses(stories: Path, init: str)
     attach(base, spec_of(init))
     found = start.errors
     assert found is not None
-    print(
+    sys.stdout.write(
         f"\n{init} on stories260K, rank 8, 4 bits: loses {found.start:.4f} of the norm of W, plain "
-        f"QLoRA {found.plain:.4f}; as rank-2R adapter on the base as stored {found.peft:.4f} away"
+        f"QLoRA {found.plain:.4f}; as rank-2R adapter on the base as stored {found.peft:.4f} away\n"
     )
     if init != "olora":
         assert found.start < 0.97 * found.plain
@@ -74,6 +75,6 @@ def test_starts_of_rows_learn_faster_than_plain_lora(stories: Path, assets: Path
         batch = collate(held_out, 0)
         with torch.no_grad():
             losses[init] = float(measured.loss_sum(batch)) / batch.weight
-    print(f"\nheld-out loss on stories260K after 16 steps: {losses}")
+    sys.stdout.write(f"\nheld-out loss on stories260K after 16 steps: {losses}\n")
     assert losses["eva"] < losses["kaiming"]
     assert losses["lora-ga"] < losses["kaiming"]
