@@ -22,4 +22,9 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "learned-scale": ("--learned-scale",),
     "freeze-a": ("--freeze-a", "--targets", "all-linear"),
     "vblora": ("--vblora",),
+    "pissa": ("--init", "pissa", "--rslora"),
+    "olora": ("--init", "olora", "--rank-pattern", "q_proj=24"),
+    "loftq": ("--init", "loftq", "--lora-dropout", "0.1"),
+    "eva": ("--init", "eva"),
+    "lora-ga": ("--init", "lora-ga"),
 }

@@ -28,6 +28,7 @@ from qlora_kit.model.class_head import fresh_value
 from qlora_kit.model.convert import Assembly, assemble
 from qlora_kit.model.encoder_decoder import stays_unpacked
 from qlora_kit.model.load import freeze, open_tensors
+from qlora_kit.model.start import Start
 from qlora_kit.model.vocabulary import tables, with_row_count
 
 
@@ -44,6 +45,8 @@ class Variant(StrEnum):
     """the delta added to the weights of the checkpoint, in fp32"""
     REQUANTIZED = "requantized"
     """the merged weights, quantised again as the base was"""
+    PEFT_FORM = "peft_form"
+    """the rank-2R form of an adapter whose start changed its base, on the base as it is stored"""
     WRITTEN = "written"
     """the weights in the files of the export"""
 
@@ -135,6 +138,17 @@ class Forms:
             return self.merged(self.merge.over)
         return self.packed_again.dequantize(torch.float32)
 
+    def on_original(self) -> Tensor:
+        """Return the weight that PEFT multiplies with, fp32: see `lora.starts.form`."""
+        start, delta = self.merge.spec.start, self.delta
+        assert start is not None, "only such a merge has this variant"
+        assert delta is not None, "only an adapted layer is asked"
+        taken = start.taken(self.name).to(self.merge.device)
+        original = self.base("original").add_(taken)
+        frozen = freeze(self.name, original, True, self.merge.spec.quantization, original.device)
+        assert isinstance(frozen, FrozenWeight)
+        return delta.sub_(taken).add_(frozen.dequantize(self.merge.unpacked).float())
+
     def as_written(self) -> Tensor:
         """Return the weight in the files of the export, fp32."""
         assert self.written is not None
@@ -152,6 +166,8 @@ class Forms:
             return self.merged("original")
         if variant is Variant.REQUANTIZED and self.frozen is not None:
             return self.requantized()
+        if variant is Variant.PEFT_FORM and self.is_adapted:
+            return self.on_original()
         if variant is Variant.WRITTEN:
             return self.as_written()
         return self.merged("quantized")
@@ -206,7 +222,8 @@ class Parameters:
         self._linear, self._config = projected_weights(skeleton), skeleton.config
         self._windows = convolutions(skeleton)
         resized = tables(skeleton) if merge.spec.vocabulary is not None else frozenset()
-        self._base = _Reader(open_tensors(merge.spec, skeleton, merge.device), skeleton, resized)
+        source = open_tensors(merge.spec, skeleton, merge.device)
+        self._base = _Reader(source, skeleton, resized, merge.spec.start)
         self._written = _Reader(open_checkpoint(folder), skeleton)
         self.has_original = has_original(merge.spec, skeleton)
         shapes = skeleton.state_dict()
@@ -264,12 +281,20 @@ def _is_linear(skeleton: nn.Module, name: str) -> bool:
 
 
 class _Reader:
-    """The tensors of a checkpoint, read module by module; some with another number of rows."""
+    """The tensors of a checkpoint, read module by module.
+
+    Some may be given another number of rows, and some be less a start.
+    """
 
     def __init__(
-        self, source: TensorSource, skeleton: PreTrainedModel, resized: Set[str] = frozenset()
+        self,
+        source: TensorSource,
+        skeleton: PreTrainedModel,
+        resized: Set[str] = frozenset(),
+        start: Start | None = None,
     ) -> None:
-        self._source, self._skeleton, self._resized = source, skeleton, resized
+        self._source, self._skeleton = source, skeleton
+        self._resized, self._start = resized, start
         self._shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
         self._by_path: dict[str, list[Assembly]] = defaultdict(list)
         for assembly in assemble(source.names, skeleton):
@@ -296,7 +321,8 @@ class _Reader:
         for name, tensor in assembly.tensors(self._source.read, self._skeleton).items():
             if name in self._resized:
                 tensor = with_row_count(tensor, self._shapes[name][0])
-            yield name, tensor.to(device)
+            moved = tensor.to(device)
+            yield name, moved if self._start is None else self._start.less(name, moved)
 
 
 def units_of(skeleton: nn.Module, head: nn.Module | None) -> dict[str, nn.Module]:

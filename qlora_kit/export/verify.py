@@ -137,6 +137,7 @@ def _variants(merge: Merge, parameters: Parameters) -> list[Variant]:
     if merge.spec.quantization.bits != 16:
         variants += [Variant.ORIGINAL] if parameters.has_original else []
         variants += [] if merge.requantize else [Variant.REQUANTIZED]
+        variants += [Variant.PEFT_FORM] if merge.spec.start is not None else []
     return [*variants, Variant.WRITTEN]
 
 

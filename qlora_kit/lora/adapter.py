@@ -55,6 +55,7 @@ from qlora_kit.lora.stacked import (
     target_parameters,
     unfolded,
 )
+from qlora_kit.lora.starts.form import as_trained, doubled, with_start
 from qlora_kit.lora.tensor_names import plain_names, without_training_state
 from qlora_kit.lora.token_files import (
     is_of_rows,
@@ -105,6 +106,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     tensors = bank_tensors(adapter) if has_bank else {}
     for path, layer in adapter.layers.items() if not has_bank else ():
         a, b = map(Tensor.cpu, layer.filed())
+        a, b = with_start((a, b), adapter.start.get(path))
         if isinstance(layer, DoRALinear):
             magnitude = layer.lora_magnitude_vector.detach().cpu().contiguous()
             tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = magnitude
@@ -137,7 +139,7 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
 
 def peft_config(adapter: Adapter, record: BaseRecord) -> dict[str, Any]:
     """Return the content of `adapter_config.json`."""
-    spec = adapter.spec
+    spec = doubled(adapter.spec) if adapter.start else adapter.spec
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
     model = adapter.base.model
     of_mixture = stacks(model)
@@ -240,6 +242,7 @@ class StoredAdapter:
         added: what is added to the biases of layers, (K,), by the name of the bias (`lora_bias`).
         biases: the names among `saved` that are biases alone, without their weight (`bias`).
         magnitudes: of DoRA, the length (K,) of the row of each output's weight, fp32, by path.
+        start: A and B that training started from, by path, where its base is less them.
     """
 
     folder: Path
@@ -258,6 +261,7 @@ class StoredAdapter:
     added: Mapping[str, Tensor] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    start: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def changes_nothing(self) -> bool:
@@ -426,13 +430,13 @@ def read_adapter(folder: Path) -> StoredAdapter:
     trained = {name: each + added.pop(name, 0) for name, each in biases.trained.items()}
     if config.use_dora:
         _check_magnitudes(magnitudes, tensors, kernels, folder)
-    return StoredAdapter(
+    return as_trained(StoredAdapter(
         folder, spec, tensors, config.base_model_name_or_path, record, saved | trained,
         targeted=(*config.targeted_names, *layers_named(parameters)),
         stacked=stacked, targeted_stacks=parameters, kernels=kernels, of_base=of_base,
         rows=of_tokens.rows, stays_tied=bool(config.ensure_weight_tying),
         added=added, biases=tuple(trained), magnitudes=magnitudes,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -660,6 +664,24 @@ def check_fits(stored: StoredAdapter, base: Base) -> None:
         raise AdapterError(
             f"{stored.folder}: trained on other weights than {base.spec.source.name} has; "
             f"expected {stored.record.base} with digest {stored.record.digest}"
+        )
+    _check_start(stored, base)
+
+
+def _check_start(stored: StoredAdapter, base: Base) -> None:
+    """Check that a base is less what the training of an adapter started from, and nothing else."""
+    start = base.spec.start
+    taken = start.pairs if start is not None and start.changes_base else {}
+    same = taken.keys() == stored.start.keys() and all(
+        torch.equal(one, other)
+        for path, pair in taken.items()
+        for one, other in zip(pair, stored.start[path], strict=True)
+    )
+    if not same:
+        init = stored.record.start.init if stored.record and stored.record.start else "no start"
+        raise AdapterError(
+            f"{stored.folder}: trained from {init}, and the base was not loaded for it; expected "
+            "the base that its start leaves; load it with open_base(options, adapter=folder)"
         )
 
 

@@ -34,6 +34,7 @@ from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.lora.whole import count_whole, train_whole
 from qlora_kit.model.load import Base
+from qlora_kit.model.start import Pair
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Adapter:
         layers: the LoRA layers by path.
         stacks: the stacks of experts that carry LoRA, by path.
         embeddings: the input embedding, if it carries LoRA, by path.
+        start: A and B that training started from, by path, where the base is less them.
         whole: the layers of which all, or some rows, are trained in their places, by path.
         saved: parameters that replace parameters of the base, by name.
         added: what a stored adapter adds to the biases of layers, by name, see `lora.biases`.
@@ -64,6 +66,7 @@ class Adapter:
     stacks: Mapping[str, LoRAStack] = field(default_factory=dict)
     embeddings: Mapping[str, LoRAEmbedding] = field(default_factory=dict)
     resized_from: Unresized | None = None
+    start: Mapping[str, Pair] = field(default_factory=dict)
 
     @torch.no_grad()
     def fill(
@@ -243,7 +246,26 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
     whole = train_whole(base, spec, generator)
-    return Adapter(base, spec, layers, whole, stacks=stacked, embeddings=embeddings)
+    start, first = base.spec.start, {}
+    if start is not None:
+        _begin(layers, start.pairs)
+        first = dict(start.pairs) if start.changes_base else {}
+        start.forget()
+    return Adapter(base, spec, layers, whole, stacks=stacked, embeddings=embeddings, start=first)
+
+
+@torch.no_grad()
+def _begin(layers: Mapping[str, LoRALinear], pairs: Mapping[str, Pair]) -> None:
+    """Give A and B the values that they start from."""
+    shapes = {path: (each.lora_A.shape, each.lora_B.shape) for path, each in layers.items()}
+    if shapes != {path: (a.shape, b.shape) for path, (a, b) in pairs.items()}:
+        raise ConfigError(
+            "the base was loaded for a start of other layers or ranks; expected those; attach with "
+            "its own spec, or load the base again"
+        )
+    for path, (a, b) in pairs.items():
+        layers[path].lora_A.copy_(a)
+        layers[path].lora_B.copy_(b)
 
 
 def check_free(base: Base) -> None:

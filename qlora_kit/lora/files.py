@@ -23,6 +23,7 @@ from qlora_kit.model.config_file import IMAGE_CLASSIFICATION
 from qlora_kit.storage import check_confined, read_json
 
 if TYPE_CHECKING:
+    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.load import Base
 
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -203,6 +204,53 @@ class PeftConfig(_File):
         return tuple(self.target_modules) if isinstance(self.target_modules, list) else ()
 
 
+class StartErrors(_File):
+    """What quantising loses, relative to the norm of the weights of the trained layers.
+
+    Attributes:
+        plain: without a start, as in plain QLoRA.
+        start: with it.
+        peft: the difference of the trained model from its form of rank 2R on the original base in
+            the same bits.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    plain: float
+    start: float
+    peft: float
+
+
+class StartRecord(_File):
+    """How the base of an adapter is rebuilt: it is less what A and B started from.
+
+    The adapter's file has rank 2R, see `lora.starts.form`: its second half is the start.
+
+    Attributes:
+        init: the name of the start.
+        alpha, alpha_pattern: those of the trained adapter, of rank R.
+        errors: what was measured at the start; None where the base is not quantised.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    init: Literal["pissa", "olora", "lora-ga"]
+    alpha: _Alpha
+    alpha_pattern: dict[str, _Alpha] = Field(default_factory=dict)
+    errors: StartErrors | None = None
+
+    @classmethod
+    def of(cls, spec: LoraSpec, errors: StartErrors | None) -> StartRecord:
+        """Describe the start of an adapter that is trained by a spec."""
+        init: Any = spec.variant.init
+        return cls(
+            init=init,
+            alpha=float(spec.alpha),
+            alpha_pattern={name: float(each) for name, each in spec.alpha_pattern.items()},
+            errors=errors,
+        )
+
+
 class BaseRecord(_File):
     """The base that an adapter was trained on: the content of `qlora_kit.json`.
 
@@ -221,6 +269,7 @@ class BaseRecord(_File):
         preference_loss, preference_beta: the loss that pairs of answers were compared by; None for
             other models.
         new_tokens: tokens that were added to the tokenizer, or that it had, and were trained.
+        start: how the base is rebuilt, where what A and B started from was taken from it.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -243,6 +292,7 @@ class BaseRecord(_File):
     preference_loss: PreferenceLoss | None = None
     preference_beta: Annotated[float, Field(gt=0)] | None = None
     new_tokens: Annotated[tuple[_Text, ...], Field(strict=False)] = ()
+    start: StartRecord | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -290,6 +340,7 @@ class BaseRecord(_File):
             preference_loss=preference[0] if preference else None,
             preference_beta=preference[1] if preference else None,
             new_tokens=new_tokens,
+            start=base.spec.start.record if base.spec.start else None,
             versions=library_versions(),
         )
 
@@ -304,6 +355,8 @@ class BaseRecord(_File):
             del content["preference_loss"], content["preference_beta"]
         if not self.new_tokens:
             del content["new_tokens"]
+        if self.start is None:
+            del content["start"]
         return content
 
 

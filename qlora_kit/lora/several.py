@@ -258,6 +258,11 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
     stored = {name: read_adapter(folder) for name, folder in folders.items()}
     _check_one_base(stored)
     for adapter in stored.values():
+        if adapter.start:
+            raise AdapterError(
+                f"{adapter.folder}: its start has changed the base that it was trained on, which "
+                "other adapters share; expected one on the base as it is stored; use it by itself"
+            )
         check_fits(adapter, base)
         if adapter.stacked:
             raise AdapterError(

@@ -69,8 +69,12 @@ class Variant:
 
         Where it does not, a checkpoint holds the trained tensors besides.
         """
-        changes_base = self.init in ("pissa", "olora", "lora-ga")
-        return not (changes_base or self.learned_scale or self.vblora)
+        return not (self.learned_scale or self.vblora)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base in training is less what A and B start from, see `lora.starts`."""
+        return self.init in ("pissa", "olora", "lora-ga")
 
 
 @dataclass(frozen=True)

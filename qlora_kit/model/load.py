@@ -60,6 +60,7 @@ from qlora_kit.model.head import verify_head
 from qlora_kit.model.memory import memory_returned
 from qlora_kit.model.names import ModelSource
 from qlora_kit.model.random_weights import RandomWeights
+from qlora_kit.model.start import Start
 from qlora_kit.model.vocabulary import set_rows, tables, with_row_count
 from qlora_kit.model.width import batch_width
 from qlora_kit.private_torch import own_buffers
@@ -88,6 +89,7 @@ class BaseSpec:
         classes: meaning of the outputs of a classifier; None for other models.
         vocabulary: rows of its embedding and of its head, where they are not as many as stored,
             because tokens were added; None: as many as are stored.
+        start: what A and B start from, where that is of the weights; None: it is not.
     """
 
     source: ModelSource
@@ -97,6 +99,7 @@ class BaseSpec:
     loads: str = CAUSAL_LM
     classes: ClassHead | None = None
     vocabulary: int | None = None
+    start: Start | None = None
 
     def architecture(self) -> PreTrainedConfig:
         """Return the architecture, from the folder or from `configs/`.
@@ -359,6 +362,9 @@ def frozen_tensors(
                     tensor, is_own = with_row_count(tensor, len(expected[name])), False
                 _check_tensor(name, tensor, expected)
                 where = torch.device("cpu") if name in on_host else device
+                if spec.start is not None and spec.start.covers(name):
+                    yield name, start_frozen(spec.start, name, tensor, quantization, where)
+                    continue
                 yield name, freeze(name, tensor, name in linear, quantization, where, is_own=is_own)
         announce(LoadProgress(done, len(assemblies)))
     for name in fresh:
@@ -406,6 +412,19 @@ def freeze(
         return quantization.freeze(tensor.to(device))
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
+
+
+def start_frozen(
+    start: Start, name: str, tensor: Tensor, quantization: Quantization, device: torch.device
+) -> FrozenWeight:
+    """Freeze the weight of a linear layer as a start that covers it wants it; see `freeze`."""
+
+    def packed(weight: Tensor) -> FrozenWeight:
+        frozen = freeze(name, weight, True, quantization, device, is_own=True)
+        assert isinstance(frozen, FrozenWeight)
+        return frozen
+
+    return start.frozen(name, tensor.to(device), packed)
 
 
 def _check_names(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.fetch import Fetched
     from qlora_kit.model.load import Base, BaseSpec
     from qlora_kit.model.new_tokens import NewTokens
+    from qlora_kit.model.start import Start
     from qlora_kit.model.threads import Threads
     from qlora_kit.tasks import Task
 
@@ -65,6 +66,7 @@ class Opened:
         task: what a sample means to the command.
         vocabulary: rows that the model's tables need for added tokens; None: as many as stored.
         new_tokens: tokens of which the command trains the rows.
+        start: the start of the adapter, where the base that it was trained on is less it.
     """
 
     source: ModelSource
@@ -74,6 +76,7 @@ class Opened:
     task: Task
     vocabulary: int | None = None
     new_tokens: NewTokens | None = None
+    start: Start | None = None
 
     def classifying(self, labels: Labels, announce: Announce = silent) -> Opened:
         """Return the same model, opened as a classifier with these labels.
@@ -125,7 +128,8 @@ class Opened:
 
     def spec(self, options: BaseModelOptions) -> BaseSpec:
         """Return the specification of the frozen base; see `base_spec`."""
-        return base_spec(self.source, self.fetched.folder, options, self.task, self.vocabulary)
+        spec = base_spec(self.source, self.fetched.folder, options, self.task, self.vocabulary)
+        return replace(spec, start=self.start)
 
     def token_rows(self, options: BaseModelOptions) -> TokenRows | None:
         """Return the rows of new tokens that are trained; None without new tokens."""
@@ -302,7 +306,8 @@ def open_tokenizer(
     task = stored_task(bare, adapter, tokenizer.pad_token_id)
     vocabulary = stored_vocabulary(bare, tokenizer, adapter)
     added, vocabulary = with_tokens(bare, tokenizer, new_tokens, vocabulary, announce)
-    opened = Opened(source, fetched, tokenizer, has_template, task, vocabulary, added)
+    start = _start_of(adapter)
+    opened = Opened(source, fetched, tokenizer, has_template, task, vocabulary, added, start)
     _tell_ids_beyond(opened, options, announce)
     return opened
 
@@ -320,7 +325,18 @@ def _opened_for_images(
         load_image_processor(folder, architecture) if folder else default_processor(architecture)
     )
     task = stored_task(bare, adapter, None, processor)
-    return Opened(source, fetched, processor, has_template=False, task=task)
+    start = _start_of(adapter)
+    return Opened(source, fetched, processor, has_template=False, task=task, start=start)
+
+
+def _start_of(adapter: Path | None) -> Start | None:
+    """Return what the base of an adapter is less; None where it is as it is stored."""
+    record = None if adapter is None else read_base_record(adapter)
+    if adapter is None or record is None or record.start is None:
+        return None
+    from qlora_kit.lora.starts.loading import stored_start
+
+    return stored_start(adapter)
 
 
 def _tell_ids_beyond(opened: Opened, options: BaseModelOptions, announce: Announce) -> None:
@@ -367,17 +383,23 @@ class OpenedBase:
     tokenizer: Any
 
 
-def open_base(options: BaseModelOptions | None = None, announce: Announce = silent) -> OpenedBase:
+def open_base(
+    options: BaseModelOptions | None = None,
+    announce: Announce = silent,
+    adapter: Path | None = None,
+) -> OpenedBase:
     """Find, download and load a base with its tokenizer.
 
     Args:
         options: the model, and how it is held; None: the demo in 4 bits.
         announce: receives notices and the loading progress.
+        adapter: folder of an adapter that will be put on it. Its tokenizer is taken, and where its
+            start has changed the base, so is this base.
     """
     from qlora_kit.model.threads import choose_threads
 
     options = options or BaseModelOptions()
-    opened = open_tokenizer(options, announce)
+    opened = open_tokenizer(options, announce, adapter)
     # A program that calls this function decides on its own threads, unless it passes a number.
     threads = None if options.threads is None else choose_threads(options.threads)
     return OpenedBase(opened.load(options, announce, threads), opened.tokenizer)

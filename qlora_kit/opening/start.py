@@ -29,6 +29,34 @@ if TYPE_CHECKING:
     from qlora_kit.model.load import BaseSpec
 
 _OF_4_BITS = ("bits", "quant_type", "double_quant")
+# Starts that are computed of the first rows.
+_OF_ROWS = ("eva", "lora-ga")
+
+
+def check_start_options(config: TrainConfig) -> None:
+    """Check that a start does not contradict another option; reads nothing.
+
+    Raises:
+        ConfigError: it does.
+    """
+    init = config.init
+    if init == "kaiming":
+        return
+    if config.adapter is not None:
+        raise ConfigError(
+            f"--init {init}: decides what A and B start from, and so does --adapter "
+            f"{config.adapter}; expected one of the two; leave one of them out"
+        )
+    if init in _OF_ROWS and config.shard_base:
+        raise ConfigError(
+            f"--init {init}: asks the whole base before training, of which --shard-base leaves "
+            "each process a part; expected one of the two; leave one of them out"
+        )
+    if init in _OF_ROWS and config.task in ("preference", "seq2seq"):
+        raise ConfigError(
+            f"--init {init}: is not made for the rows of --task {config.task}; expected another "
+            "start, such as pissa; pass it, or leave --init out"
+        )
 
 
 def options_of_start(adapter: Path, model: str | None) -> dict[str, Any]:
@@ -42,6 +70,13 @@ def options_of_start(adapter: Path, model: str | None) -> dict[str, Any]:
         AdapterError: there is no such adapter, or it is none that the kit can load.
     """
     stored = stored_options(adapter, model)
+    record = read_base_record(adapter)
+    if record is not None and record.start is not None:
+        raise AdapterError(
+            f"{adapter}: its start ({record.start.init}) has changed the base that it was trained "
+            "on, and another run would begin on another; expected an adapter of an unchanged base; "
+            "go on with --resume, or export it and train on the merged model"
+        )
     config = read_peft_config(adapter)
     options = {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
     options["targets"] = _targets(config, adapter)

@@ -74,6 +74,8 @@ def rehearse(step: OptimizerStep, micro_batches: int, *, has_sources: bool = Fal
     claim_model(ledger, step.model)
     with _shortage_in_one_line(), step.undone():
         claim_trained(ledger, step.optimizer)
+        for tensor in (each for pair in step.adapter.start.values() for each in pair):
+            ledger.claim(tensor, "LoRA")
         with (
             _allocator_record(step.device, ledger.live_bytes) as record,
             watched(ledger, step.optimizer),

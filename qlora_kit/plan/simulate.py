@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
 from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach
+from qlora_kit.lora.starts.check import OF_ROWS, OF_WEIGHTS, check_start
+from qlora_kit.lora.starts.loading import FreshStart
 from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.images import layer_count
@@ -44,7 +46,9 @@ from qlora_kit.model.load import (
     head_quantization,
     is_tied,
     names_on_host,
+    start_frozen,
 )
+from qlora_kit.model.start import Pair, Start
 from qlora_kit.plan.attention import planned_attention
 from qlora_kit.plan.duration import StepWork
 from qlora_kit.plan.gathers import Gathers, PlannedShards
@@ -58,6 +62,7 @@ from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective, drawn_rows
 from qlora_kit.tasks.tokens import packing, weighted
+from qlora_kit.train.first_rows import pairs_of_gradients, pairs_of_inputs
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 from qlora_kit.train.windows import steps_an_epoch
 
@@ -284,7 +289,8 @@ class SimulatedRun:
         placement = Placement.of(self.config).resolved(
             self.hardware.device, tied=is_tied(self.model)
         )
-        spec = self.subject.spec
+        start = self._start()
+        spec = replace(self.subject.spec, start=start)
         quantization = _planned(spec.quantization)
         shards = PlannedShards(self.subject.sharing) if self.subject.sharing > 1 else None
         on_host = names_on_host(self.model, placement, shards)
@@ -296,6 +302,7 @@ class SimulatedRun:
             self.hardware,
             on_host,
             are_drawn=spec.random,
+            start=start,
         )
         planned_head = head and _planned(head)
         with self.phase("load"):
@@ -306,6 +313,27 @@ class SimulatedRun:
         workspace = workspace_bytes(self.hardware.device.type)
         self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.hardware.device)
         self.ledger.claim(self.workspace, "workspace")
+
+    def _start(self) -> FreshStart | None:
+        """Return the start that is computed of the weights as they are loaded, if there is one."""
+        lora, bits = self.subject.lora, self.subject.spec.quantization.bits
+        check_start(lora, self.subject.spec, self.model)
+        if lora.variant.init not in OF_WEIGHTS and not lora.variant.changes_base:
+            return None
+        paths = targeted_paths(self.model, lora)
+        given = self._of_gradients(paths) if lora.variant.init in OF_ROWS else None
+        return FreshStart(lora, paths, bits=bits, seed=self.config.seed, given=given)
+
+    def _of_gradients(self, paths: Sequence[str]) -> dict[str, Pair]:
+        """Return A and B without content, as a start of gradients has them in host memory."""
+        found, rank_of = projections(self.model), self.subject.lora.rank_of
+        return {
+            path: (
+                torch.empty(rank_of(path), found[path].in_features, device="cpu"),
+                torch.empty(found[path].out_features, rank_of(path), device="cpu"),
+            )
+            for path in paths
+        }
 
     def _claimed(self, stream: Stream) -> Stream:
         """Tell the ledger the purpose of each tensor as soon as it is there."""
@@ -319,6 +347,8 @@ class SimulatedRun:
 
     def attach(self) -> None:
         """Attach the adapter and let the optimiser make the state that every later step finds."""
+        if self.subject.lora.variant.init in OF_ROWS:
+            self._ask_first_rows()
         self.parameters = attach(self.base, self.subject.lora, self.config.seed).parameters()
         self.optimizer = build_optimizer(self.parameters.values(), self.config)
         self._give_gradients()
@@ -331,6 +361,23 @@ class SimulatedRun:
                     torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _ask_first_rows(self) -> None:
+        """Run what a start asks of the first rows; its peak counts as one of loading."""
+        config, rows = self.config, self.subject.rows
+        objective = self._objective(config)
+        supervised = rows.supervised_of(config.batch_size)
+        batch = BatchShape(config.batch_size, rows.tokens, supervised, rows.answer_tokens)
+        shown, lora = batch.stand_in(objective), self.subject.lora
+        base = replace(self.base, spec=replace(self.subject.spec, start=None))
+        before = self.device["load"], self.host["load"]
+        with self.phase("load"), self.ledger.purpose("LoRA"):
+            if lora.variant.changes_base:
+                pairs_of_gradients(base, lora, objective, [shown], config, config.seed)
+            else:
+                pairs_of_inputs(base, lora, objective, iter([shown]), config.seed)
+        self.device["load"] = max(before[0], self.device["load"], key=lambda peak: peak.bytes)
+        self.host["load"] = max(before[1], self.host["load"], key=lambda peak: peak.bytes)
 
     @property
     def trainable(self) -> int:
@@ -514,6 +561,7 @@ def _empty_tensors(
     on_host: frozenset[str] = frozenset(),
     *,
     are_drawn: bool = False,
+    start: Start | None = None,
 ) -> Stream:
     """Yield every parameter as loading would, without content.
 
@@ -524,6 +572,7 @@ def _empty_tensors(
         hardware: the device that the parameters go to.
         on_host: names of the parameters that stay in host memory.
         are_drawn: whether the weights are random; random weights are made on the device.
+        start: what is computed of the weights as they are loaded.
     """
     linear = projected_weights(skeleton)
     tied = skeleton.all_tied_weights_keys or {}
@@ -533,4 +582,7 @@ def _empty_tensors(
             made = hardware.device if are_drawn else torch.device("cpu")
             stored = torch.empty(shaped.shape, dtype=dtype, device=made)
             where = torch.device("cpu") if name in on_host else hardware.device
+            if start is not None and start.covers(name):
+                yield name, start_frozen(start, name, stored, quantization, where)
+                continue
             yield name, freeze(name, stored, name in linear, quantization, where, is_own=are_drawn)

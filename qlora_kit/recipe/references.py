@@ -72,7 +72,9 @@ def referring_rows(
         by = "the base without its adapter" if config.adapter is None else str(config.adapter)
         pairs = sum(map(len, parts.values()))
         announce(Notice(f"reference: {by}, asked once for both answers of {pairs:,} pairs"))
-        with adapter.disabled() if config.adapter is None else nullcontext():
+        # A base that is less its start is the model as it was only together with the adapter.
+        is_bare = config.adapter is None and not adapter.start
+        with adapter.disabled() if is_bare else nullcontext():
             found = {
                 name: answer_logprobs(
                     adapter.base, rows, opened.task, batch_size=config.eval_batch_size,

@@ -15,7 +15,7 @@ from qlora_kit.launched import place
 from qlora_kit.lora.combinations import check_forms
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
-from qlora_kit.opening.start import started_from
+from qlora_kit.opening.start import check_start_options, started_from
 from qlora_kit.opening.tasks import check_loss
 from qlora_kit.parallel.launch import check_sharing
 from qlora_kit.parallel.one import processes_of_this_run
@@ -50,6 +50,7 @@ def train(
     check_tracker(config.report_to)
     check_loss(config)
     check_forms(config)
+    check_start_options(config)
     if config.shard_base:
         check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
@@ -74,6 +75,7 @@ def train(
         from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
         from qlora_kit.recipe.agreement import chosen_hardware, serving_kernels, shared_threads
         from qlora_kit.recipe.run import Run, planned
+        from qlora_kit.recipe.starting import beginning_of
         from qlora_kit.train.packing import choose_packing
 
         if config.deterministic:
@@ -89,6 +91,8 @@ def train(
         spec, rows_of = opened.spec(config), opened.token_rows(config)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole(), rows_of)
         start = started_from(config, spec, lora)
+        beginning = beginning_of(config, spec, lora, output, processes)
+        spec = beginning.spec
         hardware = chosen_hardware(config, threads, processes)
         packing = processes.from_writer(
             lambda: choose_packing(
@@ -110,7 +114,10 @@ def train(
         config, plan = planned(config, subject, learnt.in_epoch, output, announce, processes)
         load = load_shared_base if config.shard_base else load_base
         load = bases.load if bases is not None else load
-        base = load(spec, hardware, announce, Placement.of(config))
+        base = beginning.base(
+            lambda asked: load(asked, hardware, announce, Placement.of(config)),
+            config, opened, rows.rows, processes,
+        )  # fmt: skip
         adapter = attach(base, lora, config.seed)
         if bases is not None:
             at_the_end.callback(bases.take_back, adapter)

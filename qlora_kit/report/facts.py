@@ -151,6 +151,23 @@ def _layers(adapter: Adapter) -> str:
     return " and ".join(part for part in (layers, stacks) if part)
 
 
+def _start(adapter: Adapter) -> Rows:
+    """Return what A and B started from, and what quantising loses with it and without."""
+    start, init = adapter.base.spec.start, adapter.spec.variant.init
+    if init == "kaiming":
+        return ()
+    errors = None if start is None else start.errors
+    if errors is None:
+        return (("start", init),)
+    text = (
+        f"{init}: quantising loses {errors.start:.2%} of the norm of the trained weights instead "
+        f"of {errors.plain:.2%}"
+    )
+    if errors.peft:
+        text += f"; as a rank-2R adapter on the base as it is stored it is {errors.peft:.2%} away"
+    return (("start", text),)
+
+
 def _experts(adapter: Adapter) -> Rows:
     """Say of a mixture whether its experts are trained, and what it would take."""
     counts = adapter.expert_counts
@@ -195,6 +212,7 @@ def header(
                  "outside embeddings and head stay unquantised"),
         ("trainable", f"{adapter.trainable:,} parameters ({share:.2%}) in {_layers(adapter)}"),
         *_experts(adapter),
+        *_start(adapter),
         ("device", base.hardware.device_name),
         *((("processes", f"{processes}, which divide the rows of each step{_parts(adapter)}"),)
           if processes > 1 else ()),

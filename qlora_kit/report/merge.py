@@ -23,6 +23,7 @@ _NAMES = {
     "merged_over_quantized": "over quantized",
     "merged_over_original": "over original",
     "requantized": "quantised again",
+    "peft_form": "rank-2R form, base as stored",
     "written": "written",
 }
 Report = Mapping[str, Any]

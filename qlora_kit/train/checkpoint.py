@@ -153,6 +153,8 @@ def check_room(output: Path, trainable: int, plan: StepPlan, options: TrainConfi
     missing = max(1, saves - len(checkpoints(output)))
     # A parameter takes 4 bytes for its fp32 weight, and 4 bytes or 1 for each of two moments.
     bytes_each = trainable * (4 + (2 if options.optimizer.endswith("8bit") else 8))
+    # Beside A and B lie those that the run started from.
+    bytes_each += trainable * 4 if options.init in ("pissa", "olora", "lora-ga") else 0
     check_space(output, missing * bytes_each + trainable * 4, f"{missing} checkpoint(s)")
 
 
