@@ -114,7 +114,7 @@ def _of_kind(target: str, window: Window | None) -> bool:
     return window is None or target not in (ALL_LINEAR, *_GROUPS)
 
 
-def _matches(target: str, path: str, group: str | None = None) -> bool:
+def _matches(target: str, path: str, group: str | None = None, flag: str = "--targets") -> bool:
     if target == ALL_LINEAR:
         return group != "experts"
     if target == ALL_CONV:
@@ -125,14 +125,72 @@ def _matches(target: str, path: str, group: str | None = None) -> bool:
         try:
             return re.fullmatch(target, path) is not None
         except re.error as error:
-            raise ConfigError(
-                f"--targets: '{target}' is no regular expression ({error})"
-            ) from error
+            raise ConfigError(f"{flag}: '{target}' is no regular expression ({error})") from error
     return path == target or path.endswith(f".{target}")
 
 
 def _endings(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+
+
+def block_of(path: str) -> int | None:
+    """Return the number of the block that a layer is in; None of a layer outside of all blocks.
+
+    As in PEFT it is the first number behind two names: of `model.layers.1.experts.0.w` it is 1.
+    """
+    return next((int(part) for part in path.split(".")[2:-1] if part.isdecimal()), None)
+
+
+def narrowed(
+    paths: Sequence[str],
+    found: Mapping[str, Projection],
+    spec: LoraSpec,
+    frozen: Iterable[str] = (),
+) -> list[str]:
+    """Return the targeted paths that are left by `layers_to_transform` and `exclude_modules`.
+
+    Args:
+        paths: the paths that the targets name.
+        found: all projections of the model.
+        spec: has the numbers of the blocks, and what is excluded: groups and names as targets are,
+            or regular expressions that match whole paths.
+        frozen: paths of layers that may be excluded, and carry no LoRA anyway.
+
+    Raises:
+        ConfigError: the model has no such block; a name excludes nothing; or no layer is left.
+    """
+    groups = {path: each[0].group for path, each in by_lora_path(found).items()}
+    blocks = {number for path in groups if (number := block_of(path)) is not None}
+    flag = "--layers-to-transform"
+    # A model without blocks has none to choose.
+    numbers = f"0 to {max(blocks)}" if blocks else "a model of blocks; leave it out"
+    faults = [
+        f"{flag}: found {number}, and the model has no such block; expected {numbers}"
+        for number in spec.layers_to_transform
+        if number not in blocks
+    ]
+    excluded: set[str] = set()
+    for name in spec.exclude_modules:
+        flag = "--exclude-modules"
+        named = {path for path in paths if _matches(name, path, groups[path], flag)}
+        if not named and not any(_matches(name, path, flag=flag) for path in frozen):
+            faults.append(
+                f"{flag}: '{name}' excludes no targeted layer; expected one of "
+                f"{', '.join(_endings(paths))}, or a regular expression of whole paths"
+            )
+        excluded |= named
+    if faults:
+        raise ConfigError(*faults)
+    wanted = set(spec.layers_to_transform)
+    left = [
+        path for path in paths if path not in excluded and (not wanted or block_of(path) in wanted)
+    ]
+    if not left:
+        raise ConfigError(
+            "--exclude-modules and --layers-to-transform leave none of the layers that --targets "
+            "names; expected one at least; exclude fewer"
+        )
+    return left
 
 
 def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
@@ -161,7 +219,9 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
         ConfigError: a target or a pattern names no layer; or experts would have dropout.
     """
     found = {path: each for path, each in projections(model).items() if path not in spec.whole}
+    frozen = (*vocabulary_paths(model), *router_paths(model))
     paths = resolve_targets(found, spec.targets, vocabulary_paths(model), router_paths(model))
+    paths = narrowed(paths, found, spec, frozen)
     check_patterns(paths, spec)
     experts = stacks(model).keys() & set(paths)
     if spec.dropout and experts:

@@ -55,7 +55,19 @@ def _lora_options(config: PeftConfig) -> dict[str, Any]:
         "rslora": bool(config.use_rslora),
         "rank_pattern": config.rank_pattern or {},
         "alpha_pattern": config.alpha_pattern or {},
+        **_narrowing(config),
         **targets,
+    }
+
+
+def _narrowing(config: PeftConfig) -> dict[str, Any]:
+    """Return what an adapter of another tool leaves out of its targets; the kit's names layers."""
+    excluded, blocks = config.exclude_modules, config.layers_to_transform
+    # PEFT takes a text for a regular expression, and each text of a list for a name.
+    names = [f"(?:{excluded})"] if isinstance(excluded, str) else excluded
+    return {
+        "exclude_modules": tuple(names or ()),
+        "layers_to_transform": (blocks,) if isinstance(blocks, int) else tuple(blocks or ()),
     }
 
 
@@ -101,7 +113,8 @@ def _contradictions(config: TrainConfig, adapter: Path) -> Iterator[str]:
     """Yield a line for each option that is another than the adapter's."""
     record = read_base_record(adapter)
     own = _lora_options(read_peft_config(adapter))
-    own.pop("targets", None)
+    for name in ("targets", "layers_to_transform", "exclude_modules"):
+        own.pop(name, None)  # the layers that these name are compared, see `started_from`
     if record is not None:
         of_base = _OF_4_BITS if record.bits == 4 else ("bits",)
         own |= {name: getattr(record, name) for name in of_base}

@@ -53,6 +53,7 @@ from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective, drawn_rows
 from qlora_kit.tasks.tokens import packing, weighted
+from qlora_kit.train.groups import parameter_groups
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 from qlora_kit.train.windows import steps_an_epoch
 
@@ -314,8 +315,10 @@ class SimulatedRun:
 
     def attach(self) -> None:
         """Attach the adapter and let the optimiser make the state that every later step finds."""
-        self.parameters = attach(self.base, self.subject.lora, self.config.seed).parameters()
-        self.optimizer = build_optimizer(self.parameters.values(), self.config)
+        lora = self.subject.lora_for(self.model)
+        adapter = attach(self.base, lora, self.config.seed)
+        self.parameters = adapter.parameters()
+        self.optimizer = build_optimizer(parameter_groups(adapter, self.config), self.config)
         self._give_gradients()
         with self.phase("optimizer"), watched(self.ledger, self.optimizer):
             limit = self.config.max_grad_norm or 1.0
@@ -458,7 +461,7 @@ def _simulate_merge(
         run: receives the phase.
         adapters: size of the whole adapter, relative to the adapter of these layers.
     """
-    lora = subject.lora
+    lora = subject.lora_for(skeleton)
     layers = by_lora_path(projections(skeleton))
     targets = targeted_paths(skeleton, lora)
     with ledger.purpose("LoRA"):

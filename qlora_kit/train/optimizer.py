@@ -7,7 +7,7 @@ This file and the package `layers/` are the only importers of bitsandbytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,14 +20,15 @@ _EPSILON = 1e-8
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], options: OptimizerOptions
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], options: OptimizerOptions
 ) -> torch.optim.Optimizer:
     """Return AdamW over the trained parameters.
 
     At 8 bits, bitsandbytes keeps the state of tensors under 4,096 elements in fp32.
 
     Args:
-        parameters: the trained parameters, all on one device.
+        parameters: the trained parameters, all on one device, or groups of them as torch takes
+            them, see `train.groups`.
         options: the kind of optimiser, the learning rate and the weight decay.
 
     Source: Decoupled Weight Decay Regularization (arXiv:1711.05101); 8-bit Optimizers via
@@ -40,7 +41,8 @@ def build_optimizer(
         "weight_decay": options.weight_decay,
     }
     parameters = list(parameters)
-    on_gpu = parameters[0].device.type == "cuda"
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    on_gpu = first.device.type == "cuda"
     if options.optimizer == "adamw":
         # On a GPU, torch's default makes several lists of temporary tensors, each as large as all
         # parameters together. The fused one makes none.
@@ -86,19 +88,27 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
     So if memory runs out for the state, it runs out before any weight changes.
     """
+    for group_index, index, group, parameter in _places(optimizer):
+        if optimizer.state[parameter]:
+            continue
+        if not hasattr(optimizer, "init_state"):
+            optimizer.state[parameter] = _fresh_state(parameter, group)
+            continue
+        try:
+            optimizer.init_state(group, parameter, group_index, index)
+        except BaseException:
+            # A state that is made in part would pass for a whole one.
+            del optimizer.state[parameter]
+            raise
+
+
+def _places(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[int, int, dict[str, Any], nn.Parameter]]:
+    """Yield the number of its group, its number there, the group, and the parameter itself."""
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            if optimizer.state[parameter]:
-                continue
-            if not hasattr(optimizer, "init_state"):
-                optimizer.state[parameter] = _fresh_state(parameter, group)
-                continue
-            try:
-                optimizer.init_state(group, parameter, group_index, index)
-            except BaseException:
-                # A state that is made in part would pass for a whole one.
-                del optimizer.state[parameter]
-                raise
+            yield group_index, index, group, parameter
 
 
 def _fresh_state(parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -172,13 +182,15 @@ def restore_optimizer(
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Fill a fresh optimiser with the results of `optimizer_tensors`."""
-    for index, (name, parameter) in enumerate(parameters.items()):
+    places = {place[-1]: place[:-1] for place in _places(optimizer)}
+    for name, parameter in parameters.items():
         state = optimizer.state[parameter]
+        group_index, index, group = places[parameter]
         if hasattr(optimizer, "init_state"):
             # bitsandbytes allocates its state itself, in paged memory too; then it is filled.
-            optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+            optimizer.init_state(group, parameter, group_index, index)
         prefix = f"{name}/"
-        counts = _device_of_step(parameter, optimizer.param_groups[0])
+        counts = _device_of_step(parameter, group)
         for key in (key for key in tensors if key.startswith(prefix)):
             _restore_entry(state, key.removeprefix(prefix), tensors[key], parameter.device, counts)
         state.update(values.get(name, {}))
