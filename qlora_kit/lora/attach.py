@@ -25,9 +25,11 @@ from qlora_kit.layers.projections import (
     stacks,
 )
 from qlora_kit.layers.trained import TrainedLinear
+from qlora_kit.lora.galore import train_by_galore
+from qlora_kit.lora.ranks import check_decided
 from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.lora.spec import LoraSpec
-from qlora_kit.lora.targets import targeted_paths
+from qlora_kit.lora.targets import galore_paths, targeted_paths
 from qlora_kit.model.load import Base
 
 # Of a fresh layer whose architecture does not say it.
@@ -159,7 +161,8 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
         for path in targeted_paths(skeleton, spec)
         for each in layers[path]
     )
-    whole = (skeleton.get_submodule(path).parameters() for path in spec.whole)
+    paths = (*spec.whole, *galore_paths(skeleton, spec))
+    whole = (skeleton.get_submodule(path).parameters() for path in paths)
     return low_rank + sum(each.numel() for parameters in whole for each in parameters)
 
 
@@ -175,6 +178,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         ConfigError: a target or pattern matches no layer, or LoRA is attached already.
     """
     check_free(base)
+    check_decided(spec)
     found = projections(base.model)
     paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
@@ -195,7 +199,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             number=number,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
-    whole = _train_whole(base, spec, layers, generator)
+    whole = _train_whole(base, spec, layers, generator) | train_by_galore(base, spec)
     return Adapter(base, spec, layers, whole, stacks=stacked)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_kit.layers.projections import by_lora_path, projections
 from qlora_kit.lora.spec import LoraSpec
-from qlora_kit.lora.targets import targeted_paths
+from qlora_kit.lora.targets import galore_paths, targeted_paths
 
 
 def shortened(spec: LoraSpec, whole: nn.Module, short: nn.Module) -> LoraSpec:
@@ -43,11 +43,13 @@ def shortened(spec: LoraSpec, whole: nn.Module, short: nn.Module) -> LoraSpec:
         layers_to_transform=(),
         exclude_modules=(),
         whole=_of_kinds(spec.whole, short),
+        variant=replace(spec.variant, galore=_of_kinds(galore_paths(whole, spec), short)),
     )
 
 
 def _may_name_blocks(spec: LoraSpec) -> bool:
-    names = (*spec.targets, *spec.exclude_modules, *spec.rank_pattern, *spec.alpha_pattern)
+    names = (*spec.targets, *spec.exclude_modules, *spec.rank_pattern, *spec.alpha_pattern,
+             *spec.variant.galore)  # fmt: skip
     named = any(character.isdecimal() for name in names for character in name)
     return named or bool(spec.layers_to_transform or spec.exclude_modules)
 

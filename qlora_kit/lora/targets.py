@@ -210,6 +210,40 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
         raise ConfigError(*faults)
 
 
+def galore_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
+    """Return the paths of the linear layers that GaLore trains, in the order of the model.
+
+    Args:
+        model: a skeleton or a base, with or without an adapter.
+        spec: `variant.galore` has groups, names or regular expressions, as targets are.
+
+    Raises:
+        ConfigError: a name names no linear layer, or one that cannot be trained whole.
+    """
+    flag, found = "--galore", projections(model)
+    fit = {
+        path: each
+        for path, each in found.items()
+        if each.window is None and not (each.is_expert or each.is_transposed)
+    }
+    faults: list[str] = []
+    chosen: set[str] = set()
+    for name in spec.variant.galore:
+        named = [path for path, each in found.items() if _matches(name, path, each.group, flag)]
+        if not named:
+            endings = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in fit))
+            faults.append(f"{flag}: '{name}' names no linear layer; expected one of {endings}")
+        if unfit := [path for path in named if path not in fit]:
+            faults.append(
+                f"{flag}: '{name}' names {unfit[0]}, a convolution, an expert or a layer that is "
+                "stored transposed; expected a plain linear layer; leave it out"
+            )
+        chosen.update(named)
+    if faults:
+        raise ConfigError(*faults)
+    return [path for path in fit if path in chosen]
+
+
 def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
     """Return the paths of a model that get LoRA: layers, and stacks of experts.
 
@@ -218,7 +252,8 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
     Raises:
         ConfigError: a target or a pattern names no layer; or experts would have dropout.
     """
-    found = {path: each for path, each in projections(model).items() if path not in spec.whole}
+    whole = {*spec.whole, *galore_paths(model, spec)}
+    found = {path: each for path, each in projections(model).items() if path not in whole}
     frozen = (*vocabulary_paths(model), *router_paths(model))
     paths = resolve_targets(found, spec.targets, vocabulary_paths(model), router_paths(model))
     paths = narrowed(paths, found, spec, frozen)

@@ -9,6 +9,7 @@ from qlora_kit.config import PlanConfig
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
 from qlora_kit.model.names import ModelSource, find_model
 from qlora_kit.opening.model import base_spec
+from qlora_kit.opening.moves import check_moves
 from qlora_kit.opening.tasks import asked_task, check_loss, check_searchable, planned_task
 from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.launch import check_sharing, planned_devices
@@ -27,7 +28,10 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     """
     source = find_model(config.model)
     check_loss(config)
+    check_moves(config)
 
+    from qlora_kit.lora.galore import check_galore
+    from qlora_kit.lora.ranks import largest_ranks
     from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.threads import choose_threads
     from qlora_kit.plan.budget import budget_of
@@ -54,7 +58,11 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     if config.shard_base:
         check_sharing(devices, devices)
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu", processes=devices)
-    subject = Subject(spec, LoraSpec.of(config), hardware, rows, task, ceilings).divided(devices)
+    lora = LoraSpec.of(config)
+    check_galore(lora, spec.quantization.bits)
+    if config.rank_budget is not None:
+        lora = largest_ranks(lora, spec.skeleton())
+    subject = Subject(spec, lora, hardware, rows, task, ceilings).divided(devices)
     share = share_of(config, devices)
     ways = plan_ways(share, subject, budget, on_machine=devices, compare=True)
     made = ways.chosen

@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.layers.galore import GaLoreLinear
 from qlora_kit.lora.attach import Adapter
+from qlora_kit.train.galore import PROJECTED
 
 RATE_RATIO = "rate_ratio"
 """the entry of a group with its learning rate in units of the run's; 1 where there is none"""
@@ -25,7 +27,8 @@ def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, An
 
     With LoRA+ they are those of PEFT's `create_loraplus_optimizer`: every B learns at ratio times
     the rate of A, and so do vectors. A layer that is trained whole learns at the rate of A, and its
-    bias does not decay. The weight decay of B is multiplied by its own rate, as AdamW does.
+    bias does not decay. The weight decay of B is multiplied by its own rate, as AdamW does. The
+    weights of GaLore have a group of their own, and learn at the rate of the run.
 
     Args:
         adapter: the adapter.
@@ -33,9 +36,13 @@ def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, An
 
     Source: LoRA+ (arXiv:2402.12354), section 4.
     """
+    projected = {
+        f"{path}.weight" for path, layer in adapter.whole.items() if isinstance(layer, GaLoreLinear)
+    }
     found: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
     for name, parameter in adapter.parameters().items():
-        settings = _loraplus(name, parameter, config)
+        is_projected = name in projected
+        settings = {PROJECTED: config.rank} if is_projected else _loraplus(name, parameter, config)
         found.setdefault(tuple(settings.items()), []).append(parameter)
     return [{"params": parameters, **dict(settings)} for settings, parameters in found.items()]
 

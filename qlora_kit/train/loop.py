@@ -65,8 +65,8 @@ from qlora_kit.train.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
 from qlora_kit.train.groups import parameter_groups
+from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
 from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
 from qlora_kit.train.optimizer_step import OptimizerStep, Taken
 from qlora_kit.train.packing import choose_packing, try_packing

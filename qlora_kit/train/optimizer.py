@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.config import OptimizerOptions
+from qlora_kit.train import galore
+from qlora_kit.train.galore import PROJECTED
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
@@ -40,22 +42,26 @@ def build_optimizer(
         "eps": _EPSILON,
         "weight_decay": options.weight_decay,
     }
-    parameters = list(parameters)
-    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    given: list[Any] = list(parameters)
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    first = groups[0]["params"][0]
+    is_projected = any(PROJECTED in group for group in groups)
     on_gpu = first.device.type == "cuda"
     if options.optimizer == "adamw":
         # On a GPU, torch's default makes several lists of temporary tensors, each as large as all
         # parameters together. The fused one makes none.
-        return torch.optim.AdamW(parameters, **common, fused=True if on_gpu else None)
+        adamw: Any = (
+            galore.with_projections(torch.optim.AdamW) if is_projected else torch.optim.AdamW
+        )
+        made: torch.optim.Optimizer = adamw(groups, **common, fused=True if on_gpu else None)
+        return made
     from bitsandbytes import optim
 
     bits = 8 if options.optimizer.endswith("8bit") else 32
     # Paged state moves between GPU and host; on a CPU all state is in host memory anyway.
     paged = options.optimizer.startswith("paged") and on_gpu
-    adamw: torch.optim.Optimizer = optim.AdamW(
-        parameters, optim_bits=bits, is_paged=paged, **common
-    )
-    return adamw
+    adamw = galore.with_projections(optim.AdamW) if is_projected else optim.AdamW
+    return adamw(groups, optim_bits=bits, is_paged=paged, **common)
 
 
 def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> float:
@@ -91,7 +97,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
     for group_index, index, group, parameter in _places(optimizer):
         if optimizer.state[parameter]:
             continue
-        if not hasattr(optimizer, "init_state"):
+        if PROJECTED in group or not hasattr(optimizer, "init_state"):
             optimizer.state[parameter] = _fresh_state(parameter, group)
             continue
         try:
@@ -111,8 +117,10 @@ def _places(
             yield group_index, index, group, parameter
 
 
-def _fresh_state(parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state of torch's AdamW before its first step."""
+def _fresh_state(parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of torch's AdamW, or of GaLore, before its first step."""
+    if PROJECTED in group:
+        return galore.fresh_state(parameter, group[PROJECTED])
     return {
         "step": torch.zeros((), dtype=torch.float32, device=_device_of_step(parameter, group)),
         "exp_avg": torch.zeros_like(parameter),
@@ -186,7 +194,9 @@ def restore_optimizer(
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         group_index, index, group = places[parameter]
-        if hasattr(optimizer, "init_state"):
+        if PROJECTED in group:
+            state.update(_fresh_state(parameter, group))
+        elif hasattr(optimizer, "init_state"):
             # bitsandbytes allocates its state itself, in paged memory too; then it is filled.
             optimizer.init_state(group, parameter, group_index, index)
         prefix = f"{name}/"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "names": {"exclude_modules": ("k_proj", "model.layers.1.mlp.up_proj")},
     "expression": {"exclude_modules": (r".*\.[0-2]\.self_attn\..*",)},
     "both": {"layers_to_transform": (1,), "exclude_modules": ("down_proj",)},
-    "a whole path": {"layers_to_transform": (2,), "targets": ("q_proj", "model.layers.2.mlp.up_proj")},
+    "a whole path": {"layers_to_transform": (2,),
+                     "targets": ("q_proj", "model.layers.2.mlp.up_proj")},
 }  # fmt: skip
 TARGETS = ("q_proj", "k_proj", "up_proj", "down_proj")
 
