@@ -10,4 +10,8 @@ STEPS = ("--model", "demo", "--max-steps", "4", "--save-steps", "2", "--eval-ste
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "rslora": ("--rslora",),
+    "loraplus": ("--loraplus-ratio", "16"),
+    "some layers": ("--layers-to-transform", "1,2", "--exclude-modules", "k_proj"),
+    "rank budget": ("--targets", "all-linear", "--rank-budget", "200"),
+    "galore": ("--galore", "down_proj", "--bits", "16"),
 }
