@@ -36,6 +36,11 @@ def train_by_galore(base: Base, spec: LoraSpec) -> dict[str, GaLoreLinear]:
         ConfigError: a name names no such layer, or they are quantised.
     """
     check_galore(spec, base.quantization.bits)
+    if spec.variant.galore and base.shards is not None:
+        raise ConfigError(
+            f"{_FLAG}: trains whole weights, and several devices hold the base in parts; expected "
+            "--no-shard-base; pass it, or leave --galore out"
+        )
     found = projections(base.model)
     layers = {}
     for path in galore_paths(base.model, spec):

@@ -2,8 +2,9 @@
 
 A layer uses a rank by how much of its weight's gradient the rank can follow: the r-th singular
 value of that gradient, summed over some rows, is the use of rank r. The gradients are never there
-in full. A random B-gradient finds their leading directions, and a second pass through these finds
-the singular values: two passes of LoRA itself, in which the model computes as it was loaded.
+in full. The gradient of B under a random A finds their leading directions, and a second pass
+through these the singular values: two passes of LoRA itself, in which the model computes as it was
+loaded.
 
 AdaLoRA (arXiv:2303.10512) and AutoLoRA (arXiv:2403.09113) move ranks while they train; here they
 are decided once, before the first step, and stay. Takes a loaded base; leaves it as it was.
@@ -63,6 +64,23 @@ def decided(
     budget = spec.variant.rank_budget
     assert budget is not None, "a spec without a budget has its ranks"
     most = most_rank(budget, len(targeted_paths(base.model, spec)))
+    uses = uses_of(base, spec, most, rows, config, task, pad_token_id)
+    return with_ranks(spec, allotted(uses, budget, most))
+
+
+def uses_of(
+    base: Base,
+    spec: LoraSpec,
+    most: int,
+    rows: TokenRows,
+    config: TrainConfig,
+    task: Task,
+    pad_token_id: int,
+) -> dict[str, list[float]]:
+    """Return the `most` largest singular values of the gradient of each targeted weight, by path.
+
+    A layer that cannot have so many has fewer. See `decided` for the rest.
+    """
     probe = replace(
         spec, rank=most, alpha=float(most), dropout=0.0, rslora=False, rank_pattern={},
         alpha_pattern={}, variant=Variant(galore=spec.variant.galore),
@@ -73,12 +91,11 @@ def decided(
         settle(base.model, config, base.hardware)
         base.model.train()
         objective = task.objective(base, pad_token_id, config.loss_chunk_tokens, None)
-        uses = _uses(adapter, objective, rows, config.batch_size)
+        return _uses(adapter, objective, rows, config.batch_size)
     finally:
         base.model.eval()
         unsettle(base.model, base.hardware)
         detach(adapter)
-    return with_ranks(spec, allotted(uses, budget, most))
 
 
 def _uses(

@@ -44,7 +44,9 @@ def algorithm_2(
         r = p.T @ g
         moment = first * moment + (1 - first) * r
         square = second * square + (1 - second) * r**2
-        n = (moment / (1 - first ** (t + 1))) / (torch.sqrt(square / (1 - second ** (t + 1))) + 1e-8)
+        n = (moment / (1 - first ** (t + 1))) / (
+            torch.sqrt(square / (1 - second ** (t + 1))) + 1e-8
+        )
         weight = weight + rate * scale * p @ n
     return weight
 
