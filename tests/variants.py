@@ -27,4 +27,8 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "loftq": ("--init", "loftq", "--lora-dropout", "0.1"),
     "eva": ("--init", "eva"),
     "lora-ga": ("--init", "lora-ga"),
+    "loraplus": ("--loraplus-ratio", "16"),
+    "some layers": ("--layers-to-transform", "1,2", "--exclude-modules", "k_proj"),
+    "rank budget": ("--targets", "all-linear", "--rank-budget", "200"),
+    "galore": ("--galore", "down_proj", "--bits", "16"),
 }

@@ -29,9 +29,11 @@ from qlora_kit.layers.projections import (
 )
 from qlora_kit.layers.trained import TrainedLayer
 from qlora_kit.lora.forms import check_sites, count_form, layer_maker
+from qlora_kit.lora.galore import train_by_galore
+from qlora_kit.lora.ranks import check_decided
 from qlora_kit.lora.saved import Original, Unresized, put_back
 from qlora_kit.lora.spec import LoraSpec
-from qlora_kit.lora.targets import targeted_paths
+from qlora_kit.lora.targets import galore_paths, targeted_paths
 from qlora_kit.lora.whole import count_whole, train_whole
 from qlora_kit.model.load import Base
 from qlora_kit.model.start import Pair
@@ -196,7 +198,9 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
     layers = by_lora_path(carriers(skeleton))
     sites = {path: layers[path] for path in targeted_paths(skeleton, spec)}
     check_sites(spec, sites, vocabulary(skeleton))
-    return count_form(spec, sites) + count_whole(skeleton, spec)
+    by_galore = (skeleton.get_submodule(path) for path in galore_paths(skeleton, spec))
+    moved = sum(each.numel() for layer in by_galore for each in layer.parameters())
+    return count_form(spec, sites) + count_whole(skeleton, spec) + moved
 
 
 def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
@@ -214,6 +218,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             LoRA is attached already.
     """
     check_free(base)
+    check_decided(spec)
     found = carriers(base.model)
     paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
@@ -245,7 +250,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             device=base.hardware.device,
         ).train(found[path].frozen.training)
         base.model.set_submodule(path, layers[path])
-    whole = train_whole(base, spec, generator)
+    whole = train_whole(base, spec, generator) | train_by_galore(base, spec)
     start, first = base.spec.start, {}
     if start is not None:
         _begin(layers, start.pairs)

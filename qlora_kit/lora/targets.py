@@ -125,7 +125,7 @@ def _of_kind(target: str, window: Window | None) -> bool:
     return window is None or target not in (ALL_LINEAR, *_GROUPS)
 
 
-def _matches(target: str, path: str, group: str | None = None) -> bool:
+def _matches(target: str, path: str, group: str | None = None, flag: str = "--targets") -> bool:
     if target == ALL_LINEAR:
         return group != "experts"
     if target == ALL_CONV:
@@ -136,9 +136,7 @@ def _matches(target: str, path: str, group: str | None = None) -> bool:
         try:
             return re.fullmatch(target, path) is not None
         except re.error as error:
-            raise ConfigError(
-                f"--targets: '{target}' is no regular expression ({error})"
-            ) from error
+            raise ConfigError(f"{flag}: '{target}' is no regular expression ({error})") from error
     return path == target or path.endswith(f".{target}")
 
 
@@ -150,6 +148,66 @@ def _named_themselves(targets: Iterable[str], paths: Iterable[str]) -> dict[str,
 
 def _endings(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+
+
+def block_of(path: str) -> int | None:
+    """Return the number of the block that a layer is in; None of a layer outside of all blocks.
+
+    As in PEFT it is the first number behind two names: of `model.layers.1.experts.0.w` it is 1.
+    """
+    return next((int(part) for part in path.split(".")[2:-1] if part.isdecimal()), None)
+
+
+def narrowed(
+    paths: Sequence[str],
+    found: Mapping[str, Projection],
+    spec: LoraSpec,
+    frozen: Iterable[str] = (),
+) -> list[str]:
+    """Return the targeted paths that are left by `layers_to_transform` and `exclude_modules`.
+
+    Args:
+        paths: the paths that the targets name.
+        found: all projections of the model.
+        spec: has the numbers of the blocks, and what is excluded: groups and names as targets are,
+            or regular expressions that match whole paths.
+        frozen: paths of layers that may be excluded, and carry no LoRA anyway.
+
+    Raises:
+        ConfigError: the model has no such block; a name excludes nothing; or no layer is left.
+    """
+    groups = {path: each[0].group for path, each in by_lora_path(found).items()}
+    blocks = {number for path in groups if (number := block_of(path)) is not None}
+    flag = "--layers-to-transform"
+    # A model without blocks has none to choose.
+    numbers = f"0 to {max(blocks)}" if blocks else "a model of blocks; leave it out"
+    faults = [
+        f"{flag}: found {number}, and the model has no such block; expected {numbers}"
+        for number in spec.layers_to_transform
+        if number not in blocks
+    ]
+    excluded: set[str] = set()
+    for name in spec.exclude_modules:
+        flag = "--exclude-modules"
+        named = {path for path in paths if _matches(name, path, groups[path], flag)}
+        if not named and not any(_matches(name, path, flag=flag) for path in frozen):
+            faults.append(
+                f"{flag}: '{name}' excludes no targeted layer; expected one of "
+                f"{', '.join(_endings(paths))}, or a regular expression of whole paths"
+            )
+        excluded |= named
+    if faults:
+        raise ConfigError(*faults)
+    wanted = set(spec.layers_to_transform)
+    left = [
+        path for path in paths if path not in excluded and (not wanted or block_of(path) in wanted)
+    ]
+    if not left:
+        raise ConfigError(
+            "--exclude-modules and --layers-to-transform leave none of the layers that --targets "
+            "names; expected one at least; exclude fewer"
+        )
+    return left
 
 
 def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
@@ -169,6 +227,40 @@ def check_patterns(paths: Sequence[str], spec: LoraSpec) -> None:
         raise ConfigError(*faults)
 
 
+def galore_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
+    """Return the paths of the linear layers that GaLore trains, in the order of the model.
+
+    Args:
+        model: a skeleton or a base, with or without an adapter.
+        spec: `variant.galore` has groups, names or regular expressions, as targets are.
+
+    Raises:
+        ConfigError: a name names no linear layer, or one that cannot be trained whole.
+    """
+    flag, found = "--galore", projections(model)
+    fit = {
+        path: each
+        for path, each in found.items()
+        if each.window is None and not (each.is_expert or each.is_transposed)
+    }
+    faults: list[str] = []
+    chosen: set[str] = set()
+    for name in spec.variant.galore:
+        named = [path for path, each in found.items() if _matches(name, path, each.group, flag)]
+        if not named:
+            endings = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in fit))
+            faults.append(f"{flag}: '{name}' names no linear layer; expected one of {endings}")
+        if unfit := [path for path in named if path not in fit]:
+            faults.append(
+                f"{flag}: '{name}' names {unfit[0]}, a convolution, an expert or a layer that is "
+                "stored transposed; expected a plain linear layer; leave it out"
+            )
+        chosen.update(named)
+    if faults:
+        raise ConfigError(*faults)
+    return [path for path in fit if path in chosen]
+
+
 def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
     """Return the paths of a model that get LoRA: layers, and stacks of experts.
 
@@ -179,10 +271,12 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
     """
     whole = whole_paths(model, spec)
     check_not_targeted(_named_themselves(spec.targets, whole), whole, model)
-    found = {path: each for path, each in projections(model).items() if path not in whole}
-    shared = shared_embedding(model)
-    at_ends = [path for path in vocabulary_of(model) if path not in (*whole, *shared)]
-    paths = resolve_targets(found, spec.targets, at_ends, router_paths(model), shared)
+    apart = {*whole, *galore_paths(model, spec)}
+    found = {path: each for path, each in projections(model).items() if path not in apart}
+    ends, shared, routers = vocabulary_of(model), shared_embedding(model), router_paths(model)
+    at_ends = {path: each for path, each in ends.items() if path not in (*whole, *shared)}
+    paths = resolve_targets(found, spec.targets, at_ends, routers, shared)
+    paths = narrowed(paths, found | at_ends, spec, frozen=(*ends, *shared, *routers))
     check_patterns(paths, spec)
     check_plain(spec, [path for path in at_ends if path in paths])
     experts = stacks(model).keys() & set(paths)

@@ -63,6 +63,7 @@ from qlora_kit.step.settle import settle
 from qlora_kit.tasks.task import Batch, Objective, drawn_rows
 from qlora_kit.tasks.tokens import packing, weighted
 from qlora_kit.train.first_rows import pairs_of_gradients, pairs_of_inputs
+from qlora_kit.train.groups import parameter_groups
 from qlora_kit.train.optimizer import build_optimizer, make_state, optimizer_tensors
 from qlora_kit.train.windows import steps_an_epoch
 
@@ -347,10 +348,12 @@ class SimulatedRun:
 
     def attach(self) -> None:
         """Attach the adapter and let the optimiser make the state that every later step finds."""
-        if self.subject.lora.variant.init in OF_ROWS:
+        lora = self.subject.lora_for(self.model)
+        if lora.variant.init in OF_ROWS:
             self._ask_first_rows()
-        self.parameters = attach(self.base, self.subject.lora, self.config.seed).parameters()
-        self.optimizer = build_optimizer(self.parameters.values(), self.config)
+        adapter = attach(self.base, lora, self.config.seed)
+        self.parameters = adapter.parameters()
+        self.optimizer = build_optimizer(parameter_groups(adapter, self.config), self.config)
         self._give_gradients()
         with self.phase("optimizer"), watched(self.ledger, self.optimizer):
             limit = self.config.max_grad_norm or 1.0
@@ -510,7 +513,7 @@ def _simulate_merge(
         run: receives the phase.
         adapters: size of the whole adapter, relative to the adapter of these layers.
     """
-    lora = subject.lora
+    lora = subject.lora_for(skeleton)
     layers = by_lora_path(carriers(skeleton))
     targets = targeted_paths(skeleton, lora)
     with ledger.purpose("LoRA"):

@@ -14,6 +14,7 @@ from operator import itemgetter
 from statistics import fmean
 
 import torch
+from transformers import PreTrainedModel
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Row, TokenRows, largest_batch, widest_batch
@@ -21,11 +22,13 @@ from qlora_kit.data.encode import CHOSEN_TOKENS, IGNORED
 from qlora_kit.data.mixing import epoch_windows
 from qlora_kit.data.packing import Fill
 from qlora_kit.errors import ConfigError
+from qlora_kit.lora.shortened import shortened
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.cards import ceilings_of_card
 from qlora_kit.model.ceilings import Ceilings, ceilings_of
 from qlora_kit.model.checkpoint import stored_dtype
 from qlora_kit.model.hardware import Hardware, dtype_named
+from qlora_kit.model.images import layer_count
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.tasks.causal import CAUSAL
 from qlora_kit.tasks.task import Task
@@ -208,6 +211,17 @@ class Subject:
             return one
         fewer = replace(usual, rows=math.ceil(usual.rows / count))
         return replace(one, rows=replace(self.rows, usual=fewer))
+
+    def lora_for(self, skeleton: PreTrainedModel) -> LoraSpec:
+        """Return the trained part of a skeleton of the base, which may have fewer blocks."""
+        whole = self.spec.architecture()
+        if layer_count(skeleton.config) == layer_count(whole):
+            return self.lora
+        return shortened(self.lora, self._skeleton, skeleton)
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        return self.spec.skeleton()
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

@@ -26,6 +26,7 @@ from qlora_kit.layers.purpose import (
     heard_by,
 )
 from qlora_kit.layers.shards import held
+from qlora_kit.layers.trained import TrainedLinear
 from qlora_kit.plan.ledger import Ledger
 
 _CONSTANTS = "quantisation constants"
@@ -49,6 +50,11 @@ def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
     for projection in projections(model).values():
         for name, tensor in projection.frozen.weight.stored():
             ledger.claim(tensor, EXPERTS if projection.is_expert else purpose_of_part(name))
+    for module in model.modules():
+        # A layer that is trained whole keeps the frozen one, which is no part of the model.
+        if isinstance(module, TrainedLinear):
+            for name, tensor in module.replaced.weight.stored():
+                ledger.claim(tensor, purpose_of_part(name))
     prefix = base_prefix(model)
     for name, module in model.named_modules():
         if name and prefix and not f"{name}.".startswith(prefix):

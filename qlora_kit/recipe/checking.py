@@ -8,9 +8,9 @@ from typing import Any
 from qlora_kit.config import CheckConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Closing, Facts, Notice, RowShown, silent
-from qlora_kit.lora.combinations import check_forms
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.tasks import check_loss
+from qlora_kit.opening.variants import check_variants
 from qlora_kit.recipe.rows import read_data, surveyed, token_rows
 from qlora_kit.recipe.streaming import settled
 from qlora_kit.storage import check_writable, write_text
@@ -28,7 +28,7 @@ def check(config: CheckConfig, announce: Announce = silent) -> dict[str, Any]:
     """
     find_model(config.model)
     check_loss(config)
-    check_forms(config)
+    check_variants(config)
     if config.html is not None:
         check_page(config.html)
     samples, validation = read_data(config, announce)

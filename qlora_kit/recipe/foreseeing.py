@@ -18,10 +18,13 @@ from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import silent
 from qlora_kit.lora.attach import count_trainable
+from qlora_kit.lora.galore import check_galore
+from qlora_kit.lora.ranks import largest_ranks
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.hardware import choose_hardware
 from qlora_kit.model.load import BaseSpec
 from qlora_kit.opening.model import Opened
+from qlora_kit.opening.variants import check_variants
 from qlora_kit.plan.duration import about
 from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.run import plan_run
@@ -123,10 +126,13 @@ class _Read:
 
     def lora(self, config: TrainConfig) -> LoraSpec:
         task, rows = self.opened.task, self.opened.token_rows(config)
-        return LoraSpec.of(config, task.peft_type, self.spec.trained_whole(), rows)
+        lora = LoraSpec.of(config, task.peft_type, self.spec.trained_whole(), rows)
+        check_galore(lora, self.spec.quantization.bits)
+        return largest_ranks(lora, self.skeleton)
 
     def check(self, config: TrainConfig) -> None:
         """Check the layers to train, the device, and whether samples can be packed as asked."""
+        check_variants(config)
         choose_hardware(config.device, config.dtype)
         count_trainable(self.skeleton, self.lora(config))
         self.packed(config)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import PlanConfig
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
-from qlora_kit.lora.combinations import check_forms
 from qlora_kit.model.names import ModelSource, find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.new_tokens import planned_tokens
 from qlora_kit.opening.tasks import asked_task, check_loss, check_searchable, planned_task
+from qlora_kit.opening.variants import check_variants
 from qlora_kit.parallel.division import share_of
 from qlora_kit.parallel.launch import check_sharing, planned_devices
 
@@ -29,8 +29,10 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     """
     source = find_model(config.model)
     check_loss(config)
-    check_forms(config)
+    check_variants(config)
 
+    from qlora_kit.lora.galore import check_galore
+    from qlora_kit.lora.ranks import largest_ranks
     from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.threads import choose_threads
     from qlora_kit.plan.budget import budget_of
@@ -59,6 +61,9 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     budget = budget_of(config, on_gpu=hardware.device.type != "cpu", processes=devices)
     spec, token_rows = planned_tokens(spec, config.new_tokens, source, announce)
     lora = LoraSpec.of(config, token_rows=token_rows)
+    check_galore(lora, spec.quantization.bits)
+    if config.rank_budget is not None:
+        lora = largest_ranks(lora, spec.skeleton())
     subject = Subject(spec, lora, hardware, rows, task, ceilings).divided(devices)
     share = share_of(config, devices)
     ways = plan_ways(share, subject, budget, on_machine=devices, compare=True)

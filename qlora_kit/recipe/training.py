@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import TrainConfig
 from qlora_kit.events import Announce, silent
 from qlora_kit.launched import place
-from qlora_kit.lora.combinations import check_forms
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
-from qlora_kit.opening.start import check_start_options, started_from
+from qlora_kit.opening.start import started_from
 from qlora_kit.opening.tasks import check_loss
+from qlora_kit.opening.variants import check_variants
 from qlora_kit.parallel.launch import check_sharing
 from qlora_kit.parallel.one import processes_of_this_run
 from qlora_kit.recipe.rows import read_data, token_rows
@@ -49,8 +49,7 @@ def train(
     announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
     check_loss(config)
-    check_forms(config)
-    check_start_options(config)
+    check_variants(config)
     if config.shard_base:
         check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
@@ -68,12 +67,15 @@ def train(
         # torch is imported here, after everything that can be checked without it.
         from qlora_kit.lora.adapter import check_fits
         from qlora_kit.lora.attach import attach
+        from qlora_kit.lora.galore import check_galore
+        from qlora_kit.lora.ranks import largest_ranks
         from qlora_kit.lora.spec import LoraSpec
         from qlora_kit.model.hardware import make_deterministic
         from qlora_kit.model.load import Placement, load_base
         from qlora_kit.parallel.sharded import load_shared_base
         from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
         from qlora_kit.recipe.agreement import chosen_hardware, serving_kernels, shared_threads
+        from qlora_kit.recipe.ranks import with_decided_ranks
         from qlora_kit.recipe.run import Run, planned
         from qlora_kit.recipe.starting import beginning_of
         from qlora_kit.train.packing import choose_packing
@@ -90,6 +92,7 @@ def train(
         )
         spec, rows_of = opened.spec(config), opened.token_rows(config)
         lora = LoraSpec.of(config, opened.task.peft_type, spec.trained_whole(), rows_of)
+        check_galore(lora, spec.quantization.bits)
         start = started_from(config, spec, lora)
         beginning = beginning_of(config, spec, lora, output, processes)
         spec = beginning.spec
@@ -108,7 +111,8 @@ def train(
                 rows.rows, config, has_sources=opened.task.has_sources, longest=packing.longest
             )
             sizes = replace(sizes, usual=replace(usual, rows=learnt.in_epoch or usual.rows))
-        subject = Subject(spec, lora, hardware, sizes, opened.task)
+        most = lora if config.rank_budget is None else largest_ranks(lora, spec.skeleton())
+        subject = Subject(spec, most, hardware, sizes, opened.task)
         if bases is not None:
             subject = replace(subject, held_bytes=bases.held_bytes(spec, hardware))
         config, plan = planned(config, subject, learnt.in_epoch, output, announce, processes)
@@ -118,6 +122,9 @@ def train(
             lambda asked: load(asked, hardware, announce, Placement.of(config)),
             config, opened, rows.rows, processes,
         )  # fmt: skip
+        lora = with_decided_ranks(
+            lora, base, rows.rows, config, opened, output, announce, processes
+        )
         adapter = attach(base, lora, config.seed)
         if bases is not None:
             at_the_end.callback(bases.take_back, adapter)

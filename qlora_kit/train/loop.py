@@ -65,6 +65,7 @@ from qlora_kit.train.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
+from qlora_kit.train.groups import parameter_groups
 from qlora_kit.train.learning import STEPS_TO_MOVE, check_gradients, check_movement
 from qlora_kit.train.optimizer import build_optimizer, learning_rate_at
 from qlora_kit.train.optimizer_step import OptimizerStep, Taken
@@ -230,7 +231,7 @@ class _Training:
         self.device = hardware.device
         self.trainee = Trainee(
             self.adapter,
-            build_optimizer(self.adapter.parameters().values(), config),
+            build_optimizer(parameter_groups(self.adapter, config), config),
             torch.amp.GradScaler(self.device.type, enabled=hardware.dtype == torch.float16),
         )
         self.rows_at_once = share_of(config, self.processes.count).batch_size

@@ -7,27 +7,30 @@ This file and the package `layers/` are the only importers of bitsandbytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.config import OptimizerOptions
+from qlora_kit.train import galore
+from qlora_kit.train.galore import PROJECTED
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], options: OptimizerOptions
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], options: OptimizerOptions
 ) -> torch.optim.Optimizer:
     """Return AdamW over the trained parameters.
 
     At 8 bits, bitsandbytes keeps the state of tensors under 4,096 elements in fp32.
 
     Args:
-        parameters: the trained parameters, all on one device.
+        parameters: the trained parameters, all on one device, or groups of them as torch takes
+            them, see `train.groups`.
         options: the kind of optimiser, the learning rate and the weight decay.
 
     Source: Decoupled Weight Decay Regularization (arXiv:1711.05101); 8-bit Optimizers via
@@ -39,21 +42,27 @@ def build_optimizer(
         "eps": _EPSILON,
         "weight_decay": options.weight_decay,
     }
-    parameters = list(parameters)
-    on_gpu = parameters[0].device.type == "cuda"
+    given: list[Any] = list(parameters)
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    first = groups[0]["params"][0]
+    is_projected = any(PROJECTED in group for group in groups)
+    on_gpu = first.device.type == "cuda"
     if options.optimizer == "adamw":
         # On a GPU, torch's default makes several lists of temporary tensors, each as large as all
         # parameters together. The fused one makes none.
-        return torch.optim.AdamW(parameters, **common, fused=True if on_gpu else None)
+        adamw: Any = (
+            galore.with_projections(torch.optim.AdamW) if is_projected else torch.optim.AdamW
+        )
+        made: torch.optim.Optimizer = adamw(groups, **common, fused=True if on_gpu else None)
+        return made
     from bitsandbytes import optim
 
     bits = 8 if options.optimizer.endswith("8bit") else 32
     # Paged state moves between GPU and host; on a CPU all state is in host memory anyway.
     paged = options.optimizer.startswith("paged") and on_gpu
-    adamw: torch.optim.Optimizer = optim.AdamW(
-        parameters, optim_bits=bits, is_paged=paged, **common
-    )
-    return adamw
+    adamw = galore.with_projections(optim.AdamW) if is_projected else optim.AdamW
+    optimizer: torch.optim.Optimizer = adamw(groups, optim_bits=bits, is_paged=paged, **common)
+    return optimizer
 
 
 def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> float:
@@ -86,23 +95,33 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
     So if memory runs out for the state, it runs out before any weight changes.
     """
+    for group_index, index, group, parameter in _places(optimizer):
+        if optimizer.state[parameter]:
+            continue
+        if PROJECTED in group or not hasattr(optimizer, "init_state"):
+            optimizer.state[parameter] = _fresh_state(parameter, group)
+            continue
+        try:
+            optimizer.init_state(group, parameter, group_index, index)
+        except BaseException:
+            # A state that is made in part would pass for a whole one.
+            del optimizer.state[parameter]
+            raise
+
+
+def _places(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[int, int, dict[str, Any], nn.Parameter]]:
+    """Yield the number of its group, its number there, the group, and the parameter itself."""
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            if optimizer.state[parameter]:
-                continue
-            if not hasattr(optimizer, "init_state"):
-                optimizer.state[parameter] = _fresh_state(parameter, group)
-                continue
-            try:
-                optimizer.init_state(group, parameter, group_index, index)
-            except BaseException:
-                # A state that is made in part would pass for a whole one.
-                del optimizer.state[parameter]
-                raise
+            yield group_index, index, group, parameter
 
 
-def _fresh_state(parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state of torch's AdamW before its first step."""
+def _fresh_state(parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of torch's AdamW, or of GaLore, before its first step."""
+    if PROJECTED in group:
+        return galore.fresh_state(parameter, group[PROJECTED])
     return {
         "step": torch.zeros((), dtype=torch.float32, device=_device_of_step(parameter, group)),
         "exp_avg": torch.zeros_like(parameter),
@@ -172,13 +191,17 @@ def restore_optimizer(
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Fill a fresh optimiser with the results of `optimizer_tensors`."""
-    for index, (name, parameter) in enumerate(parameters.items()):
+    places = {place[-1]: place[:-1] for place in _places(optimizer)}
+    for name, parameter in parameters.items():
         state = optimizer.state[parameter]
-        if hasattr(optimizer, "init_state"):
+        group_index, index, group = places[parameter]
+        if PROJECTED in group:
+            state.update(_fresh_state(parameter, group))
+        elif hasattr(optimizer, "init_state"):
             # bitsandbytes allocates its state itself, in paged memory too; then it is filled.
-            optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+            optimizer.init_state(group, parameter, group_index, index)
         prefix = f"{name}/"
-        counts = _device_of_step(parameter, optimizer.param_groups[0])
+        counts = _device_of_step(parameter, group)
         for key in (key for key in tensors if key.startswith(prefix)):
             _restore_entry(state, key.removeprefix(prefix), tensors[key], parameter.device, counts)
         state.update(values.get(name, {}))

@@ -36,6 +36,7 @@ from qlora_kit.parallel.division import divided
 from qlora_kit.parallel.one import OneProcess, Processes
 from qlora_kit.signals import Stopped, received
 from qlora_kit.tasks.task import Batch, MeasuresSteps, Objective, TellsUnits, drawn_rows
+from qlora_kit.train.groups import RATE_RATIO
 from qlora_kit.train.optimizer import make_state, optimizer_copy, restore_copy
 from qlora_kit.train.random_states import (
     random_states,
@@ -204,7 +205,7 @@ class OptimizerStep:
             if not overflowed:
                 check(found.longest)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get(RATE_RATIO, 1.0)
             self._change_weights()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
