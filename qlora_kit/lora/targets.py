@@ -97,7 +97,7 @@ def resolve_targets(
                     reason, remedy = why, "; leave it out"
             faults.append(
                 f"--targets: '{target}' {reason}; expected {expected}, or one of "
-                f"{', '.join(_endings(open_to_lora))}{remedy}"
+                f"{', '.join(_endings([*open_to_lora, *at_ends]))}{remedy}"
             )
         chosen.update(matched)
     if not chosen and not faults:

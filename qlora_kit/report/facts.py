@@ -147,7 +147,8 @@ def _parts(adapter: Adapter) -> str:
 
 def _layers(adapter: Adapter) -> str:
     stacks = f"{len(adapter.stacks)} stacks of experts" if adapter.stacks else ""
-    layers = f"{len(adapter.layers)} layers" if adapter.layers or not stacks else ""
+    count = len(adapter.layers) + len(adapter.embeddings)
+    layers = f"{count} layers" if count or not stacks else ""
     return " and ".join(part for part in (layers, stacks) if part)
 
 
