@@ -107,6 +107,15 @@ class LoRALinear(nn.Module):
         return self.frozen.weight
 
     @property
+    def multiplied(self) -> FrozenLinear:
+        """The layer whose weight x is multiplied by."""
+        return self.frozen
+
+    def as_trained(self, term: LowRank) -> LowRank:
+        """Return the term of a call as this kind of layer adds it to the product."""
+        return term
+
+    @property
     def drops_out(self) -> bool:
         """Whether the next call draws a mask."""
         return self.training and self.dropout > 0
@@ -148,7 +157,7 @@ class LoRALinear(nn.Module):
 
 def can_share(layers: Sequence[LoRALinear]) -> bool:
     """Whether layers that see one x can compute their terms together."""
-    kinds = {(each.lora_A.shape, each.lora_A.dtype, each.scaling) for each in layers}
+    kinds = {(type(each), each.lora_A.shape, each.lora_A.dtype, each.scaling) for each in layers}
     is_trained = all(each.lora_A.requires_grad for each in layers)
     are_linear = all(each.frozen.window is None for each in layers)
     return len(kinds) == 1 and is_trained and are_linear and len(layers) <= split.MOST_LAYERS
@@ -165,7 +174,7 @@ def term_of(layers: Sequence[LoRALinear], x: Tensor, kept: Tensor | None = None)
     first = layers[0]
     a, b = tuple(each.lora_A for each in layers), tuple(each.lora_B for each in layers)
     keep = 1.0 if kept is None else 1 - first.dropout
-    return as_served(LowRank(a, b, kept, first.scaling, keep), x)
+    return first.as_trained(as_served(LowRank(a, b, kept, first.scaling, keep), x))
 
 
 def as_served(term: LowRank, x: Tensor) -> LowRank:
@@ -180,7 +189,7 @@ def _products(x: Tensor, layers: Sequence[LoRALinear]) -> list[Tensor]:
     with torch.no_grad():
         term = term_of(layers, x, layers[0].draw_kept(x))
     parameters = [*(each.lora_A for each in layers), *(each.lora_B for each in layers)]
-    found = products_with_term(rows, [each.frozen for each in layers], term, parameters)
+    found = products_with_term(rows, [each.multiplied for each in layers], term, parameters)
     return [y.view(*x.shape[:-1], -1) for y in found]
 
 

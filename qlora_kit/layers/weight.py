@@ -99,6 +99,11 @@ class FrozenWeight(nn.Module):
         """
         self._kept = None if dtype is None else self.unpacked(dtype)
 
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """The dtype in which the weight is kept unpacked; None if it is not."""
+        return None if self._kept is None else self._kept.dtype
+
     def as_parameters(self) -> Self:
         """Make the stored tensors parameters without gradient, as sharding a model requires."""
         for name, tensor in list(self.named_buffers(recurse=False)):

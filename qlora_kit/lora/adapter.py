@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
+from qlora_kit.layers.merge_aware import hash_of_all, hash_of_codes, packed_sum
 from qlora_kit.layers.projections import (
     Projection,
     base_prefix,
@@ -24,6 +25,8 @@ from qlora_kit.layers.projections import (
     projections,
     stacks,
 )
+from qlora_kit.layers.quantize import Quantization
+from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.attach import Adapter, attach
 from qlora_kit.lora.files import (
     CONFIG,
@@ -38,7 +41,7 @@ from qlora_kit.lora.files import (
     read_peft_config,
 )
 from qlora_kit.lora.saved import check_saved, put_in_place
-from qlora_kit.lora.spec import LoraSpec
+from qlora_kit.lora.spec import LoraSpec, Variant
 from qlora_kit.lora.stacked import (
     folded,
     key_paths,
@@ -97,6 +100,10 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
     }.items():
         tensors[f"{_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     save_tensors(folder / WEIGHTS, tensors)
+    if adapter.merge_aware:
+        layers = adapter.merge_aware.items()
+        codes = hash_of_all({path: hash_of_codes(layer.merged) for path, layer in layers})
+        record = record.model_copy(update={"trained_codes": codes})
     # The name of a base may be a folder or an address, and have a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
     write_json(folder / RECORD, redacted_values(record.as_json()))
@@ -212,6 +219,26 @@ class StoredAdapter:
         """Return the scaling of the layer, or of the expert, at `path`."""
         return self.spec.scaling_of(path.rpartition(".")[0] if self.is_of_expert(path) else path)
 
+    def is_merged_into(self, weight: object) -> bool:
+        """Whether training multiplied by this weight with the delta in it, packed again."""
+        is_packed = isinstance(weight, FrozenWeight) and weight.bits != 16
+        return self.spec.variant.merge_aware and is_packed
+
+    def trained_weight(
+        self, path: str, weight: FrozenWeight, quantization: Quantization
+    ) -> FrozenWeight:
+        """Return the weight that merge-aware training multiplied by, packed.
+
+        Args:
+            path: the path of a layer; without a delta its weight is that of the base.
+            weight: the weight of the base, packed as in training.
+            quantization: how it is packed.
+        """
+        if path not in self.tensors:
+            return weight
+        a, b = (each.to(weight.device) for each in self.tensors[path])
+        return packed_sum(weight, a, b, self.scaling_of(path), quantization)
+
     def is_of_expert(self, path: str) -> bool:
         """Whether a path of `tensors` is that of an expert in a stack."""
         return path.rpartition(".")[0] in self.stacked
@@ -249,6 +276,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         rslora=bool(config.use_rslora),
         rank_pattern=config.rank_pattern or {},
         alpha_pattern=config.alpha_pattern or {},
+        variant=Variant(merge_aware=bool(record and record.trained_codes)),
     )
     ranks = _ranks(folder, spec)
     stack_paths = set(stack_of.values())

@@ -19,12 +19,14 @@ from qlora_kit.layers.experts import Stack
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.lora_experts import LoRAStack
+from qlora_kit.layers.merge_aware import MergeAwareLinear
 from qlora_kit.layers.projections import (
     by_lora_path,
     projections,
     stacks,
 )
 from qlora_kit.layers.trained import TrainedLinear
+from qlora_kit.lora.merge_aware import check_merge_aware
 from qlora_kit.lora.saved import Original, put_back
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.lora.targets import targeted_paths
@@ -72,6 +74,18 @@ class Adapter:
                 own.copy_(given)
         for name, parameter in self.whole_parameters().items():
             parameter.copy_(whole[name])
+        self.renew()
+
+    def renew(self) -> None:
+        """Let the layers make anew what they keep of A and B, which have changed."""
+        for layer in self.merge_aware.values():
+            layer.renew()
+
+    @property
+    def merge_aware(self) -> dict[str, MergeAwareLinear]:
+        """The layers that multiply by their merged weight, packed again, by path."""
+        layers = self.layers.items()
+        return {path: each for path, each in layers if isinstance(each, MergeAwareLinear)}
 
     def _matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (R, D) and B (K, R) of each LoRA layer and of each expert, by path."""
@@ -101,6 +115,7 @@ class Adapter:
         """Set the trained parameters to the result of `trained_tensors`."""
         for name, parameter in self.parameters().items():
             parameter.copy_(tensors[name])
+        self.renew()
 
     def whole_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the layers that are trained whole, by name."""
@@ -154,6 +169,8 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
         ConfigError: a target or pattern names no layer.
     """
     layers = by_lora_path(projections(skeleton))
+    experts = [path for path in targeted_paths(skeleton, spec) if layers[path][0].is_expert]
+    check_merge_aware(spec, 4, experts=experts)
     low_rank = sum(
         spec.rank_of(path) * (each.in_features + each.out_features)
         for path in targeted_paths(skeleton, spec)
@@ -179,6 +196,9 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     paths = targeted_paths(base.model, spec)
     generator = torch.Generator().manual_seed(seed)
     of_experts = stacks(base.model)
+    experts = [path for path in paths if path in of_experts]
+    is_shared = base.shards is not None
+    check_merge_aware(spec, base.quantization.bits, is_shared=is_shared, experts=experts)
     layers: dict[str, LoRALinear] = {}
     stacked: dict[str, LoRAStack] = {}
     for number, path in enumerate(paths):
@@ -187,16 +207,22 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
             stacked[path] = LoRAStack(of_experts[path], **sizes, generator=generator)
             base.model.set_submodule(path, stacked[path].train(of_experts[path].training))
             continue
-        layers[path] = LoRALinear(
-            found[path].frozen,
-            **sizes,
-            dropout=spec.dropout,
-            generator=generator,
-            number=number,
-        ).train(found[path].frozen.training)
+        sizes |= {"dropout": spec.dropout, "generator": generator, "number": number}
+        layers[path] = _layer(base, spec, found[path].frozen, sizes)
         base.model.set_submodule(path, layers[path])
     whole = _train_whole(base, spec, layers, generator)
     return Adapter(base, spec, layers, whole, stacks=stacked)
+
+
+def _layer(
+    base: Base, spec: LoraSpec, frozen: FrozenLinear, sizes: Mapping[str, Any]
+) -> LoRALinear:
+    """Return the LoRA layer of the variant; of a weight that is not packed, it is a plain one."""
+    if spec.variant.merge_aware and frozen.weight.bits != 16:
+        layer: LoRALinear = MergeAwareLinear(frozen, quantization=base.quantization, **sizes)
+    else:
+        layer = LoRALinear(frozen, **sizes)
+    return layer.train(frozen.training)
 
 
 def _train_whole(
@@ -266,7 +292,7 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
         )
     model = adapter.base.model
     for path, layer in adapter.layers.items():
-        model.set_submodule(path, _merged(layer.frozen, layer.delta(), dtype))
+        model.set_submodule(path, _without_term(layer, dtype))
     for path, stack in adapter.stacks.items():
         merged: list[nn.Module] = [
             _merged(stack.expert(number), stack.delta(number), dtype)
@@ -277,6 +303,13 @@ def merge(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Base:
         bias = None if trained.bias is None else trained.bias.detach().to(dtype)
         model.set_submodule(path, FrozenLinear.holding(trained.weight.detach().to(dtype), bias))
     return adapter.base
+
+
+def _without_term(layer: LoRALinear, dtype: torch.dtype) -> FrozenLinear:
+    if isinstance(layer, MergeAwareLinear):
+        trained = layer.merged.dequantize(torch.float32)
+        return FrozenLinear.holding(trained.to(dtype), layer.frozen.bias)
+    return _merged(layer.frozen, layer.delta(), dtype)
 
 
 def _merged(frozen: FrozenLinear, delta: Tensor, dtype: torch.dtype) -> FrozenLinear:

@@ -190,6 +190,8 @@ class BaseRecord(_File):
         reads: what the model reads. PEFT has no name for the task of a classifier of images.
         preference_loss, preference_beta: the loss that pairs of answers were compared by; None for
             other models.
+        trained_codes: SHA-256 of the packed weights that a merge-aware adapter was trained as, see
+            `layers.merge_aware.hash_of_all`; None for other adapters.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -211,6 +213,7 @@ class BaseRecord(_File):
     reads: Literal["text", "images"] = "text"
     preference_loss: PreferenceLoss | None = None
     preference_beta: Annotated[float, Field(gt=0)] | None = None
+    trained_codes: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -267,6 +270,8 @@ class BaseRecord(_File):
             del content["reads"]
         if self.preference_loss is None:
             del content["preference_loss"], content["preference_beta"]
+        if self.trained_codes is None:
+            del content["trained_codes"]
         return content
 
 

@@ -42,7 +42,11 @@ def options_of_start(adapter: Path, model: str | None) -> dict[str, Any]:
     """
     stored = stored_options(adapter, model)
     config = read_peft_config(adapter)
-    return {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
+    options = {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
+    record = read_base_record(adapter)
+    if record is not None and record.trained_codes is not None:
+        options["merge_aware"] = True
+    return options
 
 
 def _lora_options(config: PeftConfig) -> dict[str, Any]:
@@ -105,6 +109,7 @@ def _contradictions(config: TrainConfig, adapter: Path) -> Iterator[str]:
     if record is not None:
         of_base = _OF_4_BITS if record.bits == 4 else ("bits",)
         own |= {name: getattr(record, name) for name in of_base}
+        own |= {"merge_aware": True} if record.trained_codes is not None else {}
     for name, has in own.items():
         asked = getattr(config, name)
         if asked != has:

@@ -47,7 +47,13 @@ from qlora_kit.plan.ledger import Ledger, Peak, Work
 from qlora_kit.plan.network import reduced_bytes
 from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
 from qlora_kit.plan.temporaries import workspace_bytes
-from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
+from qlora_kit.plan.watch import (
+    claim_merged,
+    claim_model,
+    claim_trained,
+    purpose_of_part,
+    watched,
+)
 from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
@@ -295,6 +301,8 @@ class SimulatedRun:
         planned_head = head and _planned(head)
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, planned_head, shards)
+        # A layer that packs its merged weight packs it without values as well.
+        spec = replace(spec, quantization=quantization)
         self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement, shards=shards)
         self.gathers = Gathers(self.model, shards) if shards else None
         claim_model(self.ledger, self.model)
@@ -314,7 +322,9 @@ class SimulatedRun:
 
     def attach(self) -> None:
         """Attach the adapter and let the optimiser make the state that every later step finds."""
-        self.parameters = attach(self.base, self.subject.lora, self.config.seed).parameters()
+        adapter = attach(self.base, self.subject.lora, self.config.seed)
+        claim_merged(self.ledger, self.model)
+        self.parameters = adapter.parameters()
         self.optimizer = build_optimizer(self.parameters.values(), self.config)
         self._give_gradients()
         with self.phase("optimizer"), watched(self.ledger, self.optimizer):
@@ -325,6 +335,7 @@ class SimulatedRun:
                 with self.ledger.purpose("optimizer"):
                     torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
                 self.optimizer.step()
+                adapter.renew()
         self.optimizer.zero_grad(set_to_none=True)
 
     @property

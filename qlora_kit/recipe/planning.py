@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import PlanConfig
 from qlora_kit.events import Announce, Closing, Facts, Notice, silent
+from qlora_kit.lora.merge_aware import check_merge_aware
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.names import ModelSource, find_model
 from qlora_kit.opening.model import base_spec
 from qlora_kit.opening.tasks import asked_task, check_loss, check_searchable, planned_task
@@ -27,8 +29,8 @@ def plan(config: PlanConfig, announce: Announce = silent) -> dict[str, Any]:
     """
     source = find_model(config.model)
     check_loss(config)
+    check_merge_aware(LoraSpec.of(config), config.bits, is_shared=bool(config.shard_base))
 
-    from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.threads import choose_threads
     from qlora_kit.plan.budget import budget_of
     from qlora_kit.plan.sharing import plan_ways

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import TrainConfig
 from qlora_kit.events import Announce, silent
 from qlora_kit.launched import place
+from qlora_kit.lora.merge_aware import check_merge_aware
+from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.model.names import find_model
 from qlora_kit.opening.model import base_spec
@@ -49,6 +51,7 @@ def train(
     announce = announce if processes.is_writer else silent
     check_tracker(config.report_to)
     check_loss(config)
+    check_merge_aware(LoraSpec.of(config), config.bits, is_shared=bool(config.shard_base))
     if config.shard_base:
         check_sharing(place().count, place().on_machine)
     source = find_model(config.model)
@@ -66,7 +69,6 @@ def train(
         # torch is imported here, after everything that can be checked without it.
         from qlora_kit.lora.adapter import check_fits
         from qlora_kit.lora.attach import attach
-        from qlora_kit.lora.spec import LoraSpec
         from qlora_kit.model.hardware import make_deterministic
         from qlora_kit.model.load import Placement, load_base
         from qlora_kit.parallel.sharded import load_shared_base

@@ -451,6 +451,7 @@ class OptimizerStep:
         """
         try:
             self.scaler.step(self.optimizer)
+            self.adapter.renew()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -524,6 +525,7 @@ class OptimizerStep:
             with torch.no_grad():
                 for parameter, kept in zip(self.parameters, weights, strict=True):
                     parameter.copy_(kept)
+            self.adapter.renew()
             restore_copy(self.optimizer, moments)
             self.scaler.load_state_dict(scale)
             self.tokens_computed = computed
