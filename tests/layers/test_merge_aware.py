@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import ModelError
 from qlora_kit.layers.frozen import FrozenLinear
-from qlora_kit.layers.merge_aware import MergeAwareLinear, hash_of_codes, packed_sum
+from qlora_kit.layers.merge_aware import MergeAwareLinear, hash_of_codes, packed_sum, spread
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import FourBitWeight
 
@@ -51,7 +51,8 @@ def test_it_computes_the_equations(quantization: Quantization) -> None:
     layer = merge_aware(quantization)
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
     base = layer.frozen.weight.dequantize(torch.float32)
-    packed = quantization.freeze(base + SCALING * b @ a).dequantize(torch.float32)
+    packed = quantization.freeze(spread(layer.frozen.weight) + SCALING * b @ a)
+    packed = packed.dequantize(torch.float32)
     assert relative_error(packed, base) > 0.02, "the delta changes codes"
     x, grad_y = some(TOKENS, D).requires_grad_(), some(TOKENS, K) + 1
     y = layer(x)
@@ -79,6 +80,41 @@ def test_the_merged_weight_follows_a_and_b_to_the_bit(quantization: Quantization
     layer.renew()
     assert hash_of_codes(layer.merged) == before
     assert hash_of_codes(layer.frozen.weight) == base, "the codes of the base stay"
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (70, 80), (64, 30), (5, 3), (130, 512)], ids=str)
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
+def test_each_weight_stays_in_its_cell(
+    quantization: Quantization, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantization.freeze(some(*shape))
+    base = whole.dequantize(torch.float32)
+    moved = spread(whole)
+    assert relative_error(moved, base) > (0.02 if quantization.bits == 4 else 1e-3)
+    # The constants are packed again as well, and may move by their own rounding, and by no cell.
+    again = quantization.freeze(moved).dequantize(torch.float32)
+    slack = 0.02 if quantization.double_quant and quantization.bits == 4 else 1e-3
+    assert relative_error(again, base) < slack
+    monkeypatch.setattr("qlora_kit.layers.merge_aware._CHUNK", 1)
+    assert torch.equal(spread(whole), moved), "cut into other chunks"
+
+
+def test_without_a_delta_the_codes_are_those_of_the_base() -> None:
+    quantization = Quantization(4, double_quant=False)
+    layer = merge_aware(quantization, size=0.0)
+    assert hash_of_codes(layer.merged) == hash_of_codes(layer.frozen.weight)
+
+
+def test_a_delta_smaller_than_a_cell_is_kept_on_average() -> None:
+    quantization = Quantization(4, double_quant=False)
+    weight = quantization.freeze(torch.randn(512, 512, generator=torch.Generator().manual_seed(3)))
+    a, b = torch.ones(1, 512), torch.full((512, 1), 0.02)  # cells are some 0.2 wide
+    base = weight.dequantize(torch.float32)
+    change = packed_sum(weight, a, b, 1.0, quantization).dequantize(torch.float32) - base
+    assert change.mean() == pytest.approx(0.02, rel=0.2)
+    assert (change.abs() > 0.05).float().mean() < 0.3, "few weights move, by a whole cell each"
+    middle = quantization.freeze(base + b @ a).dequantize(torch.float32) - base
+    assert middle.mean() < 0.01, "from the middles of the cells most of the delta is lost"
 
 
 def test_a_merged_weight_that_is_kept_unpacked_is_renewed() -> None:
