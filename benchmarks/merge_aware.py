@@ -4,9 +4,9 @@
     python benchmarks/merge_aware.py --model models/SmolLM2-135M-Instruct \
         --data alpaca_en_demo.json --steps 40 --batch-size 4 --learning-rate 5e-4
 
-Both sides train on the same rows for as many steps, and are exported with `--requantize`. The losses
-are those of the export's report, in fp32, on held-out rows. Recovery is the share of what plain LoRA
-learns, unmerged, that is in the merged model of 4 bits:
+Both sides train on the same rows for as many steps, and are exported with `--requantize`. The
+losses are those of the export's report, in fp32, on held-out rows. Recovery is the share of what
+plain LoRA learns, unmerged, that is in the merged model of 4 bits:
 
     (base - merged in 4 bits) / (base - plain LoRA)
 
