@@ -10,4 +10,5 @@ STEPS = ("--model", "demo", "--max-steps", "4", "--save-steps", "2", "--eval-ste
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "rslora": ("--rslora",),
+    "merge-aware": ("--merge-aware", "--targets", "all-linear"),
 }

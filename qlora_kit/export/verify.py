@@ -207,13 +207,16 @@ class _Weigher:
         if self.merge.requantize:
             excess = _excess(form.requantized(), written, self.merge.dtype)
         else:
-            is_sum = delta is not None and not form.is_trained_packed
-            merged = base + delta if is_sum else form.merged(self.merge.over)
+            if delta is None or form.is_trained_packed:
+                merged = form.merged(self.merge.over)
+            else:
+                merged = base + delta
             excess = _excess(merged, written, self.merge.dtype)
             del merged
         if form.is_adapted and form.is_trained_packed and self.merge.requantize:
-            is_packed = isinstance(form.written, FrozenWeight)
-            self.codes[form.path] = hash_of_codes(form.written if is_packed else form.packed_again)
+            # What a checkpoint cannot hold packed was trained as codes nevertheless.
+            packed = form.written if isinstance(form.written, FrozenWeight) else form.packed_again
+            self.codes[form.path] = hash_of_codes(packed)
         if delta is not None and math.isfinite(excess):
             self.layers.append(_change(form, base, delta, written))
         return excess

@@ -205,7 +205,7 @@ def _spread_4bit(weight: FourBitWeight, rows: slice, levels: Tensor) -> Tensor:
 
 def _places(weight: FourBitWeight) -> Tensor:
     """Return the values of all places of all codes, in units of absmax: (16 · 256,), fp32."""
-    book = bnb.get_4bit_type(weight.quant_type, device=weight.device)
+    book: Tensor = bnb.get_4bit_type(weight.quant_type, device=weight.device)
     away = book - book.unsqueeze(1)
     inner = book.abs() < 1
     up = torch.where(away > 0, away, torch.inf).amin(1).where(inner, 0.0)

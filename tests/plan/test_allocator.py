@@ -304,9 +304,8 @@ def test_packing_the_merged_weights_again_is_planned(bits: int) -> None:
     grads = [each.grad for each in parameters if each.grad is not None]
     there = held([*merged, *state, *grads, *base.model.parameters(), *base.model.buffers()])
     found = predict(case.subject(case.hardware), case.config).device["optimizer"]
-    temporaries = (
-        2.1 * 4 * max(math.prod(each.frozen.weight.shape) for each in adapter.layers.values())
-    )
+    largest = max(math.prod(each.frozen.weight.shape) for each in adapter.layers.values())
+    temporaries = 2.1 * 4 * largest
     recorded = there + recorded_peak(adapter.renew)
     assert found.bytes * (1 - TOLERANCE) <= recorded <= found.bytes + temporaries
     assert found.by_purpose["merged weights"] == pytest.approx(held(merged), rel=TOLERANCE)
