@@ -31,4 +31,5 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "some layers": ("--layers-to-transform", "1,2", "--exclude-modules", "k_proj"),
     "rank budget": ("--targets", "all-linear", "--rank-budget", "200"),
     "galore": ("--galore", "down_proj", "--bits", "16"),
+    "merge-aware": ("--merge-aware", "--targets", "all-linear"),
 }

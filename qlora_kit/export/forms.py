@@ -96,6 +96,11 @@ class Forms:
         return self.name == f"{self.path}.weight" and self.path in self.merge.stored.tensors
 
     @property
+    def is_trained_packed(self) -> bool:
+        """Whether training multiplied by the weight with the delta in it, packed again."""
+        return self.merge.stored.is_merged_into(self.frozen)
+
+    @property
     def delta(self) -> Tensor | None:
         """The adapter's delta for the parameter, fp32, or None."""
         if not self.is_adapted:
@@ -116,6 +121,8 @@ class Forms:
         """Return the weight of a base with the adapter merged into it, fp32."""
         if self.saved is not None:
             return _in_fp32(self.saved.to(self.merge.device))
+        if self.is_trained_packed and over == "quantized":
+            return self.packed_again.dequantize(self.merge.unpacked).float()
         weight = self.base(over)
         if self.added is not None:
             return weight.add_(self.added.to(weight.device))
@@ -124,6 +131,10 @@ class Forms:
     @cached_property
     def packed_again(self) -> FrozenWeight:
         """The merged weight of a layer, quantised again as the base was."""
+        if self.is_trained_packed:
+            assert self.frozen is not None
+            quantization = self.merge.spec.quantization
+            return self.merge.stored.trained_weight(self.path, self.frozen, quantization)
         merged = self.merged(self.merge.over)
         packed = freeze(self.name, merged, True, self.merge.spec.quantization, merged.device)
         assert isinstance(packed, FrozenWeight)
@@ -157,10 +168,12 @@ class Forms:
     def of(self, variant: Variant) -> Tensor:
         """Return the weight that a variant multiplies with, fp32.
 
-        The low-rank term of the adapter is not in it: it is computed beside the weight.
+        The low-rank term of the adapter is not in it: it is computed beside the weight, unless the
+        weight `is_trained_packed`.
         """
         is_replaced = self.saved is not None or self.added is not None
-        if variant is Variant.BASE or (variant is Variant.ADAPTER and not is_replaced):
+        has_term = variant is Variant.ADAPTER and not self.is_trained_packed
+        if variant is Variant.BASE or (has_term and not is_replaced):
             return self.base()
         if variant is Variant.ORIGINAL:
             return self.merged("original")

@@ -31,7 +31,14 @@ from qlora_kit.lora.vocabulary import check_same
 from qlora_kit.model.convert import as_stored, with_kernels
 from qlora_kit.model.encoder_decoder import stays_unpacked
 from qlora_kit.model.hardware import dtype_name, dtype_named
-from qlora_kit.model.load import BaseSpec, Digest, freeze, frozen_tensors, stored_quantization
+from qlora_kit.model.load import (
+    BaseSpec,
+    Digest,
+    freeze,
+    frozen_tensors,
+    stored_quantization,
+    unpacked_modules,
+)
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
 from qlora_kit.storage import MANIFEST, check_space, is_sealed, staged_folder
 
@@ -59,6 +66,11 @@ class Merge:
     over: BaseName = "quantized"
     requantize: bool = False
     device: torch.device = _CPU
+
+    @property
+    def is_merge_aware(self) -> bool:
+        """Whether training multiplied by the merged weights, packed again."""
+        return self.stored.spec.variant.merge_aware
 
     @property
     def unpacked(self) -> torch.dtype:
@@ -170,6 +182,7 @@ def merge_to(
             base_folder=spec.folder,
             quantization=packed,
             untied=bool(untied_copies(stored, skeleton)),
+            kept=unpacked_modules(skeleton.config) if merge.is_merge_aware else (),
         )
         if check is not None:
             check(merge, staging)
@@ -210,6 +223,16 @@ def check_target(folder: Path, sources: Sequence[Path | None], overwrite: bool) 
 
 def _check_possible(merge: Merge, skeleton: PreTrainedModel) -> None:
     quantization, name = merge.spec.quantization, merge.spec.source.name
+    if merge.is_merge_aware and merge.over == "original":
+        raise ConfigError(
+            "--base original: the adapter was trained merge-aware, as codes that are made of the "
+            "quantised base; expected that base; leave --base out"
+        )
+    if merge.is_merge_aware and quantization.bits == 16:
+        raise ConfigError(
+            "--bits 16: the adapter was trained merge-aware, as codes that a base in 16 bits does "
+            "not have; expected the bits of its training; leave --bits out"
+        )
     if merge.over == "original" and not has_original(merge.spec, skeleton):
         raise ConfigError(
             f"--base original: {name} is stored quantised and has no other weights; expected an "
@@ -284,13 +307,43 @@ def _written_tensors(
         _checked(frozen_tensors(spec, skeleton, merge.device, digest, announce), merge, skeleton),
         untied_copies(merge.stored, skeleton),
     )
+    if merge.is_merge_aware:
+        stream = _as_trained(merge, stream)
     if not merge.requantize:
         merged = merged_tensors(stream, merge.stored, merge.dtype, unpacked)
         yield from as_stored(merged, skeleton)
         return
+    if merge.is_merge_aware:
+        yield from with_kernels(_trained_tensors(merge, stream, skeleton), skeleton)
+        return
     merged = merged_tensors(stream, merge.stored, torch.float32, unpacked)
     packed = packed_tensors(merged, skeleton, merge.spec.quantization, merge.dtype, merge.device)
     yield from with_kernels(packed, skeleton)
+
+
+def _as_trained(
+    merge: Merge, stream: Iterator[tuple[str, FrozenWeight | Tensor]]
+) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
+    """Yield each parameter, the packed weights as merge-aware training multiplied by them."""
+    for name, value in stream:
+        if isinstance(value, FrozenWeight) and merge.stored.is_merged_into(value):
+            path = name.removesuffix(".weight")
+            yield name, merge.stored.trained_weight(path, value, merge.spec.quantization)
+        else:
+            yield name, value
+
+
+def _trained_tensors(
+    merge: Merge, stream: Iterator[tuple[str, FrozenWeight | Tensor]], skeleton: PreTrainedModel
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model as a bitsandbytes checkpoint holds it, with the very codes of the stream."""
+    packed = _packed_weights(skeleton)
+    for name, value in stream:
+        if name in packed and merge.stored.is_merged_into(value):
+            yield from _packed_parts(name, value, merge.dtype)
+        else:
+            one = iter([(name, value)])
+            yield from merged_tensors(one, merge.stored, merge.dtype, merge.unpacked)
 
 
 def untied_copies(stored: StoredAdapter, skeleton: PreTrainedModel) -> dict[str, str]:
@@ -354,7 +407,7 @@ def merged_tensors(
         path = _path(name)
         if (replacement := stored.in_place_of(name, value)) is not None:
             tensor = replacement
-        elif path in stored.tensors:
+        elif path in stored.tensors and not stored.is_merged_into(value):
             # A convolution, an embedding or a head is not packed, and training cast it to the same
             # dtype.
             tensor = stored.merged(path, tensor.to(unpacked))
@@ -408,9 +461,14 @@ def packed_tensors(
         if name not in linear:
             yield name, _cast(name, tensor, dtype)
             continue
-        weight = freeze(name, tensor, True, quantization, device)
-        assert isinstance(weight, FrozenWeight)
-        owner = name.removesuffix("weight")
-        for part, value in bitsandbytes_parts(weight, dtype).items():
-            # Copied, because all layers share one code book, and a file cannot hold a tensor twice.
-            yield owner + part, value.to("cpu", copy=True).contiguous()
+        yield from _packed_parts(name, freeze(name, tensor, True, quantization, device), dtype)
+
+
+def _packed_parts(
+    name: str, weight: FrozenWeight | Tensor, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    assert isinstance(weight, FrozenWeight)
+    owner = name.removesuffix("weight")
+    for part, value in bitsandbytes_parts(weight, dtype).items():
+        # Copied, because all layers share one code book, and a file cannot hold a tensor twice.
+        yield owner + part, value.to("cpu", copy=True).contiguous()

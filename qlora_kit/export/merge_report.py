@@ -105,6 +105,8 @@ class MergeReport:
         layers: the adapted layers, the layer with the largest ratio first.
         verdict: the verdict on the merge.
         versions: versions of the libraries that computed it.
+        codes_are_trained: whether the written codes are, bit for bit, those that were trained
+            merge-aware; None of other merges.
     """
 
     base: str
@@ -120,6 +122,7 @@ class MergeReport:
     layers: tuple[LayerChange, ...]
     verdict: Verdict
     versions: Mapping[str, str]
+    codes_are_trained: bool | None = None
 
     def variant(self, name: str) -> VariantMeasure | None:
         """Return the measurement of a variant, or None where there is none."""
@@ -133,6 +136,8 @@ class MergeReport:
             for layer, ratio in zip(self.layers, ratios, strict=True)
         ]
         content = {"format": _FORMAT, **asdict(self), "layers": layers}
+        if self.codes_are_trained is None:
+            del content["codes_are_trained"]
         return {key: _without_infinity(value) for key, value in content.items()}
 
 

@@ -7,6 +7,7 @@ folder. Never writes weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def write_model_files(
     base_folder: Path | None,
     quantization: Quantization | None = None,
     untied: bool = False,
+    kept: Sequence[str] = (),
 ) -> None:
     """Write all files of a model except its weights.
 
@@ -44,6 +46,7 @@ def write_model_files(
         base_folder: the folder of the base, for its generation settings; None without one.
         quantization: how the weights of the linear layers are packed; None if they are not.
         untied: whether a head that shared its weights with the embedding now has its own.
+        kept: names of modules whose linear layers are not packed, though others are.
     """
     architecture: PreTrainedConfig = skeleton.config
     numbers = json.loads(architecture.to_json_string(use_diff=True))
@@ -59,7 +62,8 @@ def write_model_files(
     elif untied:
         numbers["tie_word_embeddings"] = False
     if quantization is not None:
-        kept = () if skeleton.get_output_embeddings() is not None else head_modules(skeleton)
+        if not kept and skeleton.get_output_embeddings() is None:
+            kept = head_modules(skeleton)
         numbers["quantization_config"] = quantization.as_bitsandbytes(dtype, kept)
     write_json(folder / "config.json", numbers)
     tokenizer.save_pretrained(folder)

@@ -175,12 +175,14 @@ class StreamedModel:
         """Let a linear layer borrow its weight in fp32 only while it multiplies."""
 
         def forward(x: Tensor) -> Tensor:
-            weight = self._forms[f"{path}.weight"].of(self._running)
+            form = self._forms[f"{path}.weight"]
+            weight = form.of(self._running)
             window = window_of(linear)
             if window is not None:
                 return self._of_windows(x, weight, linear.bias, window, term)
             y = functional.linear(x, weight, linear.bias)
-            if term is not None and self._running is Variant.ADAPTER:
+            has_term = self._running is Variant.ADAPTER and not form.is_trained_packed
+            if term is not None and has_term:
                 rows = x.reshape(-1, x.shape[-1])
                 term.add_to(y.view(-1, y.shape[-1]), term.inner(rows))
                 gain = self._stored.gain(path, weight)

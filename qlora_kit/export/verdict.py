@@ -25,6 +25,8 @@ def judge(
     rows: VerificationRows | None,
     measures: Sequence[VariantMeasure],
     layers: Sequence[LayerChange],
+    *,
+    codes_are_trained: bool | None = None,
 ) -> Verdict:
     """Return the base this adapter should be merged into, and whether it survives quantising again.
 
@@ -33,10 +35,13 @@ def judge(
         rows: the rows that were measured on, or None.
         measures: measurements of the variants; empty if none were run.
         layers: the changes of the adapted layers.
+        codes_are_trained: see `MergeReport`.
     """
     by_name = {measure.variant: measure for measure in measures}
     merge_into, why = _base(merge, rows, by_name)
     requantizing, how = _requantizing(merge, by_name, layers)
+    if merge.is_merge_aware:
+        requantizing, how = "keeps", _merge_aware(merge, by_name, codes_are_trained)
     texts = (why, how, _rounding(merge, layers), _untrained(merge, layers))
     return Verdict(merge_into, requantizing, tuple(text for text in texts if text))
 
@@ -98,6 +103,32 @@ def _requantizing(
         f"Do not quantise the merged weights to {bits} bits again: it loses what was trained: "
         f"{numbers}. Serve the adapter on its base instead."
     )
+
+
+def _merge_aware(
+    merge: Merge, measures: dict[str, VariantMeasure], codes_are_trained: bool | None
+) -> str:
+    """Say what is written of an adapter that was trained as packed weights."""
+    said = f"It was trained merge-aware, as weights in {merge.spec.quantization.bits} bits"
+    if codes_are_trained is None:
+        said += ": --requantize writes these; what is written here is their values"
+    elif codes_are_trained:
+        said += ", and the codes that are written are those that were trained, bit for bit"
+    else:
+        said += (
+            ", and the codes that are written are others in places: export on the kind of device "
+            "that trained it to have them bit for bit"
+        )
+    named = (Variant.BASE, Variant.ADAPTER, Variant.WRITTEN)
+    if all(name in measures for name in named):
+        base, trained, written = (measures[name].loss for name in named)
+        if trained < base:
+            share = (base - written) / (base - trained)
+            said += (
+                f". They recover {share:.2%} of what training gained: loss {base:.4f} before, "
+                f"{trained:.4f} trained, {written:.4f} written"
+            )
+    return f"{said}."
 
 
 def _share(layers: Sequence[LayerChange]) -> float | None:

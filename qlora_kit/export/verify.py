@@ -30,6 +30,7 @@ from qlora_kit.export.verdict import judge
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.head import Head
 from qlora_kit.layers.head_terms import LowRankTerm
+from qlora_kit.layers.merge_aware import hash_of_all, hash_of_codes
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.lora.files import library_versions
 from qlora_kit.model.hardware import dtype_name
@@ -107,6 +108,7 @@ def verify_merge(
                 weigher.raise_faults()
                 heads = _heads(skeleton, head_path, parameters, merge, variants)
                 measures = _measure_variants(hidden, heads, rows)
+    exact = weigher.codes_are_trained()
     layers = tuple(sorted(weigher.layers, key=partial(_place, merge)))
     return MergeReport(
         base=merge.spec.source.identity,
@@ -120,8 +122,9 @@ def verify_merge(
         tokens=rows.batch.units if rows else 0,
         variants=measures,
         layers=layers,
-        verdict=judge(merge, rows, measures, layers),
+        verdict=judge(merge, rows, measures, layers, codes_are_trained=exact),
         versions=library_versions(),
+        codes_are_trained=exact,
     )
 
 
@@ -169,6 +172,7 @@ class _Weigher:
     merge: Merge
     folder: Path
     layers: list[LayerChange] = field(default_factory=list)
+    codes: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def weigh(self, form: Forms) -> None:
@@ -210,12 +214,29 @@ class _Weigher:
         if self.merge.requantize:
             excess = _excess(form.requantized(), written, self.merge.dtype)
         else:
-            merged = form.merged(self.merge.over) if delta is None else base + delta
+            if delta is None or form.is_trained_packed:
+                merged = form.merged(self.merge.over)
+            else:
+                merged = base + delta
             excess = _excess(merged, written, self.merge.dtype)
             del merged
+        if form.is_adapted and form.is_trained_packed and self.merge.requantize:
+            # What a checkpoint cannot hold packed was trained as codes nevertheless.
+            packed = form.written if isinstance(form.written, FrozenWeight) else form.packed_again
+            self.codes[form.path] = hash_of_codes(packed)
         if delta is not None and math.isfinite(excess):
             self.layers.append(_change(form, base, delta, written))
         return excess
+
+    def codes_are_trained(self) -> bool | None:
+        """Whether the packed weights are, bit for bit, those that were trained merge-aware.
+
+        None of an adapter that was trained otherwise, or is not written packed.
+        """
+        record = self.merge.stored.record
+        if record is None or not self.codes:
+            return None
+        return hash_of_all(self.codes) == record.trained_codes
 
     def raise_faults(self) -> None:
         """Refuse the folder if a tensor has other values than expected, or the delta is gone.

@@ -148,6 +148,15 @@ class LoRALinear(nn.Module):
         return self.frozen.weight
 
     @property
+    def multiplied(self) -> FrozenLinear:
+        """The layer whose weight x is multiplied by."""
+        return self.frozen
+
+    def as_trained(self, term: LowRank) -> LowRank:
+        """Return the term of a call as this kind of layer adds it to the product."""
+        return term
+
+    @property
     def drops_out(self) -> bool:
         """Whether the next call draws a mask."""
         return self.training and self.dropout > 0
@@ -196,7 +205,7 @@ class LoRALinear(nn.Module):
     @property
     def kind(self) -> tuple[object, ...]:
         """What layers must have alike to compute together."""
-        return self.lora_A.shape, self.lora_A.dtype, self.trains_a, self.scaling
+        return type(self), self.lora_A.shape, self.lora_A.dtype, self.trains_a, self.scaling
 
     def extra_repr(self) -> str:
         """Show rank and scaling when the model is printed."""
@@ -228,9 +237,10 @@ def _term(
     x: Tensor,
     kept: Tensor | None,
 ) -> LowRank:
+    first = layers[0]
     a, b = zip(*matrices, strict=True)
-    keep = 1.0 if kept is None else 1 - layers[0].dropout
-    return as_served(LowRank(a, b, kept, layers[0].scaling, keep), x)
+    keep = 1.0 if kept is None else 1 - first.dropout
+    return first.as_trained(as_served(LowRank(a, b, kept, first.scaling, keep), x))
 
 
 def as_served(term: LowRank, x: Tensor) -> LowRank:
@@ -246,7 +256,7 @@ def products_of(x: Tensor, layers: Sequence[LoRALinear]) -> list[Tensor]:
     with torch.no_grad():
         term = _term(layers, matrices, x, layers[0].draw_kept(x))
     parameters = [*(a for a, _ in matrices), *(b for _, b in matrices)]
-    found = products_with_term(rows, [each.frozen for each in layers], term, parameters)
+    found = products_with_term(rows, [each.multiplied for each in layers], term, parameters)
     return [y.view(*x.shape[:-1], -1) for y in found]
 
 

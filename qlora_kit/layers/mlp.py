@@ -311,7 +311,7 @@ class _Call(NamedTuple):
     ) -> Iterator[_TileLayers]:
         """Yield the layers that see one x together, of all tokens, the down projection last."""
         for layers, kept in self._together(masks):
-            frozen = [each.frozen if isinstance(each, LoRALinear) else each for each in layers]
+            frozen = [each.multiplied if isinstance(each, LoRALinear) else each for each in layers]
             weights = [HeldWeight(each.weight) if is_held else each.weight for each in frozen]
             trained = [each for each in layers if isinstance(each, LoRALinear)]
             term = term_of(trained, x, kept) if trained else None

@@ -18,6 +18,7 @@ EXPERTS = "experts"
 UNPACKED = "dequantised weight"
 GATHERED = "gathered weights"
 HEAD = "head"
+MERGED = "merged weights"
 LOSS_CHUNK = "loss chunk"
 LAYER_CHECKPOINTS = "layer checkpoints"
 

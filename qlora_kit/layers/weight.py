@@ -99,6 +99,11 @@ class FrozenWeight(nn.Module):
         """
         self._kept = None if dtype is None else self.unpacked(dtype)
 
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """The dtype in which the weight is kept unpacked; None if it is not."""
+        return None if self._kept is None else self._kept.dtype
+
     def as_parameters(self) -> Self:
         """Make the stored tensors parameters without gradient, as sharding a model requires."""
         for name, tensor in list(self.named_buffers(recurse=False)):
@@ -338,19 +343,24 @@ class FourBitWeight(FrozenWeight):
         """Return value in the code book · absmax, for each weight."""
         if serves("nf4", self.codes):
             return self._unpacked_by_kernel(dtype)
-        absmax = self.absmax
-        if self.double_quant:
-            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-                absmax,
-                self.absmax_scale,
-                self.absmax_code,
-                self.constants_block_size,
-                torch.float32,
-            ).add_(self.absmax_offset)
+        absmax = self.absmax_values()
         weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             self.codes, absmax, self.block_size, self.quant_type, self._block_rows(), dtype
         )
         return weight.view(self.shape)
+
+    def absmax_values(self) -> Tensor:
+        """Return the absmax of each block of weights, fp32."""
+        if not self.double_quant:
+            return self.absmax
+        found: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+            self.absmax,
+            self.absmax_scale,
+            self.absmax_code,
+            self.constants_block_size,
+            torch.float32,
+        )
+        return found.add_(self.absmax_offset)
 
     def _unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor:
         second: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.errors import AdapterError, ModelError, StorageError, raised_as
 from qlora_kit.layers.dora import DoRALinear, row_norms
+from qlora_kit.layers.merge_aware import hash_of_all, hash_of_codes, packed_sum
 from qlora_kit.layers.projections import (
     Projection,
     base_prefix,
@@ -27,6 +28,7 @@ from qlora_kit.layers.projections import (
     projections,
     stacks,
 )
+from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.trained_rows import with_rows
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.lora import biases as of_biases
@@ -132,6 +134,10 @@ def save_adapter(adapter: Adapter, folder: Path, record: BaseRecord) -> None:
         path = name.removesuffix(".bias")
         tensors[f"{_PREFIX}{path}.lora_B.bias"] = add / adapter.layers[path].scaling
     save_tensors(folder / WEIGHTS, tensors)
+    if adapter.merge_aware:
+        layers = adapter.merge_aware.items()
+        codes = hash_of_all({path: hash_of_codes(layer.merged) for path, layer in layers})
+        record = record.model_copy(update={"trained_codes": codes})
     # The name of a base may be a folder or an address, and have a secret in it.
     write_json(folder / CONFIG, redacted_values(peft_config(adapter, record)))
     write_json(folder / RECORD, redacted_values(record.as_json()))
@@ -353,6 +359,26 @@ class StoredAdapter:
         """Return the scaling of the layer, or of the expert, at `path`."""
         return self.spec.scaling_of(path.rpartition(".")[0] if self.is_of_expert(path) else path)
 
+    def is_merged_into(self, weight: object) -> bool:
+        """Whether training multiplied by this weight with the delta in it, packed again."""
+        is_packed = isinstance(weight, FrozenWeight) and weight.bits != 16
+        return self.spec.variant.merge_aware and is_packed
+
+    def trained_weight(
+        self, path: str, weight: FrozenWeight, quantization: Quantization
+    ) -> FrozenWeight:
+        """Return the weight that merge-aware training multiplied by, packed.
+
+        Args:
+            path: the path of a layer; without a delta its weight is that of the base.
+            weight: the weight of the base, packed as in training.
+            quantization: how it is packed.
+        """
+        if path not in self.tensors:
+            return weight
+        a, b = (each.to(weight.device) for each in self.tensors[path])
+        return packed_sum(weight, a, b, self.scaling_of(path), quantization)
+
     def is_of_expert(self, path: str) -> bool:
         """Whether a path of `tensors` is that of an expert in a stack."""
         return path.rpartition(".")[0] in self.stacked
@@ -411,7 +437,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
         rank_pattern=config.rank_pattern or {},
         alpha_pattern=config.alpha_pattern or {},
         token_rows=of_tokens.token_rows,
-        variant=Variant(dora=bool(config.use_dora)),
+        variant=Variant(
+            dora=bool(config.use_dora), merge_aware=bool(record and record.trained_codes)
+        ),
     )
     ranks = _ranks(folder, spec)
     stack_paths = set(stack_of.values())

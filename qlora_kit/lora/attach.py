@@ -20,6 +20,7 @@ from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.lora_embedding import LoRAEmbedding
 from qlora_kit.layers.lora_experts import LoRAStack
+from qlora_kit.layers.merge_aware import MergeAwareLinear
 from qlora_kit.layers.projections import (
     by_lora_path,
     carriers,
@@ -30,6 +31,7 @@ from qlora_kit.layers.projections import (
 from qlora_kit.layers.trained import TrainedLayer
 from qlora_kit.lora.forms import check_sites, count_form, layer_maker
 from qlora_kit.lora.galore import train_by_galore
+from qlora_kit.lora.merge_aware import check_merge_aware
 from qlora_kit.lora.ranks import check_decided
 from qlora_kit.lora.saved import Original, Unresized, put_back
 from qlora_kit.lora.spec import LoraSpec
@@ -100,6 +102,18 @@ class Adapter:
                 own.copy_(given)
         for name, parameter in self.whole_parameters().items():
             parameter.copy_(whole[name])
+        self.renew()
+
+    def renew(self) -> None:
+        """Let the layers make anew what they keep of A and B, which have changed."""
+        for layer in self.merge_aware.values():
+            layer.renew()
+
+    @property
+    def merge_aware(self) -> dict[str, MergeAwareLinear]:
+        """The layers that multiply by their merged weight, packed again, by path."""
+        layers = self.layers.items()
+        return {path: each for path, each in layers if isinstance(each, MergeAwareLinear)}
 
     def start_from(
         self,
@@ -143,6 +157,7 @@ class Adapter:
         """Set the trained parameters to the result of `trained_tensors`."""
         for name, parameter in self.parameters().items():
             parameter.copy_(tensors[name])
+        self.renew()
 
     def whole_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the layers that are trained whole, by name."""
@@ -198,6 +213,8 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
     layers = by_lora_path(carriers(skeleton))
     sites = {path: layers[path] for path in targeted_paths(skeleton, spec)}
     check_sites(spec, sites, vocabulary(skeleton))
+    experts = [path for path, (first, *_) in sites.items() if first.is_expert]
+    check_merge_aware(spec, 4, experts=experts)
     by_galore = (skeleton.get_submodule(path) for path in galore_paths(skeleton, spec))
     moved = sum(each.numel() for layer in by_galore for each in layer.parameters())
     return count_form(spec, sites) + count_whole(skeleton, spec) + moved
@@ -226,7 +243,10 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     by_path = by_lora_path(found)
     sites = {path: by_path[path] for path in paths}
     check_sites(spec, sites, vocabulary(base.model))
-    make_layer = layer_maker(spec, sites, base.hardware, base.hardware.device, generator)
+    experts = [path for path in paths if path in of_experts]
+    is_shared = base.shards is not None
+    check_merge_aware(spec, base.quantization.bits, is_shared=is_shared, experts=experts)
+    make_layer = layer_maker(spec, sites, base.hardware, base.quantization, generator)
     layers: dict[str, LoRALinear] = {}
     stacked: dict[str, LoRAStack] = {}
     embeddings: dict[str, LoRAEmbedding] = {}
@@ -256,7 +276,9 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
         _begin(layers, start.pairs)
         first = dict(start.pairs) if start.changes_base else {}
         start.forget()
-    return Adapter(base, spec, layers, whole, stacks=stacked, embeddings=embeddings, start=first)
+    adapter = Adapter(base, spec, layers, whole, stacks=stacked, embeddings=embeddings, start=first)
+    adapter.renew()
+    return adapter
 
 
 @torch.no_grad()

@@ -270,6 +270,8 @@ class BaseRecord(_File):
             other models.
         new_tokens: tokens that were added to the tokenizer, or that it had, and were trained.
         start: how the base is rebuilt, where what A and B started from was taken from it.
+        trained_codes: SHA-256 of the packed weights that a merge-aware adapter was trained as, see
+            `layers.merge_aware.hash_of_all`; None for other adapters.
         versions: versions of the kit and of the libraries it computes with.
     """
 
@@ -293,6 +295,7 @@ class BaseRecord(_File):
     preference_beta: Annotated[float, Field(gt=0)] | None = None
     new_tokens: Annotated[tuple[_Text, ...], Field(strict=False)] = ()
     start: StartRecord | None = None
+    trained_codes: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -357,6 +360,8 @@ class BaseRecord(_File):
             del content["new_tokens"]
         if self.start is None:
             del content["start"]
+        if self.trained_codes is None:
+            del content["trained_codes"]
         return content
 
 

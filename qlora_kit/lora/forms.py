@@ -1,4 +1,4 @@
-"""The layers of the variants that change how a layer computes: DoRA, a learned scale, frozen A, VB.
+"""The layers of the variants that change how a layer computes, such as DoRA or VB-LoRA.
 
 Takes a `LoraSpec` and the layers that it means; returns what makes their LoRA layers, and counts
 what they will train. Each variant has its mathematics in a file of `layers/`.
@@ -9,14 +9,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.layers.dora import DoRALinear
+from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.learned_scale import LearnedScaleLinear
 from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.merge_aware import MergeAwareLinear
 from qlora_kit.layers.projections import Projection
+from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.vector_bank import TOP, VectorBankLinear, new_bank
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.hardware import Hardware
@@ -50,7 +54,7 @@ def check_sites(spec: LoraSpec, sites: Sites, at_ends: Collection[str]) -> None:
         refusing: Sequence[tuple[str, bool]] = plain if first.window is not None else ()
         what = "a convolution"
         if first.is_expert or path in at_ends:
-            refusing = for_linear
+            refusing = (*for_linear, ("--merge-aware", variant.merge_aware))
             what = "a stack of experts" if first.is_expert else "an embedding or the output head"
         if flag := next((flag for flag, is_asked in refusing if is_asked), None):
             raise ConfigError(
@@ -108,7 +112,7 @@ def layer_maker(
     spec: LoraSpec,
     sites: Sites,
     hardware: Hardware,
-    device: torch.device,
+    quantization: Quantization,
     generator: torch.Generator,
 ) -> Callable[..., LoRALinear]:
     """Return what makes the LoRA layer of a frozen layer, called as `LoRALinear` is.
@@ -116,13 +120,13 @@ def layer_maker(
     Args:
         spec: the variant, among other things.
         sites: the targeted layers.
-        hardware: its dtype is that of the products.
-        device: of what layers share.
+        hardware: its dtype is that of the products, its device that of what layers share.
+        quantization: how the base is packed.
         generator: draws what layers share.
     """
     variant = spec.variant
     if variant.vblora:
-        bank = new_bank(*bank_shape(sites), device, generator)
+        bank = new_bank(*bank_shape(sites), hardware.device, generator)
 
         def of_bank(*given: object, scaling: float, **options: object) -> LoRALinear:
             return VectorBankLinear(*given, bank=bank, scaling=1.0, **options)  # type: ignore[arg-type]
@@ -132,6 +136,15 @@ def layer_maker(
         return functools.partial(DoRALinear, dtype=hardware.dtype, freeze_a=variant.freeze_a)
     if variant.learned_scale:
         return functools.partial(LearnedScaleLinear, freeze_a=variant.freeze_a)
+    if variant.merge_aware:
+        return functools.partial(_merge_aware, quantization=quantization, freeze_a=variant.freeze_a)
     if variant.freeze_a:
         return functools.partial(LoRALinear, freeze_a=True)
     return LoRALinear
+
+
+def _merge_aware(frozen: FrozenLinear, *, quantization: Quantization, **sizes: Any) -> LoRALinear:
+    """Return a merge-aware layer; of a weight that is not packed, a plain one."""
+    if frozen.weight.bits == 16:
+        return LoRALinear(frozen, **sizes)
+    return MergeAwareLinear(frozen, quantization=quantization, **sizes)

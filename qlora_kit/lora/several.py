@@ -264,6 +264,11 @@ def load_adapters(base: Base, folders: Mapping[str, Path]) -> AdapterSet:
                 "other adapters share; expected one on the base as it is stored; use it by itself"
             )
         check_fits(adapter, base)
+        if adapter.spec.variant.merge_aware:
+            raise AdapterError(
+                f"{adapter.folder}: was trained merge-aware, and multiplies by weights of its own "
+                "in place of the base's; expected adapters that share a base; use it by itself"
+            )
         if adapter.stacked:
             raise AdapterError(
                 f"{adapter.folder}: trains experts ({next(iter(adapter.stacked))}), which see the "

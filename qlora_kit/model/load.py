@@ -302,6 +302,13 @@ def stored_quantization(architecture: PreTrainedConfig) -> Quantization | None:
     )
 
 
+def unpacked_modules(architecture: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the names of modules that a checkpoint of bitsandbytes says it left unquantised."""
+    stored = getattr(architecture, "quantization_config", None) or {}
+    values: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    return tuple(values.get("llm_int8_skip_modules") or ())
+
+
 # ---------------------------------------------------------------- the stream
 
 

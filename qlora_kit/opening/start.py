@@ -80,8 +80,11 @@ def options_of_start(adapter: Path, model: str | None) -> dict[str, Any]:
     config = read_peft_config(adapter)
     options = {**stored, **_lora_options(config), "lora_dropout": config.lora_dropout or 0.0}
     options["targets"] = _targets(config, adapter)
-    record = read_base_record(adapter)
-    return {**options, "new_tokens": record.new_tokens} if record and record.new_tokens else options
+    if record is not None and record.new_tokens:
+        options["new_tokens"] = record.new_tokens
+    if record is not None and record.trained_codes is not None:
+        options["merge_aware"] = True
+    return options
 
 
 def _targets(config: PeftConfig, adapter: Path) -> list[str]:
@@ -182,6 +185,7 @@ def _contradictions(config: TrainConfig, adapter: Path) -> Iterator[str]:
     if record is not None:
         of_base = _OF_4_BITS if record.bits == 4 else ("bits",)
         own |= {name: getattr(record, name) for name in of_base}
+        own |= {"merge_aware": True} if record.trained_codes is not None else {}
     for name, has in own.items():
         asked = getattr(config, name)
         if asked != has:

@@ -20,3 +20,8 @@ def check_variants(config: TrainConfig) -> None:
     check_forms(config)
     check_start_options(config)
     check_moves(config)
+    if config.merge_aware:
+        from qlora_kit.lora.merge_aware import check_merge_aware
+        from qlora_kit.lora.spec import LoraSpec
+
+        check_merge_aware(LoraSpec.of(config), config.bits, is_shared=bool(config.shard_base))

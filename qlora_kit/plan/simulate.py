@@ -56,7 +56,13 @@ from qlora_kit.plan.ledger import Ledger, Peak, Work
 from qlora_kit.plan.network import reduced_bytes
 from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
 from qlora_kit.plan.temporaries import workspace_bytes
-from qlora_kit.plan.watch import claim_model, claim_trained, purpose_of_part, watched
+from qlora_kit.plan.watch import (
+    claim_merged,
+    claim_model,
+    claim_trained,
+    purpose_of_part,
+    watched,
+)
 from qlora_kit.private_torch import FakeTensorMode
 from qlora_kit.private_transformers import masks_as_in_a_run
 from qlora_kit.step.settle import settle
@@ -308,6 +314,8 @@ class SimulatedRun:
         planned_head = head and _planned(head)
         with self.phase("load"):
             fill(self.model, self._claimed(stream), self.hardware, planned_head, shards)
+        # A layer that packs its merged weight packs it without values as well.
+        spec = replace(spec, quantization=quantization)
         self.base = Base(self.model, spec, self.hardware, "", 0, 0.0, placement, shards=shards)
         self.gathers = Gathers(self.model, shards) if shards else None
         claim_model(self.ledger, self.model)
@@ -352,6 +360,7 @@ class SimulatedRun:
         if lora.variant.init in OF_ROWS:
             self._ask_first_rows()
         adapter = attach(self.base, lora, self.config.seed)
+        claim_merged(self.ledger, self.model)
         self.parameters = adapter.parameters()
         self.optimizer = build_optimizer(parameter_groups(adapter, self.config), self.config)
         self._give_gradients()
@@ -363,6 +372,7 @@ class SimulatedRun:
                 with self.ledger.purpose("optimizer"):
                     torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
                 self.optimizer.step()
+                adapter.renew()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _ask_first_rows(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.layers.merge_aware import MergeAwareLinear
 from qlora_kit.layers.projections import base_prefix, projections
 from qlora_kit.layers.purpose import (
     EXPERTS,
@@ -22,6 +23,7 @@ from qlora_kit.layers.purpose import (
     HEAD,
     LAYER_CHECKPOINTS,
     LOSS_CHUNK,
+    MERGED,
     UNPACKED,
     heard_by,
 )
@@ -34,7 +36,7 @@ _CONSTANTS = "quantisation constants"
 PURPOSES = (
     "base weights", EXPERTS, _CONSTANTS, "norms and biases", "embeddings", HEAD, "LoRA",
     "gradients", "optimizer", LAYER_CHECKPOINTS, "activations", LOSS_CHUNK,
-    UNPACKED, "workspace", "copies to save", GATHERED,
+    UNPACKED, "workspace", "copies to save", GATHERED, MERGED,
 )  # fmt: skip
 
 
@@ -60,10 +62,19 @@ def claim_model(ledger: Ledger, model: PreTrainedModel) -> None:
         if name and prefix and not f"{name}.".startswith(prefix):
             for tensor in [*module.parameters(), *module.buffers()]:
                 ledger.claim(tensor, HEAD)
+    claim_merged(ledger, model)
     # Embeddings come last, because one may be the head as well.
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             ledger.claim(module.weight, "embeddings")
+
+
+def claim_merged(ledger: Ledger, model: nn.Module) -> None:
+    """Tell the ledger the purpose of the merged weights that layers multiply by."""
+    for module in model.modules():
+        if isinstance(module, MergeAwareLinear):
+            for _, tensor in module.merged.stored():
+                ledger.claim(tensor, MERGED)
 
 
 def claim_trained(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:

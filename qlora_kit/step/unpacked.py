@@ -12,15 +12,20 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_kit.layers.merge_aware import MergeAwareLinear
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 
 
 def packed_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
     """Yield the weights of a layer that are unpacked for a product."""
-    for module in layer.modules():
+    modules = list(layer.modules())
+    merged = [each for each in modules if isinstance(each, MergeAwareLinear)]
+    yield from (each.merged for each in merged)
+    idle = {each.frozen.weight for each in merged}
+    for module in modules:
         is_packed = isinstance(module, FrozenWeight) and not isinstance(module, PlainWeight)
         # Of a weight that processes hold together, what is gathered must not stay.
-        if is_packed and module.shards is None:
+        if is_packed and module.shards is None and module not in idle:
             yield module
 
 

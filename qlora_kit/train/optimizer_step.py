@@ -455,6 +455,7 @@ class OptimizerStep:
             # Some optimisers write past torch's count of changes, by which layers know that what
             # they made of their weights is old.
             torch.autograd.graph.increment_version(self.parameters)
+            self.adapter.renew()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -528,6 +529,7 @@ class OptimizerStep:
             with torch.no_grad():
                 for parameter, kept in zip(self.parameters, weights, strict=True):
                     parameter.copy_(kept)
+            self.adapter.renew()
             restore_copy(self.optimizer, moments)
             self.scaler.load_state_dict(scale)
             self.tokens_computed = computed

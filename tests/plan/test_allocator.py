@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,7 +158,10 @@ def measured(case: Case, loss: PreferenceLoss | None = None) -> dict[str, int]:
         tensors = [value for value in state if isinstance(value, torch.Tensor)]
         tensors += [p.grad for p in parameters if p.grad is not None]
         kept = [m._kept for m in base.model.modules() if isinstance(m, FrozenWeight)]
+        merged = [layer.merged for layer in adapter.merge_aware.values()]
+        kept += [weight._kept for weight in merged]
         tensors += [each for each in kept if each is not None]
+        tensors += [each for weight in merged for _, each in weight.stored()]
         return held([*tensors, *base.model.parameters(), *base.model.buffers()])
 
     step()
@@ -230,6 +234,8 @@ QUICK = (
     Case("mistral-7b", 8, 160, targets="all-linear", recompute=False, variant="freeze_a"),
     Case("llama-3.1-8b", 4, 192, targets="all-linear", recompute=False, variant="vblora"),
     Case("tinyllama", 4, 192, targets="all-linear", scale=4, variant="learned_scale"),
+    Case("llama-2-7b", 4, 160, variant="merge_aware", options={"unpacked_layers": 1}),
+    Case("mistral-7b", 8, 128, rows=2, targets="all-linear", variant="merge_aware"),
 )  # fmt: skip
 
 # The grid: the options that most users change, in combination.
@@ -294,6 +300,33 @@ def test_a_frozen_a_needs_less_memory() -> None:
     peaks = [predicted(replace(plain, variant=each))["step"] for each in ("", "freeze_a")]
     inputs = 2 * 192 * (plain.source.architecture or {})["intermediate_size"] * 4
     assert peaks[0] - peaks[1] > plain.layers * inputs
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_the_merged_weights_again_is_planned(bits: int) -> None:
+    """They are renewed when nothing of a step is left but the gradients.
+
+    On a CPU bitsandbytes packs by operations of torch, whose temporaries, up to two copies of a
+    weight in fp32, the plan leaves out: a GPU's kernel has none.
+    """
+    case = Case("deepseek-7b", bits, 8, targets="all-linear", variant="merge_aware")
+    base = qk.load_base(case.spec, case.hardware)
+    adapter = qk.attach(base, case.lora)
+    parameters = list(adapter.parameters().values())
+    optimizer = build_optimizer(parameters, case.config)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    merged = [each for layer in adapter.merge_aware.values() for _, each in layer.merged.stored()]
+    state = [v for kept in optimizer.state.values() for v in kept.values() if torch.is_tensor(v)]
+    grads = [each.grad for each in parameters if each.grad is not None]
+    there = held([*merged, *state, *grads, *base.model.parameters(), *base.model.buffers()])
+    found = predict(case.subject(case.hardware), case.config).device["optimizer"]
+    largest = max(math.prod(each.frozen.weight.shape) for each in adapter.layers.values())
+    temporaries = 2.1 * 4 * largest
+    recorded = there + recorded_peak(adapter.renew)
+    assert found.bytes * (1 - TOLERANCE) <= recorded <= found.bytes + temporaries
+    assert found.by_purpose["merged weights"] == pytest.approx(held(merged), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])

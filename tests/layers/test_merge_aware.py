@@ -1,0 +1,154 @@
+"""The layer that multiplies by its merged weight, packed again, against the equations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import relative_error
+from torch import Tensor, nn
+
+from qlora_kit.errors import ModelError
+from qlora_kit.layers.frozen import FrozenLinear
+from qlora_kit.layers.merge_aware import MergeAwareLinear, hash_of_codes, packed_sum, spread
+from qlora_kit.layers.quantize import Quantization
+from qlora_kit.layers.weight import FourBitWeight
+
+TOKENS, D, K, R, SCALING = 6, 64, 48, 4, 2.0
+FORMATS = [
+    Quantization(4),
+    Quantization(4, "nf4", double_quant=False),
+    Quantization(4, "fp4"),
+    Quantization(8),
+]
+
+
+def frozen(quantization: Quantization, seed: int = 0) -> FrozenLinear:
+    generator = torch.Generator().manual_seed(seed)
+    layer = FrozenLinear(D, K, bias=True)
+    layer.weight = quantization.freeze(torch.randn(K, D, generator=generator) * 0.1)
+    layer.bias = torch.randn(K, generator=generator)
+    return layer
+
+
+def merge_aware(quantization: Quantization, size: float = 0.05) -> MergeAwareLinear:
+    generator = torch.Generator().manual_seed(1)
+    sizes: dict[str, Any] = {"rank": R, "scaling": SCALING, "generator": generator}
+    layer = MergeAwareLinear(frozen(quantization), quantization=quantization, **sizes)
+    with torch.no_grad():
+        layer.lora_B.normal_(0, size, generator=generator)
+    layer.renew()
+    return layer
+
+
+def some(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
+def test_it_computes_the_equations(quantization: Quantization) -> None:
+    layer = merge_aware(quantization)
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    base = layer.frozen.weight.dequantize(torch.float32)
+    packed = quantization.freeze(spread(layer.frozen.weight) + SCALING * b @ a)
+    packed = packed.dequantize(torch.float32)
+    assert relative_error(packed, base) > 0.02, "the delta changes codes"
+    x, grad_y = some(TOKENS, D).requires_grad_(), some(TOKENS, K) + 1
+    y = layer(x)
+    y.backward(grad_y)
+    assert relative_error(y, x @ packed.T + layer.frozen.bias) < 1e-6
+    # The straight-through estimator: dŴ is taken for that of W + scaling B A.
+    dense = grad_y.T @ x.detach()
+    assert relative_error(x.grad, grad_y @ packed) < 1e-6
+    assert relative_error(layer.lora_A.grad, SCALING * b.T @ dense) < 1e-5
+    assert relative_error(layer.lora_B.grad, SCALING * dense @ a.T) < 1e-5
+
+
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
+def test_the_merged_weight_follows_a_and_b_to_the_bit(quantization: Quantization) -> None:
+    layer = merge_aware(quantization)
+    before = hash_of_codes(layer.merged)
+    base = hash_of_codes(layer.frozen.weight)
+    kept = layer.lora_B.detach().clone()
+    with torch.no_grad():
+        layer.lora_B.mul_(3)
+    layer.renew()
+    assert hash_of_codes(layer.merged) != before
+    with torch.no_grad():
+        layer.lora_B.copy_(kept)
+    layer.renew()
+    assert hash_of_codes(layer.merged) == before
+    assert hash_of_codes(layer.frozen.weight) == base, "the codes of the base stay"
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (70, 80), (64, 30), (5, 3), (130, 512)], ids=str)
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
+def test_each_weight_stays_in_its_cell(
+    quantization: Quantization, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantization.freeze(some(*shape))
+    base = whole.dequantize(torch.float32)
+    moved = spread(whole)
+    assert relative_error(moved, base) > (0.02 if quantization.bits == 4 else 1e-3)
+    # The constants are packed again as well, and may move by their own rounding, and by no cell.
+    again = quantization.freeze(moved).dequantize(torch.float32)
+    slack = 0.02 if quantization.double_quant and quantization.bits == 4 else 1e-3
+    assert relative_error(again, base) < slack
+    monkeypatch.setattr("qlora_kit.layers.merge_aware._CHUNK", 1)
+    assert torch.equal(spread(whole), moved), "cut into other chunks"
+
+
+def test_without_a_delta_the_codes_are_those_of_the_base() -> None:
+    quantization = Quantization(4, double_quant=False)
+    layer = merge_aware(quantization, size=0.0)
+    assert hash_of_codes(layer.merged) == hash_of_codes(layer.frozen.weight)
+
+
+def test_a_delta_smaller_than_a_cell_is_kept_on_average() -> None:
+    quantization = Quantization(4, double_quant=False)
+    weight = quantization.freeze(torch.randn(512, 512, generator=torch.Generator().manual_seed(3)))
+    a, b = torch.ones(1, 512), torch.full((512, 1), 0.02)  # cells are some 0.2 wide
+    base = weight.dequantize(torch.float32)
+    change = packed_sum(weight, a, b, 1.0, quantization).dequantize(torch.float32) - base
+    assert change.mean() == pytest.approx(0.02, rel=0.2)
+    assert (change.abs() > 0.05).float().mean() < 0.3, "few weights move, by a whole cell each"
+    middle = quantization.freeze(base + b @ a).dequantize(torch.float32) - base
+    assert middle.mean() < 0.01, "from the middles of the cells most of the delta is lost"
+
+
+def test_a_merged_weight_that_is_kept_unpacked_is_renewed() -> None:
+    layer = merge_aware(Quantization(4))
+    layer.merged.keep_unpacked(torch.float32)
+    with torch.no_grad():
+        layer.lora_B.mul_(3)
+    layer.renew()
+    assert layer.merged.kept_dtype == torch.float32
+    expected = layer.merged.dequantize(torch.float32)
+    assert torch.equal(layer.merged.unpacked(torch.float32), expected)
+
+
+def test_nothing_of_it_is_in_a_state_dict() -> None:
+    layer = merge_aware(Quantization(4))
+    assert {name.partition(".")[0] for name in layer.state_dict()} == {"frozen", "lora_A", "lora_B"}
+    assert sum(isinstance(each, FrozenLinear) for each in layer.modules()) == 1
+
+
+def test_other_block_sizes_are_refused() -> None:
+    layer = frozen(Quantization(4))
+    packed = layer.weight
+    assert isinstance(packed, FourBitWeight)
+    packed.block_size = 128
+    with pytest.raises(ModelError, match="blocks of 128; expected 64"):
+        MergeAwareLinear(layer, quantization=Quantization(4), rank=R, scaling=SCALING)
+
+
+def test_the_sum_changes_neither_the_base_nor_a_and_b() -> None:
+    layer = merge_aware(Quantization(8))
+    weight, a, b = layer.frozen.weight, layer.lora_A, layer.lora_B
+    before = [each.clone() for each in (weight.dequantize(torch.float32), a, b)]
+    packed_sum(weight, a, b, SCALING, Quantization(8))
+    after = [weight.dequantize(torch.float32), a, b]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert isinstance(a, nn.Parameter)
+    assert a.grad is None
