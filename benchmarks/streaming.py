@@ -162,8 +162,10 @@ def _mixed_sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         half = _weighted(arguments, arguments.rows // 2, Path(name) / "half")
         sides = []
         for side, files, packs in (
-            ("mixed", whole, False), ("mixed_packed", whole, True), ("mixed_packed_half", half, True),
-        ):  # fmt: skip
+            ("mixed", whole, False),
+            ("mixed_packed", whole, True),
+            ("mixed_packed_half", half, True),
+        ):
             settings = {
                 "files": [*map(str, files)], "tokenizer": str(arguments.tokenizer), "packs": packs,
                 "workers": arguments.workers, "buffer": arguments.buffer,
