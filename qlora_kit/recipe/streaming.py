@@ -392,11 +392,10 @@ def check_longest(opened: Opened, config: TrainConfig) -> None:
 def _streamed_rows(
     samples: Samples, opened: Opened, tokenized: Tokenized, config: TrainConfig
 ) -> StreamedRows | MixedStream:
-    from qlora_kit.data.stream import StreamedRows, longest_row
+    from qlora_kit.data.stream import StreamedRows
     from qlora_kit.data.stream_count import PassOfSources
 
-    row = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
-    longest = [row] * (config.batch_size * config.gradient_accumulation_steps)
+    longest = longest_rows(opened, tokenized, config)
     assert samples.stream is not None
     check, buffer = _token_check(opened, config), _buffer_of(config, samples.stream)
     counted = tokenized.stream_pass
@@ -415,6 +414,20 @@ def _streamed_rows(
         without=counted.numbers if counted else frozenset(),
         check=check,
     )
+
+
+def longest_rows(opened: Opened, tokenized: Tokenized, config: TrainConfig) -> list[Row]:
+    """Return rows as long as a row may be, as many as an optimiser step has.
+
+    Args:
+        opened: the model.
+        tokenized: some token rows of the data.
+        config: the options of the run.
+    """
+    from qlora_kit.data.stream import longest_row
+
+    row = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
+    return [row] * (config.batch_size * config.gradient_accumulation_steps)
 
 
 def _token_check(opened: Opened, config: TrainConfig) -> Callable[[Row], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class _HeldBack(Beside):
     [
         ("--data", "a.json"),
         ("--data", "a.jsonl", "--stream-data"),
-        *slow(("--data", "a.jsonl", "--no-stream-data", "--max-steps", "12")),
+        *slow((("--data", "a.jsonl", "--no-stream-data", "--max-steps", "12"),)),
     ],
 )
 def test_the_first_step_is_taken_while_rows_are_still_to_be_tokenised(
@@ -184,7 +184,7 @@ def test_rows_come_in_the_order_of_a_stream_that_is_shuffled_whole(
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("sources", [("a.json", "b.json"), *slow(("a.json",))])
+@pytest.mark.parametrize("sources", [("a.json", "b.json"), *slow((("a.json",),))])
 def test_a_resumed_run_has_the_bits_of_the_unbroken_one(
     model: Path,
     tmp_path: Path,
@@ -330,7 +330,7 @@ def test_check_looks_at_all_of_the_data(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.fixture
-def bert(tmp_path: Path) -> Iterator[Path]:
+def bert(tmp_path: Path) -> Path:
     folder, tokenizer = tmp_path / "bert", make_tokenizer()
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -340,7 +340,7 @@ def bert(tmp_path: Path) -> Iterator[Path]:
     )  # fmt: skip
     AutoModel.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    yield folder
+    return folder
 
 
 @pytest.mark.usefixtures("large")
