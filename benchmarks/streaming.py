@@ -18,14 +18,21 @@ Tokens per second count from the first row on; the seconds until it comes stand 
 
     python benchmarks/streaming.py --first-step [--rows 40000] [--megabytes 40] [--model DIR]
 
-starts `qlora-kit train` on such a file, streamed as it is by default and with `--no-stream-data`,
-and tells the seconds until the log has the first optimiser step; then it ends the run. Nothing is
-in the cache. The model is a tiny one, so that the seconds are those of the data.
+starts `qlora-kit train` on such a file and tells the seconds until the log has the first optimiser
+step; then it ends the run. Nothing is in the cache. The model is a tiny one, so that the seconds
+are those of the data. The sides:
+
+- `default`: streamed, if the file has 4 MB or more; else read first and tokenised beside the
+  training, or below 1 MB tokenised first;
+- `read_first`: `--no-stream-data`: all samples are read and checked, and tokenised beside it;
+- `one_list`: the same records as one list in a .json file, which cannot be streamed;
+- `tokenized_first`: `--no-stream-data --tokenize-first`: all tokens are made before.
 
     python benchmarks/streaming.py --mixed [--rows 80000] [--megabytes 400]
 
 mixes two such files by the weights 3 and 1, which are also their sizes, and makes the micro-batches
-of every step: packed, not packed, and packed with files half as long. The figures are those above.
+of every step: packed; packed with files half as long; and of these not packed. The figures are
+those above.
 """
 
 from __future__ import annotations
@@ -80,10 +87,13 @@ def main() -> None:
         print(json.dumps(_SIDES[arguments.side](json.loads(arguments.settings))))
         return
     of_step, is_mixed = arguments.first_step, arguments.mixed
-    rows, megabytes = (40_000, 40) if of_step else (80_000, 400) if is_mixed else (200_000, 1000)
+    name, measure, rows, megabytes = "streaming", _all_sides, 200_000, 1000
+    if of_step:
+        name, measure, rows, megabytes = "streaming_first_step", _first_steps, 40_000, 40
+    elif is_mixed:
+        name, measure, rows, megabytes = "streaming_mixed", _mixed_sides, 80_000, 400
     arguments.rows = arguments.rows or rows
     arguments.megabytes = arguments.megabytes or megabytes
-    measure = _first_steps if of_step else _mixed_sides if is_mixed else _all_sides
     found = measure(arguments)
     print_table(found, list(found[0]))
     if not arguments.no_save:
@@ -95,8 +105,6 @@ def main() -> None:
             about |= {"tokenizer": arguments.tokenizer.name, "max_length": _MAX_LENGTH}
         if is_mixed:
             about |= {"weights": list(_WEIGHTS)}
-        name = "streaming_first_step" if of_step else "streaming"
-        name = "streaming_mixed" if is_mixed else name
         print(save_results(name, {"settings": about, "sides": found}))
 
 
@@ -104,15 +112,22 @@ def _first_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / f"whole.{arguments.form}"
         _write(arguments, arguments.rows, file)
+        one_list = Path(name) / "whole.json"
+        one_list.write_text(json.dumps([*_read(file)], ensure_ascii=False))
         sides = []
-        for side, flags in (("default", ()), ("read_first", ("--no-stream-data",))):
+        for side, data, flags in (
+            ("default", file, ()),
+            ("read_first", file, ("--no-stream-data",)),
+            ("one_list", one_list, ()),
+            ("tokenized_first", file, ("--no-stream-data", "--tokenize-first")),
+        ):
             options = (
-                "--data", str(file), "--model", str(arguments.model), "--device", "cpu",
+                "--data", str(data), "--model", str(arguments.model), "--device", "cpu",
                 "--max-length", str(_MAX_LENGTH_OF_STEP), "--batch-size", "1",
                 "--gradient-accumulation-steps", "1", "--no-rehearse", "--samples", "0", *flags,
             )  # fmt: skip
             seconds = _first_step_after(Path(name) / side, options)
-            megabytes = round(file.stat().st_size / 1e6)
+            megabytes = round(data.stat().st_size / 1e6)
             sides.append({"side": side, "file_mb": megabytes, "rows": arguments.rows,
                           "first_step_s": round(seconds, 1)})  # fmt: skip
         return sides
@@ -162,9 +177,9 @@ def _mixed_sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         half = _weighted(arguments, arguments.rows // 2, Path(name) / "half")
         sides = []
         for side, files, packs in (
-            ("mixed", whole, False),
             ("mixed_packed", whole, True),
             ("mixed_packed_half", half, True),
+            ("mixed_half", half, False),
         ):
             settings = {
                 "files": [*map(str, files)], "tokenizer": str(arguments.tokenizer), "packs": packs,
@@ -310,7 +325,7 @@ def _mixed(settings: dict[str, Any]) -> dict[str, Any]:
         for _ in rows.windows(0, rows.start(None), _ROWS_A_STEP):
             begun = begun if count else time.perf_counter()
             lengths = rows.lengths()
-            window = [(row,) for row in range(len(rows))]
+            window: list[tuple[int, ...]] = [(row,) for row in range(len(rows))]
             if settings["packs"]:
                 window = packed(window, lengths, _MAX_LENGTH)
             makes = collate_packed if settings["packs"] else collate
