@@ -7,13 +7,13 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qlora_kit.config import RecordOptions
 from qlora_kit.data import streamed_samples
-from qlora_kit.data.samples import Samples
+from qlora_kit.data.samples import Samples, content_of
 from qlora_kit.data.shapes import Sample
 
 
@@ -24,12 +24,14 @@ class HeldSamples:
     Attributes:
         whole: the samples.
         options: how their records were understood.
+        sources: number of the sources of the run, which share what is looked at before training.
         why: the reason that they are not tokenised before training, in words.
         skipped: none: records with a fault were left out, and told, when they were read.
     """
 
     whole: Samples
     options: RecordOptions
+    sources: int = 1
     why: str = field(default="", init=False)
     skipped: int = field(default=0, init=False)
     first_skipped: str = field(default="", init=False)
@@ -58,7 +60,7 @@ class HeldSamples:
 
     def head(self) -> Samples:
         """Return the first samples, as many as of a stream are looked at before training."""
-        count = _looked_at(self.whole.items)
+        count = self._looked_at()
         are_all = count == len(self.whole.items)
         return replace(
             self.whole.first(count),
@@ -66,12 +68,12 @@ class HeldSamples:
             stream=self,
         )
 
-
-def _looked_at(items: Sequence[Sample]) -> int:
-    """Return how many samples are looked at before training: one at least."""
-    characters = 0
-    for count, sample in enumerate(items[: streamed_samples.HEAD_RECORDS], 1):
-        characters += len(str(sample))
-        if characters > streamed_samples.HEAD_CHARACTERS:
-            return count
-    return min(len(items), streamed_samples.HEAD_RECORDS)
+    def _looked_at(self) -> int:
+        """Return how many samples are looked at before training: one at least."""
+        most = streamed_samples.HEAD_CHARACTERS // self.sources
+        items, size = self.whole.items[: streamed_samples.HEAD_RECORDS], 0
+        for count, sample in enumerate(items, 1):
+            size += len(content_of(sample))
+            if size > most:
+                return count
+        return len(items)

@@ -118,7 +118,7 @@ class Samples:
         """Return the SHA-256 of shape and what may be learnt of the contents."""
         digest = hashlib.sha256(self.shape.encode())
         for sample in self.items:
-            digest.update(_content(sample))
+            digest.update(content_of(sample))
             weights = loss_weights(sample)
             if any(weight != 1 for weight in weights):
                 digest.update(f"{WEIGHT} {weights}".encode())
@@ -127,7 +127,7 @@ class Samples:
     @property
     def text_bytes(self) -> int:
         """Bytes of text that may be learnt, roughly."""
-        return sum(len(_content(sample)) for sample in self.items)
+        return sum(len(content_of(sample)) for sample in self.items)
 
     @property
     def is_weighted(self) -> bool:
@@ -135,7 +135,7 @@ class Samples:
         return any(weight not in (0, 1) for each in self.items for weight in loss_weights(each))
 
 
-def _content(sample: Sample) -> bytes:
+def content_of(sample: Sample) -> bytes:
     """Return all that may be learnt of a sample, but its weights."""
     # repr quotes strings, so no two contents run into one another.
     names = (name for name in sample.__slots__ if name not in _NOT_LEARNT)

@@ -67,7 +67,7 @@ class StreamedSources:
             config: the options of the run.
         """
         parts = [
-            HeldSamples(part, record_options(config, number))
+            HeldSamples(part, record_options(config, number), len(whole.parts))
             for number, part in enumerate(whole.parts)
         ]
         return cls(parts, [part.chat_template for part in whole.parts], whole)

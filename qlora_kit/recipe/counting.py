@@ -237,7 +237,8 @@ def _found(
     if found is None:
         how = ""
         if reads:
-            announce(Notice(f"{stream.name}: reading all samples to count them"))
+            if stream.whole is None:
+                announce(Notice(f"{stream.name}: reading all samples to count them"))
             found = count_read(stream, job_of(samples, opened, config))
         else:
             announce(
