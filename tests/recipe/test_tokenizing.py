@@ -17,12 +17,14 @@ from support import as_if_killed_at, run, slow
 from tiny_models import SIZES, save_model
 from transformers import AutoConfig, AutoModel
 
-from qlora_kit.config import TrainConfig
+from qlora_kit.config import TrainConfig, read_config_file, resolve
 from qlora_kit.data import stream_worker, streamed_samples
 from qlora_kit.data.sources import load_training
 from qlora_kit.data.stream_worker import Beside, Chunk, Made
 from qlora_kit.recipe import streaming, tokenizing
+from qlora_kit.recipe.foreseeing import Foreseen
 from qlora_kit.recipe.tokenizing import tokenized_later
+from qlora_kit.report.memory import size_text
 
 pytestmark = pytest.mark.usefixtures("simulated_once")
 
@@ -317,6 +319,23 @@ def test_small_data_are_seen_whole(data: Path, monkeypatch: pytest.MonkeyPatch) 
     first = tokenized_later(samples, config, chooses=True)
     assert 1 < len(first.items) < ROWS
     assert first.source.endswith(f"a.json, the first {len(first.items)} records")
+
+
+@pytest.mark.usefixtures("large")
+def test_a_sweep_foresees_the_plan_of_such_a_run(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--data", "a.json", "--max-steps", "1", "--seed", "5")
+    code, _, err = started(model, tmp_path / "run", *more, capsys=capsys)
+    assert code == 0, err
+    planned = json.loads((tmp_path / "run" / "memory.json").read_text())["predicted"]
+    stored = read_config_file(tmp_path / "run" / "training_config.yaml")
+    config = resolve(TrainConfig, [stored]).model_copy(
+        update={"tokenize_first": None, "stream_data": None, "packing": None}
+    )
+    found = dict(Foreseen.of([config]).rows())
+    of_run = size_text(planned["predicted_peak_bytes"])
+    assert found["predicted peak"] == f"{of_run}, of the largest"
 
 
 @pytest.mark.usefixtures("large")
