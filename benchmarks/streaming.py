@@ -18,9 +18,21 @@ Tokens per second count from the first row on; the seconds until it comes stand 
 
     python benchmarks/streaming.py --first-step [--rows 40000] [--megabytes 40] [--model DIR]
 
-starts `qlora-kit train` on such a file, streamed as it is by default and with `--no-stream-data`,
-and tells the seconds until the log has the first optimiser step; then it ends the run. Nothing is
-in the cache. The model is a tiny one, so that the seconds are those of the data.
+starts `qlora-kit train` on such a file and tells the seconds until the log has the first optimiser
+step; then it ends the run. Nothing is in the cache. The model is a tiny one, so that the seconds
+are those of the data. The sides:
+
+- `default`: streamed, if the file has 4 MB or more; else read first and tokenised beside the
+  training, or below 1 MB tokenised first;
+- `read_first`: `--no-stream-data`: all samples are read and checked, and tokenised beside it;
+- `one_list`: the same records as one list in a .json file, which cannot be streamed;
+- `tokenized_first`: `--no-stream-data --tokenize-first`: all tokens are made before.
+
+    python benchmarks/streaming.py --mixed [--rows 80000] [--megabytes 400]
+
+mixes two such files by the weights 3 and 1, which are also their sizes, and makes the micro-batches
+of every step: packed; packed with files half as long; and of these not packed. The figures are
+those above.
 """
 
 from __future__ import annotations
@@ -45,6 +57,7 @@ _PROJECT = Path(__file__).parent.parent
 _ASSETS = Path(os.environ.get("QLORA_KIT_ASSETS", _PROJECT.parent / "shared" / "assets"))
 _MAX_LENGTH, _MAX_LENGTH_OF_STEP = 2048, 512
 _ROWS_A_STEP = 16
+_WEIGHTS = (3, 1)
 _ROWS_A_GROUP = 50_000
 _SECONDS_BETWEEN_LOOKS = 0.25
 _WORDS = "time year people way day man thing woman life child world school state family student"
@@ -54,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rows", type=int, help="200,000, or 40,000")
-    parser.add_argument("--megabytes", type=float, help="of 10^6 bytes; 1,000, or 40")
+    parser.add_argument("--rows", type=int, help="200,000; 40,000 or 80,000, see above")
+    parser.add_argument("--megabytes", type=float, help="of 10^6 bytes; 1,000; 40 or 400")
     parser.add_argument("--form", choices=("jsonl", "parquet"), default="jsonl")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--buffer", type=int, default=10_000)
@@ -64,6 +77,7 @@ def main() -> None:
         "--tokenizer", type=Path, default=_ASSETS / "tokenizers" / "deepseek-llm-7b"
     )
     parser.add_argument("--first-step", action="store_true", help="see above")
+    parser.add_argument("--mixed", action="store_true", help="see above")
     parser.add_argument("--model", type=Path, default=_ASSETS / "models" / "stories260K")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -72,10 +86,15 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(_SIDES[arguments.side](json.loads(arguments.settings))))
         return
-    of_step = arguments.first_step
-    arguments.rows = arguments.rows or (40_000 if of_step else 200_000)
-    arguments.megabytes = arguments.megabytes or (40 if of_step else 1000)
-    found = _first_steps(arguments) if of_step else _all_sides(arguments)
+    of_step, is_mixed = arguments.first_step, arguments.mixed
+    name, measure, rows, megabytes = "streaming", _all_sides, 200_000, 1000
+    if of_step:
+        name, measure, rows, megabytes = "streaming_first_step", _first_steps, 40_000, 40
+    elif is_mixed:
+        name, measure, rows, megabytes = "streaming_mixed", _mixed_sides, 80_000, 400
+    arguments.rows = arguments.rows or rows
+    arguments.megabytes = arguments.megabytes or megabytes
+    found = measure(arguments)
     print_table(found, list(found[0]))
     if not arguments.no_save:
         names = ("rows", "megabytes", "form", "workers", "buffer")
@@ -84,7 +103,8 @@ def main() -> None:
             about |= {"model": arguments.model.name, "max_length": _MAX_LENGTH_OF_STEP}
         else:
             about |= {"tokenizer": arguments.tokenizer.name, "max_length": _MAX_LENGTH}
-        name = "streaming_first_step" if of_step else "streaming"
+        if is_mixed:
+            about |= {"weights": list(_WEIGHTS)}
         print(save_results(name, {"settings": about, "sides": found}))
 
 
@@ -92,15 +112,22 @@ def _first_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / f"whole.{arguments.form}"
         _write(arguments, arguments.rows, file)
+        one_list = Path(name) / "whole.json"
+        one_list.write_text(json.dumps([*_read(file)], ensure_ascii=False))
         sides = []
-        for side, flags in (("default", ()), ("read_first", ("--no-stream-data",))):
+        for side, data, flags in (
+            ("default", file, ()),
+            ("read_first", file, ("--no-stream-data",)),
+            ("one_list", one_list, ()),
+            ("tokenized_first", file, ("--no-stream-data", "--tokenize-first")),
+        ):
             options = (
-                "--data", str(file), "--model", str(arguments.model), "--device", "cpu",
+                "--data", str(data), "--model", str(arguments.model), "--device", "cpu",
                 "--max-length", str(_MAX_LENGTH_OF_STEP), "--batch-size", "1",
                 "--gradient-accumulation-steps", "1", "--no-rehearse", "--samples", "0", *flags,
             )  # fmt: skip
             seconds = _first_step_after(Path(name) / side, options)
-            megabytes = round(file.stat().st_size / 1e6)
+            megabytes = round(data.stat().st_size / 1e6)
             sides.append({"side": side, "file_mb": megabytes, "rows": arguments.rows,
                           "first_step_s": round(seconds, 1)})  # fmt: skip
         return sides
@@ -142,6 +169,34 @@ def _all_sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             }  # fmt: skip
             sides.append({"side": side, **run_side(__file__, side, settings)})
         return sides
+
+
+def _mixed_sides(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        whole = _weighted(arguments, arguments.rows, Path(name) / "whole")
+        half = _weighted(arguments, arguments.rows // 2, Path(name) / "half")
+        sides = []
+        for side, files, packs in (
+            ("mixed_packed", whole, True),
+            ("mixed_packed_half", half, True),
+            ("mixed_half", half, False),
+        ):
+            settings = {
+                "files": [*map(str, files)], "tokenizer": str(arguments.tokenizer), "packs": packs,
+                "workers": arguments.workers, "buffer": arguments.buffer,
+            }  # fmt: skip
+            sides.append({"side": side, **run_side(__file__, "mixed", settings)})
+        return sides
+
+
+def _weighted(arguments: argparse.Namespace, rows: int, folder: Path) -> list[Path]:
+    """Write a file for each weight, with that share of the rows."""
+    folder.mkdir()
+    files = []
+    for number, weight in enumerate(_WEIGHTS):
+        files.append(folder / f"source{number}.{arguments.form}")
+        _write(arguments, rows * weight // sum(_WEIGHTS), files[-1])
+    return files
 
 
 # ---------------------------------------------------------------- the file
@@ -227,9 +282,62 @@ def _stream(settings: dict[str, Any]) -> dict[str, Any]:
             tokens += sum(rows.lengths())
     finally:
         rows.close()
-    return _figures(settings, count, tokens, started, begun, memory) | {
+    return _figures([settings["file"]], count, tokens, started, begun, memory) | {
         "workers_mb": round(others.close() / 1e6)
     }
+
+
+def _mixed(settings: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from qlora_kit.config import RecordOptions, TokenOptions
+    from qlora_kit.data.batch import collate, collate_packed
+    from qlora_kit.data.chat_template import choose_template
+    from qlora_kit.data.mixed_stream import MixedStream
+    from qlora_kit.data.packing import packed
+    from qlora_kit.data.stream import MOST_HELD_BYTES, StreamedRows
+    from qlora_kit.data.stream_worker import Beside, Here, Job, OfSource
+    from qlora_kit.data.streamed_samples import SampleStream
+    from qlora_kit.data.text_rows import TextRows
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], local_files_only=True)
+    choose_template(tokenizer, None)
+    memory, started = _memory_from_here(), time.perf_counter()
+    sources = [SampleStream(file, RecordOptions()) for file in settings["files"]]
+    jobs = [
+        Job(TextRows, tokenizer, TokenOptions(max_length=_MAX_LENGTH), first)
+        for first in (replace(samples.head().first(1), stream=None) for samples in sources)
+    ]
+    workers = settings["workers"]
+    tokenizes = Beside(jobs[0], workers, jobs[1:]) if workers else Here(*jobs)
+    parts = [
+        StreamedRows(
+            samples, OfSource(tokenizes, number), seed=f"1 {number}", buffer=settings["buffer"],
+            longest=[], held_bytes=MOST_HELD_BYTES // len(sources),
+        )
+        for number, samples in enumerate(sources)
+    ]  # fmt: skip
+    rows = MixedStream(parts, _WEIGHTS, settings["files"], longest=[])
+    others = _Others(tokenizes.pids if isinstance(tokenizes, Beside) else [])
+    tokens = count = micro_batches = 0
+    begun = started
+    try:
+        for _ in rows.windows(0, rows.start(None), _ROWS_A_STEP):
+            begun = begun if count else time.perf_counter()
+            lengths = rows.lengths()
+            window: list[tuple[int, ...]] = [(row,) for row in range(len(rows))]
+            if settings["packs"]:
+                window = packed(window, lengths, _MAX_LENGTH)
+            makes = collate_packed if settings["packs"] else collate
+            for indices in window:
+                batch = makes([rows[index] for index in indices], 0)
+                tokens += batch.tokens
+            micro_batches += len(window)
+            count += len(rows)
+    finally:
+        rows.close()
+    found = _figures(settings["files"], count, tokens, started, begun, memory)
+    return found | {"micro_batches": micro_batches, "workers_mb": round(others.close() / 1e6)}
 
 
 def _bare(settings: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +356,7 @@ def _bare(settings: dict[str, Any]) -> dict[str, Any]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_LENGTH]
         begun = begun if count else time.perf_counter()
         count, tokens = count + 1, tokens + len(ids)
-    return _figures(settings, count, tokens, started, begun, memory) | {"workers_mb": 0}
+    return _figures([settings["file"]], count, tokens, started, begun, memory) | {"workers_mb": 0}
 
 
 def _read(file: Path) -> Iterator[dict[str, str]]:
@@ -271,7 +379,7 @@ def _memory_from_here() -> AnonymousPeak:
 
 
 def _figures(
-    settings: dict[str, Any],
+    files: Sequence[str],
     rows: int,
     tokens: int,
     started: float,
@@ -279,7 +387,7 @@ def _figures(
     memory: AnonymousPeak,
 ) -> dict[str, Any]:
     return {
-        "file_mb": round(Path(settings["file"]).stat().st_size / 1e6),
+        "file_mb": round(sum(Path(file).stat().st_size for file in files) / 1e6),
         "rows": rows,
         "tokens": tokens,
         "first_row_s": round(begun - started, 2),
@@ -316,7 +424,7 @@ def _anonymous_bytes(pid: int) -> int:
     return 0  # it has ended
 
 
-_SIDES = {"stream": _stream, "stream_half": _stream, "bare": _bare}
+_SIDES = {"stream": _stream, "stream_half": _stream, "bare": _bare, "mixed": _mixed}
 
 
 if __name__ == "__main__":

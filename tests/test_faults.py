@@ -20,8 +20,8 @@ from support import PROJECT
 
 PROMISES = (
     "kills", "resumes", "stops", "corruption", "disk-errors", "full-disks", "numerics", "memory",
-    "artefacts", "mutations", "classifier", "streaming", "mixed-streaming", "processes", "sweeps",
-    "preferring",
+    "artefacts", "mutations", "classifier", "streaming", "mixed-streaming", "tokenized-later",
+    "processes", "sweeps", "preferring",
 )  # fmt: skip
 
 

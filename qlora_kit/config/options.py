@@ -523,8 +523,13 @@ class StreamOptions(Options):
         also=["buffer_size"], ge=1, decides="data",
     )  # fmt: skip
     data_workers: int = option(
-        1, "processes that tokenise a stream beside the training; 0: none, the training waits",
+        1, "processes that tokenise beside the training; 0: none, the training waits",
         also=["dataset_num_proc"], ge=0, le=256,
+    )  # fmt: skip
+    tokenize_first: bool | None = option(
+        None, "make the tokens of all rows before the first step; default: where the text is less "
+        "than 1 MB, or something has to know all of them; of more only the reading comes first",
+        decides="data",
     )  # fmt: skip
 
 

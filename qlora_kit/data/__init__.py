@@ -22,6 +22,7 @@
     stream.py         SampleStream   -> StreamedRows: the rows of one step after another, through
       stream_worker.py  samples      -> their rows, made here or in other processes
       stream_count.py   SampleStream -> the number of its rows, and the samples that are held out
+      held_samples.py  Samples      -> HeldSamples: samples in memory, in the place of a stream
     streamed_sources.py  the options -> StreamedSources: the streams of several sources
     mixed_stream.py   StreamedRows   -> MixedStream: the rows of several streams, by weights
     row_arrays.py     Samples, rows  -> arrays of all tokens and labels

@@ -23,7 +23,14 @@ from qlora_kit.data.mixing import Mixture
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.sources import source_names
 from qlora_kit.data.template import Renderer
-from qlora_kit.data.tokens import Counts, MakesRows, SourceRows, Tokenized, tokenize
+from qlora_kit.data.tokens import (
+    Counts,
+    MakesRows,
+    SourceRows,
+    Tokenized,
+    no_progress_bars,
+    tokenize,
+)
 from qlora_kit.errors import ConfigError
 
 
@@ -90,7 +97,8 @@ def join(samples: Samples, parts: Sequence[Tokenized]) -> Tokenized:
 def _numbered_from(first: int, rows: TokenTable) -> datasets.Dataset:
     """Return rows whose source samples are numbered among the samples of all sources."""
     numbers = rows.column("row").to_numpy() + first
-    return rows.table.remove_columns("row").add_column("row", numbers)
+    with no_progress_bars():
+        return rows.table.remove_columns("row").add_column("row", numbers)
 
 
 def _sum_of_counts(samples: Samples, counts: Sequence[Counts]) -> Counts:

@@ -49,6 +49,7 @@ from qlora_kit.errors import ConfigError, DataError, HubError
 from qlora_kit.storage.faults import reason
 
 if TYPE_CHECKING:
+    from qlora_kit.data.held_samples import HeldSamples
     from qlora_kit.data.streamed_samples import SampleStream
     from qlora_kit.data.streamed_sources import StreamedSources
 
@@ -97,7 +98,7 @@ class Samples:
     """the samples of each source, where several are joined, see `data.sources`"""
     chat_template: str | None = None
     """the chat template of this source, where it has another than the run"""
-    stream: SampleStream | StreamedSources | None = None
+    stream: SampleStream | HeldSamples | StreamedSources | None = None
     """the stream that these are the first samples of; None where they are all there are"""
 
     @cached_property
@@ -117,19 +118,28 @@ class Samples:
         """Return the SHA-256 of shape and what may be learnt of the contents."""
         digest = hashlib.sha256(self.shape.encode())
         for sample in self.items:
-            # repr quotes strings, so no two contents run into one another.
-            names = (name for name in sample.__slots__ if name not in _NOT_LEARNT)
-            content = [getattr(sample, name) for name in names]
-            digest.update(repr(content).encode("utf-8", "surrogatepass"))
+            digest.update(content_of(sample))
             weights = loss_weights(sample)
             if any(weight != 1 for weight in weights):
                 digest.update(f"{WEIGHT} {weights}".encode())
         return digest.hexdigest()
 
     @property
+    def text_bytes(self) -> int:
+        """Bytes of text that may be learnt, roughly."""
+        return sum(len(content_of(sample)) for sample in self.items)
+
+    @property
     def is_weighted(self) -> bool:
         """Whether tokens that are learnt may count more or less than others."""
         return any(weight not in (0, 1) for each in self.items for weight in loss_weights(each))
+
+
+def content_of(sample: Sample) -> bytes:
+    """Return all that may be learnt of a sample, but its weights."""
+    # repr quotes strings, so no two contents run into one another.
+    names = (name for name in sample.__slots__ if name not in _NOT_LEARNT)
+    return repr([getattr(sample, name) for name in names]).encode("utf-8", "surrogatepass")
 
 
 def load_samples(

@@ -13,10 +13,11 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from qlora_kit.data.batch import Row, TokenRows
 from qlora_kit.data.encode import IGNORED
+from qlora_kit.data.held_samples import HeldSamples
 from qlora_kit.data.labelled_rows import LABELS
 from qlora_kit.data.shapes import Sample
 from qlora_kit.data.stream_worker import Made, Tokenizes
@@ -31,6 +32,7 @@ _CHUNK_SAMPLES = 32
 _CHUNK_BYTES = 2**20
 _MOST_CHUNKS_AHEAD = 64
 _ROWS_AT_A_TIME = 32
+_Held = TypeVar("_Held")
 
 
 @dataclass(frozen=True)
@@ -80,28 +82,52 @@ def drawn(
         without: numbers of samples that are left out.
         held_bytes: most bytes that are held, pickled; None: 64 MiB.
     """
-    source = random.Random(f"stream {seed} {epoch}")
+    source = _source(seed, epoch)
     most_bytes = held_bytes or MOST_HELD_BYTES
     held: list[Drawn] = []
     size = 0
-
-    def draw() -> Drawn:
-        chosen = source.randrange(len(held))
-        held[chosen], held[-1] = held[-1], held[chosen]
-        return held.pop()
-
     for number, sample in enumerate(samples):
         if number in without:
             continue
         new = Drawn(number, pickle.dumps(sample))
         while held and (len(held) == buffer or size + len(new.content) > most_bytes):
-            one = draw()
+            one = _draw(held, source)
             size -= len(one.content)
             yield one
         held.append(new)
         size += len(new.content)
     while held:
-        yield draw()
+        yield _draw(held, source)
+
+
+def drawn_from_all(
+    items: Sequence[Sample], seed: int | str, epoch: int, without: Collection[int] = frozenset()
+) -> Iterator[Drawn]:
+    """Yield samples that are in memory, each drawn from all that are left.
+
+    The order is that of `drawn` with a buffer that has room for all of them.
+
+    Args:
+        items: in the order in which they were read.
+        seed: see `drawn`.
+        epoch: number of the pass, counted from 0.
+        without: numbers of samples that are left out.
+    """
+    source = _source(seed, epoch)
+    left = [number for number in range(len(items)) if number not in without]
+    while left:
+        number = _draw(left, source)
+        yield Drawn(number, pickle.dumps(items[number]))
+
+
+def _source(seed: int | str, epoch: int) -> random.Random:
+    return random.Random(f"stream {seed} {epoch}")
+
+
+def _draw(held: list[_Held], source: random.Random) -> _Held:
+    chosen = source.randrange(len(held))
+    held[chosen], held[-1] = held[-1], held[chosen]
+    return held.pop()
 
 
 class StreamedRows(TokenRows):
@@ -111,7 +137,7 @@ class StreamedRows(TokenRows):
     does not know its longest row, so memory is measured and planned for these.
 
     Args:
-        samples: the stream.
+        samples: the stream, or samples in memory, each of which is drawn from all.
         tokenizes: makes the token rows, here or in other processes.
         seed: the run's seed; of several sources, with the number of the source.
         buffer: most samples that the next one is drawn from, see `drawn`.
@@ -129,7 +155,7 @@ class StreamedRows(TokenRows):
 
     def __init__(
         self,
-        samples: SampleStream,
+        samples: SampleStream | HeldSamples,
         tokenizes: Tokenizes,
         *,
         seed: int | str,
@@ -218,9 +244,7 @@ class StreamedRows(TokenRows):
             counts: what became of the samples before; those after are added.
             size: rows of an optimiser step.
         """
-        order = drawn(
-            self.samples.samples(), self._seed, epoch, self._buffer, self._without, self._held_bytes
-        )
+        order = self._order(epoch)
         at = start.sample
         used = start.rows
         for made, chunk in self._made(itertools.islice(order, start.sample, None), size):
@@ -233,6 +257,13 @@ class StreamedRows(TokenRows):
                 for number, row in enumerate(of_sample[used:], used + 1):
                     yield row, StreamPlace(at, number, counts=dict(counts))
                 at, used = at + 1, 0
+
+    def _order(self, epoch: int) -> Iterator[Drawn]:
+        if isinstance(self.samples, HeldSamples):
+            return drawn_from_all(self.samples.whole.items, self._seed, epoch, self._without)
+        return drawn(
+            self.samples.samples(), self._seed, epoch, self._buffer, self._without, self._held_bytes
+        )
 
     def _made(self, order: Iterable[Drawn], size: int) -> Iterator[tuple[Made, Sequence[Drawn]]]:
         """Yield the token rows of chunks, in order; other processes are some chunks ahead."""

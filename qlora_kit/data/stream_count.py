@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import TokenOptions
+from qlora_kit.data.held_samples import HeldSamples
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.shapes import ShapeOfAll
 from qlora_kit.data.stream_worker import Job
@@ -75,7 +76,7 @@ def reading_counts(options: TokenOptions, shape: ShapeOfAll) -> bool:
     return treatment_of_long(options, shape) in ("truncate", "error")
 
 
-def count_read(samples: SampleStream, job: Job) -> Counter[str]:
+def count_read(samples: SampleStream | HeldSamples, job: Job) -> Counter[str]:
     """Count the rows of all samples by reading them.
 
     Args:
@@ -106,7 +107,9 @@ def count_read(samples: SampleStream, job: Job) -> Counter[str]:
     return found
 
 
-def taken_out(samples: SampleStream, numbers: Collection[int], like: Samples) -> Samples:
+def taken_out(
+    samples: SampleStream | HeldSamples, numbers: Collection[int], like: Samples
+) -> Samples:
     """Return some samples of a stream; it is read up to the last of them.
 
     Args:

@@ -27,7 +27,7 @@ from qlora_kit.storage.faults import reason
 
 # What is looked at before training: enough to see the usual row, and read in a moment.
 HEAD_RECORDS = 1000
-_HEAD_CHARACTERS = 16_000_000
+HEAD_CHARACTERS = 1_000_000
 _RECORDS_BETWEEN_CHECKS = 1000
 _PACKED, _PACKED_TIMES = (".gz", ".parquet"), 3
 
@@ -53,6 +53,7 @@ class SampleStream:
         skipped: records of the data that were left out for a fault, as far as it has been read.
         first_skipped: the fault of the first of them.
         why: the reason that the data are streamed, in words, where nobody asked for it.
+        whole: all samples, where they are in memory, see `HeldSamples`: never here.
     """
 
     data: str
@@ -61,6 +62,7 @@ class SampleStream:
     skipped: int = field(default=0, init=False)
     first_skipped: str = field(default="", init=False)
     why: str = field(default="", init=False)
+    whole: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_format(self.options, self.task)
@@ -216,7 +218,7 @@ class _First:
             self.count += 1
             characters += len(str(record.content))
             yield record
-            if self.count == HEAD_RECORDS or characters > _HEAD_CHARACTERS:
+            if self.count == HEAD_RECORDS or characters > HEAD_CHARACTERS:
                 self.are_all = next(self._records, None) is None
                 return
         self.are_all = True

@@ -1,7 +1,8 @@
 """Several sources of training data, each of them a stream.
 
-Takes the options of a run; returns `StreamedSources`, of which everything that looks at data before
-training sees one list of first samples. Never tokenises or mixes. Imports neither torch nor
+Takes the options of a run, or samples that are in memory; returns `StreamedSources`, of which
+everything that looks at data before training sees one list of first samples. Never tokenises or
+mixes. Imports neither torch nor
 transformers.
 """
 
@@ -15,6 +16,7 @@ from functools import cached_property
 
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.fields import Faults
+from qlora_kit.data.held_samples import HeldSamples
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.sources import check_apart, joined, joined_names, record_options
 from qlora_kit.data.streamed_samples import SampleStream
@@ -29,11 +31,13 @@ class StreamedSources:
         parts: the stream of each source.
         templates: the chat template of each source; None where it is the run's.
         why: the reason that the data are streamed, in words, where nobody asked for it.
+        whole: the samples of all sources, joined, where they are in memory.
     """
 
-    parts: Sequence[SampleStream]
+    parts: Sequence[SampleStream | HeldSamples]
     templates: Sequence[str | None]
     why: str = field(default="", init=False)
+    whole: Samples | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> StreamedSources:
@@ -53,6 +57,20 @@ class StreamedSources:
                 faults.add(*error.faults)
         faults.raise_if_any()
         return cls(parts, [source.chat_template for source in config.sources])
+
+    @classmethod
+    def held(cls, whole: Samples, config: TrainConfig) -> StreamedSources:
+        """Return sources whose samples are in memory.
+
+        Args:
+            whole: the samples of all sources, joined.
+            config: the options of the run.
+        """
+        parts = [
+            HeldSamples(part, record_options(config, number), len(whole.parts))
+            for number, part in enumerate(whole.parts)
+        ]
+        return cls(parts, [part.chat_template for part in whole.parts], whole)
 
     @property
     def data(self) -> str:

@@ -426,7 +426,7 @@ class Tokenizing:
 
         started = time.perf_counter()
         source = datasets.Dataset.from_dict({"sample": range(len(self.samples.items))})
-        with _no_progress_bars():
+        with no_progress_bars():
             rows = source.map(
                 lambda batch: self.table(batch["sample"]),
                 batched=True,
@@ -535,7 +535,8 @@ class Tokenizing:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Let `datasets` show no bars while the block runs."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import TokenOptions, TrainConfig
+from qlora_kit.data.held_samples import HeldSamples
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.streamed_samples import SampleStream
 from qlora_kit.errors import ConfigError, DataError, StorageError
@@ -182,7 +183,7 @@ def _pass(
         return Pass(found["rows"])
     if len(numbers) == count:
         raise ConfigError(HOLDS_OUT_ALL)
-    assert isinstance(samples.stream, SampleStream)
+    assert isinstance(samples.stream, SampleStream | HeldSamples)
     return Pass(found["rows"], taken_out(samples.stream, numbers, samples), numbers)
 
 
@@ -229,14 +230,15 @@ def _found(
     """
     from qlora_kit.data.stream_count import count_read, reading_counts
 
-    assert isinstance(samples.stream, SampleStream)
+    assert isinstance(samples.stream, SampleStream | HeldSamples)
     stream, reads = samples.stream, reading_counts(config, samples.shape)
     file = _file_of_count(stream, tokenized, reads=reads)
     found, how = _stored_count(file), "; counted before"
     if found is None:
         how = ""
         if reads:
-            announce(Notice(f"{stream.name}: reading all samples to count them"))
+            if stream.whole is None:
+                announce(Notice(f"{stream.name}: reading all samples to count them"))
             found = count_read(stream, job_of(samples, opened, config))
         else:
             announce(
@@ -263,7 +265,7 @@ def _found(
 def _count_tokenized(samples: Samples, opened: Opened, config: TrainConfig) -> Counter[str]:
     from qlora_kit.data.stream import StreamedRows
 
-    assert isinstance(samples.stream, SampleStream)
+    assert isinstance(samples.stream, SampleStream | HeldSamples)
     makes = tokenizes([job_of(samples, opened, config)], config.data_workers)
     rows = StreamedRows(samples.stream, makes, seed=config.seed, buffer=1, longest=[])
     with closing(rows):
@@ -290,7 +292,9 @@ def _described_read(found: Mapping[str, int], samples: Samples) -> str:
     return "; ".join(parts)
 
 
-def _file_of_count(stream: SampleStream, tokenized: Tokenized, *, reads: bool) -> Path:
+def _file_of_count(
+    stream: SampleStream | HeldSamples, tokenized: Tokenized, *, reads: bool
+) -> Path:
     from qlora_kit.data.tokens import cache_folder
 
     how = "read" if reads else "tokenised"

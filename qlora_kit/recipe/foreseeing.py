@@ -7,12 +7,13 @@ plans the runs. Loads no weight, writes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from transformers import PreTrainedModel
 
 from qlora_kit.config import TrainConfig, that_decide
+from qlora_kit.data.batch import TokenRows
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.tokens import Tokenized
 from qlora_kit.errors import ConfigError
@@ -28,9 +29,9 @@ from qlora_kit.opening.variants import check_variants
 from qlora_kit.plan.duration import about
 from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.run import plan_run
-from qlora_kit.plan.subject import RowSizes, Subject
+from qlora_kit.plan.subject import RowSizes, Subject, UsualRows
 from qlora_kit.recipe.rows import read_data, token_rows
-from qlora_kit.recipe.streaming import settled
+from qlora_kit.recipe.streaming import longest_rows, settled
 from qlora_kit.report.memory import size_text
 from qlora_kit.report.tables import Rows
 from qlora_kit.report.trackers import check_tracker
@@ -145,18 +146,29 @@ class _Read:
         return chosen.settled(config)
 
     def plan(self, config: TrainConfig) -> Plan | None:
-        """Plan a run; None where it is streamed, or does not fit, which its trial will say."""
-        if self.samples.stream is not None:
-            return None
+        """Plan a run; None where it does not fit, which its trial will say."""
         config = self.packed(config)
-        sizes_of = RowSizes.of_sources if self.opened.task.has_sources else RowSizes.of
-        sizes = sizes_of(self.rows.rows, self.held_out.rows if self.held_out else None, config)
+        sizes = self._sizes(config)
         hardware = choose_hardware(config.device, config.dtype)
         subject = Subject(self.spec, self.lora(config), hardware, sizes, self.opened.task)
         try:
             return plan_run(config, subject, silent)
         except ConfigError:
             return None
+
+    def _sizes(self, config: TrainConfig) -> RowSizes:
+        """Return the sizes of the rows of a run, as the run itself plans for them."""
+        has_sources, rows = self.opened.task.has_sources, self.rows.rows
+        held_out = self.held_out.rows if self.held_out else None
+        sizes_of = RowSizes.of_sources if has_sources else RowSizes.of
+        if self.samples.stream is None:
+            return sizes_of(rows, held_out, config)
+        longest = TokenRows(longest_rows(self.opened, self.rows, config))
+        usual = UsualRows.of(rows, config, has_sources=has_sources, longest=max(longest.lengths()))
+        in_epoch = self.rows.stream_pass.rows if self.rows.stream_pass else None
+        return replace(
+            sizes_of(longest, held_out, config), usual=replace(usual, rows=in_epoch or usual.rows)
+        )
 
 
 def _values(config: TrainConfig, names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.data.held_samples import HeldSamples
 from qlora_kit.data.samples import Samples
 from qlora_kit.data.sources import joined, source_names
 from qlora_kit.data.streamed_samples import SampleStream
@@ -165,7 +166,7 @@ def mixed_rows(
     makes = tokenizes(jobs, config.data_workers)
     parts = []
     for number, (part, counted) in enumerate(zip(samples.parts, of_sources.parts, strict=True)):
-        assert isinstance(part.stream, SampleStream)
+        assert isinstance(part.stream, SampleStream | HeldSamples)
         parts.append(
             StreamedRows(
                 part.stream,

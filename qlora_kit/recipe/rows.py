@@ -29,7 +29,8 @@ from qlora_kit.opening.tasks import (
 )
 from qlora_kit.recipe.counting import HOLDS_OUT_ALL, counted_pass, learnt_pass
 from qlora_kit.recipe.mixed_streams import tokenized_streams
-from qlora_kit.recipe.streaming import check_longest, open_stream
+from qlora_kit.recipe.streaming import check_longest, open_stream, tell_without_effect
+from qlora_kit.recipe.tokenizing import tokenized_later
 from qlora_kit.redact import redacted_values
 from qlora_kit.train.best import LOSS, check_measured, loss_of_source
 
@@ -46,15 +47,21 @@ def read_data(
 ) -> tuple[Samples, Samples | None]:
     """Read the training data, and the validation data if there is a file of it.
 
-    Of a stream only the first samples are read.
+    Of a stream only the first samples are read. Of data that are tokenised beside the training the
+    first samples are returned as well, and the others wait in memory.
 
     Args:
         config: names the data.
         announce: receives notices about the data.
-        chooses: whether large data are streamed where the user leaves it open.
+        chooses: whether large data are streamed, or tokenised beside the training, where the user
+            leaves it open.
     """
-    stream = open_stream(config, announce, chooses=chooses)
-    samples = load_training(config) if stream is None else stream.head()
+    stream = open_stream(config, chooses=chooses)
+    if stream is None:
+        samples = tokenized_later(load_training(config), config, chooses=chooses)
+    else:
+        samples = stream.head()
+    tell_without_effect(config, samples, announce)
     if config.data is None:
         announce(
             Notice(
@@ -259,6 +266,8 @@ def _labels(samples: Samples, config: TrainConfig, announce: Announce) -> Labels
         tags_in_words,
     )
 
+    if samples.stream is not None and samples.stream.whole is not None:
+        samples = samples.stream.whole
     labels = labels_of(samples, config)
     if not config.labels and labels.kind != "regression":
         check_same_labels(labels, samples)

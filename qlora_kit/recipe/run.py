@@ -459,11 +459,12 @@ class Run:
         if place is None or stream is None:
             return
         counts = Counts(self.samples.shape, self.rows.counts.weighs, **place.counts)
-        yield "streamed", counts.describe()
+        how = "streamed" if stream.whole is None else "tokenised"
+        yield how, counts.describe()
         if isinstance(place, MixedPlace):
             for part, each in zip(self.rows.sources, place.sources, strict=True):
                 own = Counts(part.counts.shape, part.counts.weighs, **each.place.counts)
-                yield f"streamed {part.name}", own.describe()
+                yield f"{how} {part.name}", own.describe()
         if stream.skipped:
             yield "skipped", f"{stream.skipped:,} for a fault; the first: {stream.first_skipped}"
 

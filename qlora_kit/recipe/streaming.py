@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qlora_kit.config import TrainConfig
+from qlora_kit.data.held_samples import HeldSamples
 from qlora_kit.data.images import is_image_folder
 from qlora_kit.data.samples import Samples, is_hub_id
-from qlora_kit.data.shapes import Shape
+from qlora_kit.data.shapes import Shape, ShapeOfAll
 from qlora_kit.data.sources import check_weights, record_options
 from qlora_kit.data.streamed_samples import SampleStream
 from qlora_kit.data.streamed_sources import StreamedSources
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from qlora_kit.opening.model import Opened
 
 _Options = TypeVar("_Options", bound=TrainConfig)
-_Stream = SampleStream | StreamedSources
+_Stream = SampleStream | HeldSamples | StreamedSources
+_Read = SampleStream | StreamedSources
 
 LARGE_BYTES = 4_000_000
 """text that is streamed by default: to tokenise it takes five to six seconds of a core"""
@@ -82,14 +84,11 @@ class Learnt:
 # ---------------------------------------------------------------- what is streamed
 
 
-def open_stream(
-    config: TrainConfig, announce: Announce, *, chooses: bool = False
-) -> _Stream | None:
+def open_stream(config: TrainConfig, *, chooses: bool = False) -> _Read | None:
     """Open the training data as a stream, if the user asks for one or it pays.
 
     Args:
         config: the options of the run.
-        announce: receives notices of options that have no effect.
         chooses: whether large data are streamed where the user leaves it open.
 
     Raises:
@@ -106,24 +105,41 @@ def open_stream(
         return None
     if config.stream_data:
         return _asked_for(config)
-    stream = _by_default(config) if chooses and config.stream_data is None else None
-    if stream is None:
-        # A resumed run names all of its options, those at their default too.
-        for name, defaults in _ONLY_OF_STREAMS.items():
-            if getattr(config, name) not in defaults:
-                flag = name.replace("_", "-")
-                announce(Notice(f"--{flag} has no effect without --stream-data"))
-    return stream
+    return _by_default(config) if chooses and config.stream_data is None else None
 
 
-def _opened(config: TrainConfig) -> _Stream:
+def tell_without_effect(config: TrainConfig, samples: Samples, announce: Announce) -> None:
+    """Announce the options that have no effect, as the data are not streamed.
+
+    Args:
+        config: the options of the run.
+        samples: the training data, or the first samples of a stream.
+        announce: receives the notices.
+    """
+    stream = samples.stream
+    if stream is not None and stream.whole is None:
+        return
+    # A resumed run names all of its options, those at their default too.
+    for name, defaults in _ONLY_OF_STREAMS.items():
+        has_workers = name == "data_workers" and stream is not None
+        if getattr(config, name) not in defaults and not has_workers:
+            flag = name.replace("_", "-")
+            announce(Notice(f"--{flag} has no effect without --stream-data"))
+
+
+def _opened(config: TrainConfig) -> _Read:
     if len(config.sources) > 1:
         return StreamedSources.of(config)
     return SampleStream(config.sources[0].path, record_options(config), config.task)
 
 
-def _asked_for(config: TrainConfig) -> _Stream:
+def _asked_for(config: TrainConfig) -> _Read:
     _check_options(config)
+    if config.tokenize_first:
+        raise ConfigError(
+            "--tokenize-first: with --stream-data samples are tokenised as they are read; expected "
+            "one of the two; leave the other out"
+        )
     stream = _opened(config)
     if not stream.is_of_hub:
         head = stream.head()
@@ -154,7 +170,7 @@ def _asked_for(config: TrainConfig) -> _Stream:
     return stream
 
 
-def _of_hub(stream: _Stream) -> str:
+def _of_hub(stream: _Read) -> str:
     """Return the first data set of the hub among the sources of a stream."""
     parts = stream.parts if isinstance(stream, StreamedSources) else (stream,)
     return next(part.data for part in parts if part.is_of_hub)
@@ -185,7 +201,7 @@ def _check_options(config: TrainConfig) -> None:
         )
 
 
-def _by_default(config: TrainConfig) -> _Stream | None:
+def _by_default(config: TrainConfig) -> _Read | None:
     """Return the data as a stream, if they are large and a stream of them does all they would do.
 
     Only sizes, options and the first records decide, so that a run is streamed or not wherever it
@@ -203,9 +219,9 @@ def _by_default(config: TrainConfig) -> _Stream | None:
         stream = _opened(config)
     except ConfigError:
         return None
-    if stream.text_bytes < LARGE_BYTES or not _starts_soon(config, stream):
+    if config.tokenize_first or stream.text_bytes < LARGE_BYTES:
         return None
-    if not _has_positions(config):
+    if not _is_known(config, stream) or not has_positions(config):
         return None
     stream.why = (
         f"by default, as there are {stream.text_bytes / 1e6:,.0f} MB of text; --no-stream-data "
@@ -214,23 +230,31 @@ def _by_default(config: TrainConfig) -> _Stream | None:
     return stream
 
 
-def _starts_soon(config: TrainConfig, stream: _Stream) -> bool:
-    """Return whether training can begin without all data being tokenised."""
-    from qlora_kit.data.stream_count import reading_counts
-
+def _is_known(config: TrainConfig, stream: _Read) -> bool:
+    """Return whether the first samples tell that a stream does all that is wanted."""
     try:
         head = stream.head()
     except DataError:
         return False  # All faults are told together where all of the data is read.
     shapes = [part.shape for part in (head.parts or (head,))]
-    if Shape.IMAGE in shapes:
-        return False
+    return Shape.IMAGE not in shapes and starts_soon(config, shapes)
+
+
+def starts_soon(config: TrainConfig, shapes: Sequence[ShapeOfAll]) -> bool:
+    """Return whether training can begin without all data being tokenised.
+
+    Args:
+        config: the options of the run.
+        shapes: of the samples of each source.
+    """
+    from qlora_kit.data.stream_count import reading_counts
+
     return all(reading_counts(config, shape) for shape in shapes) or not is_counted(
         config, holds_out=config.validation is None
     )
 
 
-def _has_positions(config: TrainConfig) -> bool:
+def has_positions(config: TrainConfig) -> bool:
     """Return whether the model has positions for every row that a stream may have."""
     from qlora_kit.model.fetch import fetch
     from qlora_kit.model.positions import positions_of
@@ -264,8 +288,13 @@ def settled(
     """
     stream = samples.stream
     asks = "validation_fraction" in config.model_fields_set
-    config = config.model_copy(update={"stream_data": stream is not None})
-    if not is_new or stream is None or stream.why or is_counted(config, holds_out=False):
+    is_streamed = stream is not None and stream.whole is None
+    config = config.model_copy(
+        update={"stream_data": is_streamed, "tokenize_first": stream is None}
+    )
+    if stream is None or not (is_new and is_streamed):
+        return config
+    if stream.why or is_counted(config, holds_out=False):
         return config
     if validation is not None or not config.validation_fraction or (asks and not stream.is_of_hub):
         return config
@@ -325,13 +354,13 @@ def _of_stream(
     )
     if buffer and buffer > 1 and isinstance(stream, StreamedSources):
         order += " of each source"
-    return Learnt(
-        rows,
-        rows.in_pass,
-        {**tokenized.origin, "data": content, "rows": content},
-        f"{stream.data}, streamed, {count}",
-        f"{order}, tokenised {how}{f'; {stream.why}' if stream.why else ''}",
-    )
+    identity = {**tokenized.origin, "data": content, "rows": content}
+    why = f"; {stream.why}" if stream.why else ""
+    if stream.whole is not None:
+        described = f"{stream.data}, {count}, tokenised {how}{why}"
+        return Learnt(rows, rows.in_pass, identity, described)
+    described = f"{stream.data}, streamed, {count}"
+    return Learnt(rows, rows.in_pass, identity, described, f"{order}, tokenised {how}{why}")
 
 
 def _buffer_of(config: TrainConfig, stream: _Stream) -> int | None:
@@ -339,6 +368,8 @@ def _buffer_of(config: TrainConfig, stream: _Stream) -> int | None:
 
     Sizes of files decide it, so a resumed run draws as it did.
     """
+    if stream.whole is not None:
+        return None
     if config.shuffle_buffer is not None:
         return config.shuffle_buffer
     return None if not stream.is_of_hub and stream.text_bytes <= WHOLE_BYTES else _BUFFER
@@ -361,11 +392,10 @@ def check_longest(opened: Opened, config: TrainConfig) -> None:
 def _streamed_rows(
     samples: Samples, opened: Opened, tokenized: Tokenized, config: TrainConfig
 ) -> StreamedRows | MixedStream:
-    from qlora_kit.data.stream import StreamedRows, longest_row
+    from qlora_kit.data.stream import StreamedRows
     from qlora_kit.data.stream_count import PassOfSources
 
-    row = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
-    longest = [row] * (config.batch_size * config.gradient_accumulation_steps)
+    longest = longest_rows(opened, tokenized, config)
     assert samples.stream is not None
     check, buffer = _token_check(opened, config), _buffer_of(config, samples.stream)
     counted = tokenized.stream_pass
@@ -373,7 +403,7 @@ def _streamed_rows(
         return mixed_rows(
             samples, opened, tokenized, config, buffer=buffer, longest=longest, check=check
         )
-    assert isinstance(samples.stream, SampleStream)
+    assert not isinstance(samples.stream, StreamedSources)
     return StreamedRows(
         samples.stream,
         tokenizes([job_of(samples, opened, config)], config.data_workers),
@@ -384,6 +414,20 @@ def _streamed_rows(
         without=counted.numbers if counted else frozenset(),
         check=check,
     )
+
+
+def longest_rows(opened: Opened, tokenized: Tokenized, config: TrainConfig) -> list[Row]:
+    """Return rows as long as a row may be, as many as an optimiser step has.
+
+    Args:
+        opened: the model.
+        tokenized: some token rows of the data.
+        config: the options of the run.
+    """
+    from qlora_kit.data.stream import longest_row
+
+    row = longest_row(tokenized, config.max_length, has_sources=opened.task.has_sources)
+    return [row] * (config.batch_size * config.gradient_accumulation_steps)
 
 
 def _token_check(opened: Opened, config: TrainConfig) -> Callable[[Row], None]:

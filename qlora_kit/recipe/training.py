@@ -106,7 +106,7 @@ def train(
         config = packing.settled(config)
         sizes_of = RowSizes.of_sources if opened.task.has_sources else RowSizes.of
         sizes = sizes_of(learnt.rows, held_out.rows if held_out else None, config)
-        if learnt.stream:
+        if samples.stream is not None:
             usual = UsualRows.of(
                 rows.rows, config, has_sources=opened.task.has_sources, longest=packing.longest
             )

@@ -42,7 +42,7 @@ COVERED: Mapping[str, tuple[str, ...]] = {
 _CAUSES = {*COVERED["data"], *COVERED["tokenizer"], "seed", "labels"} - {"rows", "validation"}
 _DERIVED: Mapping[str, set[str]] = {
     "template": {"chat_template"}, "rows": {*_CAUSES, "validation"}, "validation": _CAUSES,
-    "labels": {"label_kind", "class_weights"}, "data": {"stream_data"},
+    "labels": {"label_kind", "class_weights"}, "data": {"stream_data", "tokenize_first"},
 }  # fmt: skip
 # What is compared by a digest has no value that a person could read, or pass.
 _DIGEST = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
@@ -79,7 +79,11 @@ def differences(
         with a line on the order of the rows if that changes.
     """
     # Older checkpoints do not name their threads: they are assumed to be the same as now.
-    stored = {**_BEFORE, "threads": identity.get("threads"), **stored}
+    # Nor do they name when rows are tokenised: those of a stream always were beside the training.
+    tokenized_first = not stored.get("stream_data")
+    stored = {
+        **_BEFORE, "threads": identity.get("threads"), "tokenize_first": tokenized_first, **stored,
+    }  # fmt: skip
     differing = [name for name, value in identity.items() if stored.get(name) != value]
     for name, causes in _DERIVED.items():
         if name in differing and set(differing) & causes:

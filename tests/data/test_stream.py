@@ -32,7 +32,14 @@ from qlora_kit.config import TokenOptions
 from qlora_kit.data import stream, streamed_samples
 from qlora_kit.data.samples import load_samples
 from qlora_kit.data.shapes import Shape
-from qlora_kit.data.stream import Drawn, StreamedRows, StreamPlace, drawn, longest_row
+from qlora_kit.data.stream import (
+    Drawn,
+    StreamedRows,
+    StreamPlace,
+    drawn,
+    drawn_from_all,
+    longest_row,
+)
 from qlora_kit.data.stream_count import count_read, reading_counts, taken_out
 from qlora_kit.data.stream_worker import Beside, Here, Job, Tokenizes
 from qlora_kit.data.text_rows import TextRows
@@ -305,6 +312,15 @@ def test_a_pass_without_a_row_is_an_error(tmp_path: Path) -> None:
     )
 
 
+def test_samples_in_memory_come_in_the_order_of_a_buffer_that_has_room_for_all() -> None:
+    items: list[Any] = [f"sample {n}" for n in range(50)]
+    without = frozenset({3, 49})
+    streamed = [*drawn(items, 7, 2, None, without)]
+    assert [*drawn_from_all(items, 7, 2, without)] == streamed
+    assert [*drawn_from_all(items, 7, 3, without)] != streamed
+    assert len(streamed) == 48
+
+
 # ---------------------------------------------------------------- what is looked at first
 
 
@@ -317,7 +333,7 @@ def test_the_head_is_the_first_records(tmp_path: Path, monkeypatch: pytest.Monke
     head = open_stream(data).head()
     assert (len(head.items), head.source) == (10, f"{data}, the first 10 records")
     assert head.notices == (f"{data}, the first 10 records: 10 qa records (question, answer)",)
-    monkeypatch.setattr(streamed_samples, "_HEAD_CHARACTERS", 100)
+    monkeypatch.setattr(streamed_samples, "HEAD_CHARACTERS", 100)
     assert len(open_stream(data).head().items) < 10
 
 

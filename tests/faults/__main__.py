@@ -35,7 +35,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
     from .processes import processes
     from .resumes import resumes
     from .stops import stops
-    from .streaming import mixed_streaming, streaming
+    from .streaming import mixed_streaming, streaming, tokenized_later
     from .sweeps import sweeps
 
     if size == "few":
@@ -68,6 +68,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             ),
             "streaming": partial(streaming, killed=1, stopped=1, seed=_SEED),
             "mixed-streaming": partial(mixed_streaming, killed=1, stopped=1, seed=_SEED),
+            "tokenized-later": partial(tokenized_later, killed=1, stopped=1, seed=_SEED),
             "processes": partial(processes, killed=1, hanging=0, disks=0, seed=_SEED),
             "sweeps": partial(sweeps, killed=2, stopped=1, seed=_SEED, alone=1),
             "preferring": partial(preferring, killed=1, stopped=1, seed=_SEED),
@@ -99,6 +100,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
             ),
             "streaming": partial(streaming, killed=12, stopped=8, seed=_SEED),
             "mixed-streaming": partial(mixed_streaming, killed=12, stopped=8, seed=_SEED),
+            "tokenized-later": partial(tokenized_later, killed=12, stopped=8, seed=_SEED),
             "processes": partial(processes, killed=6, hanging=1, disks=2, seed=_SEED),
             "sweeps": partial(sweeps, killed=8, stopped=4, seed=_SEED),
             "preferring": partial(preferring, killed=6, stopped=4, seed=_SEED, steps=(7, 22)),
@@ -117,6 +119,7 @@ def promises(size: str) -> dict[str, Callable[[Sample], Row]]:
         "classifier": partial(classifier, seed=_SEED),
         "streaming": partial(streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
         "mixed-streaming": partial(mixed_streaming, killed=40, stopped=20, seed=_SEED, in_shell=4),
+        "tokenized-later": partial(tokenized_later, killed=40, stopped=20, seed=_SEED, in_shell=4),
         "processes": partial(processes, killed=40, hanging=4, disks=10, seed=_SEED),
         "sweeps": partial(sweeps, killed=40, stopped=20, seed=_SEED),
         "preferring": partial(

@@ -1,4 +1,5 @@
-"""Runs on one stream and on two that are mixed, whose samples other processes tokenise.
+"""Runs on one stream, on two that are mixed, and on data that are read first: other processes
+tokenise the samples of all.
 
 They are killed at random, and told to stop.
 """
@@ -15,10 +16,9 @@ from .table import Row
 _PROMISE = "a streamed run under SIGKILL and signals that stop: resume is bit-equal"
 _OF_TWO = "two streams that are mixed under SIGKILL and signals that stop: resume is bit-equal"
 # The buffer is smaller than a pass, so where the reading stands is neither its start nor its end.
-_OPTIONS = (
-    "--stream-data", "--shuffle-buffer", "16", "--data-workers", "1", "--max-length", "128",
-    "--max-steps", str(TOTAL_STEPS),
-)  # fmt: skip
+_BESIDE = ("--data-workers", "1", "--max-length", "128", "--max-steps", str(TOTAL_STEPS))
+_OPTIONS = ("--stream-data", "--shuffle-buffer", "16", *_BESIDE)
+_READ_FIRST = "data read first and tokenised later under SIGKILL and signals: resume is bit-equal"
 _ROWS_OF_OTHER = 13
 
 
@@ -34,6 +34,16 @@ def streaming(sample: Sample, killed: int, stopped: int, seed: int, in_shell: in
     """
     own = make_sample(sample.folder / "streamed", (*_OPTIONS, *sample.options))
     return _broken(own, _PROMISE, killed, stopped, seed, in_shell)
+
+
+def tokenized_later(sample: Sample, killed: int, stopped: int, seed: int, in_shell: int = 0) -> Row:
+    """Kill and stop runs on data that are read first, and tokenised beside the training.
+
+    Takes what `streaming` takes.
+    """
+    options = ("--no-tokenize-first", *_BESIDE, *sample.options)
+    own = make_sample(sample.folder / "tokenized-later", options)
+    return _broken(own, _READ_FIRST, killed, stopped, seed, in_shell)
 
 
 def mixed_streaming(sample: Sample, killed: int, stopped: int, seed: int, in_shell: int = 0) -> Row:
