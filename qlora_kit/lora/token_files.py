@@ -41,6 +41,8 @@ _BEFORE = re.compile(r".+\.(original_module\..+|token_adapter\.trainable_tokens_
 _TABLES = frozenset(
     {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared"}
 )
+# Tokens that an adapter may add without the tables that have them.
+_MOST_ADDED = 65_536
 # The tables that PEFT can hold together by `ensure_weight_tying`.
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
@@ -145,6 +147,8 @@ def vocabulary_of(stored: StoredAdapter, spec: BaseSpec) -> int | None:
     whole = {len(stored.saved[name]) for name in named} if is_whole else set()
     numbers = stored.spec.token_rows.ids.values() if stored.spec.token_rows else ()
     most = max((max(ids) + 1 for ids in numbers), default=0)
+    if most > (own or 0) + _MOST_ADDED:
+        return None  # and so it does not fit: a number in a file must not take all memory
     needed = whole.pop() if len(whole) == 1 else max(most, own or 0)
     return needed if own is not None and needed not in (0, own) else None
 

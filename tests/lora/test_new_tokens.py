@@ -272,6 +272,16 @@ def test_files_that_do_not_go_together_are_refused(
         qk.read_adapter(tmp_path)
 
 
+def test_a_number_in_a_file_takes_no_memory(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    base = a_base(save_tiny("tinyllama"), SPARE)
+    qk.save_adapter(qk.attach(base, a_spec(base, SPARE)), tmp_path, qk.BaseRecord.of(base))
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "trainable_token_indices": [90, 2_000_000_000]}))
+    with pytest.raises(AdapterError, match=r"row 2000000000 of .* is beyond the 96 rows"):
+        qk.load_adapter(load_folder(save_tiny("tinyllama")), tmp_path)
+
+
 def test_several_adapters_do_not_share_trained_rows(
     save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
