@@ -23,6 +23,8 @@ from torch import Tensor
 from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, TokenRows
 from qlora_kit.errors import NumericsError
+from qlora_kit.layers.lora import LoRALinear
+from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.lora.attach import Adapter, attach, detach
 from qlora_kit.lora.ranks import allotted, most_rank, with_ranks
 from qlora_kit.lora.spec import LoraSpec, Variant
@@ -102,7 +104,7 @@ def _uses(
     adapter: Adapter, objective: Objective, rows: TokenRows, at_once: int
 ) -> dict[str, list[float]]:
     """Return the leading singular values of the gradient of each targeted weight, by path."""
-    trained = {**adapter.layers, **adapter.stacks}
+    trained: dict[str, LoRALinear | LoRAStack] = {**adapter.layers, **adapter.stacks}
     _differentiate(adapter, objective, rows, at_once)
     with torch.no_grad():
         for layer in trained.values():
@@ -150,5 +152,5 @@ def _values(a: Tensor) -> Tensor:
     Those of the experts of a stack are combined, because they share a rank.
     """
     assert a.grad is not None, "every targeted layer is in the graph"
-    values = torch.linalg.svdvals(a.grad)
-    return values if values.dim() == 1 else values.norm(dim=0)
+    values: Tensor = torch.linalg.svdvals(a.grad)
+    return values if values.dim() == 1 else values.square().sum(0).sqrt()
