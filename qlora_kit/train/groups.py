@@ -19,7 +19,6 @@ RATE_RATIO = "rate_ratio"
 
 # PEFT's `loraplus_lr_embedding`: LoRA on an embedding learns at this rate, whatever the others do.
 _EMBEDDING_RATE = 1e-6
-_OF_EMBEDDING = ".lora_embedding_"
 
 
 def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, Any]]:
@@ -39,20 +38,23 @@ def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, An
     projected = {
         f"{path}.weight" for path, layer in adapter.whole.items() if isinstance(layer, GaLoreLinear)
     }
+    # An adapter without LoRA on its input embedding may not know of embeddings.
+    embeddings = getattr(adapter, "embeddings", {})
     found: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
     for name, parameter in adapter.parameters().items():
-        is_projected = name in projected
-        settings = {PROJECTED: config.rank} if is_projected else _loraplus(name, parameter, config)
+        if name in projected:
+            settings: dict[str, Any] = {PROJECTED: config.rank}
+        elif config.loraplus_ratio == 1:
+            settings = {}
+        elif name.rpartition(".")[0] in embeddings:
+            settings = {RATE_RATIO: _EMBEDDING_RATE / config.learning_rate}
+        else:
+            settings = _loraplus(name, parameter, config.loraplus_ratio)
         found.setdefault(tuple(settings.items()), []).append(parameter)
     return [{"params": parameters, **dict(settings)} for settings, parameters in found.items()]
 
 
-def _loraplus(name: str, parameter: nn.Parameter, config: TrainConfig) -> dict[str, Any]:
-    ratio = config.loraplus_ratio
-    if ratio == 1:
-        return {}
-    if _OF_EMBEDDING in name:
-        return {RATE_RATIO: _EMBEDDING_RATE / config.learning_rate}
+def _loraplus(name: str, parameter: nn.Parameter, ratio: float) -> dict[str, Any]:
     if not (name.endswith(".lora_B") or parameter.dim() == 1):
         return {}
     if name.endswith(".bias"):

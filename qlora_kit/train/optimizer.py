@@ -45,24 +45,25 @@ def build_optimizer(
     given: list[Any] = list(parameters)
     groups = given if isinstance(given[0], dict) else [{"params": given}]
     first = groups[0]["params"][0]
-    is_projected = any(PROJECTED in group for group in groups)
     on_gpu = first.device.type == "cuda"
     if options.optimizer == "adamw":
         # On a GPU, torch's default makes several lists of temporary tensors, each as large as all
         # parameters together. The fused one makes none.
-        adamw: Any = (
-            galore.with_projections(torch.optim.AdamW) if is_projected else torch.optim.AdamW
-        )
-        made: torch.optim.Optimizer = adamw(groups, **common, fused=True if on_gpu else None)
-        return made
+        fused = {"fused": True if on_gpu else None}
+        return _built(torch.optim.AdamW, groups, {**common, **fused})
     from bitsandbytes import optim
 
     bits = 8 if options.optimizer.endswith("8bit") else 32
     # Paged state moves between GPU and host; on a CPU all state is in host memory anyway.
     paged = options.optimizer.startswith("paged") and on_gpu
-    adamw = galore.with_projections(optim.AdamW) if is_projected else optim.AdamW
-    optimizer: torch.optim.Optimizer = adamw(groups, optim_bits=bits, is_paged=paged, **common)
-    return optimizer
+    return _built(optim.AdamW, groups, {**common, "optim_bits": bits, "is_paged": paged})
+
+
+def _built(kind: Any, groups: list[Any], options: dict[str, Any]) -> torch.optim.Optimizer:
+    if any(PROJECTED in group for group in groups):
+        kind = galore.with_projections(kind)
+    made: torch.optim.Optimizer = kind(groups, **options)
+    return made
 
 
 def learning_rate_at(step: int, total_steps: int, options: OptimizerOptions) -> float:

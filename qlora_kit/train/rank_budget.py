@@ -156,4 +156,4 @@ def _values(a: Tensor) -> Tensor:
     """
     assert a.grad is not None, "every targeted layer is in the graph"
     values: Tensor = torch.linalg.svdvals(a.grad)
-    return values if values.dim() == 1 else values.norm(dim=0)
+    return values if values.dim() == 1 else values.square().sum(0).sqrt()
