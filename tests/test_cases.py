@@ -195,3 +195,18 @@ def test_a_pointer_of_git_lfs_is_told(case: Path, kit: Kit, stories: Path) -> No
         "error: adapter_model.safetensors: a Git LFS pointer to the file; expected the file "
         "itself; get it with `git lfs pull`, or download it again"
     ]
+
+
+@pytest.mark.parametrize("case", ["adapter-p_ewt", "adapter-p_resize"], indirect=True)
+def test_tables_that_peft_saved_give_its_logits(case: Path, kit: Kit, stories: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    code, _, err = kit("export", ".", "--to", "out", "--model", str(stories), "--base",
+                       "original", "--dtype", "float32")  # fmt: skip
+    assert code == 0, err
+    expected = torch.load(case / "logits.pt", weights_only=True)
+    merged = AutoModelForCausalLM.from_pretrained(case / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = merged(input_ids=torch.tensor(IDS)).logits
+    assert float((found - expected).abs().max()) <= 1e-4
