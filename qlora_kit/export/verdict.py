@@ -55,6 +55,8 @@ def _base(
             "The base was not quantised in training: there is only one to merge into.",
         )
     trained = "Merge into the quantised base (--base quantized): it is what was trained"
+    if merge.is_merge_aware:
+        return "quantized", f"{trained}, and what its codes are made of."
     original = measures.get(Variant.ORIGINAL)
     if original is None or rows is None:
         reason = "not measured on rows" if rows is None else "there are no other weights"
