@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from qlora_kit.config import VariantOptions
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.combinations import check_forms
-from qlora_kit.lora.whole import TokenRows
+
+if TYPE_CHECKING:
+    from qlora_kit.lora.whole import TokenRows
 
 # PEFT's word for causal language modelling.
 TASK_TYPE = "CAUSAL_LM"
