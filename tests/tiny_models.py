@@ -161,7 +161,7 @@ def fill_lora(adapter: Any, seed: int = 7, std: float = 0.1) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    for layer in adapter.with_terms().values():
+    for layer in {**adapter.layers, **adapter.others()}.values():
         # Drawn on the CPU: the same values on every device.
         layer.lora_B.data.copy_(
             torch.empty(layer.lora_B.shape).normal_(0, std, generator=generator)

@@ -142,10 +142,13 @@ class Adapter:
             for name, parameter in layer.trained().items():
                 # Layers may share a parameter, which has the name that the first of them gives it.
                 named.setdefault(parameter, f"{path}.{name}")
-        others: Mapping[str, LoRAStack | LoRAEmbedding] = {**self.stacks, **self.embeddings}
-        for path, other in others.items():
+        for path, other in self.others().items():
             named |= {other.lora_A: f"{path}.lora_A", other.lora_B: f"{path}.lora_B"}
         return {**{name: each for each, name in named.items()}, **self.whole_parameters()}
+
+    def others(self) -> dict[str, LoRAStack | LoRAEmbedding]:
+        """Return what carries LoRA and is no layer, by path: stacks of experts, and embeddings."""
+        return {**self.stacks, **self.embeddings}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return the values of the trained parameters by name, on the CPU."""

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import LearningError
-from qlora_kit.layers.lora_embedding import LoRAEmbedding
-from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.private_torch import largest_magnitudes
 
@@ -67,8 +65,7 @@ def check_movement(adapter: Adapter, steps: int) -> None:
 def _first_moved(adapter: Adapter) -> Mapping[str, nn.Parameter]:
     """Return each B, or what B is composed of; of a stack, a token chooses some expert at least."""
     of_layers = {path: layer.first_moved for path, layer in adapter.layers.items()}
-    others: Mapping[str, LoRAStack | LoRAEmbedding] = {**adapter.stacks, **adapter.embeddings}
-    return of_layers | {path: each.lora_B for path, each in others.items()}
+    return of_layers | {path: each.lora_B for path, each in adapter.others().items()}
 
 
 def _all_zero(tensors: Mapping[str, Tensor | None]) -> list[str]:

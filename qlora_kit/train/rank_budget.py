@@ -106,7 +106,7 @@ def _uses(
 ) -> dict[str, list[float]]:
     """Return the leading singular values of the gradient of each targeted weight, by path."""
     trained: dict[str, LoRALinear | LoRAStack | LoRAEmbedding] = {
-        **adapter.layers, **adapter.stacks, **adapter.embeddings,
+        **adapter.layers, **adapter.others(),
     }  # fmt: skip
     _differentiate(adapter, objective, rows, at_once)
     with torch.no_grad():
