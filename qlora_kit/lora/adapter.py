@@ -403,7 +403,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     raw = with_matrices(raw, config, folder)
     magnitudes = _magnitudes(raw, config, folder)
     raw = {key: tensor for key, tensor in raw.items() if not _MAGNITUDE_KEY.fullmatch(key)}
-    of_base, raw = base_layers(turned(raw, folder / WEIGHTS))
+    raw = turned(raw, folder / WEIGHTS)
     lora = {key: tensor for key, tensor in raw.items() if _KEY.fullmatch(key)}
     others = {key: tensor for key, tensor in raw.items() if key not in lora}
     of_tokens = token_tensors(others, config, folder / WEIGHTS)
@@ -415,7 +415,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
         is_whole=lambda path: any(_is_within(path, module) for module in modules),
         file=folder / WEIGHTS,
     )
-    saved = _saved(biases.rest, modules, folder)
+    of_base, rest = base_layers(biases.rest)
+    saved = _saved(rest, modules, folder)
     _check_all_saved(saved, config, folder)
     pairs, kernels = _pair(lora, folder)
     if (blocks := config.use_bdlora) is not None:

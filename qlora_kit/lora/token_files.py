@@ -91,7 +91,9 @@ def token_tensors(raw: Mapping[str, Tensor], config: PeftConfig, file: Path) -> 
         values = rows.pop(path, None)
         whole = table if values is None else with_rows(table, ids.pop(path), values)
         rest[f"base_model.model.{path}.weight"] = whole
-    paths = (re.sub(_PREFIX, "", key, count=1).rpartition(".")[0] for key in rest)
+    # A bias alone is none of a table: `bias` asks for those that were trained.
+    weights = (key for key in rest if key.endswith(".weight"))
+    paths = (re.sub(_PREFIX, "", key, count=1).rpartition(".")[0] for key in weights)
     is_table = {path for path in paths if path.rpartition(".")[2] in _TABLES}
     found = TokenRows(ids) if ids else None
     return TokenTensors(rest, {path: each.float() for path, each in rows.items()}, found,

@@ -636,7 +636,7 @@ def adapters_with_unknown_features(folder: Path, canary: Path) -> None:
     """Features without which the kit would compute another model, if it ignored them."""
     adapter = _adapter(folder)
     good = (adapter / "adapter_config.json").read_text()
-    features = {"use_dora": True, "use_mora": True, "kasa_config": {"beta": 1},
+    features = {"use_mora": True, "kasa_config": {"beta": 1},
                 "arrow_config": {"top_k": 2}, "layer_replication": [[0, 2], [1, 2]],
                 "alora_invocation_tokens": [5], "use_qalora": True, "enable_lora": [True],
                 "shiny_new_option": "on", "init_lora_weights": "pissa"}  # fmt: skip
