@@ -26,7 +26,6 @@ from qlora_kit.layers.projections import (
     carriers,
     projections,
     stacks,
-    vocabulary,
 )
 from qlora_kit.layers.trained import TrainedLayer
 from qlora_kit.lora.forms import check_sites, count_form, layer_maker
@@ -215,7 +214,7 @@ def count_trainable(skeleton: nn.Module, spec: LoraSpec) -> int:
     """
     layers = by_lora_path(carriers(skeleton))
     sites = {path: layers[path] for path in targeted_paths(skeleton, spec)}
-    check_sites(spec, sites, vocabulary(skeleton))
+    check_sites(spec, sites)
     experts = [path for path, (first, *_) in sites.items() if first.is_expert]
     check_merge_aware(spec, 4, experts=experts)
     by_galore = (skeleton.get_submodule(path) for path in galore_paths(skeleton, spec))
@@ -245,7 +244,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     of_experts = stacks(base.model)
     by_path = by_lora_path(found)
     sites = {path: by_path[path] for path in paths}
-    check_sites(spec, sites, vocabulary(base.model))
+    check_sites(spec, sites)
     experts = [path for path in paths if path in of_experts]
     is_shared = base.shards is not None
     check_merge_aware(spec, base.quantization.bits, is_shared=is_shared, experts=experts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,32 +34,24 @@ Sites = Mapping[str, Sequence[Projection]]
 """the projections that each path of LoRA stands for: one layer, or the experts of a stack"""
 
 
-def check_sites(spec: LoraSpec, sites: Sites, at_ends: Collection[str]) -> None:
+def check_sites(spec: LoraSpec, sites: Sites) -> None:
     """Check that the variants can be had on the targeted layers.
 
-    Args:
-        spec: the variant.
-        sites: the targeted layers.
-        at_ends: the paths of the input embedding and the head.
-
     Raises:
-        ConfigError: a layer is one of experts, a convolution, an embedding or the head, which has
-            not this variant; or VB-LoRA finds no vector that divides all layers.
+        ConfigError: a layer is one of experts or a convolution, which PEFT or the kit has not in
+            this variant; or VB-LoRA finds no vector that divides all layers.
     """
     variant = spec.variant
     plain = ("--dora", variant.dora), ("--vblora", variant.vblora)
     for_layers = (*plain, ("--learned-scale", variant.learned_scale))
     for_linear = (*for_layers, ("--freeze-a", variant.freeze_a))
     for path, (first, *_) in sites.items():
-        refusing: Sequence[tuple[str, bool]] = plain if first.window is not None else ()
-        what = "a convolution"
-        if first.is_expert or path in at_ends:
-            refusing = (*for_linear, ("--merge-aware", variant.merge_aware))
-            what = "a stack of experts" if first.is_expert else "an embedding or the output head"
+        refusing = for_linear if first.is_expert else plain if first.window is not None else ()
         if flag := next((flag for flag, is_asked in refusing if is_asked), None):
+            what = "a stack of experts" if first.is_expert else "a convolution"
             raise ConfigError(
                 f"{flag}: --targets names {path}, {what}, which has plain LoRA only; expected "
-                f"other linear layers; name other --targets, or leave {flag} out"
+                f"linear layers; name other --targets, or leave {flag} out"
             )
     if variant.vblora and sites:
         bank_shape(sites)

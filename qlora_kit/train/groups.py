@@ -39,7 +39,7 @@ def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, An
         f"{path}.weight" for path, layer in adapter.whole.items() if isinstance(layer, GaLoreLinear)
     }
     # An adapter without LoRA on its input embedding may not know of embeddings.
-    embeddings = getattr(adapter, "embeddings", {})
+    embeddings = adapter.embeddings
     found: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
     for name, parameter in adapter.parameters().items():
         if name in projected:

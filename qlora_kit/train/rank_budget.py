@@ -24,7 +24,6 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.data.batch import Indices, TokenRows
 from qlora_kit.errors import NumericsError
 from qlora_kit.layers.lora import LoRALinear
-from qlora_kit.layers.lora_embedding import LoRAEmbedding
 from qlora_kit.layers.lora_experts import LoRAStack
 from qlora_kit.lora.attach import Adapter, attach, detach
 from qlora_kit.lora.ranks import allotted, most_rank, with_ranks
@@ -105,9 +104,7 @@ def _uses(
     adapter: Adapter, objective: Objective, rows: TokenRows, at_once: int
 ) -> dict[str, list[float]]:
     """Return the leading singular values of the gradient of each targeted weight, by path."""
-    trained: dict[str, LoRALinear | LoRAStack | LoRAEmbedding] = {
-        **adapter.layers, **adapter.others(),
-    }  # fmt: skip
+    trained: dict[str, LoRALinear | LoRAStack] = {**adapter.layers, **adapter.stacks}
     _differentiate(adapter, objective, rows, at_once)
     with torch.no_grad():
         for layer in trained.values():
