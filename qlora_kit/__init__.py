@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from qlora_kit.infer.evaluate import evaluate
     from qlora_kit.infer.generate import Sampling, generate
     from qlora_kit.layers.quantize import Quantization
-    from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
+    from qlora_kit.lora.adapter import load_adapter
     from qlora_kit.lora.attach import Adapter, attach, detach, merge
     from qlora_kit.lora.files import BaseRecord
+    from qlora_kit.lora.reading import read_adapter
     from qlora_kit.lora.several import AdapterSet, PerRow, load_adapters
     from qlora_kit.lora.spec import LoraSpec, Variant
+    from qlora_kit.lora.writing import save_adapter
     from qlora_kit.model.hardware import choose_hardware
     from qlora_kit.model.load import Base, BaseSpec, load_base
     from qlora_kit.model.names import find_model, known_models
@@ -69,10 +71,12 @@ _EXPORTS = {
     "export.verify": ("verify_merge",),
     "infer.evaluate": ("evaluate",),
     "infer.generate": ("Sampling", "generate"),
-    "lora.adapter": ("load_adapter", "read_adapter", "save_adapter"),
+    "lora.adapter": ("load_adapter",),
     "lora.attach": ("Adapter", "attach", "detach", "merge"),
     "lora.spec": ("LoraSpec", "Variant"),
+    "lora.writing": ("save_adapter",),
     "lora.files": ("BaseRecord",),
+    "lora.reading": ("read_adapter",),
     "lora.several": ("AdapterSet", "PerRow", "load_adapters"),
     "model.hardware": ("choose_hardware",),
     "model.load": ("Base", "BaseSpec", "load_base"),

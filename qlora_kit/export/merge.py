@@ -24,9 +24,10 @@ from qlora_kit.export.shards import ShardWriter
 from qlora_kit.layers.projections import carriers, projected_weights, stacks
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
-from qlora_kit.lora.adapter import StoredAdapter, check_layers, check_token_rows
+from qlora_kit.lora.adapter import check_layers, check_token_rows
 from qlora_kit.lora.biases import check_mergeable
 from qlora_kit.lora.saved import check_saved
+from qlora_kit.lora.stored import StoredAdapter
 from qlora_kit.lora.vocabulary import check_same
 from qlora_kit.model.convert import as_stored, with_kernels
 from qlora_kit.model.encoder_decoder import stays_unpacked

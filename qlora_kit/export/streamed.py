@@ -23,7 +23,7 @@ from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.projections import input_embedding, projections
 from qlora_kit.layers.windows import Window, window_of
-from qlora_kit.lora.adapter import StoredAdapter
+from qlora_kit.lora.stored import StoredAdapter
 from qlora_kit.model.encoder_decoder import target_states
 from qlora_kit.private_torch import own_buffers
 from qlora_kit.tasks.seq2seq import SourceBatch

@@ -21,8 +21,10 @@ from qlora_kit.layers.lora_embedding import scale_of
 from qlora_kit.layers.low_rank import LowRank
 from qlora_kit.layers.projections import carriers
 from qlora_kit.layers.windows import Window
-from qlora_kit.lora.adapter import StoredAdapter, check_fits, read_adapter
+from qlora_kit.lora.adapter import check_fits
 from qlora_kit.lora.attach import check_free
+from qlora_kit.lora.reading import read_adapter
+from qlora_kit.lora.stored import StoredAdapter
 from qlora_kit.model.load import Base
 
 Names = str | None | Sequence[str | None]

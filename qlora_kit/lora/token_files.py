@@ -25,9 +25,9 @@ from qlora_kit.model.vocabulary import rows_of, tables
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qlora_kit.lora.adapter import StoredAdapter
     from qlora_kit.lora.attach import Adapter
     from qlora_kit.lora.files import PeftConfig
+    from qlora_kit.lora.stored import StoredAdapter
     from qlora_kit.model.load import BaseSpec
 
 _ROWS = "token_adapter.trainable_tokens_delta"

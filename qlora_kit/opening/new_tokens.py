@@ -74,7 +74,7 @@ def stored_vocabulary(bare: BaseSpec, tokenizer: Any, adapter: Path | None) -> i
     Returns:
         None where the base has as many as it needs.
     """
-    from qlora_kit.lora.adapter import read_adapter
+    from qlora_kit.lora.reading import read_adapter
     from qlora_kit.lora.token_files import has_tables, vocabulary_of
     from qlora_kit.model.new_tokens import add_tokens
 

@@ -24,8 +24,8 @@ from qlora_kit.opening.adapters import stored_options
 from qlora_kit.storage import file_hash
 
 if TYPE_CHECKING:
-    from qlora_kit.lora.adapter import StoredAdapter
     from qlora_kit.lora.spec import LoraSpec
+    from qlora_kit.lora.stored import StoredAdapter
     from qlora_kit.model.load import BaseSpec
 
 _OF_4_BITS = ("bits", "quant_type", "double_quant")
@@ -101,7 +101,7 @@ def _targets(config: PeftConfig, adapter: Path) -> list[str]:
     is_plain = config.layers_to_transform is None and not any(narrows)
     if isinstance(named, list) and named and is_plain and not any(map(IS_PATTERN.search, named)):
         return named
-    from qlora_kit.lora.adapter import read_adapter
+    from qlora_kit.lora.reading import read_adapter
 
     paths = read_adapter(adapter).spec.targets
     if odd := [path for path in paths if IS_PATTERN.search(path)]:
@@ -141,7 +141,7 @@ def started_from(config: TrainConfig, spec: BaseSpec, lora: LoraSpec) -> StoredA
     """
     if config.adapter is None:
         return None
-    from qlora_kit.lora.adapter import read_adapter
+    from qlora_kit.lora.reading import read_adapter
     from qlora_kit.lora.targets import targeted_paths
 
     faults = [*_contradictions(config, config.adapter)]

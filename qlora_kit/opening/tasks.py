@@ -165,7 +165,7 @@ def stored_task(
 ) -> Task:
     """Return the task that an adapter, or else a model, was trained for."""
     from qlora_kit.data.labels import Labels
-    from qlora_kit.lora.adapter import stored_labels
+    from qlora_kit.lora.reading import stored_labels
     from qlora_kit.model.class_head import ClassHead
     from qlora_kit.model.encoder_decoder import is_encoder_decoder
 

@@ -30,10 +30,10 @@ from qlora_kit.layers.projections import (
 from qlora_kit.layers.purpose import EXPERTS
 from qlora_kit.layers.quantize import Quantization, empty_4bit
 from qlora_kit.layers.weight import FrozenWeight, Int8Weight
-from qlora_kit.lora.adapter import StoredAdapter
 from qlora_kit.lora.attach import attach
 from qlora_kit.lora.starts.check import OF_ROWS, OF_WEIGHTS, check_start
 from qlora_kit.lora.starts.loading import FreshStart
+from qlora_kit.lora.stored import StoredAdapter
 from qlora_kit.lora.targets import targeted_paths
 from qlora_kit.model.hardware import Hardware
 from qlora_kit.model.images import layer_count

@@ -81,7 +81,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     from qlora_kit.export.merge import Merge, merge_to
     from qlora_kit.export.merge_report import check_threshold
     from qlora_kit.export.verify import verify_merge
-    from qlora_kit.lora.adapter import read_adapter
+    from qlora_kit.lora.reading import read_adapter
     from qlora_kit.model.hardware import choose_hardware, dtype_named
     from qlora_kit.model.threads import choose_threads
 

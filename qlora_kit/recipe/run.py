@@ -23,9 +23,9 @@ from qlora_kit.events import Announce, Closing, Facts, Notice, announce_to
 from qlora_kit.infer.evaluate import Evaluation
 from qlora_kit.infer.samples import SampleAccount
 from qlora_kit.infer.together import Together
-from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.attach import Adapter, count_trainable
 from qlora_kit.lora.files import BaseRecord
+from qlora_kit.lora.writing import save_adapter
 from qlora_kit.opening.model import Opened
 from qlora_kit.opening.start import hash_of_start
 from qlora_kit.opening.tasks import is_of_images

@@ -21,9 +21,10 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.data.mixed_stream import MixedPlace
 from qlora_kit.data.stream import StreamPlace
 from qlora_kit.errors import DataError, InputError, StorageError, raised_as
-from qlora_kit.lora.adapter import read_adapter, save_adapter
 from qlora_kit.lora.attach import Adapter
 from qlora_kit.lora.files import BaseRecord
+from qlora_kit.lora.reading import read_adapter
+from qlora_kit.lora.writing import save_adapter
 from qlora_kit.model.memory import out_of_memory_while
 from qlora_kit.storage import (
     check_space,

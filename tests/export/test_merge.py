@@ -224,7 +224,7 @@ MERGE = textwrap.dedent(
     from transformers import AutoTokenizer
     from qlora_kit.config import parse_size
     from qlora_kit.export.merge import merge_to
-    from qlora_kit.lora.adapter import StoredAdapter
+    from qlora_kit.lora.stored import StoredAdapter
     from qlora_kit.lora.spec import LoraSpec
     from qlora_kit.model.load import BaseSpec
     from qlora_kit.model.names import find_model

@@ -175,7 +175,7 @@ def _wrong_log(case: Case, output: Path, hit_rows: dict[int, list[int]]) -> list
 
 def _wrong_checkpoint(output: Path, weights: dict[str, Tensor]) -> list[str]:
     """Return the faults of the last checkpoint: it must load, with the run's last weights."""
-    from qlora_kit.lora.adapter import read_adapter
+    from qlora_kit.lora.reading import read_adapter
 
     folder = find_checkpoint(output, "latest").folder
     if folder is None:

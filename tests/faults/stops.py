@@ -66,7 +66,7 @@ _PHASES: dict[str, tuple[Callable[[_Act], None], ...]] = {
     "ending": (
         partial(at_call, "qlora_kit.report.plot:draw_loss", 1),
         partial(at_call, "qlora_kit.report.card:write_card", 1),
-        partial(at_call, "qlora_kit.lora.adapter:save_tensors", 1),
+        partial(at_call, "qlora_kit.lora.writing:save_tensors", 1),
     ),
     "merging": (
         partial(at_event, LoadProgress, 3),

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import fill_lora, load_folder
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
+from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.attach import Adapter, attach, detach
 from qlora_kit.lora.files import BaseRecord, read_base_record
+from qlora_kit.lora.reading import read_adapter
 from qlora_kit.lora.spec import LoraSpec
+from qlora_kit.lora.writing import save_adapter
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 

@@ -26,11 +26,13 @@ from qlora_kit.layers.learned_scale import LearnedScaleLinear
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.mlp import Parts
 from qlora_kit.layers.vector_bank import VectorBankLinear
-from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
+from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.attach import Adapter, attach, count_trainable, detach, merge
 from qlora_kit.lora.files import BaseRecord
+from qlora_kit.lora.reading import read_adapter
 from qlora_kit.lora.several import load_adapters
 from qlora_kit.lora.spec import LoraSpec, Variant
+from qlora_kit.lora.writing import save_adapter
 from qlora_kit.model.head import head_of
 from qlora_kit.step.groups import set_groups
 from qlora_kit.step.tiles import set_mlp_tiles

@@ -13,10 +13,11 @@ from tiny_models import fill_lora, load_folder, mask_of
 from torch import Tensor
 
 from qlora_kit.data.batch import Batch, collate
-from qlora_kit.lora.adapter import load_adapter, save_adapter
+from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.attach import Adapter, attach
 from qlora_kit.lora.files import BaseRecord
 from qlora_kit.lora.spec import LoraSpec
+from qlora_kit.lora.writing import save_adapter
 from qlora_kit.model.head import head_of
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.tasks.causal import loss_sum

@@ -29,11 +29,13 @@ from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.layers.draws import Draws, drawn_from
 from qlora_kit.layers.head import quantize_head
 from qlora_kit.layers.quantize import Quantization
-from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
+from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.attach import Adapter, attach, count_trainable, detach, merge
 from qlora_kit.lora.files import BaseRecord
+from qlora_kit.lora.reading import read_adapter
 from qlora_kit.lora.several import load_adapters
 from qlora_kit.lora.spec import LoraSpec, Variant
+from qlora_kit.lora.writing import save_adapter
 from qlora_kit.model.head import head_of
 from qlora_kit.storage import load_tensors, save_tensors
 from qlora_kit.tasks.causal import loss_sum

@@ -25,7 +25,7 @@ from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.start import Pair
 
 if TYPE_CHECKING:
-    from qlora_kit.lora.adapter import StoredAdapter
+    from qlora_kit.lora.stored import StoredAdapter
 
 
 def doubled(spec: LoraSpec) -> LoraSpec:

@@ -227,8 +227,8 @@ def stored_start(folder: Path) -> KnownStart | None:
     Raises:
         AdapterError: see `read_adapter`.
     """
-    from qlora_kit.lora.adapter import read_adapter
     from qlora_kit.lora.files import read_base_record
+    from qlora_kit.lora.reading import read_adapter
 
     record = read_base_record(folder)
     if record is None or record.start is None:

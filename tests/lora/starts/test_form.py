@@ -16,14 +16,16 @@ from tiny_models import SIZES, fill_lora, load_folder, save_model
 from torch import Tensor
 
 from qlora_kit.errors import AdapterError, ConfigError
-from qlora_kit.lora.adapter import load_adapter, read_adapter, save_adapter
+from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.attach import Adapter, attach
 from qlora_kit.lora.files import RECORD, BaseRecord
+from qlora_kit.lora.reading import read_adapter
 from qlora_kit.lora.several import load_adapters
 from qlora_kit.lora.spec import LoraSpec, Variant
 from qlora_kit.lora.starts.check import check_start
 from qlora_kit.lora.starts.loading import FreshStart, stored_start
 from qlora_kit.lora.targets import targeted_paths
+from qlora_kit.lora.writing import save_adapter
 from qlora_kit.model.load import load_base
 
 SPEC = LoraSpec(
