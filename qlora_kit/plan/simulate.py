@@ -186,8 +186,9 @@ def predict(subject: Subject, config: TrainConfig) -> Prediction:
     layers = layer_count(architecture)
     merged = min(layers, _layers_of_a_shard(subject.spec) + 1)
     skeleton = subject.spec.skeleton(merged)
+    short = subject.shortened_to(skeleton)
     with _simulation(subject.hardware) as ledger:
-        _simulate_merge(ledger, skeleton, subject, run, layers / merged)
+        _simulate_merge(ledger, skeleton, short, run, layers / merged)
     device = {phase: run.device[phase] for phase in PHASES}
     return Prediction(
         device,
@@ -232,6 +233,7 @@ def simulated_run(
         config: the settings that the run starts with.
         skeleton: the skeleton of the base, or of the same base with fewer layers.
     """
+    subject = subject.shortened_to(skeleton)
     _ = subject.stored_dtype  # opens files, which a simulation cannot
     with _simulation(subject.hardware) as ledger:
         run = SimulatedRun(ledger, subject, config, skeleton)
@@ -356,7 +358,7 @@ class SimulatedRun:
 
     def attach(self) -> None:
         """Attach the adapter and let the optimiser make the state that every later step finds."""
-        lora = self.subject.lora_for(self.model)
+        lora = self.subject.lora
         if lora.variant.init in OF_ROWS:
             self._ask_first_rows()
         adapter = attach(self.base, lora, self.config.seed)
@@ -523,7 +525,7 @@ def _simulate_merge(
         run: receives the phase.
         adapters: size of the whole adapter, relative to the adapter of these layers.
     """
-    lora = subject.lora_for(skeleton)
+    lora = subject.lora
     layers = by_lora_path(carriers(skeleton))
     targets = targeted_paths(skeleton, lora)
     with ledger.purpose("LoRA"):

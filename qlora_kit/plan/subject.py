@@ -212,16 +212,14 @@ class Subject:
         fewer = replace(usual, rows=math.ceil(usual.rows / count))
         return replace(one, rows=replace(self.rows, usual=fewer))
 
-    def lora_for(self, skeleton: PreTrainedModel) -> LoraSpec:
-        """Return the trained part of a skeleton of the base, which may have fewer blocks."""
-        whole = self.spec.architecture()
-        if layer_count(skeleton.config) == layer_count(whole):
-            return self.lora
-        return shortened(self.lora, self._skeleton, skeleton)
+    def shortened_to(self, skeleton: PreTrainedModel) -> Subject:
+        """Return the run with a skeleton of its base, which may have fewer blocks.
 
-    @cached_property
-    def _skeleton(self) -> PreTrainedModel:
-        return self.spec.skeleton()
+        To be asked for before a simulation begins, in which the skeletons would take memory.
+        """
+        if layer_count(skeleton.config) == layer_count(self.spec.architecture()):
+            return self
+        return replace(self, lora=shortened(self.lora, self.spec.skeleton(), skeleton))
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
