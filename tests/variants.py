@@ -10,12 +10,7 @@ STEPS = ("--model", "demo", "--max-steps", "4", "--save-steps", "2", "--eval-ste
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "rslora": ("--rslora",),
-    "head and embedding": (
-        "--targets",
-        "q_proj,lm_head,embed_tokens",
-        "--lora-dropout",
-        "0.1",
-    ),
+    "head and embedding": ("--targets", "q_proj,lm_head,embed_tokens", "--lora-dropout", "0.1"),
     "modules-to-save": ("--modules-to-save", "embed_tokens,lm_head,norm"),
     "new-tokens": ("--new-tokens", "dollars,<think>"),
     "dora": ("--dora", "--targets", "all-linear", "--lora-dropout", "0.1"),
@@ -24,7 +19,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "vblora": ("--vblora",),
     "pissa": ("--init", "pissa", "--rslora"),
     "olora": ("--init", "olora", "--rank-pattern", "q_proj=24"),
-    "loftq": ("--init", "loftq", "--lora-dropout", "0.1"),
+    "loftq": ("--init", "loftq"),
     "eva": ("--init", "eva"),
     "lora-ga": ("--init", "lora-ga"),
     "loraplus": ("--loraplus-ratio", "16"),

@@ -63,7 +63,9 @@ def bits_of(run_folder: Path) -> dict[str, bytes]:
 @EVERY
 def test_the_planned_peak_is_what_the_allocator_records(trained: Trained, name: str) -> None:
     rehearsal = json.loads((trained(name) / "memory.json").read_text())["rehearsal"]
-    assert abs(rehearsal["difference"]) <= 0.02
+    # Ranks under a budget are not known before the base is loaded: the plan is their bound.
+    least = -0.1 if name == "rank budget" else -0.02
+    assert least <= rehearsal["difference"] <= 0.02
 
 
 @EVERY
