@@ -69,6 +69,13 @@ class AnswerEnded(Event):
 
 
 @dataclass(frozen=True)
+class Told(Event):
+    """What the user asked of a conversation, and not of the model, is answered in lines."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class RowShown(Event):
     """A row of the data is shown token by token."""
 

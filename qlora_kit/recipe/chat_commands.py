@@ -47,9 +47,9 @@ def carried_out(chat: Chat, line: str) -> str:
     command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean /{near[0]}?" if near else "/help lists them"
+        meant = f"did you mean /{near[0]}?" if near else "/help lists them;"
         raise ConfigError(
-            f"/{name}: no such command; {meant} A text that begins with a slash begins with two"
+            f"/{name}: no such command; {meant} a text that begins with a slash is written with two"
         )
     return command.does(chat, rest.strip())
 
@@ -69,6 +69,8 @@ def _undo(chat: Chat, _: str) -> str:
 def _adapter(chat: Chat, name: str) -> str:
     if name:
         chat.use(None if name == OFF else name)
+    if not chat.names:
+        return "there is no adapter: the base answers"
     shown = [
         f"{each or OFF} (answers)" if each == chat.speaker else each or OFF
         for each in (*chat.names, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import ChatConfig
 from qlora_kit.errors import ConfigError, QloraKitError
-from qlora_kit.events import Announce, AnswerEnded, AnswerPart, Notice, silent
+from qlora_kit.events import Announce, AnswerEnded, AnswerPart, Notice, Told, silent
 from qlora_kit.lora.files import read_base_record
 from qlora_kit.model.environment import prepare_environment
 from qlora_kit.opening.adapters import (
@@ -198,15 +198,15 @@ class _Interrupts:
 def _converse(talk: Chat, config: ChatConfig, announce: Announce) -> None:
     interrupts = _Interrupts()
 
-    def complain(text: str) -> None:
-        announce(Notice(text))
+    def tell(text: str) -> None:
+        announce(Told(text))
 
-    announce(Notice(f"{config.model}{_with(talk)}; /help lists commands, Ctrl-D ends"))
-    with history_kept(complain), interrupts_to(interrupts):
-        for text in typed_texts(complain):
+    tell(f"{config.model}{_with(talk)}; /help lists commands, Ctrl-D ends")
+    with history_kept(tell), interrupts_to(interrupts):
+        for text in typed_texts(tell):
             try:
                 if text.startswith("/") and not text.startswith("//"):
-                    complain(carried_out(talk, text))
+                    tell(carried_out(talk, text))
                     continue
                 with interrupts.answering():
                     said = text[1:] if text.startswith("//") else text
@@ -214,9 +214,9 @@ def _converse(talk: Chat, config: ChatConfig, announce: Announce) -> None:
             except Quit:
                 return
             except KeyboardInterrupt:
-                complain("the answer is dropped")
+                tell("the answer is dropped")
             except QloraKitError as error:
-                complain(redacted(str(error)))
+                tell(f"error: {redacted(str(error))}")
 
 
 def _with(talk: Chat) -> str:

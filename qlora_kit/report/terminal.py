@@ -37,6 +37,7 @@ from qlora_kit.events import (
     StepFinished,
     StepSkipped,
     Table,
+    Told,
 )
 from qlora_kit.redact import for_terminal, redacted_values
 from qlora_kit.report.mask import mask_text
@@ -95,6 +96,8 @@ class Terminal:
             self.console.out(for_terminal(event.text), end="", highlight=False)
         elif isinstance(event, AnswerEnded):
             self._show_end(event)
+        elif isinstance(event, Told):
+            self.console.out(for_terminal(event.text), highlight=False)
         elif isinstance(event, Facts):
             self._show_facts(event)
         elif isinstance(event, Table):
