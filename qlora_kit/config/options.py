@@ -869,7 +869,10 @@ class ExportConfig(Options):
     """What is merged, and where to."""
 
     adapter: Path = option(..., "run or adapter folder")
-    to: Path = option(..., "new folder for the merged model")
+    to: Path | None = option(None, "new folder for the merged model")
+    check_server: Literal["vllm", "sglang", "tgi"] | None = option(
+        None, "write nothing, and say what this server would refuse of the adapter, or leave out"
+    )
     model: str | None = option(
         None, "base to merge into; default: the one the adapter names",
         also=["model_name_or_path", "base_model"],
