@@ -109,7 +109,7 @@ def _records_in(path: Path) -> str:
         return ""
     text = read_text(path)
     try:
-        last = parse_json(text.splitlines()[-1], str(path)) if text.strip() else {}
+        last = parse_json(text.rstrip("\n").split("\n")[-1], str(path)) if text.strip() else {}
     except DataError:
         last = None
     if not isinstance(last, dict):

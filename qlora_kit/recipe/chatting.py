@@ -40,6 +40,7 @@ def chat(config: ChatConfig, announce: Announce = silent) -> dict[str, Any]:
         The conversation as records of data, for programs.
     """
     prepare_environment()
+    named = next(iter(config.adapters), None)
     config = as_trained(_with_one_adapter(config))
     first = adapter_of(config)
     check_base(config.model, first)
@@ -55,13 +56,13 @@ def chat(config: ChatConfig, announce: Announce = silent) -> dict[str, Any]:
             "chat: the model answers a source, and has no memory of turns; expected a decoder; "
             "ask it with `qlora-kit generate`"
         )
-    voices = _voices(config, opened)
+    voices = _voices(config, opened, named)
     base = opened.load(config, announce, choose_threads(config.threads))
     base, speakers = _speakers(base, config, voices, announce)
     context = _context(config, opened)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
     talk = Chat(base, speakers, sampling, context)
-    if config.system is not None:
+    if config.system:
         talk.set_system(config.system)
     if talk.is_raw:
         announce(
@@ -105,10 +106,17 @@ def _context(config: ChatConfig, opened: Opened) -> int | None:
 # ---------------------------------------------------------------- who answers
 
 
-def _voices(config: ChatConfig, first: Opened) -> dict[str | None, Voice]:
-    """Return how each adapter is spoken to, by name: through the template that it learnt with."""
+def _voices(config: ChatConfig, first: Opened, named: str | None) -> dict[str | None, Voice]:
+    """Return how each adapter is spoken to, by name: through the template that it learnt with.
+
+    Args:
+        config: names the adapters.
+        first: the model, opened for the first of them.
+        named: the name of an adapter that is alone; None for that of its folder.
+    """
     if config.adapter is not None:
-        return {_name_of(config.adapter): _voice(config, config.adapter, first)}
+        name = named or config.adapter.resolve().name
+        return {name: _voice(config, config.adapter, first)}
     if not config.adapters:
         return {None: _voice(config, None, first)}
     return {
@@ -125,10 +133,6 @@ def _voice(config: ChatConfig, adapter: Path | None, opened: Opened) -> Voice:
     on_texts = record is not None and not record.template_hash and config.chat_template is None
     raw = config.raw or not opened.has_template or on_texts
     return Voice(opened.tokenizer, opened.task.asks(opened.tokenizer, None), raw)
-
-
-def _name_of(folder: Path) -> str:
-    return folder.resolve().name
 
 
 def _speakers(

@@ -67,6 +67,11 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     Returns:
         The facts of the merge and the merge report, for programs.
     """
+    if config.check_server is not None and config.to is not None:
+        raise ConfigError(
+            "--check-server: writes nothing, and --to names a folder; expected one of the two; "
+            "leave --to out, or export without a check"
+        )
     if config.check_server is not None:
         return check_for_server(config.adapter, config.check_server, config.model, announce)
     if config.to is None:

@@ -187,6 +187,7 @@ def test_the_command_says_yes_with_how_and_no_with_why(
     ("given", "expected"),
     [
         (("nowhere", "--check-server", "vllm"), "nowhere: no such folder"),
+        (("nowhere", "--check-server", "tgi", "--to", "x"), "--check-server: writes nothing"),
         (("nowhere", "--check-server", "ollama"), "--check-server: found ollama; expected"),
     ],
 )

@@ -227,6 +227,15 @@ def test_each_line_of_a_pipe_is_a_turn_and_the_answers_are_plain_text(
     assert "tokens/s" not in out
 
 
+def test_an_adapter_that_is_alone_has_the_name_that_it_is_given(
+    pipe: Any, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(b"hi\n")
+    code, out, err = run("chat", f"--adapter=its={adapter}", *SHORT, "--json", capsys=capsys)
+    assert code == 0, err
+    assert json.loads(out)["adapter"] == "its"
+
+
 def test_a_program_is_given_the_conversation(
     pipe: Any, texts: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
