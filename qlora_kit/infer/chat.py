@@ -228,14 +228,10 @@ class Chat:
         )
 
     def _prompt(self, text: str) -> tuple[list[int], int]:
-        """Return the ids to continue, and how many of the first turns they leave out.
-
-        Raises:
-            DataError: the text alone is too long.
-        """
+        """Return the ids to continue, and how many of the first turns they leave out."""
         asks = self._voice.asks
         if self.is_raw:
-            return asks.ids(text, _PLACE), 0
+            return asks.ids(text, _PLACE), self._unseen
         unseen, said = self._unseen, Message("user", text)
         while True:
             seen = (*self._opening(), *self._turns[unseen:], said)
@@ -252,7 +248,11 @@ class Chat:
         return min(self._sampling.max_new_tokens, self._context // 2)
 
     def _room_after(self, ids: Sequence[int]) -> Sampling:
-        """Return the sampling of an answer that fits behind a prompt."""
+        """Return the sampling of an answer that fits behind a prompt.
+
+        Raises:
+            DataError: no token does.
+        """
         if self._context is None:
             return self._sampling
         room = self._context - len(ids)

@@ -185,6 +185,20 @@ def test_the_oldest_turns_are_left_out_where_the_context_is_full(
     assert len(chat.messages) == 13, "the whole conversation is still there"
 
 
+def test_a_text_that_is_continued_by_itself_sees_no_turns(opened: Any, voice: Voice) -> None:
+    raw = Voice(voice.tokenizer, voice.asks, is_raw=True)
+    speakers = Speakers({"turns": voice, "texts": raw}, lambda name: None)
+    chat = Chat(opened.base, speakers, SHORT, 60)
+    assert sum(say(chat, f"{SAID[0]} {number}")[0].cut for number in range(3)) >= 2
+    chat.use("texts")
+    answer, found = say(chat, SAID[0])
+    ids = voice.asks.ids(SAID[0], "a test")
+    assert (answer.prompt_tokens, answer.cut) == (len(ids), 0)
+    assert found == next(generate(opened.base, voice.tokenizer, [ids], SHORT)).strip()
+    with pytest.raises(DataError, match="/system: no chat template is used"):
+        chat.set_system("Be brief.")
+
+
 def test_an_answer_is_cut_where_the_context_ends(chat_of: Callable[..., Chat]) -> None:
     chat = chat_of(Sampling(max_new_tokens=400, temperature=3.0), context=60)
     answer = chat.say(SAID[0], lambda piece: None)
