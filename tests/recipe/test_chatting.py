@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support import run
+from t5_models import save_t5, t5_tokenizer
 from tiny_models import fill_lora
 
 import qlora_kit as qk
@@ -279,6 +280,16 @@ def test_what_cannot_be_is_one_line(
     code, _, err = run("chat", *given, "--max-new-tokens", "1", capsys=capsys)
     assert code == 2
     assert expected in err.splitlines()[-1]
+
+
+def test_a_model_that_has_no_turns_is_refused(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    t5_tokenizer("a b c").save_pretrained(save_t5(tmp_path))
+    pipe(b"hi\n")
+    code, _, err = run("chat", "--model", str(tmp_path), capsys=capsys)
+    assert code == 2
+    assert "chat: the model answers a source, and has no memory of turns" in err.splitlines()[-1]
 
 
 def test_escape_sequences_of_a_model_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
