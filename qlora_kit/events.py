@@ -47,6 +47,35 @@ class Answered(Event):
 
 
 @dataclass(frozen=True)
+class AnswerPart(Event):
+    """A part of an answer, told while it comes."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class AnswerEnded(Event):
+    """An answer that was told in parts has ended."""
+
+    ended: str
+    """why: end token, length, context, or stopped"""
+    prompt_tokens: int
+    kept_tokens: int
+    """tokens of the prompt that were not computed again"""
+    new_tokens: int
+    first_seconds: float
+    """time to the first token"""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Told(Event):
+    """What the user asked of a conversation, and not of the model, is answered in lines."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class RowShown(Event):
     """A row of the data is shown token by token."""
 

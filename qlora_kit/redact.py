@@ -64,6 +64,16 @@ def one_line(text: str) -> str:
     return redacted(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text))
 
 
+def for_terminal(text: str) -> str:
+    """Return `text` with its control characters written out, except line ends and tabs.
+
+    What a model writes may hold sequences that would rewrite the terminal.
+    """
+    return _CONTROLS.sub(
+        lambda found: found[0] if found[0] in "\n\t" else repr(found[0])[1:-1], text
+    )
+
+
 def redacted_values(value: Any) -> Any:
     """Return `value` with every text in it redacted: in paths, lists, tuples, mappings, records."""
     if isinstance(value, str):

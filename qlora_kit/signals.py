@@ -97,6 +97,22 @@ def passed_on(to: Callable[[int], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupts_to(receive: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C call a function, and not end the program, while the block runs.
+
+    The function may raise an error, which then comes from where the program stands.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda signum, frame: receive())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Give the signals to a handler while the block runs, and afterwards back."""
     # A signal that the parent chose to ignore (nohup, a job in the background) stays ignored.

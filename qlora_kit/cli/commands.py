@@ -12,6 +12,7 @@ from qlora_kit import recipe
 from qlora_kit.cli.options import configure, parameters_of
 from qlora_kit.cli.run import listener, print_config, print_result
 from qlora_kit.config import (
+    ChatConfig,
     CheckConfig,
     EvaluateConfig,
     ExportConfig,
@@ -58,7 +59,7 @@ class _Command(click.Command):
                 code = started_processes(config, click.get_current_context().obj)
                 if code is not None:
                     sys.exit(code)
-            with listener(as_json=as_json) as announce:
+            with listener(as_json=as_json, answers_alone=name == "chat") as announce:
                 result = getattr(recipe, name)(config, announce)
             if as_json and place().is_writer:
                 print_result(result)
@@ -136,6 +137,13 @@ COMMANDS: tuple[click.Command, ...] = (
         GenerateConfig,
         "Generate text with a model, with or without an adapter.",
         'qlora-kit generate --adapter runs/mine --prompt "Once upon a time"',
+    ),
+    _Command(
+        "chat",
+        ChatConfig,
+        "Hold a conversation with a model, with or without adapters. In a terminal /help lists "
+        "the commands; through a pipe each line is a turn, and the answers are plain text.",
+        "qlora-kit chat --adapter runs/mine",
     ),
     _Command(
         "export",

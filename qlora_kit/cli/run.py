@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,9 @@ import click
 import yaml
 
 from qlora_kit.config import Options, SweepConfig
-from qlora_kit.events import Announce, Event, Notice
+from qlora_kit.events import Announce, AnswerEnded, AnswerPart, Event, Notice
 from qlora_kit.opening.trials import resolved_sweep
-from qlora_kit.redact import redacted, redacted_values
+from qlora_kit.redact import for_terminal, redacted, redacted_values
 
 
 def print_config(config: Options, *, as_json: bool) -> None:
@@ -28,10 +29,18 @@ def print_config(config: Options, *, as_json: bool) -> None:
 
 
 @contextmanager
-def listener(*, as_json: bool) -> Iterator[Announce]:
-    """Yield what shows the events of a recipe; with `as_json` only notices, on stderr."""
+def listener(*, as_json: bool, answers_alone: bool = False) -> Iterator[Announce]:
+    """Yield what shows the events of a recipe; with `as_json` only notices, on stderr.
+
+    Args:
+        as_json: whether standard output is for the result alone.
+        answers_alone: whether it is for answers alone where nobody types.
+    """
     if as_json:
         yield _notices_to_stderr
+        return
+    if answers_alone and not sys.stdin.isatty():
+        yield _answers_to_stdout
         return
     from qlora_kit.report.terminal import Terminal
 
@@ -47,6 +56,15 @@ def print_result(result: dict[str, Any]) -> None:
 def _notices_to_stderr(event: Event) -> None:
     if isinstance(event, Notice):
         click.echo(f"note: {redacted(event.text)}", err=True)
+
+
+def _answers_to_stdout(event: Event) -> None:
+    if isinstance(event, AnswerPart):
+        click.echo(for_terminal(redacted(event.text)), nl=False)
+    elif isinstance(event, AnswerEnded):
+        click.echo()
+    else:
+        _notices_to_stderr(event)
 
 
 def _finite(result: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from qlora_kit.config.options import (
     BaseModelOptions,
     Bits,
     BudgetOptions,
+    ChatConfig,
     CheckConfig,
     DataOptions,
     DataSource,
@@ -50,7 +51,8 @@ from qlora_kit.config.values import parse_size
 
 __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
-    "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig", "ExportConfig", "GenerateConfig",
+    "ChatConfig", "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig", "ExportConfig",
+    "GenerateConfig",
     "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
     "PlanConfig", "PreferenceLoss", "QuantizeConfig", "RecordOptions", "RunOptions", "RunsConfig",
     "StepOptions", "SweepConfig", "TaskOptions", "TemplateOption", "TokenOptions", "TrainConfig",

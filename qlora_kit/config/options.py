@@ -833,7 +833,17 @@ class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOption
         return None if self.predictions is None else "--predictions"
 
 
-class GenerateConfig(TemplateOption, AdapterOption, BaseModelOptions):
+class AnswerOptions(Options):
+    """How answers are made."""
+
+    raw: bool = option(False, "continue the prompt as it is, without a chat template")
+    max_new_tokens: int = option(256, "tokens to generate at most", ge=1)
+    temperature: float = option(0.0, "0: greedy; above: sampling", ge=0)
+    top_p: float = option(1.0, "share of the probability kept when sampling", gt=0, le=1)
+    seed: int = option(42, "seed of sampling", ge=0, le=2**32 - 1)
+
+
+class GenerateConfig(AnswerOptions, TemplateOption, AdapterOption, BaseModelOptions):
     """What is asked, and how it is answered."""
 
     prompt: str | None = option(
@@ -842,18 +852,27 @@ class GenerateConfig(TemplateOption, AdapterOption, BaseModelOptions):
     prompts: Path | None = option(
         None, "file of prompts instead: records with a prompt, a text or turns"
     )
-    raw: bool = option(False, "continue the prompt as it is, without a chat template")
-    max_new_tokens: int = option(256, "tokens to generate at most", ge=1)
-    temperature: float = option(0.0, "0: greedy; above: sampling", ge=0)
-    top_p: float = option(1.0, "share of the probability kept when sampling", gt=0, le=1)
-    seed: int = option(42, "seed of sampling", ge=0, le=2**32 - 1)
+
+
+class ChatConfig(AnswerOptions, TemplateOption, AdapterOption, BaseModelOptions):
+    """How the conversation is held."""
+
+    system: str | None = option(None, "what the model is told before the first turn")
+    context: int | None = option(
+        None, "tokens that the model sees at most, the answer among them; default: as many as it "
+        "has positions for",
+        also=["num_ctx", "ctx_size", "max_model_len"], ge=2,
+    )  # fmt: skip
 
 
 class ExportConfig(Options):
     """What is merged, and where to."""
 
     adapter: Path = option(..., "run or adapter folder")
-    to: Path = option(..., "new folder for the merged model")
+    to: Path | None = option(None, "new folder for the merged model")
+    check_server: Literal["vllm", "sglang", "tgi"] | None = option(
+        None, "write nothing, and say what this server would refuse of the adapter, or leave out"
+    )
     model: str | None = option(
         None, "base to merge into; default: the one the adapter names",
         also=["model_name_or_path", "base_model"],

@@ -307,6 +307,12 @@ def _after_opened_reasoning(prompt: str, text: str, content: str) -> str | None:
     return prompt + before + rest
 
 
+def opened_reasoning(prompt: str) -> str:
+    """Return the tag, with the space after it, by which a generation prompt opens a reasoning."""
+    opened = _OPENED_REASONING.search(prompt)
+    return opened[0] if opened else ""
+
+
 def _holds(text: str, content: str) -> bool:
     """Whether a text has all of an answer; white space is ignored, because templates trim it."""
     return content.strip() in text or "".join(content.split()) in "".join(text.split())

@@ -159,29 +159,38 @@ def _generate_batch(
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     model: Any = base.model
-    chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature > 0:
-        chosen = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
     output = model.generate(
         input_ids=ids.to(base.hardware.device),
         attention_mask=mask.to(base.hardware.device),
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=end_token_ids(tokenizer, _configured_ends(base)),
+        eos_token_id=end_ids(base, tokenizer),
         use_cache=True,
         # No process may end before the others where each has a part of the base.
         synced_gpus=base.shards is not None,
-        **chosen,
+        **sampled_as(sampling),
     )
     # A decoder that continues a prompt gives it back; one that reads a source begins with a token
     # of its own.
     begun = 1 if is_encoder_decoder(model.config) else width
     return [tokenizer.decode(row[begun:], skip_special_tokens=True) for row in output]
+
+
+def sampled_as(sampling: Sampling) -> dict[str, Any]:
+    """Return the arguments of transformers' `generate` that say how the next token is chosen."""
+    if sampling.temperature <= 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+    }
+
+
+def end_ids(base: Base, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer, by tokenizer, template and the model's files."""
+    return end_token_ids(tokenizer, _configured_ends(base))
 
 
 def _configured_ends(base: Base) -> list[int]:

@@ -438,6 +438,15 @@ def _as_lora(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **same, "lora_dropout": content.get("vblora_dropout", 0.0)}
 
 
+def peft_fields(folder: Path) -> dict[str, Any]:
+    """Return the fields of `adapter_config.json` as they are written, whatever they are.
+
+    Raises:
+        AdapterError: the file is no JSON object.
+    """
+    return _read_object(folder / CONFIG)
+
+
 def read_base_record(folder: Path) -> BaseRecord | None:
     """Read `qlora_kit.json`; return None if there is none.
 

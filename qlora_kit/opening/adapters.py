@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_kit.config import (
     AdapterOption,
+    ChatConfig,
     EvaluateConfig,
     GenerateConfig,
 )
@@ -25,23 +26,24 @@ from qlora_kit.lora.files import (
 from qlora_kit.model.names import find_model
 
 if TYPE_CHECKING:
+    from qlora_kit.lora.attach import Adapter
     from qlora_kit.lora.several import AdapterSet, PerRow
     from qlora_kit.model.load import Base
 
 
-AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig)
+AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig, ChatConfig)
 
 
-def put_on(base: Base, config: AdapterOption, announce: Announce) -> None:
-    """Attach the adapter that is configured, if any.
+def put_on(base: Base, config: AdapterOption, announce: Announce) -> Adapter | None:
+    """Attach the adapter that is configured, if any, and return it.
 
     A notice says so if the adapter was trained on other bits than those of the base.
     """
     from qlora_kit.lora.adapter import load_adapter
 
     if config.adapter is None:
-        return
-    load_adapter(base, config.adapter)
+        return None
+    adapter = load_adapter(base, config.adapter)
     record = read_base_record(config.adapter)
     if record is not None and record.bits != base.quantization.bits:
         announce(
@@ -50,6 +52,7 @@ def put_on(base: Base, config: AdapterOption, announce: Announce) -> None:
                 f"{base.quantization.bits}: expect other numbers"
             )
         )
+    return adapter
 
 
 def put_by_row_on(
@@ -72,10 +75,18 @@ def put_by_row_on(
     return PerRow(put_several_on(base, config, announce), asked) if config.adapters else None
 
 
-def put_several_on(base: Base, config: AdapterOption, announce: Announce) -> AdapterSet:
+def put_several_on(
+    base: Base, config: AdapterOption, announce: Announce, *, one_template: bool = True
+) -> AdapterSet:
     """Put several adapters on a base.
 
     A notice names each adapter that was trained on other bits, or with another chat template.
+
+    Args:
+        base: a loaded base.
+        config: names the adapters.
+        announce: receives notices.
+        one_template: whether the template of the first is used for all.
     """
     from qlora_kit.lora.several import load_adapters
 
@@ -92,7 +103,11 @@ def put_several_on(base: Base, config: AdapterOption, announce: Announce) -> Ada
                     f"{base.quantization.bits}: expect other numbers"
                 )
             )
-        if first is None or UNKNOWN_TEMPLATE in (record.template_hash, first.template_hash):
+        if (
+            not one_template
+            or first is None
+            or UNKNOWN_TEMPLATE in (record.template_hash, first.template_hash)
+        ):
             continue
         if record.template_hash != first.template_hash:
             announce(

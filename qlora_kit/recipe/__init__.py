@@ -5,6 +5,7 @@ plain dictionary for programs. torch is imported only after everything that can 
 without it has been.
 """
 
+from qlora_kit.recipe.chatting import chat
 from qlora_kit.recipe.checking import check
 from qlora_kit.recipe.exporting import export, quantize
 from qlora_kit.recipe.generating import generate
@@ -15,5 +16,5 @@ from qlora_kit.recipe.sweeping import sweep
 from qlora_kit.recipe.training import train
 
 __all__ = [
-    "check", "evaluate", "export", "generate", "plan", "quantize", "runs", "sweep", "train",
+    "chat", "check", "evaluate", "export", "generate", "plan", "quantize", "runs", "sweep", "train",
 ]  # fmt: skip

@@ -37,6 +37,7 @@ from qlora_kit.opening.adapters import check_base, stored_options
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import is_of_images, stored_task_name
 from qlora_kit.recipe.rows import read_data, tokenize_data
+from qlora_kit.recipe.server_check import check_for_server
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import (
     check_writable,
@@ -61,9 +62,20 @@ if TYPE_CHECKING:
 def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     """Merge an adapter into its base, verify the merge, and write the model with its report.
 
+    With `check_server` nothing is written, see `check_for_server`.
+
     Returns:
         The facts of the merge and the merge report, for programs.
     """
+    if config.check_server is not None and config.to is not None:
+        raise ConfigError(
+            "--check-server: writes nothing, and --to names a folder; expected one of the two; "
+            "leave --to out, or export without a check"
+        )
+    if config.check_server is not None:
+        return check_for_server(config.adapter, config.check_server, config.model, announce)
+    if config.to is None:
+        raise ConfigError("--to: missing; give one")
     prepare_environment()
     _check_new(config.to, config.overwrite)
     if config.verify_threshold is not None and not config.verify_tokens:

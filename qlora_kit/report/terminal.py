@@ -21,6 +21,8 @@ from rich.progress import (
 
 from qlora_kit.events import (
     Answered,
+    AnswerEnded,
+    AnswerPart,
     CheckpointSaved,
     Closing,
     Evaluated,
@@ -35,8 +37,9 @@ from qlora_kit.events import (
     StepFinished,
     StepSkipped,
     Table,
+    Told,
 )
-from qlora_kit.redact import redacted_values
+from qlora_kit.redact import for_terminal, redacted_values
 from qlora_kit.report.mask import mask_text
 from qlora_kit.report.source_losses import SourceLosses, described
 from qlora_kit.report.tables import aligned, print_table
@@ -89,6 +92,12 @@ class Terminal:
         elif isinstance(event, Answered):
             # Never folded: the text may be piped to another program.
             self.console.out(event.text, highlight=False)
+        elif isinstance(event, AnswerPart):
+            self.console.out(for_terminal(event.text), end="", highlight=False)
+        elif isinstance(event, AnswerEnded):
+            self._show_end(event)
+        elif isinstance(event, Told):
+            self.console.out(for_terminal(event.text), highlight=False)
         elif isinstance(event, Facts):
             self._show_facts(event)
         elif isinstance(event, Table):
@@ -144,6 +153,21 @@ class Terminal:
                 self.console.print(f"{title}:", style="bold")
             for line in lines:
                 self.console.print(f"  {line}", markup=False)
+
+    def _show_end(self, event: AnswerEnded) -> None:
+        why = {
+            "length": " · cut at --max-new-tokens",
+            "context": " · cut: the context is full",
+            "stopped": " · stopped",
+        }.get(event.ended, "")
+        # The first token comes of the prompt; the speed is that of the others.
+        rest = event.seconds - event.first_seconds
+        rate = f" · {(event.new_tokens - 1) / rest:,.1f} tokens/s" if rest > 0 else ""
+        self.console.print(
+            f"\n[{event.new_tokens} tokens{rate} · first after {event.first_seconds:.2f} s · "
+            f"prompt {event.prompt_tokens} tokens, {event.kept_tokens} of them kept{why}]",
+            markup=False, style="dim",
+        )  # fmt: skip
 
     # ------------------------------------------------------------ progress
 

@@ -26,8 +26,13 @@ def staging_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.staging")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, is_private: bool = False) -> None:
     """Replace `path` by `content`; a reader sees the old file or the new one, never half.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        is_private: whether nobody but its owner may read it.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
@@ -35,6 +40,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     staging = staging_path(path)
     with storage_errors(path):
         try:
+            if is_private:
+                # What an earlier try left may have other rights, which would stay.
+                staging.unlink(missing_ok=True)
+                staging.touch(mode=0o600)
             with staging.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
@@ -62,9 +71,9 @@ def write_by(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, is_private: bool = False) -> None:
     """Write text as UTF-8, see `write_bytes`."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), is_private=is_private)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,7 +14,7 @@ from support import run
 from qlora_kit.config import TrainConfig
 
 COMMANDS = (
-    "check", "train", "sweep", "evaluate", "generate", "export", "runs", "models", "doctor",
+    "check", "train", "sweep", "evaluate", "generate", "chat", "export", "runs", "models", "doctor",
 )  # fmt: skip
 
 
@@ -41,6 +41,9 @@ EARLY_ERRORS = {
     ("train", "--resume"): (2, "name its folder with --output"),
     ("evaluate", "--adapter", "nowhere"): (2, "nowhere: no such folder"),
     ("generate",): (2, "--prompt: missing"),
+    ("chat", "--adapter", "nowhere"): (2, "nowhere: no such folder"),
+    ("chat", "--context", "1"): (2, "--context: found 1"),
+    ("export", "nowhere", "--check-server", "vllm"): (2, "nowhere: no such folder"),
     ("export", "nowhere", "--to", "merged"): (2, "nowhere: no such folder"),
     ("export", "nowhere"): (2, "--to: missing"),
     ("export", "nowhere", "--to", "merged", "--max-shard-size", "lots"): (

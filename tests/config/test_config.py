@@ -17,6 +17,7 @@ from support import slow
 import qlora_kit as qk
 from qlora_kit.cli import main
 from qlora_kit.config import (
+    ChatConfig,
     CheckConfig,
     EvaluateConfig,
     ExportConfig,
@@ -322,7 +323,7 @@ SCALARS = (
     ),
 )  # fmt: skip
 CLASSES = (
-    TrainConfig, PlanConfig, CheckConfig, EvaluateConfig, GenerateConfig, ExportConfig,
+    TrainConfig, PlanConfig, CheckConfig, EvaluateConfig, GenerateConfig, ChatConfig, ExportConfig,
     QuantizeConfig, RunsConfig, SweepConfig,
 )  # fmt: skip
 
