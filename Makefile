@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: train test test-slow test-gpu test-faults real-models check format bench gpu-report \
+.PHONY: train node test test-slow test-gpu test-faults real-models check format bench gpu-report \
 	gpu-report-rehearse setup clean help
 
 help:            ## list the targets
@@ -24,6 +24,11 @@ train: setup     ## fine-tune the built-in demo in 4 bits and show what it learn
 	$(BIN)/qlora-kit evaluate --adapter runs/demo --exact-match
 	$(BIN)/qlora-kit export runs/demo --to merged/demo --overwrite
 	$(BIN)/qlora-kit evaluate --model merged/demo --bits 16 --exact-match
+
+node: .node/node_modules/axe-core  ## what the tests of pages need of npm
+
+.node/node_modules/axe-core:
+	npm install --prefix .node --no-audit --no-fund --save-exact axe-core@4.14.1
 
 test: setup      ## the default tests, a process a core: some six minutes on two
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal

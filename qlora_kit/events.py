@@ -23,6 +23,13 @@ class Notice(Event):
 
 
 @dataclass(frozen=True)
+class LogLine(Event):
+    """A line of the log of a command that goes on until it is stopped."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Facts(Event):
     """A small table the user should see: a title and rows of name and value."""
 

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+from support import PROJECT
+
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
@@ -39,22 +42,41 @@ class Tab:
         self._session = attached["sessionId"]
         self._call("Page.enable")
 
-    def open(self, page: Path, width: int, height: int = 844, *, dark: bool = False) -> None:
-        """Open a page in a window of this size, and wait until it is there."""
+    def open(self, page: Path | str, width: int, height: int = 844, *, dark: bool = False) -> None:
+        """Open a page, a file or an address, in a window of this size; wait until it is there."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=page.absolute().as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         while self._message().get("method") != "Page.loadEventFired":
             pass
 
     def value(self, expression: str) -> Any:
-        """Return the value of an expression in the page."""
-        found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Return the value of an expression in the page, or of the promise that it is."""
+        found = self._call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         return found["result"].get("value")
+
+    def press(self, key: str, *, ctrl: bool = False) -> None:
+        """Press a key as a user does; a key of one letter writes it."""
+        code = {"Tab": 9, "Enter": 13, "ArrowDown": 40, "ArrowUp": 38}.get(key, 0)
+        pressed: dict[str, Any] = {
+            "key": key, "windowsVirtualKeyCode": code, "modifiers": 2 if ctrl else 0,
+        }  # fmt: skip
+        if key == "Enter":
+            pressed["text"] = "\r"
+        if len(key) == 1:
+            pressed["text"] = key
+        self._call("Input.dispatchKeyEvent", type="keyDown", **pressed)
+        self._call("Input.dispatchKeyEvent", type="keyUp", **pressed)
+
+    def write(self, text: str) -> None:
+        """Write a text where the focus is."""
+        self._call("Input.insertText", text=text)
 
     def picture(self, path: Path) -> None:
         """Write a picture of the whole page."""
@@ -110,3 +132,14 @@ def browser() -> Iterator[Tab]:
             process.wait()
             os.close(to_write)
             os.close(from_read)
+
+
+def axe() -> str:
+    """Return the program of axe-core, which finds what a page keeps from some of its readers."""
+    found = PROJECT / ".node" / "node_modules" / "axe-core" / "axe.min.js"
+    if not found.is_file():
+        missing = f"no {found}; `make node` fetches it"
+        if "CI" in os.environ:
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return found.read_text("utf-8")

@@ -21,6 +21,7 @@ from qlora_kit.config import (
     PlanConfig,
     QuantizeConfig,
     RunsConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
     by_heading,
@@ -144,6 +145,13 @@ COMMANDS: tuple[click.Command, ...] = (
         "Hold a conversation with a model, with or without adapters. In a terminal /help lists "
         "the commands; through a pipe each line is a turn, and the answers are plain text.",
         "qlora-kit chat --adapter runs/mine",
+    ),
+    _Command(
+        "serve",
+        ServeConfig,
+        "Answer over HTTP as OpenAI's interface does, with a base and adapters on it. Requests are "
+        "answered together, whatever adapter they ask for; a page compares two of them.",
+        "qlora-kit serve --adapter mine=runs/mine --adapter other=runs/other",
     ),
     _Command(
         "export",

@@ -13,7 +13,7 @@ import click
 import yaml
 
 from qlora_kit.config import Options, SweepConfig
-from qlora_kit.events import Announce, AnswerEnded, AnswerPart, Event, Notice
+from qlora_kit.events import Announce, AnswerEnded, AnswerPart, Event, LogLine, Notice
 from qlora_kit.opening.trials import resolved_sweep
 from qlora_kit.redact import for_terminal, redacted, redacted_values
 
@@ -54,6 +54,8 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _notices_to_stderr(event: Event) -> None:
+    if isinstance(event, LogLine):
+        click.echo(redacted(event.text), err=True)
     if isinstance(event, Notice):
         click.echo(f"note: {redacted(event.text)}", err=True)
 

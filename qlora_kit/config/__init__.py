@@ -30,6 +30,7 @@ from qlora_kit.config.options import (
     RecordOptions,
     RunOptions,
     RunsConfig,
+    ServeConfig,
     StepOptions,
     SweepConfig,
     TaskOptions,
@@ -55,8 +56,8 @@ __all__ = [
     "GenerateConfig",
     "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
     "PlanConfig", "PreferenceLoss", "QuantizeConfig", "RecordOptions", "RunOptions", "RunsConfig",
-    "StepOptions", "SweepConfig", "TaskOptions", "TemplateOption", "TokenOptions", "TrainConfig",
-    "VariantOptions",
+    "ServeConfig", "StepOptions", "SweepConfig", "TaskOptions", "TemplateOption", "TokenOptions",
+    "TrainConfig", "VariantOptions",
     "by_heading", "compared", "declared", "did_you_mean", "field_names", "parse_size",
     "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

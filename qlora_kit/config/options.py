@@ -255,6 +255,11 @@ class AdapterOption(Options):
         also=["adapter_name_or_path", "lora_model_dir"], repeats=True,
     )  # fmt: skip
     adapters: FolderByName = option({}, "several adapters, as name=folder,name=folder")
+
+
+class AdapterByRowOption(AdapterOption):
+    """An adapter for each row, or for all of them."""
+
     adapter_field: str = option(
         "adapter", "field of a record that names its adapter, where several are given"
     )
@@ -792,7 +797,7 @@ class SweepConfig(TrainConfig):
     )  # fmt: skip
 
 
-class EvaluateConfig(TokenOptions, RecordOptions, AdapterOption, BaseModelOptions):
+class EvaluateConfig(TokenOptions, RecordOptions, AdapterByRowOption, BaseModelOptions):
     """What is measured."""
 
     data: str | None = option(
@@ -843,7 +848,7 @@ class AnswerOptions(Options):
     seed: int = option(42, "seed of sampling", ge=0, le=2**32 - 1)
 
 
-class GenerateConfig(AnswerOptions, TemplateOption, AdapterOption, BaseModelOptions):
+class GenerateConfig(AnswerOptions, TemplateOption, AdapterByRowOption, BaseModelOptions):
     """What is asked, and how it is answered."""
 
     prompt: str | None = option(
@@ -863,6 +868,27 @@ class ChatConfig(AnswerOptions, TemplateOption, AdapterOption, BaseModelOptions)
         "has positions for",
         also=["num_ctx", "ctx_size", "max_model_len"], ge=2,
     )  # fmt: skip
+
+
+class ServeConfig(TemplateOption, AdapterOption, BaseModelOptions):
+    """Who may ask, and how much is answered at a time."""
+
+    host: str = option(
+        "127.0.0.1", "address to listen on; 0.0.0.0 lets other machines ask", leads=True
+    )
+    port: int = option(8000, "port to listen on; 0 takes a free one", ge=0, le=65_535, leads=True)
+    api_key_env: str | None = option(
+        None, "environment variable with the key that callers must show", leads=True
+    )
+    max_batch: int = option(8, "requests that are answered together", ge=1, le=_MOST, leads=True)
+    queue: int = option(
+        64, "requests that may wait besides; those beyond are told to come back later", ge=0,
+        le=_MOST, leads=True,
+    )  # fmt: skip
+    max_length: int | None = option(
+        None, "tokens of a prompt and its answer together; default: the model's positions", ge=2
+    )
+    timeout: float = option(600, "seconds that a request may take, its wait included", gt=0)
 
 
 class ExportConfig(Options):

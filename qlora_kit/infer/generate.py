@@ -190,10 +190,10 @@ def sampled_as(sampling: Sampling) -> dict[str, Any]:
 
 def end_ids(base: Base, tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer, by tokenizer, template and the model's files."""
-    return end_token_ids(tokenizer, _configured_ends(base))
+    return end_token_ids(tokenizer, configured_ends(base))
 
 
-def _configured_ends(base: Base) -> list[int]:
+def configured_ends(base: Base) -> list[int]:
     """Return the end tokens that `config.json` and `generation_config.json` name."""
     model: Any = base.model
     configured = [model.config.get_text_config().eos_token_id]

@@ -19,6 +19,8 @@ _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "roberta-prelaye
 # and longrope, `max_position_embeddings` is what they reach. The frequencies of dynamic scaling
 # depend on the longest row that the model has seen before, so it is not relied on in training.
 _MULTIPLIES = ("linear", "yarn")
+# Scalings of which the frequencies depend on the longest row of a batch.
+_CHANGE_WITH_LENGTH = ("dynamic", "longrope")
 _KEPT = ("rope_theta", "partial_rotary_factor")
 
 
@@ -70,3 +72,19 @@ def _unscaled(text: PreTrainedConfig) -> int:
     return int(
         _rotary(text).get("original_max_position_embeddings") or text.max_position_embeddings
     )
+
+
+def alike_positions(architecture: PreTrainedConfig, positions: int | None) -> int | None:
+    """Return up to how many tokens a row has the same rotary positions beside a longer one.
+
+    Some scalings give all rows of a batch other frequencies once one of them is longer than what
+    the model was trained with before.
+
+    Args:
+        architecture: the model.
+        positions: tokens that it has positions for, see `positions_of`.
+    """
+    text = architecture.get_text_config()
+    if _rotary(text).get("rope_type") not in _CHANGE_WITH_LENGTH or positions is None:
+        return positions
+    return min(positions, _unscaled(text))

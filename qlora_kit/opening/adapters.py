@@ -14,6 +14,7 @@ from qlora_kit.config import (
     ChatConfig,
     EvaluateConfig,
     GenerateConfig,
+    ServeConfig,
 )
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.events import Announce, Notice
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.load import Base
 
 
-AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig, ChatConfig)
+AdapterConfig = TypeVar("AdapterConfig", EvaluateConfig, GenerateConfig, ChatConfig, ServeConfig)
 
 
 def put_on(base: Base, config: AdapterOption, announce: Announce) -> Adapter | None:
@@ -76,7 +77,7 @@ def put_by_row_on(
 
 
 def put_several_on(
-    base: Base, config: AdapterOption, announce: Announce, *, one_template: bool = True
+    base: Base, config: AdapterOption, announce: Announce, *, own_templates: bool = False
 ) -> AdapterSet:
     """Put several adapters on a base.
 
@@ -85,8 +86,8 @@ def put_several_on(
     Args:
         base: a loaded base.
         config: names the adapters.
-        announce: receives notices.
-        one_template: whether the template of the first is used for all.
+        announce: receives the notices.
+        own_templates: whether each adapter is given its prompts by its own chat template.
     """
     from qlora_kit.lora.several import load_adapters
 
@@ -104,7 +105,7 @@ def put_several_on(
                 )
             )
         if (
-            not one_template
+            own_templates
             or first is None
             or UNKNOWN_TEMPLATE in (record.template_hash, first.template_hash)
         ):

@@ -142,7 +142,7 @@ def _speakers(
     from qlora_kit.infer.chat import Speakers
 
     if config.adapters:
-        several = put_several_on(base, config, announce, one_template=False)
+        several = put_several_on(base, config, announce, own_templates=True)
         return base, Speakers(voices, several.set_adapter)
     adapter = put_on(base, config, announce)
     if adapter is None:

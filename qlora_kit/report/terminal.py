@@ -29,6 +29,7 @@ from qlora_kit.events import (
     Event,
     Facts,
     LoadProgress,
+    LogLine,
     MicroBatchHalved,
     Notice,
     RowShown,
@@ -77,6 +78,8 @@ class Terminal:
         event = redacted_values(event)
         if isinstance(event, Notice):
             self.console.print(f"note: {event.text}", markup=False)
+        elif isinstance(event, LogLine):
+            self.console.print(f"{time.strftime('%H:%M:%S')} {event.text}", markup=False)
         elif isinstance(event, StepSkipped):
             self.console.print(
                 f"step {event.optimizer_step} skipped: loss {event.loss}, gradient norm "

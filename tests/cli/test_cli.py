@@ -14,7 +14,8 @@ from support import run
 from qlora_kit.config import TrainConfig
 
 COMMANDS = (
-    "check", "train", "sweep", "evaluate", "generate", "chat", "export", "runs", "models", "doctor",
+    "check", "train", "sweep", "evaluate", "generate", "chat", "serve", "export", "runs", "models",
+    "doctor",
 )  # fmt: skip
 
 

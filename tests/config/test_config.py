@@ -27,6 +27,7 @@ from qlora_kit.config import (
     PlanConfig,
     QuantizeConfig,
     RunsConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
     field_names,
@@ -134,7 +135,7 @@ def test_a_missing_file_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "config_class", [TrainConfig, EvaluateConfig, GenerateConfig, ExportConfig]
+    "config_class", [TrainConfig, EvaluateConfig, GenerateConfig, ServeConfig, ExportConfig]
 )
 def test_every_option_has_a_help_text_and_a_name_of_its_own(config_class: Any) -> None:
     names: list[str] = []
@@ -324,7 +325,7 @@ SCALARS = (
 )  # fmt: skip
 CLASSES = (
     TrainConfig, PlanConfig, CheckConfig, EvaluateConfig, GenerateConfig, ChatConfig, ExportConfig,
-    QuantizeConfig, RunsConfig, SweepConfig,
+    QuantizeConfig, RunsConfig, ServeConfig, SweepConfig,
 )  # fmt: skip
 
 

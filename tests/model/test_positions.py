@@ -19,7 +19,7 @@ from qlora_kit.layers.head import Head
 from qlora_kit.model.architecture import architecture_from
 from qlora_kit.model.head import head_of
 from qlora_kit.model.names import find_model
-from qlora_kit.model.positions import positions_of, scaling_for
+from qlora_kit.model.positions import alike_positions, positions_of, scaling_for
 
 Tiny = Callable[..., Path]
 
@@ -112,6 +112,18 @@ def test_gradients_through_scaled_positions_are_those_of_transformers(
 )
 def test_scaling_multiplies_the_positions(scaling: dict[str, Any] | None, positions: int) -> None:
     assert positions_of(architecture_from(numbers_with(scaling))) == positions
+
+
+@pytest.mark.parametrize(
+    ("name", "alike"),
+    [("linear", 256), ("yarn", 256), ("llama3", 64), ("longrope", 32), ("dynamic", 64)],
+)
+def test_rows_of_a_batch_are_alike_where_no_longer_one_changes_their_positions(
+    name: str, alike: int
+) -> None:
+    architecture = architecture_from(numbers_with(SCALINGS[name]))
+    assert alike_positions(architecture, positions_of(architecture)) == alike
+    assert alike_positions(architecture, None) is None
 
 
 def test_a_model_is_told_the_scaling_that_its_rows_need() -> None:
