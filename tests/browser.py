@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from support import PROJECT
+from npm_packages import npm_package
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _OPTIONS = (
@@ -136,10 +135,4 @@ def browser() -> Iterator[Tab]:
 
 def axe() -> str:
     """Return the program of axe-core, which finds what a page keeps from some of its readers."""
-    found = PROJECT / ".node" / "node_modules" / "axe-core" / "axe.min.js"
-    if not found.is_file():
-        missing = f"no {found}; `make node` fetches it"
-        if "CI" in os.environ:
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return found.read_text("utf-8")
+    return (npm_package("axe-core") / "axe.min.js").read_text("utf-8")

@@ -18,6 +18,7 @@ from qlora_kit.config.options import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    GgufTypeName,
     LabelKind,
     LongSamples,
     LoraOptions,
@@ -53,7 +54,7 @@ from qlora_kit.config.values import parse_size
 __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
     "ChatConfig", "CheckConfig", "DataOptions", "DataSource", "EvaluateConfig", "ExportConfig",
-    "GenerateConfig",
+    "GenerateConfig", "GgufTypeName",
     "LabelKind", "Layer", "LongSamples", "LoraOptions", "MetricName", "OptimizerOptions", "Options",
     "PlanConfig", "PreferenceLoss", "QuantizeConfig", "RecordOptions", "RunOptions", "RunsConfig",
     "ServeConfig", "StepOptions", "SweepConfig", "TaskOptions", "TemplateOption", "TokenOptions",

@@ -125,6 +125,7 @@ SchedulerName = Annotated[Literal["linear", "cosine", "constant"], _renamed(_SCH
 TrainOn = Annotated[Literal["completion", "last-turn", "all"], _renamed(_TRAIN_ON_NAMES)]
 DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], _renamed(_DTYPE_NAMES)]
 ExportDtypeName = Annotated[Literal["float16", "bfloat16", "float32"], _renamed(_DTYPE_NAMES)]
+GgufTypeName = Literal["f16", "f32", "bf16", "q8_0"]
 Resume = Annotated[str | None, BeforeValidator(parse_resume)]
 Steps = Annotated[int | None, BeforeValidator(parse_steps)]
 Tracker = Annotated[Literal["none", "tensorboard", "wandb"], BeforeValidator(parse_tracker)]
@@ -911,6 +912,13 @@ class ExportConfig(Options):
         False, "pack the merged weights again as the base was, and say what that loses"
     )
     dtype: ExportDtypeName = option("float16", "dtype of the merged weights")
+    form: Literal["merged", "adapter", "gguf", "gguf-adapter"] = option(
+        "merged", "merged: a model in safetensors; adapter: the LoRA alone, as PEFT has it; gguf, "
+        "gguf-adapter: the same two as llama.cpp and Ollama read them", also=["export_format"],
+    )  # fmt: skip
+    gguf_type: GgufTypeName | None = option(
+        None, "type of the matrices of a GGUF file; default: f16, and f32 of an adapter"
+    )
     max_shard_size: ByteCount = option(
         4_000_000_000, "largest file, such as 4GB or 500MB (10^9 and 10^6 bytes)", ge=1_000_000
     )

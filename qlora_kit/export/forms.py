@@ -237,7 +237,8 @@ class Parameters:
         resized = tables(skeleton) if merge.spec.vocabulary is not None else frozenset()
         source = open_tensors(merge.spec, skeleton, merge.device)
         self._base = _Reader(source, skeleton, resized, merge.spec.start)
-        self._written = _Reader(open_checkpoint(folder), skeleton)
+        written = open_checkpoint(folder) if merge.file is None else merge.file.source(folder)
+        self._written = _Reader(written, skeleton)
         self.has_original = has_original(merge.spec, skeleton)
         shapes = skeleton.state_dict()
         self._fresh = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ from qlora_kit.model.load import (
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
 from qlora_kit.storage import MANIFEST, check_space, is_sealed, staged_folder
 
+if TYPE_CHECKING:
+    from qlora_kit.export.gguf.model_file import GgufFile
+
 BaseName = Literal["quantized", "original"]
 _CPU = torch.device("cpu")
 
@@ -59,6 +62,7 @@ class Merge:
             dequantised. "original": the weights of the checkpoint.
         requantize: whether the merged linear weights are packed as the base was packed.
         device: the device on which each tensor is quantised and merged.
+        file: the GGUF file that is written instead of safetensors; None without one.
     """
 
     stored: StoredAdapter
@@ -67,6 +71,17 @@ class Merge:
     over: BaseName = "quantized"
     requantize: bool = False
     device: torch.device = _CPU
+    file: GgufFile | None = None
+
+    @property
+    def form(self) -> str:
+        """How the merged weights are written, in words."""
+        return dtype_name(self.dtype) if self.file is None else self.file.form
+
+    @property
+    def exact(self) -> str:
+        """The option that writes the merged weights unrounded."""
+        return "--dtype float32" if self.file is None else "--gguf-type f32"
 
     @property
     def is_merge_aware(self) -> bool:
@@ -114,11 +129,12 @@ def merge_to(
     requantize: bool = False,
     device: torch.device | None = None,
     shard_bytes: int = 4_000_000_000,
+    file: GgufFile | None = None,
     overwrite: bool = False,
     check: Check | None = None,
     announce: Announce = silent,
 ) -> Merged:
-    """Write the merged model as sharded safetensors that plain transformers opens.
+    """Write the merged model: as sharded safetensors that plain transformers opens, or as GGUF.
 
     Args:
         folder: a new folder; it is visible only when it is whole.
@@ -130,6 +146,7 @@ def merge_to(
         requantize: pack the linear weights again, as a bitsandbytes checkpoint has them.
         device: the device on which each tensor is quantised and merged; the CPU if None.
         shard_bytes: bytes of the largest file, unless a single tensor is larger.
+        file: the GGUF file to write instead; it has types and tokenizer of its own.
         overwrite: replace an existing folder.
         check: checks the whole model before it becomes visible, see `export.verify`.
         announce: receives the progress.
@@ -149,7 +166,9 @@ def merge_to(
     check_target(folder, [stored.folder, spec.folder], overwrite)
     skeleton = spec.skeleton()
     stored = stored.with_twins(skeleton)
-    merge = Merge(stored, spec, dtype, over, requantize, device or _CPU)
+    if file is not None:
+        dtype = torch.float32  # rounded once, when it is written
+    merge = Merge(stored, spec, dtype, over, requantize, device or _CPU, file)
     _check_possible(merge, skeleton)
     check_layers(stored, carriers(skeleton), "the base")
     check_saved(stored.saved, spec, skeleton, stored.folder, stored.biases)
@@ -160,34 +179,46 @@ def merge_to(
             f"{stored.folder}: A or B of every layer is zero ({len(stored.tensors)} layers), so "
             "merging changes nothing; expected a trained adapter; train it, or name another"
         )
-    check_space(folder, _merged_bytes(skeleton, merge), "the merged model")
+    needed = _merged_bytes(skeleton, merge) if file is None else file.bytes
+    check_space(folder, needed, "the merged model")
     with staged_folder(folder, replace=overwrite) as staging:
-        writer = ShardWriter(staging, shard_bytes)
         remedy = "pass --device cpu, or a smaller --max-shard-size"
         with out_of_memory_while("merging", remedy), memory_returned():
             digest = Digest()
-            for name, tensor in _written_tensors(merge, skeleton, digest, announce):
-                writer.add(name, tensor)
-            shards = writer.finish()
+            stream = _written_tensors(merge, skeleton, digest, announce)
+            tensors, size, shards = _write_tensors(merge, staging, stream, shard_bytes)
         if stored.record is not None and digest.hexdigest() != stored.record.digest:
             raise AdapterError(
                 f"{stored.folder}: trained on other weights than {spec.source.name} has; name "
                 "the right base with --model"
             )
-        packed = spec.quantization if requantize else None
-        write_model_files(
-            staging,
-            skeleton,
-            tokenizer,
-            dtype,
-            base_folder=spec.folder,
-            quantization=packed,
-            untied=bool(untied_copies(stored, skeleton)),
-            kept=unpacked_modules(skeleton.config) if merge.is_merge_aware else (),
-        )
+        if file is None:
+            write_model_files(
+                staging,
+                skeleton,
+                tokenizer,
+                dtype,
+                base_folder=spec.folder,
+                quantization=spec.quantization if requantize else None,
+                untied=bool(untied_copies(stored, skeleton)),
+                kept=unpacked_modules(skeleton.config) if merge.is_merge_aware else (),
+            )
         if check is not None:
             check(merge, staging)
-    return Merged(folder, writer.tensors, len(stored.spec.targets), writer.total_bytes, shards)
+    return Merged(folder, tensors, len(stored.spec.targets), size, shards)
+
+
+def _write_tensors(
+    merge: Merge, folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
+) -> tuple[int, int, int]:
+    """Write the tensors; return their number, their bytes, and the number of files."""
+    if merge.file is not None:
+        return (*merge.file.write(folder, tensors), 1)
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    shards = writer.finish()
+    return writer.tensors, writer.total_bytes, shards
 
 
 # ---------------------------------------------------------------- before anything is read
@@ -312,7 +343,8 @@ def _written_tensors(
         stream = _as_trained(merge, stream)
     if not merge.requantize:
         merged = merged_tensors(stream, merge.stored, merge.dtype, unpacked)
-        yield from as_stored(merged, skeleton)
+        # A GGUF file is given the parameters under the names they have in the model.
+        yield from merged if merge.file is not None else as_stored(merged, skeleton)
         return
     if merge.is_merge_aware:
         yield from with_kernels(_trained_tensors(merge, stream, skeleton), skeleton)

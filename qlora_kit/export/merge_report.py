@@ -72,6 +72,26 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
+class WrittenForm:
+    """Files of an export, read again and compared with what was to be written.
+
+    Attributes:
+        form: the form in words, such as "safetensors float16" or "gguf q8_0".
+        tensors: number of parameters that were compared.
+        relative_error: norm of the difference of all parameters, relative to their norm.
+        largest_error: the largest difference of a value, in units of the largest error that
+            rounding to the type allows; at most 1.
+        reader: the library that read the files.
+    """
+
+    form: str
+    tensors: int
+    relative_error: float
+    largest_error: float
+    reader: str
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The verdict on a merge, from its measurements.
 
@@ -96,7 +116,7 @@ class MergeReport:
         adapter: name of the adapter's folder.
         quantization: quantisation of the base in training.
         dequantization_dtype: dtype that training unpacked weights to.
-        dtype: dtype of the written weights.
+        dtype: dtype of the written weights, or the type of a GGUF file.
         merged_over: "quantized" or "original".
         is_requantized: whether the merged weights were quantised again.
         rows: the rows that the variants ran on, in words; None if they did not run.
@@ -107,6 +127,7 @@ class MergeReport:
         versions: versions of the libraries that computed it.
         codes_are_trained: whether the written codes are, bit for bit, those that were trained
             merge-aware; None of other merges.
+        forms: what was written, as measured by reading it back.
     """
 
     base: str
@@ -123,6 +144,7 @@ class MergeReport:
     verdict: Verdict
     versions: Mapping[str, str]
     codes_are_trained: bool | None = None
+    forms: tuple[WrittenForm, ...] = ()
 
     def variant(self, name: str) -> VariantMeasure | None:
         """Return the measurement of a variant, or None where there is none."""
@@ -170,6 +192,8 @@ def check_threshold(report: MergeReport, threshold: float | None) -> None:
         remedy = (
             "keep the adapter and its base" if report.is_requantized else "pass --dtype float32"
         )
+        if report.dtype.startswith("gguf"):
+            remedy = "pass --gguf-type f32"
         if report.merged_over == "original":
             remedy = "pass --base quantized"
         raise VerificationError(

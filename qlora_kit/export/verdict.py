@@ -148,7 +148,7 @@ def _rounding(merge: Merge, layers: Sequence[LayerChange]) -> str:
         return ""
     return (
         f"Rounding takes most of the delta of {len(lost)} of {len(layers)} layers away, such as "
-        f"{lost[0].path} ({lost[0].kept:.0%} kept): --dtype float32 keeps it."
+        f"{lost[0].path} ({lost[0].kept:.0%} kept): {merge.exact} keeps it."
     )
 
 

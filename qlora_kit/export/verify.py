@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from qlora_kit.errors import VerificationError
 from qlora_kit.events import Announce, LoadProgress, silent
 from qlora_kit.export.forms import Forms, Parameters, Stored, Variant, units_of
 from qlora_kit.export.merge import Merge, untied_copies
-from qlora_kit.export.merge_report import LayerChange, MergeReport, VariantMeasure
+from qlora_kit.export.merge_report import LayerChange, MergeReport, VariantMeasure, WrittenForm
 from qlora_kit.export.rows import VerificationRows
 from qlora_kit.export.streamed import StreamedModel
 from qlora_kit.export.verdict import judge
@@ -42,6 +43,7 @@ _CHUNK_TOKENS = 128
 _SLICE_ROWS = 8192
 _MOST_FAULTS = 5
 _MOSTLY = 0.5
+_SAFETENSORS = version("safetensors")
 # Predicted numbers that agree are this close.
 _CLOSE = 0.01
 
@@ -115,7 +117,7 @@ def verify_merge(
         adapter=merge.stored.folder.resolve().name,
         quantization=merge.spec.quantization,
         dequantization_dtype=dtype_name(merge.unpacked),
-        dtype=dtype_name(merge.dtype),
+        dtype=merge.form,
         merged_over=merge.over,
         is_requantized=merge.requantize,
         rows=rows.source if rows else None,
@@ -125,6 +127,7 @@ def verify_merge(
         verdict=judge(merge, rows, measures, layers, codes_are_trained=exact),
         versions=library_versions(),
         codes_are_trained=exact,
+        forms=(weigher.written_form(),),
     )
 
 
@@ -174,6 +177,10 @@ class _Weigher:
     layers: list[LayerChange] = field(default_factory=list)
     codes: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    largest: float = 0.0
+    error: float = 0.0
+    size: float = 0.0
 
     def weigh(self, form: Forms) -> None:
         """Compare one parameter."""
@@ -183,7 +190,7 @@ class _Weigher:
         if not excess <= 1.0:
             self.faults.append(
                 f"{form.name}: what was written differs from what was merged by {excess:.3g} times "
-                f"the rounding of {dtype_name(self.merge.dtype)}; expected at most 1; export again"
+                f"the rounding of {self.merge.form}; expected at most 1; export again"
             )
 
     def _weigh_plain(self, form: Forms) -> float:
@@ -198,7 +205,7 @@ class _Weigher:
             part = slice(start, start + _SLICE_ROWS)
             expected = form.plain(Variant.ADAPTER, part).to(written.device).float()
             own = form.plain(Variant.WRITTEN, part).float()
-            largest = max(largest, _excess(expected, own, self.merge.dtype))
+            largest = max(largest, self._compare(form.name, expected, own))
             if form.is_adapted:
                 change.add(expected, own, self.merge.stored.delta(form.path, part).to(own.device))
         if form.is_adapted and math.isfinite(largest):
@@ -212,13 +219,13 @@ class _Weigher:
             _ = form.packed_again
         base, delta, written = form.base(self.merge.over), form.delta, form.as_written()
         if self.merge.requantize:
-            excess = _excess(form.requantized(), written, self.merge.dtype)
+            excess = self._compare(form.name, form.requantized(), written)
         else:
             if delta is None or form.is_trained_packed:
                 merged = form.merged(self.merge.over)
             else:
                 merged = base + delta
-            excess = _excess(merged, written, self.merge.dtype)
+            excess = self._compare(form.name, merged, written)
             del merged
         if form.is_adapted and form.is_trained_packed and self.merge.requantize:
             # What a checkpoint cannot hold packed was trained as codes nevertheless.
@@ -227,6 +234,32 @@ class _Weigher:
         if delta is not None and math.isfinite(excess):
             self.layers.append(_change(form, base, delta, written))
         return excess
+
+    def _compare(self, name: str, expected: Tensor, written: Tensor) -> float:
+        """Return the largest difference in units of the rounding, and count it for the report."""
+        if self.merge.file is not None:
+            excess = self.merge.file.excess(name, expected, written)
+        else:
+            excess = _excess(expected, written, self.merge.dtype)
+        self.names.add(name)
+        self.largest = max(self.largest, excess)
+        if math.isfinite(excess):
+            self.error += float((written - expected).norm()) ** 2
+            self.size += float(expected.norm()) ** 2
+        return excess
+
+    def written_form(self) -> WrittenForm:
+        """Return what the report says of the files that were compared."""
+        is_gguf = self.merge.file is not None
+        bits = self.merge.spec.quantization.bits
+        packed = f"safetensors {bits} bits" if self.merge.requantize else None
+        return WrittenForm(
+            form=self.merge.form if is_gguf else packed or f"safetensors {self.merge.form}",
+            tensors=len(self.names),
+            relative_error=math.sqrt(self.error / self.size) if self.size else 0.0,
+            largest_error=self.largest,
+            reader=self.merge.file.reader if self.merge.file else f"safetensors {_SAFETENSORS}",
+        )
 
     def codes_are_trained(self) -> bool | None:
         """Whether the packed weights are, bit for bit, those that were trained merge-aware.
@@ -251,8 +284,8 @@ class _Weigher:
             least = min(self.layers, key=lambda layer: layer.kept)
             raise VerificationError(
                 f"{least.path}: {least.kept:.0%} of its delta is left after rounding to "
-                f"{dtype_name(self.merge.dtype)} ({kept:.0%} over all layers); expected it to "
-                "stay; pass --dtype float32"
+                f"{self.merge.form} ({kept:.0%} over all layers); expected it to stay; pass "
+                f"{self.merge.exact}"
             )
 
 

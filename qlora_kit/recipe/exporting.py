@@ -36,6 +36,13 @@ from qlora_kit.model.names import find_model
 from qlora_kit.opening.adapters import check_base, stored_options
 from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import is_of_images, stored_task_name
+from qlora_kit.recipe.exporting_forms import (
+    check_form,
+    export_adapter,
+    gguf_file,
+    use_gguf,
+    write_modelfile,
+)
 from qlora_kit.recipe.rows import read_data, tokenize_data
 from qlora_kit.recipe.server_check import check_for_server
 from qlora_kit.redact import redacted_values
@@ -51,6 +58,7 @@ from qlora_kit.train.folder import (
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens import Tokenized
+    from qlora_kit.export.gguf.model_file import GgufFile
     from qlora_kit.export.merge import Merged
     from qlora_kit.export.merge_report import MergeReport
     from qlora_kit.export.rows import VerificationRows
@@ -77,6 +85,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     if config.to is None:
         raise ConfigError("--to: missing; give one")
     prepare_environment()
+    check_form(config)
     _check_new(config.to, config.overwrite)
     if config.verify_threshold is not None and not config.verify_tokens:
         raise ConfigError(
@@ -102,13 +111,18 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     opened = open_tokenizer(options, announce, config.adapter)
     _say_how_to_ask(adapter.record, opened, announce)
     spec = opened.spec(options)
+    if config.form in ("adapter", "gguf-adapter"):
+        return export_adapter(config.to, config, adapter, spec, announce)
+    file = gguf_file(config, adapter, spec, opened) if config.form == "gguf" else None
     rows = _verification_rows(config, opened, spec, announce)
     reports: list[MergeReport] = []
 
     def check(merge: Merge, folder: Path) -> None:
         reports.append(verify_merge(merge, folder, rows, announce))
         check_threshold(reports[0], config.verify_threshold)
-        _write_merge_report(folder, reports[0])
+        _write_merge_report(folder, reports[0], file)
+        if file is not None:
+            write_modelfile(folder, file, opened, adapter)
 
     merged = merge_to(
         config.to,
@@ -120,6 +134,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
         requantize=config.requantize,
         device=choose_hardware(config.device).device,
         shard_bytes=config.max_shard_size,
+        file=file,
         overwrite=config.overwrite,
         check=check,
         announce=announce,
@@ -212,14 +227,14 @@ def _held_out_rows(run: TrainConfig, opened: Opened, announce: Announce) -> Toke
     return held_out
 
 
-def _write_merge_report(folder: Path, report: MergeReport) -> None:
+def _write_merge_report(folder: Path, report: MergeReport, file: GgufFile | None) -> None:
     from qlora_kit.export.merge_report import NAME
     from qlora_kit.report.merge import PICTURE, draw_layers, write_merged_card
 
     content = redacted_values(report.as_json())
     write_json(folder / NAME, content)
     draw_layers(content, folder / PICTURE)
-    write_merged_card(folder, content)
+    write_merged_card(folder, content, None if file is None else file.file)
 
 
 def _announce_merge(
@@ -240,12 +255,13 @@ def _announce_merge(
         ("size", f"{merged.bytes / 1e9:.3f} GB in {merged.shards} file(s), {written_as(content)}"),
         ("verdict", " ".join(report.verdict.text)),
     )
-    announce(Facts(f"merged into {config.to}", facts))
+    announce(Facts(f"merged into {merged.folder}", facts))
+    if config.form == "gguf":
+        announce(Closing((str(merged.folder),), use_gguf(merged.folder)))
+        return
     bits = report.quantization.bits if report.is_requantized else 16
-    evaluate_it = (
-        f"qlora-kit evaluate --model {shlex.quote(str(config.to))} --bits {bits} --data test.jsonl"
-    )
-    announce(Closing((str(config.to),), (evaluate_it,)))
+    evaluate_it = f"qlora-kit evaluate --model {shlex.quote(str(merged.folder))} --bits {bits} --data test.jsonl"
+    announce(Closing((str(merged.folder),), (evaluate_it,)))
 
 
 def quantize(config: QuantizeConfig, announce: Announce = silent) -> dict[str, Any]:

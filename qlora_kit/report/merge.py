@@ -110,8 +110,13 @@ def draw_layers(report: Report, path: Path) -> None:
 # ---------------------------------------------------------------- the model card
 
 
-def write_merged_card(folder: Path, report: Report) -> None:
+def write_merged_card(folder: Path, report: Report, file: str | None = None) -> None:
     """Write the model card of a merged model.
+
+    Args:
+        folder: the folder of the model.
+        report: the merge report.
+        file: the name of the GGUF file; None of a model in safetensors.
 
     Raises:
         StorageError: the card could not be written.
@@ -128,13 +133,49 @@ def write_merged_card(folder: Path, report: Report) -> None:
         folder,
         "merged_card.md.jinja",
         report["base"],
-        "transformers",
+        "transformers" if file is None else "gguf",
         "merged",
         report=report,
         facts=facts,
         variants=[_cells(each, report) for each in report["variants"]],
         layers=layer_rows(report, _MOST_LAYERS),
         picture=PICTURE,
+        file=file,
+        forms=form_cells(report),
+    )
+
+
+def form_cells(report: Report) -> list[tuple[str, ...]]:
+    """Return a row of a card for each written form."""
+    return [
+        (
+            each["form"],
+            f"{each['tensors']:,}",
+            f"{each['relative_error']:.2g}",
+            f"{each['largest_error']:.2g}",
+            each["reader"],
+        )
+        for each in report["forms"]
+    ]
+
+
+def write_adapter_card(folder: Path, report: Report, file: str) -> None:
+    """Write the card of an adapter in GGUF.
+
+    Raises:
+        StorageError: the card could not be written.
+    """
+    facts = (("base", base_name(report["base"])), ("adapter", report["adapter"]))
+    write_rendered_card(
+        folder,
+        "gguf_adapter_card.md.jinja",
+        report["base"],
+        "gguf",
+        "lora",
+        report=report,
+        facts=facts,
+        forms=form_cells(report),
+        file=file,
     )
 
 
