@@ -260,7 +260,8 @@ def _announce_merge(
         announce(Closing((str(merged.folder),), use_gguf(merged.folder)))
         return
     bits = report.quantization.bits if report.is_requantized else 16
-    evaluate_it = f"qlora-kit evaluate --model {shlex.quote(str(merged.folder))} --bits {bits} --data test.jsonl"
+    path = shlex.quote(str(merged.folder))
+    evaluate_it = f"qlora-kit evaluate --model {path} --bits {bits} --data test.jsonl"
     announce(Closing((str(merged.folder),), (evaluate_it,)))
 
 
