@@ -475,7 +475,7 @@ def test_nothing_evaluates_or_starts_anything() -> None:
     assert again == {("model/environment.py", itself)}
     # Only one call imports a name that is no literal; its names are literals in the same file.
     dynamic = {(f, ast.unparse(c.args[0])) for f, n, c, _ in _CALLS if n == "__import__"}
-    assert dynamic <= {("model/fetch.py", "package")}
+    assert dynamic <= {("model/hub.py", "package")}
 
 
 def test_yaml_is_loaded_safely() -> None:

@@ -52,7 +52,10 @@ class _Command(click.Command):
     ) -> None:
         def callback(**given: Any) -> None:
             config, as_json = configure(config_class, given), given["json"]
-            if given["dry_run"]:
+            story = name
+            if given["dry_run"] and isinstance(config, ExportConfig) and config.repository:
+                story = "list_push"
+            elif given["dry_run"]:
                 if place().is_writer:
                     print_config(config, as_json=as_json)
                 return
@@ -61,7 +64,7 @@ class _Command(click.Command):
                 if code is not None:
                     sys.exit(code)
             with listener(as_json=as_json, answers_alone=name == "chat") as announce:
-                result = getattr(recipe, name)(config, announce)
+                result = getattr(recipe, story)(config, announce)
             if as_json and place().is_writer:
                 print_result(result)
 
@@ -156,8 +159,11 @@ COMMANDS: tuple[click.Command, ...] = (
     _Command(
         "export",
         ExportConfig,
-        "Merge an adapter into its base, verify the merge, and write the model with its report.",
-        "qlora-kit export runs/mine --to merged/mine",
+        "Merge an adapter into its base, verify the merge, and write the model with its report; or "
+        "write the adapter alone. Pushes to the hub where --to names a repository; there --dry-run "
+        "lists the files with their hashes.",
+        "qlora-kit export runs/mine --to merged/mine\n"
+        "  qlora-kit export runs/mine --to hub:me/mine --form adapter --private",
         positional="adapter",
     ),
     _Command(

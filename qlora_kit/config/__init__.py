@@ -49,7 +49,7 @@ from qlora_kit.config.resolve import (
     read_config_file,
     resolve,
 )
-from qlora_kit.config.values import parse_size
+from qlora_kit.config.values import parse_size, pinned_name
 
 __all__ = [
     "GROUPS", "SWITCHES", "AdapterOption", "AnyConfig", "BaseModelOptions", "Bits", "BudgetOptions",
@@ -60,5 +60,5 @@ __all__ = [
     "ServeConfig", "StepOptions", "SweepConfig", "TaskOptions", "TemplateOption", "TokenOptions",
     "TrainConfig", "VariantOptions",
     "by_heading", "compared", "declared", "did_you_mean", "field_names", "parse_size",
-    "read_config_file", "resolve", "that_decide",
+    "pinned_name", "read_config_file", "resolve", "that_decide",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_serializer,
 )
@@ -45,6 +46,7 @@ from qlora_kit.config.values import (
     parse_steps,
     parse_tokens,
     parse_tracker,
+    pinned_name,
     switch,
 )
 
@@ -182,6 +184,12 @@ class Options(BaseModel):
             value = bare if is_on else None
         return as_meant(value, kinds_of(cls.model_fields[name].annotation))
 
+    @field_serializer("adapter", "adapters", check_fields=False, when_used="json")
+    def _pinned(self, value: Path | dict[str, Path] | None) -> Any:
+        if isinstance(value, dict):
+            return {name: pinned_name(folder) for name, folder in value.items()}
+        return None if value is None else pinned_name(value)
+
 
 # ---------------------------------------------------------------- groups
 
@@ -252,7 +260,8 @@ class AdapterOption(Options):
     """A trained adapter to put on the base."""
 
     adapter: Path | None = option(
-        None, "folder of a trained adapter; name=folder, more than once, puts several on one base",
+        None, "folder or hub id of a trained adapter; name=folder, more than once, puts several on "
+        "one base",
         also=["adapter_name_or_path", "lora_model_dir"], repeats=True,
     )  # fmt: skip
     adapters: FolderByName = option({}, "several adapters, as name=folder,name=folder")
@@ -402,8 +411,8 @@ class StartOptions(Options):
     """What training starts from."""
 
     adapter: Path | None = option(
-        None, "folder of a trained adapter to start from, with its rank, alpha and targets; dpo "
-        "and ipo compare with it",
+        None, "folder or hub id of a trained adapter to start from, with its rank, alpha and "
+        "targets; dpo and ipo compare with it",
         also=["adapter_name_or_path", "lora_model_dir"], decides="lora", known_by_result=True,
     )  # fmt: skip
 
@@ -893,15 +902,25 @@ class ServeConfig(TemplateOption, AdapterOption, BaseModelOptions):
 
 
 class ExportConfig(Options):
-    """What is merged, and where to."""
+    """What is written, in which form, and where to."""
 
-    adapter: Path = option(..., "run or adapter folder")
-    to: Path | None = option(None, "new folder for the merged model")
+    adapter: Path = option(
+        ..., "run or adapter folder, or hub id; to push, also the folder of an earlier export"
+    )
+    to: Path | None = option(None, "new folder, or hub:owner/name to push to the hub")
+    private: bool = option(False, "hub: make the repository private, and refuse one that is public")
+    revision: str | None = option(
+        None, "hub: branch to push to, made where it is not there; default: main"
+    )
+    license: str | None = option(
+        None, "licence for the model card, by the hub's name, such as apache-2.0"
+    )
     check_server: Literal["vllm", "sglang", "tgi"] | None = option(
         None, "write nothing, and say what this server would refuse of the adapter, or leave out"
     )
     model: str | None = option(
-        None, "base to merge into; default: the one the adapter names",
+        None, "base to merge into; default: the one the adapter names; with --form adapter what "
+        "the adapter is to name instead, such as the hub id of a folder's model",
         also=["model_name_or_path", "base_model"],
     )  # fmt: skip
     base: Literal["quantized", "original"] = option(
@@ -934,7 +953,15 @@ class ExportConfig(Options):
         "a merge above it is undone", ge=0,
     )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the merge is computed")
-    overwrite: bool = option(False, "replace the folder if it exists")
+    overwrite: bool = option(
+        False, "replace the folder if it exists; hub: replace what the branch has, in one commit"
+    )
+
+    @property
+    def repository(self) -> str | None:
+        """The repository of the hub that `to` names; None where it names a folder."""
+        text = str(self.to)
+        return text if text.startswith("hub:") else None
 
 
 class QuantizeConfig(Options):

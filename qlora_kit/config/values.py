@@ -297,6 +297,21 @@ def parse_size_or_auto(value: Any) -> Any:
     return value if value in ("auto", None) else parse_size(value)
 
 
+# ---------------------------------------------------------------- adapters of the hub
+
+_SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})")
+
+
+def pinned_name(folder: Path) -> str:
+    """Return what records call an adapter: its folder, or `hub:owner/name@commit`.
+
+    A folder in the hub's cache is a commit of a repository, and is found again by that name on
+    any machine.
+    """
+    match = _SNAPSHOT.fullmatch("/".join(folder.parts[-3:]))
+    return f"hub:{match[1]}/{match[2]}@{match[3]}" if match else str(folder)
+
+
 # ---------------------------------------------------------------- habits of Hugging Face's trainer
 
 

@@ -8,7 +8,7 @@ never in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.errors import AdapterError, ConfigError, ModelError, OutputError
+from qlora_kit.errors import AdapterError, ConfigError, ModelError
 from qlora_kit.events import Announce, silent
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
+from qlora_kit.export.target import check_target
 from qlora_kit.layers.projections import carriers, projected_weights, stacks
 from qlora_kit.layers.quantize import Quantization, bitsandbytes_parts
 from qlora_kit.layers.weight import FrozenWeight
@@ -41,7 +42,7 @@ from qlora_kit.model.load import (
     unpacked_modules,
 )
 from qlora_kit.model.memory import memory_returned, out_of_memory_while
-from qlora_kit.storage import MANIFEST, check_space, is_sealed, staged_folder
+from qlora_kit.storage import check_space, staged_folder
 
 if TYPE_CHECKING:
     from qlora_kit.export.gguf.model_file import GgufFile
@@ -222,35 +223,6 @@ def _write_tensors(
 
 
 # ---------------------------------------------------------------- before anything is read
-
-
-def check_target(folder: Path, sources: Sequence[Path | None], overwrite: bool) -> None:
-    """Check that writing a model to `folder` deletes nothing but an earlier model.
-
-    Args:
-        folder: the folder to write.
-        sources: folders that are read while it is written.
-        overwrite: whether an existing folder is replaced.
-
-    Raises:
-        OutputError: the folder holds one of `sources`; it stands inside a checkpoint or a model;
-            or it would be replaced, and is no model of the kit.
-    """
-    target = folder.resolve()
-    for source in (source.resolve() for source in sources if source is not None):
-        if target == source or target in source.parents:
-            raise OutputError(f"{folder}: holds {source}, which is read for it; name another --to")
-    for parent in target.parents:
-        if is_sealed(parent):
-            raise OutputError(
-                f"{folder}: is inside {parent}, which was written whole and is replaced or deleted "
-                "as a whole; name another --to"
-            )
-    if overwrite and folder.exists() and not is_sealed(folder):
-        raise OutputError(
-            f"{folder}: --overwrite replaces a model that the kit wrote, but this holds no "
-            f"{MANIFEST}; name another --to"
-        )
 
 
 def _check_possible(merge: Merge, skeleton: PreTrainedModel) -> None:

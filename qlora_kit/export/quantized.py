@@ -20,13 +20,13 @@ from qlora_kit.errors import ModelError
 from qlora_kit.events import Announce, silent
 from qlora_kit.export.merge import (
     check_packable,
-    check_target,
     has_original,
     packed_tensors,
     stored_bytes,
 )
 from qlora_kit.export.model_files import write_model_files
 from qlora_kit.export.shards import ShardWriter
+from qlora_kit.export.target import check_target
 from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.weight import PlainWeight
 from qlora_kit.model.architecture import unquantized_share
@@ -83,7 +83,7 @@ def quantize_to(
             layers, or a value does not fit the dtype.
         OutOfMemory: a tensor does not fit in memory.
         StorageError: the disk has no room for the model, or refuses to write it.
-        OutputError: the folder exists; or see `merge.check_target`.
+        OutputError: the folder exists; or see `target.check_target`.
     """
     check_target(folder, [spec.folder], overwrite)
     skeleton = spec.skeleton()

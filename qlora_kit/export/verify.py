@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.config import pinned_name
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import VerificationError
 from qlora_kit.events import Announce, LoadProgress, silent
@@ -114,7 +115,7 @@ def verify_merge(
     layers = tuple(sorted(weigher.layers, key=partial(_place, merge)))
     return MergeReport(
         base=merge.spec.source.identity,
-        adapter=merge.stored.folder.resolve().name,
+        adapter=_name(merge.stored.folder.resolve()),
         quantization=merge.spec.quantization,
         dequantization_dtype=dtype_name(merge.unpacked),
         dtype=merge.form,
@@ -129,6 +130,11 @@ def verify_merge(
         codes_are_trained=exact,
         forms=(weigher.written_form(),),
     )
+
+
+def _name(adapter: Path) -> str:
+    """Return the name of an adapter's folder, or its repository and commit."""
+    return pinned_name(adapter).removeprefix(f"{adapter.parent}/")
 
 
 def _place(merge: Merge, layer: LayerChange) -> tuple[bool, float]:

@@ -16,7 +16,7 @@ from qlora_kit.config import (
     GenerateConfig,
     ServeConfig,
 )
-from qlora_kit.errors import ConfigError, ModelError
+from qlora_kit.errors import AdapterError, ConfigError, HubError, ModelError
 from qlora_kit.events import Announce, Notice
 from qlora_kit.lora.files import (
     UNKNOWN_TEMPLATE,
@@ -24,6 +24,7 @@ from qlora_kit.lora.files import (
     read_base_record,
     read_peft_config,
 )
+from qlora_kit.model.hub import PREFIX, HubName
 from qlora_kit.model.names import find_model
 
 if TYPE_CHECKING:
@@ -118,6 +119,27 @@ def put_several_on(
                 )
             )
     return adapters
+
+
+def folder_of_adapter(named: Path) -> Path:
+    """Return the folder of an adapter; of one that is on the hub, fetch its files.
+
+    Raises:
+        AdapterError: neither a folder nor the hub has it, or it is no LoRA adapter.
+        HubError: it is no folder, and the hub is out of reach or does not grant access.
+    """
+    name = HubName.of_adapter(named)
+    if name is None:
+        return named
+    from qlora_kit.model.fetch import fetch_adapter
+
+    try:
+        return fetch_adapter(name)
+    except (AdapterError, HubError) as error:
+        if str(named).startswith(PREFIX):
+            raise
+        # Whoever meant a folder must not look for the fault at the hub.
+        raise type(error)(f"{named}: no such folder; as a hub id, {error.faults[0]}") from error
 
 
 def stored_options(adapter: Path, model: str | None = None) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from qlora_kit.recipe.generating import generate
 from qlora_kit.recipe.listing import runs
 from qlora_kit.recipe.measuring import evaluate
 from qlora_kit.recipe.planning import plan
+from qlora_kit.recipe.pushing import list_push
 from qlora_kit.recipe.serving import serve
 from qlora_kit.recipe.sweeping import sweep
 from qlora_kit.recipe.training import train
 
 __all__ = [
-    "chat", "check", "evaluate", "export", "generate", "plan", "quantize", "runs", "serve", "sweep",
+    "chat", "check", "evaluate", "export", "generate", "list_push", "plan", "quantize", "runs",
+    "serve", "sweep",
     "train",
 ]  # fmt: skip

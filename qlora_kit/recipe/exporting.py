@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,14 @@ from qlora_kit.opening.model import open_tokenizer
 from qlora_kit.opening.tasks import is_of_images, stored_task_name
 from qlora_kit.recipe.exporting_forms import (
     check_form,
-    export_adapter,
+    export_gguf_adapter,
     gguf_file,
     use_gguf,
     write_modelfile,
 )
 from qlora_kit.recipe.rows import read_data, tokenize_data
 from qlora_kit.recipe.server_check import check_for_server
+from qlora_kit.recipe.sharing import check_belongs, export_adapter
 from qlora_kit.redact import redacted_values
 from qlora_kit.storage import (
     check_writable,
@@ -70,10 +71,11 @@ if TYPE_CHECKING:
 def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     """Merge an adapter into its base, verify the merge, and write the model with its report.
 
-    With `check_server` nothing is written, see `check_for_server`.
+    With `--form adapter` the adapter alone is written; to a repository of the hub, what is written
+    is pushed. With `check_server` nothing is written, see `check_for_server`.
 
     Returns:
-        The facts of the merge and the merge report, for programs.
+        The facts of the merge and the merge report, for programs; or those of the other forms.
     """
     if config.check_server is not None and config.to is not None:
         raise ConfigError(
@@ -85,8 +87,15 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     if config.to is None:
         raise ConfigError("--to: missing; give one")
     prepare_environment()
+    if config.repository is not None:
+        from qlora_kit.recipe.pushing import push
+
+        return push(config, announce)
+    check_belongs(config)
     check_form(config)
     _check_new(config.to, config.overwrite)
+    if config.form == "adapter":
+        return export_adapter(config, announce)
     if config.verify_threshold is not None and not config.verify_tokens:
         raise ConfigError(
             "--verify-threshold: needs predictions to compare, and --verify-tokens is 0; expected "
@@ -111,8 +120,8 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     opened = open_tokenizer(options, announce, config.adapter)
     _say_how_to_ask(adapter.record, opened, announce)
     spec = opened.spec(options)
-    if config.form in ("adapter", "gguf-adapter"):
-        return export_adapter(config.to, config, adapter, spec, announce)
+    if config.form == "gguf-adapter":
+        return export_gguf_adapter(config.to, config, adapter, spec, announce)
     file = gguf_file(config, adapter, spec, opened) if config.form == "gguf" else None
     rows = _verification_rows(config, opened, spec, announce)
     reports: list[MergeReport] = []
@@ -120,7 +129,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     def check(merge: Merge, folder: Path) -> None:
         reports.append(verify_merge(merge, folder, rows, announce))
         check_threshold(reports[0], config.verify_threshold)
-        _write_merge_report(folder, reports[0], file)
+        _write_merge_report(folder, reports[0], config, file)
         if file is not None:
             write_modelfile(folder, file, opened, adapter)
 
@@ -227,14 +236,19 @@ def _held_out_rows(run: TrainConfig, opened: Opened, announce: Announce) -> Toke
     return held_out
 
 
-def _write_merge_report(folder: Path, report: MergeReport, file: GgufFile | None) -> None:
+def _write_merge_report(
+    folder: Path, report: MergeReport, config: ExportConfig, file: GgufFile | None
+) -> None:
     from qlora_kit.export.merge_report import NAME
+    from qlora_kit.report.card import front_of
     from qlora_kit.report.merge import PICTURE, draw_layers, write_merged_card
 
     content = redacted_values(report.as_json())
     write_json(folder / NAME, content)
     draw_layers(content, folder / PICTURE)
-    write_merged_card(folder, content, None if file is None else file.file)
+    told = front_of(config.adapter)
+    told = replace(told, license=config.license or told.license)
+    write_merged_card(folder, content, told, None if file is None else file.file)
 
 
 def _announce_merge(

@@ -1,11 +1,9 @@
-"""The forms of an export other than merged safetensors: GGUF files, and adapters alone."""
+"""The forms of an export that llama.cpp reads: a merged model, and an adapter alone, as GGUF."""
 
 from __future__ import annotations
 
 import shlex
-import shutil
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ from qlora_kit.config import ExportConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.events import Announce, Closing, Facts
 from qlora_kit.redact import redacted_values
-from qlora_kit.storage import staged_folder, write_by, write_json, write_text
+from qlora_kit.storage import staged_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from qlora_kit.config import GgufTypeName
@@ -23,12 +21,6 @@ if TYPE_CHECKING:
     from qlora_kit.opening.model import Opened
 
 _MODELFILE = "Modelfile"
-# The files of an adapter in the folder of a run, which holds more.
-_OF_ADAPTER = (
-    "adapter_*", "qlora_kit.json", "README.md", "*.png", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "preprocessor_config.json",
-    "processor_config.json",
-)  # fmt: skip
 
 
 def check_form(config: ExportConfig) -> None:
@@ -144,35 +136,27 @@ def use_gguf(folder: Path) -> tuple[str, ...]:
 # ---------------------------------------------------------------- adapters alone
 
 
-def export_adapter(
+def export_gguf_adapter(
     folder: Path,
     config: ExportConfig,
     adapter: StoredAdapter,
     spec: BaseSpec,
     announce: Announce,
 ) -> dict[str, Any]:
-    """Write an adapter without its base, in GGUF or as PEFT has it.
+    """Write an adapter without its base as GGUF.
 
     Returns:
         The facts of the file and the report, for programs.
     """
-    from qlora_kit.export.merge import check_target
+    from qlora_kit.export.target import check_target
 
     check_target(folder, [adapter.folder, spec.folder], config.overwrite)
     with staged_folder(folder, replace=config.overwrite) as staging:
-        if config.form == "adapter":
-            report = _copy_adapter(staging, adapter)
-        else:
-            report = _write_gguf_adapter(staging, config.gguf_type or "f32", adapter, spec)
+        report = _write_gguf_adapter(staging, config.gguf_type or "f32", adapter, spec)
     layers = len(adapter.tensors)
     announce(Facts(f"adapter in {folder}", (("layers", str(layers)), ("form", config.form))))
-    path = shlex.quote(str(folder))
-    commands = (
-        (f"llama-cli -m BASE.gguf --lora {shlex.quote(str(next(folder.glob('*.gguf'))))}",)
-        if config.form == "gguf-adapter"
-        else (f"qlora-kit generate --adapter {path} --prompt '...'",)
-    )
-    announce(Closing((str(folder),), commands))
+    file = shlex.quote(str(next(folder.glob("*.gguf"))))
+    announce(Closing((str(folder),), (f"llama-cli -m BASE.gguf --lora {file}",)))
     return {"folder": str(folder), "layers": layers, "report": report}
 
 
@@ -205,13 +189,3 @@ def _write_gguf_adapter(
     )
     write_text(folder / _MODELFILE, text)
     return report
-
-
-def _copy_adapter(folder: Path, adapter: StoredAdapter) -> dict[str, Any]:
-    """Copy the files of an adapter, and read the copy again."""
-    from qlora_kit.lora.reading import read_adapter
-
-    for pattern in _OF_ADAPTER:
-        for path in sorted(adapter.folder.glob(pattern)):
-            write_by(folder / path.name, partial(shutil.copyfile, path))
-    return {"layers": len(read_adapter(folder).tensors)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import EvaluateConfig
+from qlora_kit.config import EvaluateConfig, pinned_name
 from qlora_kit.data.fields import RowAdapters
 from qlora_kit.data.samples import Samples, load_samples
 from qlora_kit.errors import ConfigError, DataError
@@ -267,7 +267,7 @@ def _evaluate_one(what: _Measurement) -> dict[str, Any]:
     weighs = what.opened.task.weighs
     facts = [
         what.model,
-        ("adapter", str(what.config.adapter or "none")),
+        ("adapter", pinned_name(what.config.adapter) if what.config.adapter else "none"),
         ("rows", f"{result.forced['rows']:,}, {result.forced[weighs]:,} {_words(weighs)}"),
         *what.in_words(result),
     ]

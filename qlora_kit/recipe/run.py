@@ -427,6 +427,7 @@ class Run:
             labels=record.labels or (),
             pad_token_id=self.opened.tokenizer.pad_token_id,
             of_images=of_images,
+            metrics=_best_metrics(result, self.config),
         )
         card.write_card(output, summary)
         run_page.write_run_page(
@@ -512,6 +513,15 @@ def _next_commands(
     if config.report_to == "tensorboard":
         return (*commands, f"tensorboard --logdir {shlex.quote(str(output.parent))}")
     return commands
+
+
+def _best_metrics(result: TrainResult, config: TrainConfig) -> dict[str, float]:
+    """Return what was measured of the validation rows at the best step."""
+    progress = result.progress
+    found = {} if progress.best_loss is None else {"loss": progress.best_loss}
+    if progress.best_metric is not None:
+        found[config.best_metric] = progress.best_metric
+    return found
 
 
 def _results(result: TrainResult, config: TrainConfig) -> tuple[tuple[str, str], ...]:

@@ -6,12 +6,14 @@ model card and the page of the run all show. Writes nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_kit.config import GROUPS, TrainConfig, that_decide
+from qlora_kit.data.samples import is_hub_id
 from qlora_kit.data.source_figures import described_sources, source_figures
 from qlora_kit.report.tables import Rows
 
@@ -55,6 +57,8 @@ class RunSummary:
         task: the task of the run.
         pad_token_id: the token that fills short rows.
         of_images: whether the model reads images.
+        datasets: ids of the hub's data sets that were learnt.
+        metrics: what was measured of the validation rows at the best step, by name.
     """
 
     base: str
@@ -69,6 +73,8 @@ class RunSummary:
     task: str = "causal"
     pad_token_id: int | None = None
     of_images: bool = False
+    datasets: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def base_name(self) -> str:
@@ -99,7 +105,15 @@ class RunSummary:
             versions=tuple(versions.items()),
             commands=commands,
             task=config.task,
+            datasets=_hub_datasets(config),
         )
+
+
+def _hub_datasets(config: TrainConfig) -> tuple[str, ...]:
+    """Return the ids of the data sets that came from the hub; names of files stay private."""
+    named = [source.path for source in config.sources]
+    on_hub = [name for name in named if is_hub_id(name) and not os.path.exists(name)]
+    return tuple(name.partition(":")[0] for name in on_hub)
 
 
 def base_name(base: str) -> str:

@@ -7,10 +7,11 @@ the files it is asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.report.card import write_rendered_card
+from qlora_kit.report.card import ForHub, write_rendered_card
 from qlora_kit.report.facts import base_name
 from qlora_kit.report.plot import new_figure, save_figure
 from qlora_kit.report.tables import Rows
@@ -110,12 +111,15 @@ def draw_layers(report: Report, path: Path) -> None:
 # ---------------------------------------------------------------- the model card
 
 
-def write_merged_card(folder: Path, report: Report, file: str | None = None) -> None:
+def write_merged_card(
+    folder: Path, report: Report, told: ForHub | None = None, file: str | None = None
+) -> None:
     """Write the model card of a merged model.
 
     Args:
         folder: the folder of the model.
-        report: the merge report.
+        report: the merge report, whose figures of the written model a hub is told as well.
+        told: licence and data sets.
         file: the name of the GGUF file; None of a model in safetensors.
 
     Raises:
@@ -129,12 +133,19 @@ def write_merged_card(folder: Path, report: Report, file: str | None = None) -> 
         ("trained on", f"{quantization['bits']} bits{kind}"),
         ("merged", written_as(report)),
     )
+    written = [each for each in report["variants"] if each["variant"] == "written"]
+    told = replace(
+        told or ForHub(),
+        metrics={key: each[key] for each in written for key in ("loss", "mean_kl")},
+        measured_on=report["rows"] or "",
+    )
     write_rendered_card(
         folder,
         "merged_card.md.jinja",
         report["base"],
         "transformers" if file is None else "gguf",
         "merged",
+        told=told,
         report=report,
         facts=facts,
         variants=[_cells(each, report) for each in report["variants"]],

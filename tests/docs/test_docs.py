@@ -29,6 +29,7 @@ def test_the_blocks_of_the_api_page_run_in_order(tmp_path: Path) -> None:
 def test_every_link_between_pages_leads_somewhere() -> None:
     for page in [
         PROJECT / "README.md",
+        PROJECT / "README.zh.md",
         PROJECT / "CONTRIBUTING.md",
         *(PROJECT / "docs").glob("*.md"),
     ]:
