@@ -54,8 +54,9 @@ def served(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def client(served: Server) -> OpenAI:
-    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+def client(served: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 @pytest.fixture
@@ -383,9 +384,11 @@ def test_the_queue_the_key_and_a_signal(narrow: Server) -> None:
     assert narrow.get("/health")[0] == 200
     basic = base64.b64encode(f"anyone:{KEY}".encode()).decode()
     assert narrow.get("/reports/tom", Authorization=f"Basic {basic}")[0] == 200, "as a browser asks"
-    keyed = OpenAI(base_url=f"{narrow.url}/v1", api_key=KEY, max_retries=0)
-
-    with ThreadPoolExecutor(2) as pool:
+    address = f"{narrow.url}/v1"
+    with (
+        OpenAI(base_url=address, api_key=KEY, max_retries=0) as keyed,
+        ThreadPoolExecutor(2) as pool,
+    ):
         answers = [pool.submit(narrow.post, "/v1/completions", LONG, **KEPT) for _ in range(2)]
         until(lambda: narrow.get("/health")[1] == {"status": "ok", "running": 1, "waiting": 1})
         with pytest.raises(openai.RateLimitError) as full:
@@ -437,8 +440,11 @@ def test_a_late_answer_says_so(models: Models, tmp_path: Path) -> None:
         found, body, _ = started.post("/v1/completions", LONG)
         assert (found, body["error"]["type"]) == (504, "server_error")
         assert "0.2 s is up" in body["error"]["message"]
-        client = OpenAI(base_url=f"{started.url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.APIError, match=r"0\.2 s is up"):
+        address = f"{started.url}/v1"
+        with (
+            OpenAI(base_url=address, api_key="none", max_retries=0) as client,
+            pytest.raises(openai.APIError, match=r"0\.2 s is up"),
+        ):
             list(client.completions.create(**LONG, stream=True))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from data_fixtures import CHATML, make_tokenizer
 from gguf_models import FAMILIES, save_family, save_trained
 from llama_cpp import ask_llama_cpp, gguf_in, job
@@ -17,7 +16,6 @@ from merging import spec_of
 from tiny_models import OTHERS, save_model
 from transformers import AutoTokenizer
 
-import qlora_kit as qk
 from qlora_kit.config import ExportConfig
 from qlora_kit.errors import (
     AdapterError,
@@ -64,14 +62,6 @@ def test_the_folder_is_whole(adapter: Path, tmp_path: Path) -> None:
     assert 'PARAMETER stop "</s>"' in text
     assert "PARAMETER num_ctx 512" in text
     assert "gguf q8_0" in (target / "README.md").read_text()
-
-
-def test_an_adapter_alone_is_the_adapter(adapter: Path, tmp_path: Path) -> None:
-    target = exported(adapter, tmp_path / "out", form="adapter")
-    verify_folder(target)
-    first, second = (qk.read_adapter(folder).tensors for folder in (adapter, target))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[path][1], second[path][1]) for path in first)
 
 
 # ---------------------------------------------------------------- damage
