@@ -270,7 +270,7 @@ def targeted_paths(model: nn.Module, spec: LoraSpec) -> list[str]:
         ConfigError: a target or a pattern names no layer; or experts would have dropout.
     """
     whole = whole_paths(model, spec)
-    check_not_targeted(_named_themselves(spec.targets, whole), whole, model)
+    check_not_targeted(_named_themselves(spec.targets, whole), whole, spec.whole)
     apart = {*whole, *galore_paths(model, spec)}
     found = {path: each for path, each in projections(model).items() if path not in apart}
     ends, shared, routers = vocabulary_of(model), shared_embedding(model), router_paths(model)

@@ -188,18 +188,25 @@ def _is_norm(module: nn.Module) -> bool:
     return bool(own) and no_parts and all(each.ndim == 1 for each in own)
 
 
-def check_not_targeted(named: Mapping[str, str], whole: tuple[str, ...], model: nn.Module) -> None:
+def check_not_targeted(
+    named: Mapping[str, str], whole: tuple[str, ...], heads: tuple[str, ...]
+) -> None:
     """Check that no layer is named for LoRA and to be trained whole.
 
     Args:
         named: the target that names a layer itself, no group of layers, by the layer's path.
         whole: the paths of the layers that are trained whole.
-        model: the model.
+        heads: those of them that nobody asked for: the layers of a classifier's head.
 
     Raises:
         ConfigError: a layer is.
     """
     both = [path for path in whole if path in named]
+    if both and both[0] in heads:
+        raise ConfigError(
+            f"--targets: '{named[both[0]]}' names {both[0]}, the head of the classifier, which is "
+            "trained whole anyway; expected other layers; leave it out"
+        )
     if both:
         raise ConfigError(
             f"--modules-to-save: {both[0]} is named by --targets {named[both[0]]} as well; "

@@ -256,7 +256,7 @@ def test_an_encoder_by_itself_is_not_quantised(
             ("--best-metric", "f1"),
             "--best-metric f1: is not measured here; expected loss, accuracy",
         ),
-        (("--targets", "classifier"), "'classifier' matches no linear layer"),
+        (("--targets", "classifier"), "'classifier' names classifier, the head"),
         (("--long-samples", "split"), "--long-samples split: a label is of a whole text"),
         (("--labels", "good"), "label"),
         (("--task", "causal"), "keys sentence, label; expected one of"),
