@@ -61,6 +61,17 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
+def merged_logits(case: Path, kit: Kit, stories: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the adapter of a case into the base as it is stored; return its logits, and PEFT's."""
+    code, _, err = kit("export", ".", "--to", "out", "--model", str(stories), "--base",
+                       "original", "--dtype", "float32")  # fmt: skip
+    assert code == 0, err
+    merged = AutoModelForCausalLM.from_pretrained(case / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = merged(input_ids=torch.tensor(IDS)).logits
+    return found, torch.load(case / "logits.pt", weights_only=True)
+
+
 # ---------------------------------------------------------------- configurations
 
 
@@ -174,16 +185,7 @@ def test_a_padding_token_beyond_the_vocabulary_is_left_out(
 def test_a_base_named_with_nothing_is_taken_from_the_command_line(
     case: Path, kit: Kit, stories: Path
 ) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    code, _, err = kit("export", ".", "--to", "out", "--model", str(stories), "--base",
-                       "original", "--dtype", "float32")  # fmt: skip
-    assert code == 0, err
-    expected = torch.load(case / "logits.pt", weights_only=True)
-    merged = AutoModelForCausalLM.from_pretrained(case / "out", dtype=torch.float32).eval()
-    with torch.no_grad():
-        found = merged(input_ids=torch.tensor(IDS)).logits
+    found, expected = merged_logits(case, kit, stories)
     assert float((found - expected).norm() / expected.norm()) <= 1e-5
 
 
@@ -199,14 +201,5 @@ def test_a_pointer_of_git_lfs_is_told(case: Path, kit: Kit, stories: Path) -> No
 
 @pytest.mark.parametrize("case", ["adapter-p_ewt", "adapter-p_resize"], indirect=True)
 def test_tables_that_peft_saved_give_its_logits(case: Path, kit: Kit, stories: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    code, _, err = kit("export", ".", "--to", "out", "--model", str(stories), "--base",
-                       "original", "--dtype", "float32")  # fmt: skip
-    assert code == 0, err
-    expected = torch.load(case / "logits.pt", weights_only=True)
-    merged = AutoModelForCausalLM.from_pretrained(case / "out", dtype=torch.float32).eval()
-    with torch.no_grad():
-        found = merged(input_ids=torch.tensor(IDS)).logits
+    found, expected = merged_logits(case, kit, stories)
     assert float((found - expected).abs().max()) <= 1e-4

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, TypeVar
 
 from qlora_kit.config import VariantOptions
@@ -54,16 +54,7 @@ class Variant:
     @classmethod
     def of(cls, options: VariantOptions) -> Variant:
         """Return the variant that the options ask for."""
-        return cls(
-            init=options.init,
-            dora=options.dora,
-            learned_scale=options.learned_scale,
-            freeze_a=options.freeze_a,
-            rank_budget=options.rank_budget,
-            vblora=options.vblora,
-            galore=options.galore,
-            merge_aware=options.merge_aware,
-        )
+        return cls(**{each.name: getattr(options, each.name) for each in fields(cls)})
 
     @property
     def is_its_file(self) -> bool:

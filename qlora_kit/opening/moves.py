@@ -35,8 +35,6 @@ def _of_budget(config: TrainConfig) -> Iterator[str]:
         )
     if config.adapter is not None:
         yield f"{flag}: --adapter has its ranks already; expected one of the two; leave one out"
-    if config.vblora:
-        yield f"{flag}: the layers of --vblora share vectors of one rank; leave one of them out"
     if config.task == "preference":
         yield (
             f"{flag}: is decided by the loss of single answers, and --task preference compares "
@@ -45,11 +43,6 @@ def _of_budget(config: TrainConfig) -> Iterator[str]:
 
 
 def _of_others(config: TrainConfig) -> Iterator[str]:
-    if config.loraplus_ratio != 1 and config.vblora:
-        yield (
-            f"--loraplus-ratio {config.loraplus_ratio:g}: --vblora composes A and B of the same "
-            "vectors, so they have one rate; expected 1; leave one of them out"
-        )
     if config.galore and config.adapter is not None:
         yield (
             "--galore: --adapter goes on with LoRA matrices alone; expected a new run; leave one "
