@@ -41,9 +41,9 @@ def write_bytes(path: Path, content: bytes, *, is_private: bool = False) -> None
     with storage_errors(path):
         try:
             if is_private:
-                # What an earlier try left may have other rights, which would stay.
-                staging.unlink(missing_ok=True)
                 staging.touch(mode=0o600)
+                # What an earlier try left keeps the rights that it had.
+                staging.chmod(0o600)
             with staging.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
