@@ -1,12 +1,13 @@
-"""Compare the tokens a second of `serve` with transformers' `generate`, one answer after another.
+"""Compare tokens a second of `chat` and `serve` with transformers' `generate`, answer after answer.
 
     python benchmarks/serve.py --model models/SmolLM2-135M-Instruct
 
-Both compute in fp32 on the CPU with the same number of threads, greedily, and answer the same
-prompts. `serve` is the command itself in a process of its own, asked over HTTP by one caller and by
-eight at a time; an adapter of random values is on the base where --adapter-rank asks for one, and
-half of the requests are for it. The sides of a round follow each other, and a ratio is of one
-round; the median of the ratios counts. The bars: 1.0 for one caller, 3.0 for eight.
+All compute in fp32 on the CPU with the same number of threads, greedily, and continue the same
+prompts. `chat` is the command itself on a terminal, where the prompts are typed one after another.
+`serve` is the command in a process of its own, asked over HTTP by one caller and by eight at once;
+an adapter of random values is on its base where --adapter-rank asks for one, and half of the
+requests are for it. The sides of a round follow each other, and a ratio is of one round; the median
+of the ratios counts. The bars: 1.0 for `chat` and for one caller, 3.0 for eight.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import http.client
 import json
 import os
+import pty
 import re
 import statistics
 import subprocess
@@ -25,7 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from measure import PROJECT, print_table, run_side, save_results
 
@@ -34,8 +36,8 @@ PROMPTS = [
     "The three laws of motion are", "Dear Sir or Madam,", "def fibonacci(n):",
     "In the year 1969,", "The difference between a lake and a sea is",
 ]  # fmt: skip
-SIDES_OF_A_ROUND = [("generate", 1), ("serve", 1), ("serve", 8)]
-BARS = {"serve, 1 caller": 1.0, "serve, 8 callers": 3.0}
+SIDES_OF_A_ROUND = [("generate", 1), ("chat", 1), ("serve", 1), ("serve", 8)]
+BARS = {"chat": 1.0, "serve, 1 caller": 1.0, "serve, 8 callers": 3.0}
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 def _name(side: str, callers: int) -> str:
-    return side if side == "generate" else f"{side}, {callers} caller{'s' * (callers > 1)}"
+    return side if side != "serve" else f"{side}, {callers} caller{'s' * (callers > 1)}"
 
 
 def _ratio(rows: list[dict[str, Any]], name: str) -> float:
@@ -132,7 +134,19 @@ def serve(model: str, tokens: int, threads: int, adapter_rank: int, callers: int
     return _figures(made, seconds)
 
 
-SIDES = {"generate": generate, "serve": serve}
+def chat(model: str, tokens: int, threads: int, adapter_rank: int, callers: int) -> dict[str, Any]:
+    """Type the same prompts into the command; an adapter is left out."""
+    command = [*_command("chat", model, threads), "--raw", "--max-new-tokens", str(tokens)]
+    # The history of what was typed here is nobody's.
+    with tempfile.TemporaryDirectory() as state, _Typist(command, XDG_STATE_HOME=state) as typist:
+        typist.ask(PROMPTS[0])
+        begun = time.perf_counter()
+        made = sum(typist.ask(prompt) for prompt in PROMPTS)
+        seconds = time.perf_counter() - begun
+    return _figures(made, seconds)
+
+
+SIDES = {"generate": generate, "chat": chat, "serve": serve}
 
 
 def _figures(tokens: int, seconds: float) -> dict[str, Any]:
@@ -153,15 +167,56 @@ def _adapter(model: str, rank: int, folder: Path) -> Path:
     return folder
 
 
+def _command(name: str, model: str, threads: int) -> list[str]:
+    return [
+        sys.executable, "-m", "qlora_kit", name, "--model", model, "--bits", "16",
+        "--dtype", "float32", "--device", "cpu", "--threads", str(threads),
+    ]  # fmt: skip
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1", **more}
+
+
+class _Typist:
+    """A command on a terminal of its own, and somebody who types there."""
+
+    def __init__(self, command: list[str], **environment: str) -> None:
+        self._terminal, own = pty.openpty()
+        self._process = subprocess.Popen(
+            command, stdin=own, stdout=own, stderr=own, start_new_session=True,
+            env=_environment(TERM="dumb", COLUMNS="200", **environment),
+        )  # fmt: skip
+        os.close(own)
+        self._shown = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._terminal)
+
+    def ask(self, prompt: str) -> int:
+        """Type a prompt, and wait for its whole answer; return how many tokens it has."""
+        known = len(self._answers())
+        os.write(self._terminal, f"{prompt}\n".encode())
+        while len(found := self._answers()) == known:
+            # The terminal of a process that ended raises OSError.
+            self._shown += os.read(self._terminal, 1 << 16).decode("utf-8", "replace")
+        return int(found[-1])
+
+    def _answers(self) -> list[str]:
+        """Return the numbers of tokens in the lines that end answers."""
+        return re.findall(r"\[(\d+) tokens · ", self._shown)
+
+
 @contextmanager
 def _server(model: str, threads: int, more: list[str]) -> Iterator[int]:
     """Start the command on a free port; yield the port."""
-    command = [
-        sys.executable, "-m", "qlora_kit", "serve", "--model", model, "--bits", "16",
-        "--dtype", "float32", "--device", "cpu", "--threads", str(threads), "--port", "0", *more,
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    command = [*_command("serve", model, threads), "--port", "0", *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
     assert process.stdout is not None
     try:
         for line in process.stdout:
