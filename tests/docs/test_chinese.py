@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support import PROJECT
@@ -14,13 +16,30 @@ from qlora_kit.cli import main
 README, QUICKSTART = PROJECT / "README.zh.md", PROJECT / "docs" / "quickstart.zh.md"
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The arguments of each command in the page's consoles."""
+class Command(NamedTuple):
+    """The arguments of a command of the kit, and what a `printf` in front gives it to read."""
+
+    arguments: list[str]
+    reads: str
+
+
+def commands(page: Path) -> list[Command]:
+    """Each command in the page's consoles."""
     consoles = re.findall(r"^```console\n(.*?)^```$", page.read_text(), re.DOTALL | re.M)
     lines = [line for each in consoles for line in each.splitlines() if line.startswith("$ ")]
-    found = [shlex.split(line[2:]) for line in lines]
-    assert all(program == "qlora-kit" for program, *_ in found)
-    return [arguments for _, *arguments in found]
+    return [command_of(line[2:]) for line in lines]
+
+
+def command_of(line: str) -> Command:
+    """Take a line apart."""
+    before, _, own = line.rpartition(" | ")
+    program, *arguments = shlex.split(own)
+    assert program == "qlora-kit"
+    if not before:
+        return Command(arguments, "")
+    printf, text = shlex.split(before)
+    assert printf == "printf"
+    return Command(arguments, text.replace("\\n", "\n"))
 
 
 def ended(*arguments: str) -> int:
@@ -29,11 +48,12 @@ def ended(*arguments: str) -> int:
     return int(stopped.value.code or 0)
 
 
-@pytest.mark.parametrize("arguments", commands(README), ids=" ".join)
+@pytest.mark.parametrize("command", commands(README), ids=lambda each: " ".join(each.arguments))
 def test_the_commands_of_the_readme_are_understood(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    arguments = command.arguments
     (tmp_path / "runs").mkdir()
     # A push would be made to be listed, which needs the run.
     to_hub = any(argument.startswith("hub:") for argument in arguments)
@@ -48,8 +68,9 @@ def test_the_quick_start_runs_from_its_first_command_to_its_last(
     text = QUICKSTART.read_text()
     for name, content in re.findall(r"^```jsonl (\S+)\n(.*?)^```$", text, re.DOTALL | re.M):
         Path(name).write_text(content)
-    for arguments in commands(QUICKSTART):
-        assert ended(*arguments) == 0, arguments
+    for command in commands(QUICKSTART):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(command.reads.encode())))
+        assert ended(*command.arguments) == 0, command
     assert {path.name for path in Path("merged/mine").iterdir()} >= {"merge_report.json"}
     assert (tmp_path / "out/mine/adapter_model.safetensors").read_bytes() == (
         tmp_path / "runs/mine/adapter_model.safetensors"
