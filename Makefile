@@ -6,7 +6,7 @@ NPM_PACKAGES := node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1 axe-core@
 NODE := .node/.ready-$(shell echo $(NPM_PACKAGES) | cksum | cut -d' ' -f1)
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: train node test test-slow test-gpu test-faults real-models check format bench gpu-report \
+.PHONY: train node llama-cpp test test-slow test-gpu test-faults real-models check format bench gpu-report \
 	gpu-report-rehearse setup clean help
 
 help:            ## list the targets
@@ -27,7 +27,7 @@ train: setup     ## fine-tune the built-in demo in 4 bits and show what it learn
 	$(BIN)/qlora-kit export runs/demo --to merged/demo --overwrite
 	$(BIN)/qlora-kit evaluate --model merged/demo --bits 16 --exact-match
 
-test: setup node  ## the default tests, a process a core: some six minutes on two
+test: setup node  ## the default tests, a process a core
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: setup node  ## the long ones
@@ -47,6 +47,9 @@ $(NODE):
 	@timeout 600 npm install --prefix .node --silent --no-audit --no-fund --omit=optional --ignore-scripts \
 		--fetch-retries=1 $(NPM_PACKAGES) && rm -f .node/.ready-* && touch $@ \
 		|| echo "npm is not here, or could not fetch $(NPM_PACKAGES)" | tee .node/out-of-reach
+
+llama-cpp: setup  ## compile llama-cpp-python for the slow test of raw logits: some ten minutes
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
 
 real-models: setup  ## fetch two small pretrained models into models/, for tests and demonstrations
 	$(BIN)/python -m tests.real_models

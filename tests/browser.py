@@ -1,45 +1,33 @@
-"""A real browser for tests: Chromium without a window, driven through its pipe for debuggers."""
+"""A real browser for tests: Chromium without a window, driven by selenium."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import itertools
-import json
-import os
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from npm_packages import npm_package
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_OPTIONS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe",
-)  # fmt: skip
+_BROWSER, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+_OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+_KEYS = {"Tab": Keys.TAB, "Enter": Keys.ENTER, "ArrowDown": Keys.ARROW_DOWN}
 
-
-def chromium() -> str | None:
-    """Return the path of an installed Chromium; None if there is none."""
-    return next((path for name in _NAMES if (path := shutil.which(name))), None)
+needs_browser = pytest.mark.skipif(
+    not (_BROWSER and _DRIVER), reason="no Chromium: `apt-get install chromium chromium-driver`"
+)
 
 
 class Tab:
     """A tab of a browser, as wide as a window may be."""
 
-    def __init__(self, to_browser: int, from_browser: int) -> None:
-        self._to, self._from = to_browser, from_browser
-        self._numbers = itertools.count(1)
-        self._read = b""
-        self._session: str | None = None
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        self._call("Page.enable")
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self._driver = driver
 
     def open(self, page: Path | str, width: int, height: int = 844, *, dark: bool = False) -> None:
         """Open a page, a file or an address, in a window of this size; wait until it is there."""
@@ -49,33 +37,31 @@ class Tab:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
-        while self._message().get("method") != "Page.loadEventFired":
-            pass
+        self._driver.get(page if isinstance(page, str) else page.absolute().as_uri())
 
-    def value(self, expression: str) -> Any:
-        """Return the value of an expression in the page, or of the promise that it is."""
+    def value(self, program: str) -> Any:
+        """Return the value of a program in the page, or of the promise that it is.
+
+        A function around it, as selenium's own scripts have, would hide its declarations.
+        """
         found = self._call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+            "Runtime.evaluate", expression=program, returnByValue=True, awaitPromise=True
         )
         return found["result"].get("value")
 
     def press(self, key: str, *, ctrl: bool = False) -> None:
-        """Press a key as a user does; a key of one letter writes it."""
-        code = {"Tab": 9, "Enter": 13, "ArrowDown": 40, "ArrowUp": 38}.get(key, 0)
-        pressed: dict[str, Any] = {
-            "key": key, "windowsVirtualKeyCode": code, "modifiers": 2 if ctrl else 0,
-        }  # fmt: skip
-        if key == "Enter":
-            pressed["text"] = "\r"
-        if len(key) == 1:
-            pressed["text"] = key
-        self._call("Input.dispatchKeyEvent", type="keyDown", **pressed)
-        self._call("Input.dispatchKeyEvent", type="keyUp", **pressed)
+        """Press a key as a user does."""
+        keys = webdriver.ActionChains(self._driver)
+        if ctrl:
+            keys = keys.key_down(Keys.CONTROL)
+        keys = keys.send_keys(_KEYS[key])
+        if ctrl:
+            keys = keys.key_up(Keys.CONTROL)
+        keys.perform()
 
     def write(self, text: str) -> None:
-        """Write a text where the focus is."""
-        self._call("Input.insertText", text=text)
+        """Type a text where the focus is."""
+        webdriver.ActionChains(self._driver).send_keys(text).perform()
 
     def picture(self, path: Path) -> None:
         """Write a picture of the whole page."""
@@ -83,54 +69,23 @@ class Tab:
         path.write_bytes(base64.b64decode(shown["data"]))
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        number = next(self._numbers)
-        message = {"id": number, "method": method, "params": arguments}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._message()
-            if answer.get("id") == number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return answer["result"]
-
-    def _message(self) -> dict[str, Any]:
-        while b"\0" not in self._read:
-            block = os.read(self._from, 2**16)
-            if not block:
-                raise RuntimeError("the browser has ended")
-            self._read += block
-        first, _, self._read = self._read.partition(b"\0")
-        return json.loads(first)
+        answer: dict[str, Any] = self._driver.execute_cdp_cmd(method, arguments)
+        return answer
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Tab]:
     """Start a browser; yield a tab of it."""
-    command = chromium()
-    assert command is not None
-    to_read, to_write = os.pipe()
-    from_read, from_write = os.pipe()
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The browser reads from descriptor 3 and writes to 4, which a shell gives to it.
-        script = f'exec "$0" "$@" 3<&{to_read} 4>&{from_write}'
-        process = subprocess.Popen(
-            ["bash", "-c", script, command, *_OPTIONS, f"--user-data-dir={profile}"],
-            pass_fds=(to_read, from_write),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_read)
-        os.close(from_write)
-        try:
-            yield Tab(to_write, from_read)
-        finally:
-            process.kill()
-            process.wait()
-            os.close(to_write)
-            os.close(from_read)
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(_BROWSER)
+    for option in _OPTIONS:
+        options.add_argument(option)
+    # Named, so that selenium does not look for a driver to download.
+    driver = webdriver.Chrome(options, webdriver.ChromeService(_DRIVER))
+    try:
+        yield Tab(driver)
+    finally:
+        driver.quit()
 
 
 def axe() -> str:

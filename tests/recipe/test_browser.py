@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Tab, browser, chromium
+from browser import Tab, browser, needs_browser
 from faults.children import start
 from faults.moments import on_events
 from faults.runs import Sample, command
@@ -19,7 +19,7 @@ from support import run_well
 
 from qlora_kit.events import StepFinished
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
+pytestmark = needs_browser
 
 PHONE, SCREEN = 390, 1280
 

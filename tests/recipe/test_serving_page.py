@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Tab, axe, browser, chromium
+from browser import Tab, axe, browser, needs_browser
 from serving import ADAPTERS, Models, Server, make_models, server
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
+pytestmark = needs_browser
 
 PHONE, SCREEN = 390, 1280
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"

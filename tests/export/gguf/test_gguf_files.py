@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from data_fixtures import CHATML, make_tokenizer
 from gguf_models import FAMILIES, save_family, save_trained
-from llama_cpp import ask_llama_cpp, gguf_in, job
 from merging import spec_of
+from node_llama_cpp import ask_llama_cpp, gguf_in, job
 from tiny_models import OTHERS, save_model
 from transformers import AutoTokenizer
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from data_fixtures import make_tokenizer
 from gguf_models import FAMILIES, save_family, save_trained
-from llama_cpp import ask_llama_cpp, furthest, gguf_in, job, logprobs
 from merging import spec_of
+from node_llama_cpp import ask_llama_cpp, furthest, gguf_in, job, logprobs
 from tiny_models import save_model
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Asks llama.cpp itself what it computes of a GGUF file: see `llama_cpp.mjs`."""
+"""Asks llama.cpp itself what it computes of a GGUF file: see `node_llama_cpp.mjs`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ask_llama_cpp(folder: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
     modules = npm_package("node-llama-cpp").parent
     request, answers = folder / "request.json", folder / "answers.json"
     request.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("llama_cpp.mjs")
+    script = Path(__file__).with_name("node_llama_cpp.mjs")
     command = ["node", *map(str, (script, modules, request, answers))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

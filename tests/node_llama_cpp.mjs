@@ -1,6 +1,6 @@
 // Reads a GGUF file with llama.cpp itself, on the CPU, and says what it computes.
 //
-// node llama_cpp.mjs MODULES REQUEST.json ANSWERS.json: the folder of node-llama-cpp, and a list of jobs, each
+// node node_llama_cpp.mjs MODULES REQUEST.json ANSWERS.json: the folder of node-llama-cpp, and a list of jobs, each
 // {model, lora?, text?, special?, ids?, generate?, logprobs?}.
 // Writes, for each job, the ids of `text`, the ids of `generate` greedy tokens after
 // `ids` (or after the ids of the text), and the pairs of token and log-probability after each of `ids`.

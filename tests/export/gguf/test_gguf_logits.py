@@ -1,0 +1,58 @@
+"""llama.cpp's raw logits of a GGUF file, through llama-cpp-python, are transformers'.
+
+`tests/node_llama_cpp.py` asks a prebuilt llama.cpp, which gives probabilities alone. This package
+gives what they are made of, and is compiled here: `make llama-cpp`, some ten minutes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf_models import save_trained
+from node_llama_cpp import gguf_in
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_kit.config import ExportConfig
+from qlora_kit.recipe.exporting import export
+
+pytestmark = pytest.mark.slow
+
+TEXT = "Once upon a time, there was a big dog. He liked to play in the park with his ball."
+
+
+def exported(adapter: Path, folder: Path, form: str, **options: Any) -> Path:
+    export(ExportConfig(adapter=adapter, to=folder, form=form, verify_tokens=0, **options))
+    return folder
+
+
+def raw_logits(file: Path, ids: list[int]) -> Tensor:
+    """Return llama.cpp's logits, (T, V)."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="not built: `make llama-cpp` does it")
+    model = llama_cpp.Llama(str(file), n_ctx=512, logits_all=True, n_threads=2, verbose=False)
+    model.eval(ids)
+    return torch.from_numpy(np.array(model.scores[: len(ids)]))
+
+
+@pytest.mark.parametrize(("base", "std"), [("stories", 0.02), ("smollm2", 0.002)])
+def test_raw_logits_are_transformers(
+    request: pytest.FixtureRequest, tmp_path: Path, base: str, std: float
+) -> None:
+    adapter = save_trained(request.getfixturevalue(base), tmp_path / "adapter", std=std)
+    merged = exported(adapter, tmp_path / "merged", "merged", dtype="float32")
+    target = exported(adapter, tmp_path / "gguf", "gguf", gguf_type="f32")
+    ids = AutoTokenizer.from_pretrained(adapter).encode(TEXT)
+    model = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([ids])).logits[0]
+    found = raw_logits(gguf_in(target), ids)
+    assert found.shape == expected.shape
+    largest = float(expected.abs().max())
+    apart = float((found - expected).abs().max())
+    assert apart <= 1e-4 * largest, (apart, largest)
