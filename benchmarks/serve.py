@@ -98,14 +98,17 @@ def generate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from qlora_kit.data.encode import prompt_ids
+
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    prompts = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
+    # The ids that the kit gives the model: a model that was trained with a BOS gets one.
+    prompts = [torch.tensor([prompt_ids(tokenizer, prompt)]) for prompt in PROMPTS]
 
-    def answer(prompt: Any, most: int) -> int:
-        given = network.generate(**prompt, max_new_tokens=most, do_sample=False)
-        return int(given.shape[1] - prompt["input_ids"].shape[1])
+    def answer(ids: torch.Tensor, most: int) -> int:
+        given = network.generate(ids, max_new_tokens=most, do_sample=False)
+        return int(given.shape[1] - ids.shape[1])
 
     with torch.inference_mode():
         answer(prompts[0], 4)

@@ -5,10 +5,12 @@
     python benchmarks/variants.py times --model STORIES --text FILE      # on a quiet machine
     python benchmarks/variants.py table
 
-`losses` trains the small model on the text. Each variant has three learning rates, with one seed;
-the best of them is run with two more seeds. `best` trains the larger model with the six variants
-that are best there, and plain LoRA. `times` runs each variant after plain LoRA, in turns, and takes
-the median of the steps. Every run is a `train` of the command line in a process of its own.
+`losses` trains the small model on the text. Each variant has three learning rates, with one seed,
+and more where the best is the least or the largest of them; the best of all is run with two more
+seeds. `best` trains the larger model with the six variants that are best there, and plain LoRA.
+`times` runs each variant after plain LoRA, in turns, takes the median of the steps, and compares it
+with the median of all runs of plain LoRA. Every run is a `train` of the command line in a process
+of its own.
 
 The file of results is read first and written after every run: a benchmark that was stopped goes on
 where it was. A variant whose matrices have other sizes has the rank with which it trains as many
@@ -23,7 +25,7 @@ import math
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +35,8 @@ from measure import PROJECT, RESULTS, machine_and_command, print_table, run_kit
 
 RANK = 8
 SEEDS = (1, 2, 3)
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+FIRST_RATES = RATES[1:4]
 SMOLLM2_RATE = 5e-4
 BEST = 6
 FILE = RESULTS / "variants.json"
@@ -129,14 +132,23 @@ def main() -> None:
 
 def _losses(results: Results, given: Sequence[str], arguments: argparse.Namespace) -> None:
     """Choose the learning rate of each variant with one seed; run it with two more."""
-    rates = [Asked("losses", name, rate, SEEDS[0]) for name in arguments.only for rate in RATES]
-    _run_all(rates, results, given, arguments)
+    wanted = {(name, rate) for name in arguments.only for rate in FIRST_RATES}
+    while rates := [each for each in _asked(wanted) if not results.has(each)]:
+        _run_all(rates, results, given, arguments)
+        # The best rate has one beside it on either side, or there is no telling that it is.
+        for name in arguments.only:
+            at = RATES.index(_best_rate(results, name))
+            wanted |= {(name, rate) for rate in RATES[max(0, at - 1) : at + 2]}
     more = [
         Asked("losses", name, _best_rate(results, name), seed)
         for name in arguments.only
         for seed in SEEDS[1:]
     ]
     _run_all(more, results, given, arguments)
+
+
+def _asked(wanted: Iterable[tuple[str, float]]) -> list[Asked]:
+    return [Asked("losses", name, rate, SEEDS[0]) for name, rate in sorted(wanted)]
 
 
 def _best(results: Results, given: Sequence[str], arguments: argparse.Namespace) -> None:
@@ -160,7 +172,7 @@ def _times(results: Results, given: Sequence[str], arguments: argparse.Namespace
     for number, name in enumerate(arguments.only):
         for side in ("LoRA", name):
             # The seed tells the runs of plain LoRA apart.
-            asked = Asked("times", side, RATES[0], 100 + number)
+            asked = Asked("times", side, FIRST_RATES[0], 100 + number)
             if not results.has(asked):
                 results.add(asked, {"beside": name, **_run(asked, given, arguments)})
 
@@ -292,11 +304,11 @@ def _rows(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _time_ratio(results: Results, name: str) -> float | None:
-    """Return the median step of a variant, divided by that of plain LoRA beside it."""
-    beside = [run for run in results.runs if run["stage"] == "times" and run["beside"] == name]
-    own = [run["step_seconds"] for run in beside if run["variant"] == name]
-    plain = [run["step_seconds"] for run in beside if run["variant"] == "LoRA"]
-    return own[0] / plain[0] if own and plain else None
+    """Return the median step of a variant, divided by that of all runs of plain LoRA."""
+    timed = [run for run in results.runs if run["stage"] == "times"]
+    own = [run["step_seconds"] for run in timed if run["variant"] == name]
+    plain = [run["step_seconds"] for run in timed if run["variant"] == "LoRA"]
+    return statistics.median(own) / statistics.median(plain) if own else None
 
 
 def _print(results: Results) -> None:

@@ -48,7 +48,7 @@ class KeptCache:
         """Drop all keys and values."""
         self._cache, self._ids = None, []
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def continued(
         self,
         ids: Sequence[int],

@@ -86,6 +86,9 @@ class FrozenLinear(nn.Module):
 
 def frozen_product(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b (..., K) of x (..., D), differentiable in x; the graph keeps no tensor."""
+    if not torch.is_grad_enabled():
+        # A function of autograd costs as much as a small product, and answers are small products.
+        return weight.product(x, bias)
     y: Tensor = _FrozenProduct.apply(x, bias, weight)
     return y
 

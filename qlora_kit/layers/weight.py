@@ -225,6 +225,8 @@ class PlainWeight(FrozenWeight):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the values without announcing them: nothing is unpacked."""
+        if self._kept is not None and self._kept.dtype == dtype:
+            return self._kept
         return self.dequantize(dtype)
 
 

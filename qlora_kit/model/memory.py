@@ -42,6 +42,18 @@ _OUT_OF_MEMORY_TEXTS = (
 _NO_PRIMITIVE = "could not create a primitive"
 
 
+def free_bytes(device: torch.device, processes: int = 1) -> int:
+    """Return the bytes of free memory on the device where the model will run.
+
+    Args:
+        device: the device.
+        processes: processes of the machine, which share its memory where it is a CPU.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // processes
+
+
 def memory_in_use_bytes(device: torch.device) -> int:
     """Return the peak of allocated bytes on a GPU; on a CPU the anonymous memory now."""
     if device.type == "cuda":

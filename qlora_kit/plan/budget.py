@@ -170,15 +170,3 @@ def _check_budget(budget: Budget) -> None:
             f"--ram: {size_text(budget.host_bytes)} are no more than the "
             f"{size_text(PROCESS_BYTES)} of the process itself; pass a larger --ram"
         )
-
-
-def free_bytes(device: torch.device, processes: int = 1) -> int:
-    """Return the bytes of free memory on the device where the model will run.
-
-    Args:
-        device: the device.
-        processes: processes of the machine, which share its memory where it is a CPU.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // processes

@@ -18,8 +18,13 @@ from qlora_kit.config import TrainConfig
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.events import Announce, Facts, Notice
 from qlora_kit.model.hardware import Hardware
-from qlora_kit.model.memory import anonymous_bytes, limit_memory, return_free_memory
-from qlora_kit.plan.budget import budget_of, free_bytes
+from qlora_kit.model.memory import (
+    anonymous_bytes,
+    free_bytes,
+    limit_memory,
+    return_free_memory,
+)
+from qlora_kit.plan.budget import budget_of
 from qlora_kit.plan.duration import about
 from qlora_kit.plan.planning import Plan
 from qlora_kit.plan.rehearsal import Rehearsal, rehearse

@@ -47,6 +47,7 @@ def chat(config: ChatConfig, announce: Announce = silent) -> dict[str, Any]:
 
     from qlora_kit.infer.chat import Chat
     from qlora_kit.infer.generate import Sampling
+    from qlora_kit.infer.unpacked import keep_unpacked
     from qlora_kit.model.threads import choose_threads
 
     opened = open_tokenizer(config, announce, first, config.chat_template)
@@ -59,6 +60,7 @@ def chat(config: ChatConfig, announce: Announce = silent) -> dict[str, Any]:
     voices = _voices(config, opened, named)
     base = opened.load(config, announce, choose_threads(config.threads))
     base, speakers = _speakers(base, config, voices, announce)
+    keep_unpacked(base, announce)
     context = _context(config, opened)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
     talk = Chat(base, speakers, sampling, context)

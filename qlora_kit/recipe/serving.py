@@ -48,6 +48,7 @@ def serve(config: ServeConfig, announce: Announce = silent) -> dict[str, Any]:
     api_key = _api_key(config, announce)
 
     from qlora_kit.infer.serving.server import listening_socket, run_until_stopped
+    from qlora_kit.infer.unpacked import keep_unpacked
     from qlora_kit.model.threads import choose_threads
 
     with listening_socket(config.host, config.port) as listening:
@@ -55,6 +56,7 @@ def serve(config: ServeConfig, announce: Announce = silent) -> dict[str, Any]:
         first = opened[next(iter(config.adapters), None)]
         base = first.load(config, announce, choose_threads(config.threads))
         on_base = _put_on(base, config, opened, announce)
+        keep_unpacked(base, announce)
         served = _served(config, on_base, api_key, announce)
         served.engine.start()
         # From here on callers wait and are not refused: whoever reads that it listens may ask.

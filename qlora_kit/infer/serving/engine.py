@@ -105,7 +105,7 @@ class Engine:
         Raises:
             ModelError: its rows cannot be answered together, see `Batch.check`.
         """
-        with torch.no_grad(), self._base.in_evaluation():
+        with torch.inference_mode(), self._base.in_evaluation():
             self._batch.check(token=0)
         self._thread.start()
 
@@ -147,7 +147,7 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            with torch.no_grad(), self._base.in_evaluation():
+            with torch.inference_mode(), self._base.in_evaluation():
                 while self._has_work():
                     self._drop()
                     self._guarded(self._admit)
