@@ -77,11 +77,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     Returns:
         The facts of the merge and the merge report, for programs; or those of the other forms.
     """
-    if config.check_server is not None and config.to is not None:
-        raise ConfigError(
-            "--check-server: writes nothing, and --to names a folder; expected one of the two; "
-            "leave --to out, or export without a check"
-        )
+    _check_options(config)
     if config.check_server is not None:
         return check_for_server(config.adapter, config.check_server, config.model, announce)
     if config.to is None:
@@ -96,11 +92,24 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     _check_new(config.to, config.overwrite)
     if config.form == "adapter":
         return export_adapter(config, announce)
+    return _model_written(config, config.to, announce)
+
+
+def _check_options(config: ExportConfig) -> None:
+    if config.check_server is not None and config.to is not None:
+        raise ConfigError(
+            "--check-server: writes nothing, and --to names a folder; expected one of the two; "
+            "leave --to out, or export without a check"
+        )
     if config.verify_threshold is not None and not config.verify_tokens:
         raise ConfigError(
             "--verify-threshold: needs predictions to compare, and --verify-tokens is 0; expected "
             "tokens; pass --verify-tokens above 0, or leave the threshold out"
         )
+
+
+def _model_written(config: ExportConfig, to: Path, announce: Announce) -> dict[str, Any]:
+    """Write and verify a form that needs the base: a merged model, a GGUF file, or its adapter."""
     stored = stored_options(config.adapter, config.model)
     model = stored.get("model")
     if model is None:
@@ -121,7 +130,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     _say_how_to_ask(adapter.record, opened, announce)
     spec = opened.spec(options)
     if config.form == "gguf-adapter":
-        return export_gguf_adapter(config.to, config, adapter, spec, announce)
+        return export_gguf_adapter(to, config, adapter, spec, announce)
     file = gguf_file(config, adapter, spec, opened) if config.form == "gguf" else None
     rows = _verification_rows(config, opened, spec, announce)
     reports: list[MergeReport] = []
@@ -134,7 +143,7 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
             write_modelfile(folder, file, opened, adapter)
 
     merged = merge_to(
-        config.to,
+        to,
         adapter,
         spec,
         opened.tokenizer,
