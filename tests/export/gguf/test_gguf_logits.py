@@ -33,9 +33,14 @@ def exported(adapter: Path, folder: Path, form: str, **options: Any) -> Path:
 def raw_logits(file: Path, ids: list[int]) -> Tensor:
     """Return llama.cpp's logits, (T, V)."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="not built: `make llama-cpp` does it")
-    model = llama_cpp.Llama(str(file), n_ctx=512, logits_all=True, n_threads=2, verbose=False)
+    fp32 = llama_cpp.GGML_TYPE_F32  # keys and values too, so that what differs is the file
+    model = llama_cpp.Llama(
+        str(file), n_ctx=512, logits_all=True, type_k=fp32, type_v=fp32, verbose=False
+    )
     model.eval(ids)
-    return torch.from_numpy(np.array(model.scores[: len(ids)]))
+    found = torch.from_numpy(np.array(model.scores[: len(ids)]))
+    model.close()
+    return found
 
 
 @pytest.mark.parametrize(("base", "std"), [("stories", 0.02), ("smollm2", 0.002)])
