@@ -35,8 +35,8 @@ from measure import PROJECT, RESULTS, machine_and_command, print_table, run_kit
 
 RANK = 8
 SEEDS = (1, 2, 3)
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-FIRST_RATES = RATES[1:4]
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+FIRST_RATES = RATES[2:5]
 SMOLLM2_RATE = 5e-4
 BEST = 6
 FILE = RESULTS / "variants.json"
@@ -133,8 +133,10 @@ def main() -> None:
 def _losses(results: Results, given: Sequence[str], arguments: argparse.Namespace) -> None:
     """Choose the learning rate of each variant with one seed; run it with two more."""
     wanted = {(name, rate) for name in arguments.only for rate in FIRST_RATES}
-    while rates := [each for each in _asked(wanted) if not results.has(each)]:
-        _run_all(rates, results, given, arguments)
+    tried: set[tuple[str, float]] = set()
+    while wanted > tried:
+        _run_all(_asked(wanted), results, given, arguments)
+        tried = set(wanted)
         # The best rate has one beside it on either side, or there is no telling that it is.
         for name in arguments.only:
             at = RATES.index(_best_rate(results, name))
