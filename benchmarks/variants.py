@@ -85,8 +85,10 @@ class Results:
     def __init__(self, file: Path) -> None:
         self._file = file
         self.runs: list[dict[str, Any]] = []
+        self._made_by: dict[str, Any] = {}
         if file.is_file():
-            self.runs = json.loads(file.read_text())["runs"]
+            known = json.loads(file.read_text())
+            self.runs, self._made_by = known["runs"], known["made_by"]
 
     def of(self, stage: str, variant: str) -> list[dict[str, Any]]:
         """Return the runs of a variant in a stage."""
@@ -101,7 +103,9 @@ class Results:
         """Note a run, and write the file."""
         self.runs.append({**asdict(asked), **found})
         self._file.parent.mkdir(exist_ok=True)
-        content = {**machine_and_command(), "runs": self.runs}
+        # A call adds to the runs of one stage, and stages may be of different machines.
+        self._made_by[asked.stage] = machine_and_command()
+        content = {"made_by": self._made_by, "runs": self.runs}
         self._file.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -13,6 +13,8 @@ from tiny_models import SIZES, save_model
 from transformers import AutoTokenizer
 
 import qlora_kit as qk
+from qlora_kit.config import ExportConfig
+from qlora_kit.recipe.exporting import export
 
 _ROWS = {**SIZES, "vocab_size": 512, "initializer_range": 0.1, "max_position_embeddings": 128}
 _LLAMA3 = {
@@ -73,6 +75,13 @@ def save_family(folder: Path, name: str, tokenizer: Path, **changes: Any) -> Pat
         return folder
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, folder)
+    return folder
+
+
+def exported(adapter: Path, folder: Path, form: str = "gguf", **options: Any) -> Path:
+    """Export an adapter without comparing predictions; return the folder."""
+    values = {"adapter": adapter, "to": folder, "form": form, "verify_tokens": 0, **options}
+    export(ExportConfig(**values))
     return folder
 
 

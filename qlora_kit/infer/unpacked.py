@@ -13,7 +13,7 @@ from qlora_kit.events import Announce, Notice
 from qlora_kit.layers.weight import FrozenWeight, PlainWeight
 from qlora_kit.model.load import Base
 from qlora_kit.model.memory import free_bytes
-from qlora_kit.step.unpacked import packed_weights
+from qlora_kit.step.unpacked import packed_weights, unpacked_bytes
 
 _LARGEST_SHARE = 0.5
 """of the free memory: the rest is for keys, values and other programs"""
@@ -28,7 +28,7 @@ def keep_unpacked(base: Base, announce: Announce) -> None:
     """
     device, dtype = base.hardware.device, base.hardware.dtype
     weights = [each for each in _unpacked_for_products(base) if each.device.type == device.type]
-    needed = sum(weight.shape[0] * weight.shape[1] for weight in weights) * dtype.itemsize
+    needed = unpacked_bytes(weights, dtype)
     if not needed or needed > _LARGEST_SHARE * free_bytes(device):
         return
     for weight in weights:

@@ -7,7 +7,6 @@ difference between two depths, and between keeping its activations and recomputi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from qlora_kit.plan.network import BYTES_PER_SECOND
 from qlora_kit.plan.simulate import BatchShape, SimulatedRun, simulated_run
 from qlora_kit.plan.subject import Subject
 from qlora_kit.step.offload import pinned_bytes
-from qlora_kit.step.unpacked import packed_weights
+from qlora_kit.step.unpacked import packed_weights, unpacked_bytes
 
 # Layers of the shortened model. At most two of them keep their activations, and the first never
 # does. It would keep less than the others: its input, the embedding's output, takes no gradient.
@@ -375,7 +374,7 @@ def _sample(
 def _unpacked_layer_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Return the bytes of the packed weights of one layer in the dtype of the products."""
     layer = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
-    return sum(math.prod(weight.shape) for weight in packed_weights(layer)) * dtype.itemsize
+    return unpacked_bytes(packed_weights(layer), dtype)
 
 
 def _head_part_bytes(model: PreTrainedModel) -> int:

@@ -77,7 +77,11 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     Returns:
         The facts of the merge and the merge report, for programs; or those of the other forms.
     """
-    _check_options(config)
+    if config.check_server is not None and config.to is not None:
+        raise ConfigError(
+            "--check-server: writes nothing, and --to names a folder; expected one of the two; "
+            "leave --to out, or export without a check"
+        )
     if config.check_server is not None:
         return check_for_server(config.adapter, config.check_server, config.model, announce)
     if config.to is None:
@@ -95,21 +99,13 @@ def export(config: ExportConfig, announce: Announce = silent) -> dict[str, Any]:
     return _model_written(config, config.to, announce)
 
 
-def _check_options(config: ExportConfig) -> None:
-    if config.check_server is not None and config.to is not None:
-        raise ConfigError(
-            "--check-server: writes nothing, and --to names a folder; expected one of the two; "
-            "leave --to out, or export without a check"
-        )
+def _model_written(config: ExportConfig, to: Path, announce: Announce) -> dict[str, Any]:
+    """Write and verify a form that needs the base: a merged model, a GGUF file, or its adapter."""
     if config.verify_threshold is not None and not config.verify_tokens:
         raise ConfigError(
             "--verify-threshold: needs predictions to compare, and --verify-tokens is 0; expected "
             "tokens; pass --verify-tokens above 0, or leave the threshold out"
         )
-
-
-def _model_written(config: ExportConfig, to: Path, announce: Announce) -> dict[str, Any]:
-    """Write and verify a form that needs the base: a merged model, a GGUF file, or its adapter."""
     stored = stored_options(config.adapter, config.model)
     model = stored.get("model")
     if model is None:

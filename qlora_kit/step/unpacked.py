@@ -6,7 +6,8 @@ over, layers can keep what they unpacked. The products are of the same numbers, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -27,6 +28,11 @@ def packed_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
         # Of a weight that processes hold together, what is gathered must not stay.
         if is_packed and module.shards is None and module not in idle:
             yield module
+
+
+def unpacked_bytes(weights: Iterable[FrozenWeight], dtype: torch.dtype) -> int:
+    """Return the bytes of weights in the dtype of the products."""
+    return sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize
 
 
 def set_unpacked(model: nn.Module, count: int, dtype: torch.dtype) -> int:

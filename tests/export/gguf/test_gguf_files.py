@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 from data_fixtures import CHATML, make_tokenizer
-from gguf_models import FAMILIES, save_family, save_trained
+from gguf_models import FAMILIES, exported, save_family, save_trained
 from merging import spec_of
 from node_llama_cpp import ask_llama_cpp, gguf_in, job
 from tiny_models import OTHERS, save_model
 from transformers import AutoTokenizer
 
-from qlora_kit.config import ExportConfig
 from qlora_kit.errors import (
     AdapterError,
     ConfigError,
@@ -31,19 +30,12 @@ from qlora_kit.export.gguf.model_file import GgufFile
 from qlora_kit.export.gguf.modelfile import modelfile, turns_of
 from qlora_kit.export.gguf.pre_tokenizers import pre_tokenizer_name
 from qlora_kit.export.gguf.vocabulary import Vocabulary
-from qlora_kit.recipe.exporting import export
 from qlora_kit.storage import verify_folder
 
 
 @pytest.fixture(scope="module")
 def adapter(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_trained(stories, tmp_path_factory.mktemp("adapter") / "mine", bits=4)
-
-
-def exported(adapter: Path, folder: Path, **options: Any) -> Path:
-    values = {"adapter": adapter, "to": folder, "form": "gguf", "verify_tokens": 0, **options}
-    export(ExportConfig(**values))
-    return folder
 
 
 # ---------------------------------------------------------------- what is in the folder

@@ -7,27 +7,18 @@ gives what they are made of, and is compiled here: `make llama-cpp`, some ten mi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf_models import save_trained
+from gguf_models import exported, save_trained
 from node_llama_cpp import gguf_in
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_kit.config import ExportConfig
-from qlora_kit.recipe.exporting import export
-
 pytestmark = pytest.mark.slow
 
 TEXT = "Once upon a time, there was a big dog. He liked to play in the park with his ball."
-
-
-def exported(adapter: Path, folder: Path, form: str, **options: Any) -> Path:
-    export(ExportConfig(adapter=adapter, to=folder, form=form, verify_tokens=0, **options))
-    return folder
 
 
 def raw_logits(file: Path, ids: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from data_fixtures import make_tokenizer
-from gguf_models import FAMILIES, save_family, save_trained
+from gguf_models import FAMILIES, exported, save_family, save_trained
 from merging import spec_of
 from node_llama_cpp import ask_llama_cpp, furthest, gguf_in, job, logprobs
 from tiny_models import save_model
@@ -18,14 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import qlora_kit as qk
-from qlora_kit.config import ExportConfig
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.export.gguf import families
 from qlora_kit.export.gguf.families import Architecture
 from qlora_kit.export.gguf.model_file import GgufFile, Origin
 from qlora_kit.export.gguf.pre_tokenizers import _BY_RULES
 from qlora_kit.export.gguf.vocabulary import Vocabulary
-from qlora_kit.recipe.exporting import export
 
 # What transformers' own reader has no word for, so it takes its defaults or fails.
 NOT_READ_BY_TRANSFORMERS = {
@@ -38,12 +36,6 @@ NOT_READ_BY_TRANSFORMERS = {
 # llama.cpp looks GELU up in a table of fp16 values.
 BOUNDS = {"gemma2": 5e-3, "gemma2-caps": 5e-3, "gemma3": 5e-3}
 TEXT = 'Once upon a time, there was a 3rd, BIG dog!\n\nHe said:  "I\'ve  Ünïcode 🚀 1234"'
-
-
-def exported(adapter: Path, folder: Path, form: str, **options: Any) -> Path:
-    values = {"adapter": adapter, "to": folder, "form": form, "verify_tokens": 0, **options}
-    export(ExportConfig(**values))
-    return folder
 
 
 @torch.no_grad()
