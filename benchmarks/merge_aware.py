@@ -37,9 +37,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ASSETS / "data/tinyshakespeare.txt")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--init", default="kaiming", help="start of A and B, on both sides")
     parser.add_argument("--verify-tokens", type=int, default=8192)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--folder", type=Path, default=Path("runs/merge-aware"))
@@ -53,7 +55,8 @@ def main() -> None:
     options = {
         name: getattr(arguments, name)
         for name in (
-            "model", "steps", "batch_size", "max_length", "learning_rate", "rank", "verify_tokens",
+            "model", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "rank",
+            "init", "verify_tokens",
         )
     }  # fmt: skip
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +115,11 @@ def train(
     model: str,
     steps: int,
     batch_size: int,
+    accumulation: int,
     max_length: int,
     learning_rate: float,
     rank: int,
+    init: str,
     verify_tokens: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -127,8 +132,9 @@ def train(
     (data,), (test,) = Path(folder).glob("train.*"), Path(folder).glob("test.*")
     config = TrainConfig(
         model=model, data=str(data), validation=str(test), output=output, bits=4, rank=rank,
-        targets=("all-linear",), max_length=max_length, batch_size=batch_size,
-        gradient_accumulation_steps=1, learning_rate=learning_rate, max_grad_norm=1.0,
+        init=init, targets=("all-linear",), max_length=max_length,
+        batch_size=batch_size, gradient_accumulation_steps=accumulation,
+        learning_rate=learning_rate, max_grad_norm=1.0,
         max_steps=steps, save_steps=10, seed=seed, merge_aware=name == "merge-aware",
         resume="latest" if output.exists() else None,
     )  # fmt: skip

@@ -27,4 +27,5 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "rank budget": ("--targets", "all-linear", "--rank-budget", "200"),
     "galore": ("--galore", "down_proj", "--bits", "16"),
     "merge-aware": ("--merge-aware", "--targets", "all-linear"),
+    "merge-aware from eva": ("--merge-aware", "--init", "eva", "--targets", "all-linear"),
 }

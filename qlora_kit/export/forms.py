@@ -133,8 +133,7 @@ class Forms:
         """The merged weight of a layer, quantised again as the base was."""
         if self.is_trained_packed:
             assert self.frozen is not None
-            quantization = self.merge.spec.quantization
-            return self.merge.stored.trained_weight(self.path, self.frozen, quantization)
+            return self.merge.stored.trained_weight(self.path, self.frozen)
         merged = self.merged(self.merge.over)
         packed = freeze(self.name, merged, True, self.merge.spec.quantization, merged.device)
         assert isinstance(packed, FrozenWeight)

@@ -333,7 +333,7 @@ def _as_trained(
     for name, value in stream:
         if isinstance(value, FrozenWeight) and merge.stored.is_merged_into(value):
             path = name.removesuffix(".weight")
-            yield name, merge.stored.trained_weight(path, value, merge.spec.quantization)
+            yield name, merge.stored.trained_weight(path, value)
         else:
             yield name, value
 

@@ -2,10 +2,13 @@
 
     Ŵ = Q(W + U + scaling · B A)
 
-W is the frozen weight, unpacked; Q packs as W is packed. So the codes that an export packs again
-are those that were trained. Backward takes Q for the identity (the straight-through estimator): A
-and B get the gradients of plain LoRA, and x gets dy Ŵ. Ŵ is packed, and is renewed when A or B have
-changed; no dense gradient and no unpacked weight is kept.
+W is the frozen weight, unpacked; Q packs with the constants of W, so Ŵ differs from W in its codes
+alone. They are those that an export writes. Backward takes Q for the identity (the straight-through
+estimator): A and B get the gradients of plain LoRA, and x gets dy Ŵ. Ŵ is packed, and is renewed
+when A or B have changed; no dense gradient and no unpacked weight is kept.
+
+Constants made anew would cost more than they give: a delta on the largest weight of a block would
+move its constant, and with it all other weights of the block. The largest codes stay as they are.
 
 U puts each weight at a fixed place within the cell of its code, see `spread`. Without it every
 weight would lie in the middle of its cell, where a delta of less than half a cell changes no code:
@@ -31,20 +34,21 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from qlora_kit.errors import ModelError
 from qlora_kit.layers.frozen import FrozenLinear
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.low_rank import LowRank, SplitLowRank
 from qlora_kit.layers.purpose import MERGED, UNPACKED, announce, purpose
-from qlora_kit.layers.quantize import Quantization
-from qlora_kit.layers.weight import BLOCK_SIZE, FourBitWeight, FrozenWeight, Int8Weight
+from qlora_kit.layers.quantize import recoded
+from qlora_kit.layers.weight import FourBitWeight, FrozenWeight, Int8Weight
 
 # The lattice of the places within the cells: R₂'s steps, as odd parts of 2¹⁶.
 _PERIOD, _OF_ROW, _OF_COLUMN = 1 << 16, 49_471, 37_345
-# Weights that are spread at a time; whole blocks, if there are as many rows as a block has weights.
-_CHUNK, _ROWS = 1 << 22, BLOCK_SIZE
+# Weights that are spread at a time.
+_CHUNK = 1 << 22
 # Half a cell would be its edge. Packing to 8 bits goes through float16, which rounds large codes.
 _MOST_4BIT, _MOST_INT8 = 0.49, 0.4
+# Where the largest codes are put, in units of their constant: beyond it, whatever is added.
+_BEYOND = 1e4
 
 
 class _InWeight:
@@ -72,22 +76,11 @@ class MergeAwareLinear(LoRALinear):
 
     Args:
         frozen: the layer that this layer wraps, in 4 or 8 bits.
-        quantization: how its weight is packed.
         sizes: the other arguments of `LoRALinear`; there is no dropout.
-
-    Raises:
-        ModelError: the weight is packed in blocks of another size than the kit packs.
     """
 
-    def __init__(self, frozen: FrozenLinear, *, quantization: Quantization, **sizes: Any) -> None:
+    def __init__(self, frozen: FrozenLinear, **sizes: Any) -> None:
         super().__init__(frozen, **sizes)
-        size = getattr(frozen.weight, "block_size", BLOCK_SIZE)
-        if size != BLOCK_SIZE:
-            raise ModelError(
-                f"--merge-aware: the base is packed in blocks of {size}; expected {BLOCK_SIZE}; "
-                "train on the unquantised model"
-            )
-        self._quantization = quantization
         like = FrozenLinear(
             frozen.in_features, frozen.out_features, bias=False, is_transposed=frozen.is_transposed
         )
@@ -120,34 +113,34 @@ class MergeAwareLinear(LoRALinear):
         """Make the merged weight anew, of the frozen weight and of A and B as they are."""
         weight = self._packed()
         weight.keep_unpacked(self.merged.kept_dtype)
-        for _, tensor in weight.stored():
-            announce(tensor, MERGED)
+        announce(codes_of(weight), MERGED)
         self.multiplied.weight = weight
 
     def _packed(self) -> FrozenWeight:
-        return packed_sum(
-            self.frozen.weight, self.lora_A, self.lora_B, self.scaling, self._quantization
-        )
+        return packed_sum(self.frozen.weight, self.lora_A, self.lora_B, self.scaling)
 
 
 @torch.no_grad()
-def packed_sum(
-    frozen: FrozenWeight, a: Tensor, b: Tensor, scaling: float, quantization: Quantization
-) -> FrozenWeight:
-    """Return Ŵ = Q(W + U + scaling · B A), (K, D), on the device of W.
+def packed_sum(frozen: FrozenWeight, a: Tensor, b: Tensor, scaling: float) -> FrozenWeight:
+    """Return Ŵ = Q(W + U + scaling · B A), (K, D), on the device of W, whose constants it shares.
 
     Training and export both call this, so they have the same bits on the same kind of device.
 
     Args:
-        frozen: W, packed.
+        frozen: W, packed in 4 or 8 bits.
         a: A (R, D), fp32.
         b: B (K, R), fp32.
         scaling: factor of the product.
-        quantization: how W is packed, and Ŵ will be.
     """
     with purpose(UNPACKED):
         values = spread(frozen)
-        return quantization.freeze(torch.addmm(values, b, a, alpha=scaling, out=values))
+        return recoded(frozen, torch.addmm(values, b, a, alpha=scaling, out=values))
+
+
+def codes_of(weight: FrozenWeight) -> Tensor:
+    """Return the codes of a weight in 4 or 8 bits: of Ŵ, all that is not shared with W."""
+    assert isinstance(weight, FourBitWeight | Int8Weight)
+    return weight.codes
 
 
 # ---------------------------------------------------------------- the places within the cells
@@ -157,14 +150,16 @@ def spread(weight: FrozenWeight) -> Tensor:
     """Return W + U, (K, D), fp32: unpacked, with each weight at a place of its own in its cell.
 
     The place depends on nothing but the row and the column, and packing it gives W again. A weight
-    with the largest code of its block stays, because the constant of the block is made of it.
+    with the largest code of its block is put far beyond its constant, where it keeps its code.
 
     Args:
         weight: W, packed in 4 or 8 bits.
     """
     rows, columns = weight.shape
     values = torch.empty(rows, columns, device=weight.device)
-    step = max(_ROWS, _CHUNK // columns // _ROWS * _ROWS)
+    # As many rows as a block has weights are whole blocks.
+    size = getattr(weight, "block_size", 1)
+    step = max(size, _CHUNK // columns // size * size)
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
         levels = _levels(chunk, columns, weight.device)
@@ -210,21 +205,20 @@ def _spread_4bit(weight: FourBitWeight, rows: slice, levels: Tensor) -> Tensor:
 
 def _places(weight: FourBitWeight) -> Tensor:
     """Return the values of all places of all codes, in units of absmax: (16 · 256,), fp32."""
-    book: Tensor = bnb.get_4bit_type(weight.quant_type, device=weight.device)
-    away = book - book.unsqueeze(1)
-    inner = book.abs() < 1
-    up = torch.where(away > 0, away, torch.inf).amin(1).where(inner, 0.0)
-    down = torch.where(away < 0, -away, torch.inf).amin(1).where(inner, 0.0)
+    book: Tensor = bnb.get_4bit_type(weight.quant_type, device=weight.device).unsqueeze(1)
+    away = book.T - book
+    up = torch.where(away > 0, away, torch.inf).amin(1, keepdim=True)
+    down = torch.where(away < 0, -away, torch.inf).amin(1, keepdim=True)
     shares = _shares(weight.device, _MOST_4BIT)
-    off = torch.where(shares > 0, up.unsqueeze(1), down.unsqueeze(1)) * shares
-    return (book.unsqueeze(1) + off).view(-1)
+    places = book + torch.where(shares > 0, up, down) * shares
+    return places.where(book.abs() < 1, book * _BEYOND).view(-1)
 
 
 def _spread_int8(weight: Int8Weight, rows: slice, levels: Tensor) -> Tensor:
     codes = weight.codes[rows].float()
     shares = _shares(weight.device, _MOST_INT8).index_select(0, levels.view(-1)).view(levels.shape)
-    inner = codes.abs() < 127
-    return codes.add_(shares.mul_(inner)).mul_((weight.absmax[rows] / 127).unsqueeze(1))
+    places = torch.where(codes.abs() < 127, codes + shares, codes * _BEYOND)
+    return places.mul_((weight.absmax[rows] / 127).unsqueeze(1))
 
 
 # ---------------------------------------------------------------- the same codes

@@ -351,6 +351,14 @@ class FourBitWeight(FrozenWeight):
         )
         return weight.view(self.shape)
 
+    def with_codes(self, codes: Tensor) -> FourBitWeight:
+        """Return a weight of other codes (K · D / 2, 1), which shares the constants of this one."""
+        constants = {name: each for name, each in self.stored() if name != "codes"}
+        return FourBitWeight(
+            self.shape, codes, constants, quant_type=self.quant_type, block_size=self.block_size,
+            constants_block_size=self.constants_block_size,
+        )  # fmt: skip
+
     def absmax_values(self) -> Tensor:
         """Return the absmax of each block of weights, fp32."""
         if not self.double_quant:

@@ -248,7 +248,7 @@ def attach(base: Base, spec: LoraSpec, seed: int = 42) -> Adapter:
     experts = [path for path in paths if path in of_experts]
     is_shared = base.shards is not None
     check_merge_aware(spec, base.quantization.bits, is_shared=is_shared, experts=experts)
-    make_layer = layer_maker(spec, sites, base.hardware, base.quantization, generator)
+    make_layer = layer_maker(spec, sites, base.hardware, generator)
     layers: dict[str, LoRALinear] = {}
     stacked: dict[str, LoRAStack] = {}
     embeddings: dict[str, LoRAEmbedding] = {}

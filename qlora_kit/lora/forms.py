@@ -20,7 +20,6 @@ from qlora_kit.layers.learned_scale import LearnedScaleLinear
 from qlora_kit.layers.lora import LoRALinear
 from qlora_kit.layers.merge_aware import MergeAwareLinear
 from qlora_kit.layers.projections import Projection
-from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.vector_bank import TOP, VectorBankLinear, new_bank
 from qlora_kit.lora.spec import LoraSpec
 from qlora_kit.model.hardware import Hardware
@@ -104,7 +103,6 @@ def layer_maker(
     spec: LoraSpec,
     sites: Sites,
     hardware: Hardware,
-    quantization: Quantization,
     generator: torch.Generator,
 ) -> Callable[..., LoRALinear]:
     """Return what makes the LoRA layer of a frozen layer, called as `LoRALinear` is.
@@ -113,7 +111,6 @@ def layer_maker(
         spec: the variant, among other things.
         sites: the targeted layers.
         hardware: its dtype is that of the products, its device that of what layers share.
-        quantization: how the base is packed.
         generator: draws what layers share.
     """
     variant = spec.variant
@@ -129,14 +126,14 @@ def layer_maker(
     if variant.learned_scale:
         return functools.partial(LearnedScaleLinear, freeze_a=variant.freeze_a)
     if variant.merge_aware:
-        return functools.partial(_merge_aware, quantization=quantization, freeze_a=variant.freeze_a)
+        return functools.partial(_merge_aware, freeze_a=variant.freeze_a)
     if variant.freeze_a:
         return functools.partial(LoRALinear, freeze_a=True)
     return LoRALinear
 
 
-def _merge_aware(frozen: FrozenLinear, *, quantization: Quantization, **sizes: Any) -> LoRALinear:
+def _merge_aware(frozen: FrozenLinear, **sizes: Any) -> LoRALinear:
     """Return a merge-aware layer; of a weight that is not packed, a plain one."""
     if frozen.weight.bits == 16:
         return LoRALinear(frozen, **sizes)
-    return MergeAwareLinear(frozen, quantization=quantization, **sizes)
+    return MergeAwareLinear(frozen, **sizes)

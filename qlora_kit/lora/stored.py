@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from qlora_kit.layers.dora import row_norms
 from qlora_kit.layers.merge_aware import packed_sum
-from qlora_kit.layers.quantize import Quantization
 from qlora_kit.layers.trained_rows import with_rows
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.lora.files import (
@@ -164,20 +163,17 @@ class StoredAdapter:
         is_packed = isinstance(weight, FrozenWeight) and weight.bits != 16
         return self.spec.variant.merge_aware and is_packed
 
-    def trained_weight(
-        self, path: str, weight: FrozenWeight, quantization: Quantization
-    ) -> FrozenWeight:
+    def trained_weight(self, path: str, weight: FrozenWeight) -> FrozenWeight:
         """Return the weight that merge-aware training multiplied by, packed.
 
         Args:
             path: the path of a layer; without a delta its weight is that of the base.
             weight: the weight of the base, packed as in training.
-            quantization: how it is packed.
         """
         if path not in self.tensors:
             return weight
         a, b = (each.to(weight.device) for each in self.tensors[path])
-        return packed_sum(weight, a, b, self.scaling_of(path), quantization)
+        return packed_sum(weight, a, b, self.scaling_of(path))
 
     def is_of_expert(self, path: str) -> bool:
         """Whether a path of `tensors` is that of an expert in a stack."""

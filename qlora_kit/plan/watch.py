@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.layers.merge_aware import MergeAwareLinear
+from qlora_kit.layers.merge_aware import MergeAwareLinear, codes_of
 from qlora_kit.layers.projections import base_prefix, projections
 from qlora_kit.layers.purpose import (
     EXPERTS,
@@ -73,8 +73,7 @@ def claim_merged(ledger: Ledger, model: nn.Module) -> None:
     """Tell the ledger the purpose of the merged weights that layers multiply by."""
     for module in model.modules():
         if isinstance(module, MergeAwareLinear):
-            for _, tensor in module.merged.stored():
-                ledger.claim(tensor, MERGED)
+            ledger.claim(codes_of(module.merged), MERGED)
 
 
 def claim_trained(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:

@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from support import relative_error
 from torch import Tensor, nn
 
-from qlora_kit.errors import ModelError
 from qlora_kit.layers.frozen import FrozenLinear
-from qlora_kit.layers.merge_aware import MergeAwareLinear, hash_of_codes, packed_sum, spread
-from qlora_kit.layers.quantize import Quantization
-from qlora_kit.layers.weight import FourBitWeight
+from qlora_kit.layers.merge_aware import (
+    MergeAwareLinear,
+    hash_of_codes,
+    packed_sum,
+    spread,
+)
+from qlora_kit.layers.quantize import Quantization, recoded
+from qlora_kit.layers.weight import FourBitWeight, FrozenWeight, Int8Weight
 
 TOKENS, D, K, R, SCALING = 6, 64, 48, 4, 2.0
 FORMATS = [
@@ -35,7 +40,7 @@ def frozen(quantization: Quantization, seed: int = 0) -> FrozenLinear:
 def merge_aware(quantization: Quantization, size: float = 0.05) -> MergeAwareLinear:
     generator = torch.Generator().manual_seed(1)
     sizes: dict[str, Any] = {"rank": R, "scaling": SCALING, "generator": generator}
-    layer = MergeAwareLinear(frozen(quantization), quantization=quantization, **sizes)
+    layer = MergeAwareLinear(frozen(quantization), **sizes)
     with torch.no_grad():
         layer.lora_B.normal_(0, size, generator=generator)
     layer.renew()
@@ -46,13 +51,36 @@ def some(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
+def constants_of(weight: FrozenWeight) -> Tensor:
+    """Return the constant of each weight (K, D)."""
+    if isinstance(weight, Int8Weight):
+        return weight.absmax.unsqueeze(1).expand(weight.shape)
+    assert isinstance(weight, FourBitWeight)
+    each = weight.absmax_values().repeat_interleave(weight.block_size)
+    return each[: weight.shape[0] * weight.shape[1]].view(weight.shape)
+
+
+def clamped(values: Tensor, weight: FrozenWeight) -> Tensor:
+    most = constants_of(weight)
+    return values.clamp(-most, most)
+
+
+def packed_by_hand(weight: FrozenWeight, delta: Tensor) -> Tensor:
+    """Return the nearest value to W + U + delta that the constants of W allow, for each weight."""
+    values, most = clamped(spread(weight) + delta, weight), constants_of(weight)
+    if not isinstance(weight, FourBitWeight):
+        return (values.half().float() / most * 127).round() * most / 127
+    book = bnb.get_4bit_type(weight.quant_type, device="cpu")
+    nearest = ((values / most).unsqueeze(-1) - book).abs().argmin(-1)
+    return book[nearest] * most
+
+
 @pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
 def test_it_computes_the_equations(quantization: Quantization) -> None:
     layer = merge_aware(quantization)
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
     base = layer.frozen.weight.dequantize(torch.float32)
-    packed = quantization.freeze(spread(layer.frozen.weight) + SCALING * b @ a)
-    packed = packed.dequantize(torch.float32)
+    packed = packed_by_hand(layer.frozen.weight, SCALING * b @ a)
     assert relative_error(packed, base) > 0.02, "the delta changes codes"
     x, grad_y = some(TOKENS, D).requires_grad_(), some(TOKENS, K) + 1
     y = layer(x)
@@ -90,19 +118,34 @@ def test_each_weight_stays_in_its_cell(
     whole = quantization.freeze(some(*shape))
     base = whole.dequantize(torch.float32)
     moved = spread(whole)
-    assert relative_error(moved, base) > (0.02 if quantization.bits == 4 else 1e-3)
-    # The constants are packed again as well, and may move by their own rounding, and by no cell.
-    again = quantization.freeze(moved).dequantize(torch.float32)
-    slack = 0.02 if quantization.double_quant and quantization.bits == 4 else 1e-3
-    assert relative_error(again, base) < slack
+    away = relative_error(clamped(moved, whole), base)
+    assert away > (0.02 if quantization.bits == 4 else 1e-3)
+    # fp4 has two codes of zero.
+    assert torch.equal(recoded(whole, moved.clone()).dequantize(torch.float32), base)
     monkeypatch.setattr("qlora_kit.layers.merge_aware._CHUNK", 1)
     assert torch.equal(spread(whole), moved), "cut into other chunks"
 
 
-def test_without_a_delta_the_codes_are_those_of_the_base() -> None:
-    quantization = Quantization(4, double_quant=False)
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
+def test_without_a_delta_the_codes_are_those_of_the_base(quantization: Quantization) -> None:
     layer = merge_aware(quantization, size=0.0)
-    assert hash_of_codes(layer.merged) == hash_of_codes(layer.frozen.weight)
+    found, base = (each.dequantize(torch.float32) for each in (layer.merged, layer.frozen.weight))
+    assert torch.equal(found, base)
+
+
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
+def test_a_large_delta_changes_no_constant(quantization: Quantization) -> None:
+    layer = merge_aware(quantization, size=1.0)
+    weight, base = layer.merged, layer.frozen.weight
+    delta = SCALING * layer.lora_B.detach() @ layer.lora_A.detach()
+    assert delta.abs().max() > constants_of(base).max()
+    shared = {name: each for name, each in base.stored() if name != "codes"}
+    assert all(each is shared[name] for name, each in weight.stored() if name != "codes")
+    found = weight.dequantize(torch.float32)
+    assert relative_error(found, packed_by_hand(base, delta)) < 1e-6
+    largest = base.dequantize(torch.float32).abs() >= constants_of(base) * 0.999
+    assert largest.any()
+    assert torch.equal(found[largest], base.dequantize(torch.float32)[largest])
 
 
 def test_a_delta_smaller_than_a_cell_is_kept_on_average() -> None:
@@ -110,7 +153,7 @@ def test_a_delta_smaller_than_a_cell_is_kept_on_average() -> None:
     weight = quantization.freeze(torch.randn(512, 512, generator=torch.Generator().manual_seed(3)))
     a, b = torch.ones(1, 512), torch.full((512, 1), 0.02)  # cells are some 0.2 wide
     base = weight.dequantize(torch.float32)
-    change = packed_sum(weight, a, b, 1.0, quantization).dequantize(torch.float32) - base
+    change = packed_sum(weight, a, b, 1.0).dequantize(torch.float32) - base
     assert change.mean() == pytest.approx(0.02, rel=0.2)
     assert (change.abs() > 0.05).float().mean() < 0.3, "few weights move, by a whole cell each"
     middle = quantization.freeze(base + b @ a).dequantize(torch.float32) - base
@@ -134,20 +177,28 @@ def test_nothing_of_it_is_in_a_state_dict() -> None:
     assert sum(isinstance(each, FrozenLinear) for each in layer.modules()) == 1
 
 
-def test_other_block_sizes_are_refused() -> None:
+def test_a_base_in_blocks_of_another_size_keeps_them() -> None:
     layer = frozen(Quantization(4))
-    packed = layer.weight
-    assert isinstance(packed, FourBitWeight)
-    packed.block_size = 128
-    with pytest.raises(ModelError, match="blocks of 128; expected 64"):
-        MergeAwareLinear(layer, quantization=Quantization(4), rank=R, scaling=SCALING)
+    codes, state = bnb.quantize_4bit(some(K, D), blocksize=128, quant_type="nf4")
+    layer.weight = FourBitWeight(
+        (K, D), codes, {"absmax": state.absmax}, quant_type="nf4", block_size=128
+    )
+    found = MergeAwareLinear(layer, rank=R, scaling=SCALING)
+    assert hash_of_codes(found.merged) == hash_of_codes(layer.weight)
+    with torch.no_grad():
+        found.lora_B.fill_(0.05)
+    found.renew()
+    delta = SCALING * found.lora_B.detach() @ found.lora_A.detach()
+    expected = packed_by_hand(layer.weight, delta)
+    assert relative_error(expected, layer.weight.dequantize(torch.float32)) > 0.02
+    assert relative_error(found.merged_weight(), expected) < 1e-6
 
 
 def test_the_sum_changes_neither_the_base_nor_a_and_b() -> None:
     layer = merge_aware(Quantization(8))
     weight, a, b = layer.frozen.weight, layer.lora_A, layer.lora_B
     before = [each.clone() for each in (weight.dequantize(torch.float32), a, b)]
-    packed_sum(weight, a, b, SCALING, Quantization(8))
+    packed_sum(weight, a, b, SCALING)
     after = [weight.dequantize(torch.float32), a, b]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     assert isinstance(a, nn.Parameter)

@@ -14,6 +14,7 @@ from support import recorded_peak
 import qlora_kit as qk
 from qlora_kit.config import PreferenceLoss, TrainConfig
 from qlora_kit.data.batch import Batch, TokenRows, collate, collate_packed
+from qlora_kit.layers.merge_aware import codes_of
 from qlora_kit.layers.weight import FrozenWeight
 from qlora_kit.model.hardware import Hardware, choose_hardware
 from qlora_kit.model.head import head_of
@@ -161,7 +162,7 @@ def measured(case: Case, loss: PreferenceLoss | None = None) -> dict[str, int]:
         merged = [layer.merged for layer in adapter.merge_aware.values()]
         kept += [weight._kept for weight in merged]
         tensors += [each for each in kept if each is not None]
-        tensors += [each for weight in merged for _, each in weight.stored()]
+        tensors += [codes_of(weight) for weight in merged]
         return held([*tensors, *base.model.parameters(), *base.model.buffers()])
 
     step()
@@ -317,7 +318,7 @@ def test_packing_the_merged_weights_again_is_planned(bits: int) -> None:
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    merged = [each for layer in adapter.merge_aware.values() for _, each in layer.merged.stored()]
+    merged = [codes_of(layer.merged) for layer in adapter.merge_aware.values()]
     state = [v for kept in optimizer.state.values() for v in kept.values() if torch.is_tensor(v)]
     grads = [each.grad for each in parameters if each.grad is not None]
     there = held([*merged, *state, *grads, *base.model.parameters(), *base.model.buffers()])

@@ -46,7 +46,6 @@ def _of_variant(variant: Variant) -> Iterator[str]:
         "learned-scale": variant.learned_scale,
         "rank-budget": variant.rank_budget is not None,
         "vblora": variant.vblora,
-        "merge-aware": variant.merge_aware,
     }
     for flag, is_set in asked.items():
         if is_set:
