@@ -27,7 +27,8 @@ section 3.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ from qlora_kit.layers.weight import FourBitWeight, FrozenWeight, Int8Weight
 
 # The lattice of the places within the cells: R₂'s steps, as odd parts of 2¹⁶.
 _PERIOD, _OF_ROW, _OF_COLUMN = 1 << 16, 49_471, 37_345
-# Weights that are spread at a time.
-_CHUNK = 1 << 22
+# Weights that are spread at a time; on a CPU, what fits the cache of a core.
+_CHUNK, _CHUNK_OF_CPU = 1 << 22, 1 << 18
 # Half a cell would be its edge. Packing to 8 bits goes through float16, which rounds large codes.
 _MOST_4BIT, _MOST_INT8 = 0.49, 0.4
 # Where the largest codes are put, in units of their constant: beyond it, whatever is added.
@@ -159,16 +160,21 @@ def spread(weight: FrozenWeight) -> Tensor:
     values = torch.empty(rows, columns, device=weight.device)
     # As many rows as a block has weights are whole blocks.
     size = getattr(weight, "block_size", 1)
-    step = max(size, _CHUNK // columns // size * size)
+    most = _CHUNK_OF_CPU if weight.device.type == "cpu" else _CHUNK
+    step = max(size, most // columns // size * size)
+    put = _placer(weight)
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
-        levels = _levels(chunk, columns, weight.device)
-        if isinstance(weight, FourBitWeight):
-            values[chunk] = _spread_4bit(weight, chunk, levels)
-        else:
-            assert isinstance(weight, Int8Weight)
-            values[chunk] = _spread_int8(weight, chunk, levels)
+        values[chunk] = put(chunk, _levels(chunk, columns, weight.device))
     return values
+
+
+def _placer(weight: FrozenWeight) -> Callable[[slice, Tensor], Tensor]:
+    """Return what puts some rows of a weight at the places with the given numbers."""
+    if isinstance(weight, FourBitWeight):
+        return partial(_spread_4bit, weight, _places(weight), weight.absmax_values())
+    assert isinstance(weight, Int8Weight)
+    return partial(_spread_int8, weight, _shares(weight.device, _MOST_INT8))
 
 
 def _levels(rows: slice, columns: int, device: torch.device) -> Tensor:
@@ -190,17 +196,19 @@ def _shares(device: torch.device, most: float) -> Tensor:
     return (torch.arange(256, device=device) - 127.5) * (most / 127.5)
 
 
-def _spread_4bit(weight: FourBitWeight, rows: slice, levels: Tensor) -> Tensor:
+def _spread_4bit(
+    weight: FourBitWeight, of_codes: Tensor, absmax: Tensor, rows: slice, levels: Tensor
+) -> Tensor:
     count, columns = levels.shape
     first = rows.start * columns  # a multiple of the block size
     last = first + count * columns
     pairs = weight.codes.view(-1)[first // 2 : -(-last // 2)].int()
     codes = torch.stack((pairs >> 4, pairs & 15), 1).view(-1)[: last - first]
     places = codes.bitwise_left_shift_(8).add_(levels.view(-1))
+    values = of_codes.index_select(0, places)
     size = weight.block_size
-    absmax = weight.absmax_values()[first // size : -(-last // size)]
-    values = _places(weight).index_select(0, places)
-    return values.mul_(absmax.repeat_interleave(size)[: last - first]).view(count, columns)
+    of_blocks = absmax[first // size : -(-last // size)]
+    return values.mul_(of_blocks.repeat_interleave(size)[: last - first]).view(count, columns)
 
 
 def _places(weight: FourBitWeight) -> Tensor:
@@ -214,10 +222,10 @@ def _places(weight: FourBitWeight) -> Tensor:
     return places.where(book.abs() < 1, book * _BEYOND).view(-1)
 
 
-def _spread_int8(weight: Int8Weight, rows: slice, levels: Tensor) -> Tensor:
+def _spread_int8(weight: Int8Weight, shares: Tensor, rows: slice, levels: Tensor) -> Tensor:
     codes = weight.codes[rows].float()
-    shares = _shares(weight.device, _MOST_INT8).index_select(0, levels.view(-1)).view(levels.shape)
-    places = torch.where(codes.abs() < 127, codes + shares, codes * _BEYOND)
+    moved = codes + shares.index_select(0, levels.view(-1)).view(levels.shape)
+    places = torch.where(codes.abs() < 127, moved, codes * _BEYOND)
     return places.mul_((weight.absmax[rows] / 127).unsqueeze(1))
 
 

@@ -122,7 +122,7 @@ def test_each_weight_stays_in_its_cell(
     assert away > (0.02 if quantization.bits == 4 else 1e-3)
     # fp4 has two codes of zero.
     assert torch.equal(recoded(whole, moved.clone()).dequantize(torch.float32), base)
-    monkeypatch.setattr("qlora_kit.layers.merge_aware._CHUNK", 1)
+    monkeypatch.setattr("qlora_kit.layers.merge_aware._CHUNK_OF_CPU", 1)
     assert torch.equal(spread(whole), moved), "cut into other chunks"
 
 
