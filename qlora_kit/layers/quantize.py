@@ -153,9 +153,10 @@ def _clamp(blocks: Tensor, constants: Tensor) -> None:
 def _nearest(blocks: Sequence[tuple[Tensor, Tensor]], quant_type: QuantType) -> Tensor:
     """Return the codes of blocks of values and their constants, two in a byte: (n / 2, 1)."""
     book = bnb.get_4bit_type(quant_type, device="cpu")
-    codes = torch.cat([nearest_codes(*part, book).view(-1) for part in blocks])
-    if len(codes) % 2:
-        codes = torch.cat([codes, codes.new_zeros(1)])
+    found = [nearest_codes(*part, book).view(-1) for part in blocks]
+    if sum(map(len, found)) % 2:
+        found.append(found[0].new_zeros(1))
+    codes = found[0] if len(found) == 1 else torch.cat(found)
     first, second = codes.view(-1, 2).unbind(1)
     return (first << 4).bitwise_or_(second).unsqueeze(1)
 
