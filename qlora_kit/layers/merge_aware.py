@@ -46,8 +46,8 @@ from qlora_kit.layers.weight import FourBitWeight, FrozenWeight, Int8Weight
 _PERIOD, _OF_ROW, _OF_COLUMN = 1 << 16, 49_471, 37_345
 # Weights that are spread at a time; on a CPU, what fits the cache of a core.
 _CHUNK, _CHUNK_OF_CPU = 1 << 22, 1 << 18
-# Half a cell would be its edge. Packing to 8 bits goes through float16, which rounds large codes.
-_MOST_4BIT, _MOST_INT8 = 0.49, 0.4
+# How far a place is off the middle of its cell, in units of the cell; half of one is its edge.
+_MOST = 0.49
 # Where the largest codes are put, in units of their constant: beyond it, whatever is added.
 _BEYOND = 1e4
 
@@ -174,7 +174,7 @@ def _placer(weight: FrozenWeight) -> Callable[[slice, Tensor], Tensor]:
     if isinstance(weight, FourBitWeight):
         return partial(_spread_4bit, weight, _places(weight), weight.absmax_values())
     assert isinstance(weight, Int8Weight)
-    return partial(_spread_int8, weight, _shares(weight.device, _MOST_INT8))
+    return partial(_spread_int8, weight, _shares(weight.device))
 
 
 def _levels(rows: slice, columns: int, device: torch.device) -> Tensor:
@@ -191,9 +191,9 @@ def _levels(rows: slice, columns: int, device: torch.device) -> Tensor:
     return sums.bitwise_and_(_PERIOD - 1).bitwise_right_shift_(8)
 
 
-def _shares(device: torch.device, most: float) -> Tensor:
-    """Return the share of a cell that each of the 256 places is off its middle, within ± most."""
-    return (torch.arange(256, device=device) - 127.5) * (most / 127.5)
+def _shares(device: torch.device) -> Tensor:
+    """Return the share of a cell that each of the 256 places is off its middle."""
+    return (torch.arange(256, device=device) - 127.5) * (_MOST / 127.5)
 
 
 def _spread_4bit(
@@ -217,7 +217,7 @@ def _places(weight: FourBitWeight) -> Tensor:
     away = book.T - book
     up = torch.where(away > 0, away, torch.inf).amin(1, keepdim=True)
     down = torch.where(away < 0, -away, torch.inf).amin(1, keepdim=True)
-    shares = _shares(weight.device, _MOST_4BIT)
+    shares = _shares(weight.device)
     places = book + torch.where(shares > 0, up, down) * shares
     return places.where(book.abs() < 1, book * _BEYOND).view(-1)
 

@@ -31,6 +31,8 @@ from qlora_kit.layers.weight import (
 
 _DEFAULTS = BaseModelOptions()
 _FLOAT16_MAX = 65504.0
+# Divided by in place of a constant of zero, whose values are all zero.
+_LEAST_CONSTANT = 1e-30
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,10 @@ class Quantization:
 def _freeze_int8(weight: Tensor) -> Int8Weight:
     if weight.dtype != torch.float16 and weight.abs().amax() > _FLOAT16_MAX:
         raise ModelError("a weight beyond 65504 does not fit 8 bits; use --bits 4 or 16")
-    return Int8Weight(*_int8_parts(weight))
-
-
-def _int8_parts(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes (K, D) and the constants (K,) of values within the range of float16."""
     # A GPU's kernel ignores strides: it reads row after row from the beginning of the memory.
-    rows = values.to(torch.float16).contiguous()
+    rows = weight.to(torch.float16).contiguous()
     codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
-    return codes, absmax
+    return Int8Weight(codes, absmax)
 
 
 def _freeze_4bit(weight: Tensor, quant_type: QuantType, double_quant: bool) -> FourBitWeight:
@@ -121,33 +118,42 @@ def recoded(weight: FrozenWeight, values: Tensor) -> FrozenWeight:
             its sign, and the size of the constant at least.
     """
     if isinstance(weight, Int8Weight):
-        _clamp(values, weight.absmax)
-        codes, _ = _int8_parts(values)
+        per_code = (127 / weight.absmax.clamp(min=_LEAST_CONSTANT)).unsqueeze(1)
+        codes = values.mul_(per_code).round_().clamp_(-127, 127).to(torch.int8)
         return Int8Weight(codes, weight.absmax)
     assert isinstance(weight, FourBitWeight)
+    blocks = in_blocks(weight, values)
+    if values.device.type == "cpu":
+        return weight.with_codes(_nearest(blocks, weight.quant_type))
+    return weight.with_codes(codes_by_kernel(values, blocks, weight.quant_type, weight.block_size))
+
+
+def in_blocks(weight: FourBitWeight, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return values (K, D) by the blocks of a weight, (n, size), and the constants (n,) of these.
+
+    The last block may be shorter; it stands apart then.
+    """
     size, absmax, flat = weight.block_size, weight.absmax_values(), values.view(-1)
     whole = len(flat) // size * size
     blocks = [(flat[:whole].view(-1, size), absmax[: whole // size])]
     if whole < len(flat):
         blocks.append((flat[whole:].view(1, -1), absmax[-1:]))
-    if values.device.type == "cpu":
-        return weight.with_codes(_nearest(blocks, weight.quant_type))
-    for part in blocks:
-        _clamp(*part)
-    codes, _ = bnb.quantize_4bit(values, blocksize=size, quant_type=weight.quant_type)
-    return weight.with_codes(codes)
+    return blocks
 
 
-def _clamp(blocks: Tensor, constants: Tensor) -> None:
-    """Clamp the values of each block (n, size) to ± its constant (n,), in place.
+def codes_by_kernel(
+    values: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], quant_type: QuantType, size: int
+) -> Tensor:
+    """Return the codes of values (K, D) and of their blocks, which are changed: (K · D / 2, 1).
 
-    bitsandbytes' kernels take a constant to be the largest value of its block, or row. So they find
-    the constants that are there.
+    bitsandbytes' kernels take a constant to be the largest value of its block. Clamped, the values
+    have the constants that are there.
     """
-    most = constants.unsqueeze(1)
-    # Two passes, and a sixth of the time on a CPU of `clamp` with two tensors.
-    torch.minimum(blocks, most, out=blocks)
-    torch.maximum(blocks, -most, out=blocks)
+    for part, absmax in blocks:
+        most = absmax.unsqueeze(1)
+        torch.clamp(part, min=-most, max=most, out=part)
+    codes: Tensor = bnb.quantize_4bit(values, blocksize=size, quant_type=quant_type)[0]
+    return codes
 
 
 def _nearest(blocks: Sequence[tuple[Tensor, Tensor]], quant_type: QuantType) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from qlora_kit.layers.merge_aware import (
     packed_sum,
     spread,
 )
-from qlora_kit.layers.quantize import Quantization, recoded
+from qlora_kit.layers.quantize import Quantization, codes_by_kernel, in_blocks, recoded
 from qlora_kit.layers.weight import FourBitWeight, FrozenWeight, Int8Weight
 
 TOKENS, D, K, R, SCALING = 6, 64, 48, 4, 2.0
@@ -69,7 +69,7 @@ def packed_by_hand(weight: FrozenWeight, delta: Tensor) -> Tensor:
     """Return the nearest value to W + U + delta that the constants of W allow, for each weight."""
     values, most = clamped(spread(weight) + delta, weight), constants_of(weight)
     if not isinstance(weight, FourBitWeight):
-        return (values.half().float() / most * 127).round() * most / 127
+        return (values / most * 127).round() * most / 127
     book = bnb.get_4bit_type(weight.quant_type, device="cpu")
     nearest = ((values / most).unsqueeze(-1) - book).abs().argmin(-1)
     return book[nearest] * most
@@ -126,11 +126,29 @@ def test_each_weight_stays_in_its_cell(
     assert torch.equal(spread(whole), moved), "cut into other chunks"
 
 
+@pytest.mark.parametrize("shape", [(48, 64), (70, 80), (5, 3)], ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_kernel_of_a_gpu_is_given_values_with_the_constants_that_are_there(
+    quant_type: Literal["nf4", "fp4"], shape: tuple[int, int]
+) -> None:
+    # On a CPU bitsandbytes packs by the rule of its kernels; here it stands for them.
+    whole = Quantization(4, quant_type).freeze(some(*shape))
+    assert isinstance(whole, FourBitWeight)
+    values = spread(whole) + 0.3
+    expected = recoded(whole, values.clone()).dequantize(torch.float32)
+    blocks = in_blocks(whole, values)
+    codes = whole.with_codes(codes_by_kernel(values, blocks, quant_type, whole.block_size))
+    assert torch.equal(codes.dequantize(torch.float32), expected)
+    assert not torch.equal(expected, whole.dequantize(torch.float32))
+
+
 @pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())
 def test_without_a_delta_the_codes_are_those_of_the_base(quantization: Quantization) -> None:
     layer = merge_aware(quantization, size=0.0)
     found, base = (each.dequantize(torch.float32) for each in (layer.merged, layer.frozen.weight))
     assert torch.equal(found, base)
+    if quantization.quant_type == "nf4":  # fp4 has two codes of zero
+        assert hash_of_codes(layer.merged) == hash_of_codes(layer.frozen.weight)
 
 
 @pytest.mark.parametrize("quantization", FORMATS, ids=lambda each: each.describe())

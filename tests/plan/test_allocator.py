@@ -307,8 +307,8 @@ def test_a_frozen_a_needs_less_memory() -> None:
 def test_packing_the_merged_weights_again_is_planned(bits: int) -> None:
     """They are renewed when nothing of a step is left but the gradients.
 
-    On a CPU bitsandbytes packs 8 bits by operations of torch, whose temporaries, some three copies
-    of a weight in fp32, the plan leaves out: a GPU's kernel has none. Of 4 bits it leaves out less.
+    On a CPU the codes are found by operations of torch, of whose temporaries the plan leaves out up
+    to two copies of a weight in fp32 at 8 bits, and one at 4.
     """
     case = Case("deepseek-7b", bits, 8, targets="all-linear", variant="merge_aware")
     base = qk.load_base(case.spec, case.hardware)
@@ -324,7 +324,7 @@ def test_packing_the_merged_weights_again_is_planned(bits: int) -> None:
     there = held([*merged, *state, *grads, *base.model.parameters(), *base.model.buffers()])
     found = predict(case.subject(case.hardware), case.config).device["optimizer"]
     largest = max(math.prod(each.frozen.weight.shape) for each in adapter.layers.values())
-    temporaries = (3 if bits == 8 else 1) * 4 * largest
+    temporaries = (2.1 if bits == 8 else 1) * 4 * largest
     recorded = there + recorded_peak(adapter.renew)
     assert found.bytes * (1 - TOLERANCE) <= recorded <= found.bytes + temporaries
     assert found.by_purpose["merged weights"] == pytest.approx(held(merged), rel=TOLERANCE)
